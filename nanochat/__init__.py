@@ -1,0 +1,1 @@
+"""nanochat: raw text to a chatting language model, one module a job."""

@@ -1,0 +1,298 @@
+"""Documents -> packed token rows on the device, in one global order for any number of ranks, resumable exactly.
+
+The order. Each epoch shuffles the row groups of all train shards by (seed, epoch) and cuts them into units of about
+128 documents. Unit number u, counted through all epochs, belongs to stream u mod S, where S is the number of rows in
+one global batch: row i of every batch comes from stream i. A stream packs each of its units by itself and hands out
+the rows one by one. Ranks own whole streams. So 1, 2 or 8 ranks see the same global batches, every document is read
+once per epoch by exactly one rank, and no rank can starve: the unit numbers never end.
+
+The state is two small integers a stream: units begun, rows taken from the last one.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanochat.dataset import dataset_bytes, list_shards
+from nanochat.errors import UserError
+from nanochat.packing import pack_rows
+from nanochat.shards import open_shard, read_texts
+
+UNIT_DOCUMENTS = 128  # packing 1,024 at a time would crop 9.6 % instead of 10.3 % (T=2048) but make coarse units
+PREFETCH_BATCHES = 4
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that the loader needs."""
+
+    def get_bos_token_id(self) -> int: ...
+
+    def encode_batch_numpy(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]: ...
+
+
+class Unit(NamedTuple):
+    """Some documents of one row group, and the generator key that shuffles their rows."""
+
+    path: Path
+    row_group: int
+    start: int
+    stop: int
+    key: tuple[int, int, int]
+
+
+class Batch(NamedTuple):
+    """inputs and targets (B, T) int64 on the device; targets are the inputs one position later."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class UnitOrder:
+    """The endless sequence of units of some shards: `order[u]` for any u >= 0."""
+
+    def __init__(self, shards: list[Path], seed: int, streams: int) -> None:
+        self.seed = seed
+        self.row_groups: list[tuple[Path, int, int]] = []  # path, row group, documents
+        for path in shards:
+            metadata = open_shard(path).metadata
+            self.row_groups += [(path, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
+        documents = sum(count for _, _, count in self.row_groups)
+        if not documents:
+            raise UserError(f"no documents in {len(shards)} shard(s); get data with `python -m nanochat.dataset`")
+        # Little data: smaller units, so that the streams share an epoch instead of one of them reading it all.
+        self.unit_documents = int(np.clip(documents // (4 * streams), 16, UNIT_DOCUMENTS))
+        self.per_epoch = sum(-(-count // self.unit_documents) for _, _, count in self.row_groups)
+        self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
+
+    def _shuffled_epoch(self, epoch: int) -> list[Unit]:
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.row_groups))
+        units: list[Unit] = []
+        for index in order:
+            path, group, count = self.row_groups[index]
+            for start in range(0, count, self.unit_documents):
+                stop = min(start + self.unit_documents, count)
+                units.append(Unit(path, group, start, stop, (self.seed, epoch, len(units))))
+        return units
+
+    def __getitem__(self, number: int) -> Unit:
+        return self._epoch(number // self.per_epoch)[number % self.per_epoch]
+
+
+class _Packer:
+    """Unit -> rows. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Encoder, row_len: int) -> None:
+        self.tokenizer, self.row_len, self.bos = tokenizer, row_len, tokenizer.get_bos_token_id()
+        self._lock = threading.Lock()  # units of one row group are wanted at once: read it once
+        self._read = lru_cache(maxsize=4)(lambda path, group: read_texts(open_shard(path), group, str(path)))
+        self.kept = self.cropped = self.text_bytes = 0
+
+    def rows(self, unit: Unit) -> np.ndarray:
+        """(R, row_len) token rows of a unit, shuffled: packing hands out long documents first."""
+        with self._lock:
+            texts = self._read(unit.path, unit.row_group)[unit.start : unit.stop]
+        rows, cropped = pack_rows(self.tokenizer.encode_batch_numpy(texts, 1), self.row_len, self.bos)
+        with self._lock:
+            self.kept += rows.size
+            self.cropped += cropped
+            self.text_bytes += sum(len(text.encode()) for text in texts)
+        return rows[np.random.default_rng(unit.key).permutation(len(rows))]
+
+    def cropped_share(self) -> float:
+        return self.cropped / max(self.kept + self.cropped, 1)
+
+
+class _Stream:
+    """One row of every global batch: its units number s, s+S, s+2S, …, each packed ahead of its use."""
+
+    def __init__(self, loader: "TrainLoader", number: int, begun: int, taken: int) -> None:
+        self.loader, self.number = loader, number
+        self.begun, self.taken = begun, taken
+        self.rows = self._submit(begun - 1).result() if begun else None
+        self.next_rows = self._submit(begun)
+
+    def _submit(self, nth: int) -> Future[np.ndarray]:
+        unit = self.loader.order[self.number + nth * self.loader.streams]
+        return self.loader.pool.submit(self.loader.packer.rows, unit)
+
+    def next(self) -> np.ndarray:
+        empty = 0
+        while self.rows is None or self.taken == len(self.rows):
+            self.rows = self.next_rows.result()  # may be empty: a few short documents need not fill a row
+            self.begun, self.taken = self.begun + 1, 0
+            self.next_rows = self._submit(self.begun)
+            empty = empty + 1 if len(self.rows) == 0 else 0
+            if empty > self.loader.order.per_epoch:
+                raise UserError(
+                    f"too little text: no {self.loader.order.unit_documents} documents fill a row of "
+                    f"{self.loader.sequence_len} tokens; get more data or lower --max-seq-len"
+                )
+        self.taken += 1
+        return self.rows[self.taken - 1]
+
+
+class TrainLoader:
+    """Endless micro-batches for one rank. Read with `next_batch()`; call `state_dict()` between optimizer steps."""
+
+    def __init__(
+        self,
+        tokenizer: Encoder,
+        source: str,
+        rows_per_step: int,
+        sequence_len: int,
+        device_batch_size: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        if rows_per_step % (device_batch_size * world_size):
+            raise UserError(
+                f"{rows_per_step} rows a step do not divide into device batches of {device_batch_size} on {world_size} "
+                f"rank(s); change --total-batch-size or --device-batch-size"
+            )
+        self.streams, self.seed = rows_per_step, seed
+        self.sequence_len, self.device_batch_size, self.device = sequence_len, device_batch_size, torch.device(device)
+        self.order = UnitOrder(list_shards(source, "train"), seed, rows_per_step)
+        self.packer = _Packer(tokenizer, sequence_len + 1)
+        threads = max(1, min(8, (os.cpu_count() or 2) // 2))
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self.mine = list(range(rank, rows_per_step, world_size))
+        self.batches_per_step = len(self.mine) // device_batch_size
+        positions = self._check(state)
+        self._positions = {number: positions[number] for number in self.mine}
+        self._given = 0  # batches handed out of the current step
+        self._queue: queue.Queue[Any] = queue.Queue(PREFETCH_BATCHES)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="dataloader", daemon=True)
+        self._thread.start()
+
+    def _check(self, state: dict[str, Any] | None) -> list[tuple[int, int]]:
+        if state is None:
+            return [(0, 0)] * self.streams
+        expected = {"seed": self.seed, "streams": self.streams, "sequence_len": self.sequence_len,
+                    "units_per_epoch": self.order.per_epoch}  # fmt: skip
+        for key, value in expected.items():
+            if state[key] != value:
+                raise UserError(f"cannot resume the data order: {key} was {state[key]} and is now {value}")
+        return [(begun, taken) for begun, taken in state["positions"]]
+
+    def _produce(self) -> None:
+        """Background thread: rows of this rank's streams -> pinned micro-batches, with the position after each step."""
+        try:
+            streams = {number: _Stream(self, number, *self._positions[number]) for number in self.mine}
+            pin = self.device.type == "cuda"
+            while not self._closed.is_set():
+                for first in range(0, len(self.mine), self.device_batch_size):
+                    numbers = self.mine[first : first + self.device_batch_size]
+                    rows = np.stack([streams[n].next() for n in numbers]).astype(np.int32)
+                    batch = torch.from_numpy(rows)
+                    self._put((batch.pin_memory() if pin else batch, {n: (streams[n].begun, streams[n].taken) for n in numbers}))
+        except BaseException as error:  # noqa: BLE001 - handed to the training thread, which raises it
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def next_batch(self) -> Batch:
+        """The next (device_batch_size, sequence_len) micro-batch. Raises what the background threads ran into."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        rows, positions = item
+        self._positions.update(positions)
+        self._given = (self._given + 1) % self.batches_per_step
+        rows = rows.to(self.device, non_blocking=True).long()
+        return Batch(rows[:, :-1], rows[:, 1:])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where all streams of all ranks stand (a collective call when distributed)."""
+        assert self._given == 0, "the state is taken between optimizer steps"
+        positions = dict(self._positions)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, positions)
+            positions = {number: position for part in gathered for number, position in part.items()}
+        return {
+            "seed": self.seed,
+            "streams": self.streams,
+            "sequence_len": self.sequence_len,
+            "units_per_epoch": self.order.per_epoch,
+            "positions": [list(positions[number]) for number in range(self.streams)],
+        }
+
+    def epoch(self) -> float:
+        """How often the data have been gone through, from this rank's streams."""
+        begun = sum(position[0] for position in self._positions.values()) / len(self._positions)
+        return begun * self.streams / self.order.per_epoch
+
+    def close(self) -> None:
+        """Stop the threads; the loader is of no use afterwards."""
+        self._closed.set()
+        self._thread.join()
+        self.pool.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.next_batch()
+
+
+def fixed_rows(tokenizer: Encoder, source: str, split: str, sequence_len: int, max_tokens: int = -1) -> np.ndarray:
+    """Rows (R, sequence_len + 1) for evaluation: always the same for the same data, whatever the number of ranks.
+
+    At most max_tokens targets (-1 = the whole split), from row groups in a fixed shuffled order.
+    """
+    order = UnitOrder(list_shards(source, split), seed=0, streams=1)  # type: ignore[arg-type]
+    packer = _Packer(tokenizer, sequence_len + 1)
+    wanted = max_tokens // sequence_len if max_tokens >= 0 else None
+    parts: list[np.ndarray] = []
+    count = 0
+    for number in range(order.per_epoch):
+        parts.append(packer.rows(order[number]))
+        count += len(parts[-1])
+        if wanted is not None and count >= wanted:
+            break
+    rows = np.concatenate(parts)[:wanted]
+    if not len(rows):
+        raise UserError(f"the {split} split of {source} does not fill one row of {sequence_len + 1} tokens")
+    return rows
+
+
+def row_batches(
+    rows: np.ndarray, device_batch_size: int, device: torch.device, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """Rows (N, T + 1) as batches, dealt to ranks row by row. The last batch is filled with masked rows (targets -1), so
+    that a compiled model sees one shape only."""
+    mine = rows[rank::world_size]
+    for first in range(0, len(mine), device_batch_size):
+        piece = torch.from_numpy(mine[first : first + device_batch_size].astype(np.int64))
+        inputs = torch.zeros(device_batch_size, piece.size(1) - 1, dtype=torch.long)
+        targets = torch.full_like(inputs, -1)
+        inputs[: len(piece)], targets[: len(piece)] = piece[:, :-1], piece[:, 1:]
+        yield Batch(inputs.to(device), targets.to(device))
+
+
+def horizon_in_epochs(tokenizer: Encoder, source: str, sequence_len: int, horizon_tokens: int) -> tuple[float, float]:
+    """(epochs that a run over horizon_tokens will make, share of tokens cropped by packing), estimated from a sample of
+    up to eight units."""
+    order = UnitOrder(list_shards(source, "train"), seed=0, streams=1)
+    packer = _Packer(tokenizer, sequence_len + 1)
+    for number in np.linspace(0, order.per_epoch - 1, min(8, order.per_epoch)).astype(int):
+        packer.rows(order[int(number)])
+    kept_per_byte = packer.kept / max(packer.text_bytes, 1)
+    available = kept_per_byte * dataset_bytes(source, "train")
+    return horizon_tokens / max(available, 1.0), packer.cropped_share()

@@ -1,0 +1,268 @@
+"""Where raw text comes from: the hub, a mirror of it, this machine's own documentation, or a local folder.
+
+    python -m nanochat.dataset -n 8                      FineWeb-Edu, 8 train shards and the validation shard
+    python -m nanochat.dataset -n 8 --source=climbmix    ClimbMix
+    python -m nanochat.dataset --source=pydocs           documentation of the installed Python packages, no network
+    python -m nanochat.dataset --source=local:DIR        parquet, jsonl or txt files below DIR
+
+Run it again to go on where it stopped; shards that are here are not fetched again. HF_ENDPOINT names a mirror.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from nanochat import hub, local_text, pydocs, shards
+from nanochat.errors import UserError
+from nanochat.paths import data_dir
+from nanochat.settings import run, short, whole
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A dataset repository whose shards are numbered from 0; the last one is for validation, always."""
+
+    repo: str
+    last: int
+    revision: str = "main"  # the commit behind it is written to the manifest and asked for from then on
+
+
+HUB_SOURCES = {
+    "fineweb-edu": HubSource("karpathy/fineweb-edu-100b-shuffle", last=1822),
+    "climbmix": HubSource("karpathy/climbmix-400b-shuffle", last=6542),
+}
+
+# Of some 28 MB: six train shards and a validation shard like the others, with row groups for several ranks
+PYDOCS_VAL_SHARE = 0.045
+PYDOCS_MIN_VAL_BYTES = 600_000
+PYDOCS_TRAIN_SHARDS = 6
+PYDOCS_ROW_GROUP = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Get raw text as parquet shards; what is here already is kept."""
+
+    num_files: Annotated[int, whole(gte=-1), short("-n")] = -1
+    """Train shards to have, -1 for all; the validation shard comes on top. pydocs and converted folders: always all."""
+
+    num_workers: Annotated[int, whole(gte=1, lte=64), short("-w")] = 4
+    """Files fetched at the same time."""
+
+    source: str = "fineweb-edu"
+    """fineweb-edu, climbmix, pydocs or local:DIR."""
+
+
+def main(settings: Settings) -> None:
+    """Get what `settings` ask for. Raises UserError for an unknown source, and whatever the source raises."""
+    source = canonical(settings.source)
+    if source in HUB_SOURCES:
+        fetch(source, settings.num_files, settings.num_workers)
+    elif source == "pydocs":
+        make_pydocs()
+    else:
+        take_local(source, settings.num_files)
+    files = shards.load_manifest(data_dir(source))["files"].values()
+    for split in ("train", "val"):
+        entries = [entry for entry in files if entry["split"] == split]
+        documents, size = (sum(entry[key] for entry in entries) for key in ("documents", "utf8_bytes"))
+        print(f"{source} {split}: {len(entries)} shards, {documents:,} documents, {size / 1e6:,.1f} MB of text")
+    print(f"in {data_dir(source)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: what the tokenizer, the loader and the evaluations use
+
+
+def canonical(source: str) -> str:
+    """`source` with a local folder made absolute. Raises UserError when there is no such source."""
+    if source.startswith("local:") and source != "local:":
+        return f"local:{Path(source.removeprefix('local:')).expanduser().resolve()}"
+    if source not in HUB_SOURCES and source != "pydocs":
+        raise UserError(f"--source={source}: expected {', '.join(HUB_SOURCES)}, pydocs or local:DIR")
+    return source
+
+
+def command(source: str) -> str:
+    """The command that gets `source`."""
+    return f"python -m nanochat.dataset{' -n 8' if source in HUB_SOURCES else ''} --source={source}"
+
+
+def list_shards(source: str, split: Split) -> list[Path]:
+    """Shards of one split in order: those the manifest names, checked for presence and size.
+
+    Raises UserError naming the command that gets them when there are none or one is damaged.
+    """
+    source = canonical(source)
+    entries = _entries(source, split)
+    for path, entry in entries.items():
+        size = path.stat().st_size if path.exists() else None
+        if size != entry["size"]:
+            state = "is missing" if size is None else f"has {size:,} bytes instead of {entry['size']:,}"
+            raise UserError(f"{path} {state}: run `{command(source)}` to mend it")
+    return list(entries)
+
+
+def iter_documents(source: str, split: Split) -> Iterator[str]:
+    """Every document of one split, in the order of the shards. Raises UserError for absent or damaged shards."""
+    for path in list_shards(source, split):
+        file = shards.open_shard(path)
+        for group in range(file.num_row_groups):
+            yield from shards.read_texts(file, group, str(path))
+
+
+def dataset_bytes(source: str, split: Split) -> int:
+    """UTF-8 bytes of text in one split, from the manifest. Raises UserError when there is none."""
+    return sum(entry["utf8_bytes"] for entry in _entries(canonical(source), split).values())
+
+
+def _entries(source: str, split: Split) -> dict[Path, shards.Manifest]:
+    folder = data_dir(source)
+    manifest = shards.load_manifest(folder)
+    found = {folder / name: entry for name, entry in manifest["files"].items() if entry["split"] == split}
+    # two folders can have the same slug (/a/b and /a-b); the manifest says whose shards these are
+    if not found or manifest.get("source") != source:
+        raise UserError(f"no {split} shards of {source} in {folder}: run `{command(source)}`")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Getting
+
+
+def fetch(source: str, num_files: int, num_workers: int = 4) -> None:
+    """Download train shards 0 … num_files-1 (-1: all) and the validation shard; those that stand are kept."""
+    spec = HUB_SOURCES[source]
+    folder = data_dir(source)
+    train = spec.last if num_files == -1 else num_files
+    if train > spec.last:
+        raise UserError(
+            f"-n {num_files}: {source} has {spec.last} train shards; choose 0 to {spec.last}, or -1 for all"
+        )
+    manifest = shards.load_manifest(folder)
+    wanted = {_name(spec.last): "val", **{_name(index): "train" for index in range(train)}}
+    missing = {name: split for name, split in wanted.items() if not _stands(folder / name, manifest["files"].get(name))}
+    if len(wanted) > len(missing):
+        print(f"{source}: {len(wanted) - len(missing)} of {len(wanted)} shards are here")
+    if not missing:
+        return
+    revision = manifest.get("revision", spec.revision)
+    (first, split), *others = missing.items()
+    stop = threading.Event()
+    with _progress() as progress:
+
+        def get(name: str, split: str, revision: str) -> str:
+            task = progress.add_task(name, total=None)
+            fetched = hub.download(
+                spec.repo,
+                name,
+                revision,
+                folder / name,
+                verify=lambda path: entries.update({name: shards.describe(path, split, name)}),
+                on_bytes=lambda done, total: progress.update(task, completed=done, total=total or None),
+                stop=stop,
+            )
+            about = {"source": source, "kind": "hub", "synthetic": False, "repo": spec.repo}
+            about["revision"] = fetched.revision
+            shards.update_manifest(folder, about, {name: entries[name]})
+            progress.remove_task(task)
+            print(f"{name}: {fetched.size / 1e6:,.1f} MB, {entries[name]['documents']:,} documents", flush=True)
+            return fetched.revision
+
+        entries: shards.Manifest = {}
+        # the first one alone: it fixes the commit for all others, and where there is no network it says so once
+        revision = get(first, split, revision)
+        with ThreadPoolExecutor(num_workers) as pool:
+            futures = [pool.submit(get, name, split, revision) for name, split in others]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _name(index: int) -> str:
+    return f"shard_{index:05d}.parquet"
+
+
+def _stands(path: Path, entry: shards.Manifest | None) -> bool:
+    return entry is not None and path.exists() and path.stat().st_size == entry["size"]
+
+
+def _progress() -> Progress:
+    """A bar for each file under way on a terminal; elsewhere nothing (each finished file prints its line anyway)."""
+    console = Console()
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)
+
+
+def make_pydocs() -> None:
+    """Harvest the documentation of the installed packages, unless the same packages have been harvested already."""
+    folder = data_dir("pydocs")
+    manifest = shards.load_manifest(folder)
+    fingerprint = pydocs.fingerprint()
+    if manifest.get("fingerprint") == fingerprint and _all_stand(folder, manifest):
+        print("pydocs: shards are here")
+        return
+    documents = sorted(pydocs.harvest(), key=shards.text_hash)
+    size = sum(len(text.encode()) for text in documents)
+    val_bytes = max(PYDOCS_MIN_VAL_BYTES, int(size * PYDOCS_VAL_SHARE))
+    shard_bytes = (size - val_bytes) // PYDOCS_TRAIN_SHARDS + 1
+    files = shards.write_shards(folder, documents, val_bytes, shard_bytes, PYDOCS_ROW_GROUP)
+    about = {"source": "pydocs", "kind": "offline documentation", "synthetic": False, "fingerprint": fingerprint}
+    _replace_all(folder, about, files)
+
+
+def take_local(source: str, num_files: int) -> None:
+    """Convert a local folder, or link its shards when it is in the standard layout; nothing when it is unchanged."""
+    origin = Path(source.removeprefix("local:"))
+    folder = data_dir(source)
+    inputs = local_text.input_files(origin)
+    ready = local_text.ready_shards(origin)
+    manifest = shards.load_manifest(folder)
+    fingerprint = local_text.fingerprint(origin, ready or inputs)
+    about = {"source": source, "kind": "local files", "synthetic": False, "fingerprint": fingerprint}
+    changed = any(manifest.get(key) != about[key] for key in ("source", "fingerprint"))
+    if ready:
+        _adopt(ready, num_files, folder, about, {} if changed else manifest["files"])
+    elif changed or not _all_stand(folder, manifest):
+        _replace_all(folder, about, local_text.convert(inputs, folder))
+    else:
+        print(f"{source}: shards are here")
+
+
+def _adopt(ready: list[Path], num_files: int, folder: Path, about: shards.Manifest, have: shards.Manifest) -> None:
+    *train, val = ready
+    if not train:
+        raise UserError(f"--source={about['source']}: {val.name} stands alone: one shard is needed to train on besides")
+    files = dict(have)
+    for path in [val, *(train if num_files == -1 else train[:num_files])]:
+        if not _stands(folder / path.name, files.get(path.name)):
+            files[path.name] = local_text.adopt_shard(path, folder / path.name, "val" if path == val else "train")
+    _replace_all(folder, about, files)
+
+
+def _replace_all(folder: Path, about: shards.Manifest, files: shards.Manifest) -> None:
+    shards.update_manifest(folder, about, files, replace=True)
+    for path in folder.glob("shard_*.parquet"):
+        if path.name not in files:
+            path.unlink()
+
+
+def _all_stand(folder: Path, manifest: shards.Manifest) -> bool:
+    files = manifest["files"]
+    return bool(files) and all(_stands(folder / name, entry) for name, entry in files.items())
+
+
+if __name__ == "__main__":
+    run(main, Settings)

@@ -1,0 +1,213 @@
+"""What ran: one JSON line for every start and end of a stage, in runs/<run id>/stages.jsonl.
+
+Also what decides whether a stage must run again: fingerprints of files, and of the code that a stage runs.
+"""
+
+import ast
+import glob
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat import paths
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Every stage in the order in which it runs and in which the report shows it.
+STAGES = (
+    "dataset",
+    "tok_train",
+    "tok_eval",
+    "dataset_rest",
+    "eval_bundle",
+    "base_train",
+    "base_loss",
+    "base_eval",
+)
+# Only the full profile has it; where it did not run, nothing is pending.
+OPTIONAL_STAGES = frozenset({"dataset_rest"})
+
+# Files up to this size are told apart by content, so that a stage that rewrites the same tokenizer does not cause a
+# new training; larger ones (shards, weights) by size and time of change. Hashing runs at about 1 GB/s.
+HASHED_BYTES = 16 * 2**20
+
+# These describe a run and cannot change what a stage writes: editing the report must not retrain a model.
+DESCRIBING_MODULES = frozenset(
+    f"nanochat.{name}" for name in ("formats", "ledger", "pipeline", "plot", "report", "sysinfo")
+)
+
+Record = dict[str, Any]
+Fingerprint = dict[str, str]  # path as a reader would write it -> size and content hash, or size and time of change
+
+
+def ledger_path(run_dir: Path) -> Path:
+    return run_dir / "stages.jsonl"
+
+
+def append(run_dir: Path, record: Record) -> None:
+    """Add one record and its time, and bring it to the disk; a half line left by a kill before it is closed off."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"time": time.time(), **record}).encode() + b"\n"
+    with ledger_path(run_dir).open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(run_dir: Path) -> list[Record]:
+    """All records, oldest first. A line that a kill cut short is passed over: its stage counts as not finished."""
+    try:
+        text = ledger_path(run_dir).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and {"stage", "status", "time"} <= record.keys():
+            records.append(record)
+    return records
+
+
+def last(records: Iterable[Record], stage: str) -> Record | None:
+    """The newest record of `stage`."""
+    return next((record for record in reversed(list(records)) if record["stage"] == stage), None)
+
+
+def summarize(records: Sequence[Record]) -> list[Record]:
+    """One row a stage in the order of STAGES (unknown ones after them): its last record, with `seconds` over all
+    attempts that belong to the same piece of work, and `pending` rows for stages that have not been reached."""
+    names = list(STAGES) + sorted({record["stage"] for record in records} - set(STAGES))
+    rows = []
+    for name in names:
+        own = [record for record in records if record["stage"] == name]
+        if not own:
+            if name not in OPTIONAL_STAGES:
+                rows.append({"stage": name, "status": "pending"})
+            continue
+        row = dict(own[-1])
+        attempts = [record for record in own if "seconds" in record and record.get("key") == row.get("key")]
+        if attempts:
+            row["seconds"] = sum(record["seconds"] for record in attempts)
+        rows.append(row)
+    return rows
+
+
+def span_seconds(records: Sequence[Record]) -> float:
+    """Wall clock from the start of the first stage to the end of the last, pauses between calls included."""
+    if not records:
+        return 0.0
+    return float(max(record["time"] for record in records) - min(record["time"] for record in records))
+
+
+def fingerprint(patterns: Iterable[str]) -> Fingerprint:
+    """Fingerprint of all files below `patterns`: files, folders or globs, relative to the store or absolute.
+
+    A pattern that matches nothing adds nothing; `missing` finds those.
+    """
+    found: Fingerprint = {}
+    for pattern in patterns:
+        for top in _expand(pattern):
+            files = sorted(path for path in top.rglob("*") if path.is_file()) if top.is_dir() else [top]
+            for file in files:
+                if file.suffix != ".tmp":
+                    found[_shown(file)] = _fingerprint_file(file)
+    return found
+
+
+def missing(patterns: Iterable[str]) -> list[str]:
+    """Those of `patterns` that no file stands for."""
+    return [pattern for pattern in patterns if not fingerprint([pattern])]
+
+
+def still_stands(outputs: Fingerprint) -> bool:
+    """True when every file of `outputs` is there unchanged; what was added beside it does not matter."""
+    base = paths.get_base_dir()
+    return all((base / name).is_file() and _fingerprint_file(base / name) == mark for name, mark in outputs.items())
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = paths.get_base_dir() / Path(pattern).expanduser()
+    if glob.has_magic(str(path)):
+        return sorted(Path(name) for name in glob.glob(str(path)))
+    return [path] if path.exists() else []
+
+
+def _shown(path: Path) -> str:
+    base = paths.get_base_dir()
+    return str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
+
+
+def _fingerprint_file(path: Path) -> str:
+    stat = path.stat()
+    if stat.st_size > HASHED_BYTES:
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    return f"{stat.st_size} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+def stage_module(command: Sequence[str], root: Path = REPO) -> str | None:
+    """The module of ours that `command` runs: the word after the first `-m` that names one."""
+    for flag, word in itertools.pairwise(command):
+        if flag == "-m" and _module_file(word, root) is not None:
+            return word
+    return None
+
+
+def code_version(module: str, root: Path = REPO) -> str:
+    """Hash of all code that `module` runs: itself, what it imports from nanochat/ and scripts/ however deep, and
+    the crate's sources when one of them uses it. Comments and layout do not count; imports by name at run time
+    are not seen."""
+    digest = hashlib.sha256()
+    queue, seen, native = [module], {module}, False
+    trees = {}
+    while queue:
+        name = queue.pop()
+        file = _module_file(name, root)
+        if file is None:
+            continue
+        trees[name] = tree = ast.parse(file.read_bytes(), filename=str(file))
+        imported = set(_imports(tree, name))
+        native = native or "rustbpe" in imported
+        for other in imported - seen - DESCRIBING_MODULES:
+            seen.add(other)
+            queue.append(other)
+    for name in sorted(trees):
+        digest.update(f"{name}\n{ast.dump(trees[name])}\n".encode())
+    if native:
+        for file in sorted((root / "rustbpe" / "src").rglob("*.rs")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _module_file(name: str, root: Path) -> Path | None:
+    if name.split(".")[0] not in ("nanochat", "scripts"):
+        return None
+    path = root.joinpath(*name.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def _imports(tree: ast.AST, module: str) -> Iterable[str]:
+    """Every module that `tree` may import, with the packages above it; relative imports are resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join(above + ([node.module] if node.module else []))
+            targets = [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for target in targets:
+            parts = target.split(".")
+            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))

@@ -1,0 +1,117 @@
+"""Hidden states -> cross-entropy, without ever holding all logits.
+
+At 65,536 tokens and a vocabulary of 32,768 the logits are 4.3 GB in bf16 and 8.6 GB in fp32, and their gradient as
+much again. Here they are made, used and dropped a chunk of rows at a time. When training, the gradients of hidden
+states and head are computed in the same visit, so that no logits have to be made twice.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Reduction = Literal["mean", "sum", "none"]
+IGNORED = -1  # target value of positions that carry no loss
+
+# Up to this many logits in one piece: 1 GiB in bf16. Larger chunks gain nothing (the matmul is long saturated).
+CHUNK_LOGITS = 2**29
+# Below this the plain path is as quick, and shows lm_head's output to forward hooks in one piece.
+PLAIN_LOGITS = 2**24
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap): smooth, and never beyond ±cap."""
+    return cap * torch.tanh(logits / cap)
+
+
+def head_loss(hidden: Tensor, lm_head: nn.Linear, targets: Tensor, cap: float, reduction: Reduction = "mean") -> Tensor:
+    """Cross-entropy in nats of softcapped logits `lm_head(hidden)` against `targets`.
+
+    hidden (N, C), targets (N,) int64 with IGNORED where there is no loss. Returns (N,) fp32 for "none" (0 where
+    ignored), else a scalar; "mean" is over the targets that count, and 0 rather than NaN where there are none.
+    """
+    size = hidden.size(0) * lm_head.weight.size(0)
+    if size <= PLAIN_LOGITS or (reduction == "none" and torch.is_grad_enabled()):
+        losses = _row_losses(hidden, lm_head, targets, cap)
+        total = losses if reduction == "none" else losses.sum()
+    elif torch.is_grad_enabled():
+        total, _, _ = _fused_head_loss(hidden, lm_head.weight, targets, cap)
+    else:
+        chunks = _chunk_rows(lm_head.weight.size(0))
+        pieces = zip(hidden.split(chunks), targets.split(chunks), strict=True)
+        losses = torch.cat([_row_losses(h, lm_head, t, cap) for h, t in pieces])
+        total = losses if reduction == "none" else losses.sum()
+    if reduction == "mean":
+        return total / (targets != IGNORED).sum().clamp(min=1)
+    return total
+
+
+def _row_losses(hidden: Tensor, lm_head: nn.Linear, targets: Tensor, cap: float) -> Tensor:
+    logits = softcap(lm_head(hidden).float(), cap)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+
+
+def _chunk_rows(vocab_size: int) -> int:
+    return max(1024, CHUNK_LOGITS // vocab_size)
+
+
+@torch.library.custom_op("nanochat::head_loss", mutates_args=())
+def _fused_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed loss, d loss/d hidden, d loss/d weight). One opaque operator, so that the compiler cannot decide to
+    keep the logits for the backward pass, which is what this file is there to avoid."""
+    head = weight.to(hidden.dtype)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(weight)
+    rows = _chunk_rows(weight.size(0))
+    gradient = _compiled_chunk_gradient() if hidden.device.type == "cuda" else _chunk_gradient
+    for start in range(0, hidden.size(0), rows):
+        piece = slice(start, start + rows)
+        loss, grad_logits = gradient(hidden[piece] @ head.T, targets[piece], cap)
+        total += loss
+        torch.mm(grad_logits, head, out=grad_hidden[piece])
+        grad_weight += grad_logits.T @ hidden[piece]
+    return total, grad_hidden, grad_weight
+
+
+@_fused_head_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, grad_hidden, grad_weight = output
+    ctx.save_for_backward(grad_hidden, grad_weight)
+
+
+def _scale_gradients(ctx, grad_total: Tensor, *_unused: Tensor):  # type: ignore[no-untyped-def]
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight * grad_total, None, None
+
+
+_fused_head_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+def _chunk_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Summed loss of one chunk and its gradient with respect to the raw logits, in their dtype."""
+    capped = softcap(logits.float(), cap)
+    log_normaliser = torch.logsumexp(capped, dim=1, keepdim=True)
+    counts = (targets != IGNORED).unsqueeze(1)
+    index = targets.clamp(min=0).unsqueeze(1)
+    loss = ((log_normaliser - capped.gather(1, index)) * counts).sum()
+    is_target = torch.arange(logits.size(1), device=logits.device).unsqueeze(0) == index
+    grad_capped = torch.exp(capped - log_normaliser) - is_target.float()
+    grad = grad_capped * (1 - (capped / cap) ** 2) * counts  # d softcap / d logit = 1 - tanh²
+    return loss, grad.to(logits.dtype)
+
+
+_compiled = None
+
+
+def _compiled_chunk_gradient():  # type: ignore[no-untyped-def]
+    """The chunk's pointwise work as two passes over the logits instead of a dozen; compiled once, on first use."""
+    global _compiled
+    if _compiled is None:
+        _compiled = torch.compile(_chunk_gradient, dynamic=False)
+    return _compiled

@@ -1,0 +1,333 @@
+"""The stage runner: skips what is done, logs, stops and explains on failure, continues on the next call.
+
+    python -m nanochat.pipeline run tok_train --in base_data/pydocs --out tokenizer -- python -m scripts.tok_train
+    python -m nanochat.pipeline run eval_bundle --skip "no bundle here"
+    python -m nanochat.pipeline status
+    python -m nanochat.pipeline reset
+
+The run is the one named by NANOCHAT_RUN_ID. Paths are relative to the artifact store and may be globs.
+A stage is done when it has finished with the same command, NANOCHAT_ settings, code and input artifacts, and all that
+it wrote still stands. How many processes ran it (torchrun) and `--run` (W&B) make no difference.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from nanochat import ledger, paths, settings, sysinfo
+from nanochat.errors import UserError, exit_on_user_error
+from nanochat.formats import duration
+
+UNFINISHED = 75  # EX_TEMPFAIL: the stage saved its state and left early; run it again to continue
+TAIL_LINES = 15
+
+# Settings that say where a run is kept, not what it computes.
+PLACE_VARIABLES = frozenset({"NANOCHAT_BASE_DIR", "NANOCHAT_RUN_ID", "NANOCHAT_CONTINUE"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Run one stage of the pipeline (its command after `--`), show where the run stands, or forget what ran."""
+
+    action: Literal["run", "status", "reset"] = "status"
+    """run one stage; status of all stages; reset: the next run starts every stage again (artifacts stay)"""
+    stage: str = ""
+    """name of the stage to run"""
+    _: dataclasses.KW_ONLY
+    inputs: Annotated[tuple[str, ...], Parameter(name="--in", negative="")] = ()
+    """path that the stage reads: file, folder or glob in the artifact store; may be repeated"""
+    outputs: Annotated[tuple[str, ...], Parameter(name="--out", negative="")] = ()
+    """path that the stage writes; may be repeated"""
+    skip: str = ""
+    """do not run the stage, and show this reason in the report"""
+
+
+def main(asked: Settings, command: Sequence[str]) -> int:
+    """Do what was asked; returns the exit code."""
+    if asked.action == "status":
+        return show_status(paths.run_dir())
+    if asked.action == "reset":
+        return reset(paths.run_dir())
+    if not asked.stage:
+        raise UserError(
+            "run: no stage named; usage: python -m nanochat.pipeline run STAGE [--in P] [--out P] -- COMMAND"
+        )
+    if not command and not asked.skip:
+        raise UserError(f"run {asked.stage}: no command; write it after `--`")
+    with locked(paths.run_dir()):
+        if asked.skip:
+            ledger.append(paths.run_dir(), {"stage": asked.stage, "status": "skipped", "reason": asked.skip})
+            _say(f"{asked.stage}: skipped, {asked.skip}")
+            return 0
+        return run_stage(asked.stage, list(command), list(asked.inputs), list(asked.outputs))
+
+
+def run_stage(stage: str, command: list[str], inputs: list[str], outputs: list[str]) -> int:
+    """Run `command` as `stage` of the current run unless it is done. Returns its exit code (128 + n for signal n).
+
+    Raises UserError when an input is missing or the command cannot be started.
+    """
+    run_dir = paths.run_dir()
+    for absent in ledger.missing(inputs):
+        raise UserError(f"{stage} needs {absent}, which is not in {paths.get_base_dir()}: run the stage that writes it")
+    basis = describe(command, inputs)
+    key = _hash(basis)
+    before = ledger.last(ledger.read(run_dir), stage)
+    reason = _why_again(before, basis, key)
+    if reason is None:
+        assert before is not None
+        done = time.strftime("%Y-%m-%d %H:%M", time.localtime(before["time"]))
+        _say(f"{stage}: done on {done} in {duration(before['seconds'])}")
+        return 0
+
+    log = run_dir / "logs" / f"{stage}.log"
+    _say(f"{stage}: {reason}; {shlex.join(command)}")
+    record = {
+        "stage": stage,
+        "command": command,
+        "key": key,
+        "basis": basis,
+        "commit": sysinfo.short_commit(),
+        "log": str(log),
+        "profile": os.environ.get("PROFILE"),
+        "continue": os.environ.get("NANOCHAT_CONTINUE"),
+    }
+    ledger.append(run_dir, {**record, "status": "started"})
+    started = time.perf_counter()
+    code, tail, stopped_by = _execute(command, log)
+    status = _status(code, stopped_by)
+    if stopped_by is not None and code == 0:
+        code = 128 + stopped_by  # what comes after must not start
+    written = ledger.fingerprint(outputs) if status == "finished" else {}
+    not_written = ledger.missing(outputs) if status == "finished" else []
+    if not_written:
+        status, code = "failed", 1
+        tail.append(f"the command ended well but did not write {', '.join(not_written)}")
+    seconds = time.perf_counter() - started
+    ledger.append(run_dir, {**record, "status": status, "exit_code": code, "seconds": seconds, "outputs": written})
+    _say_end(stage, status, code, seconds, tail, log)
+    return code
+
+
+def describe(command: Sequence[str], inputs: Sequence[str]) -> dict[str, Any]:
+    """Everything that decides what a stage writes."""
+    module = ledger.stage_module(command)
+    words = list(command[command.index(module) :]) if module else list(command)
+    return {
+        "command": [word for word in words if not word.startswith("--run=")],
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("NANOCHAT_") and name not in PLACE_VARIABLES
+        },
+        "code": ledger.code_version(module) if module else None,
+        "inputs": ledger.fingerprint(inputs),
+    }
+
+
+def _why_again(before: ledger.Record | None, basis: dict[str, Any], key: str) -> str | None:
+    """Why a stage has to run, in words; None when it is done."""
+    if before is None:
+        return "first run"
+    if before.get("key") != key:
+        then = before.get("basis", {})
+        changed = [part for part in basis if then.get(part) != basis[part]]
+        if before["status"] == "skipped" or not then:
+            return "skipped before"
+        return f"{' and '.join(changed)} changed since it ran"
+    if before["status"] != "finished":
+        return "continues" if before["status"] in ("unfinished", "interrupted", "started") else "failed before"
+    return None if ledger.still_stands(before["outputs"]) else "what it wrote is gone or changed"
+
+
+def _execute(command: list[str], log: Path) -> tuple[int, deque[str], int | None]:
+    """Run `command` in a process group of its own, its output to stdout and `log`; signals to us are handed on.
+
+    Returns the exit code as a shell has it, the last lines of output, and the first signal we were sent.
+    """
+    signals: list[int] = []
+    group: list[int] = []
+    environment = {**os.environ, "NANOCHAT_RUN_ID": paths.run_id(), "PYTHONUNBUFFERED": "1"}
+    environment.pop("FORCE_COLOR", None)  # logs stay plain text
+    arguments = [sys.executable, *command[1:]] if command[0] == "python" else command
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file, _handed_on(signals, group):
+        file.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
+        try:
+            child = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UserError(f"cannot start {command[0]}: {error.strerror}") from error
+        group.append(child.pid)
+        if signals:  # one came while the child was starting
+            _kill_group(child.pid, signals[0])
+        assert child.stdout is not None
+        reader = threading.Thread(target=_tee, args=(child.stdout, file, tail), daemon=True)
+        reader.start()
+        code = child.wait()
+        _kill_group(child.pid, signal.SIGKILL)  # a stage leaves no process behind that would hold the pipe open
+        reader.join()
+    return (code if code >= 0 else 128 - code), tail, signals[0] if signals else None
+
+
+@contextmanager
+def _handed_on(received: list[int], group: list[int]) -> Iterator[None]:
+    """Note signals sent to us in `received` and pass them to the process group `group` (empty until it has started).
+
+    Also makes SIGINT count again in the child where a shell has started us in the background with it ignored.
+    """
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for pid in group:
+            _kill_group(pid, number if len(received) < 3 else signal.SIGKILL)  # the third time the user means it
+
+    handlers = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _tee(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:
+    """Copy lines to stdout and `log` as they come. A full disk or a closed terminal ends that copy, not the stage."""
+    sinks: list[IO[bytes]] = [sys.stdout.buffer, log]
+    for line in source:
+        tail.append(line.decode(errors="replace").rstrip())
+        for sink in list(sinks):
+            try:
+                sink.write(line)
+                sink.flush()
+            except OSError as error:
+                sinks.remove(sink)
+                tail.append(f"[output no longer copied to {'the log' if sink is log else 'stdout'}: {error.strerror}]")
+
+
+def _kill_group(pid: int, number: int) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return  # it has ended already
+
+
+def _status(code: int, stopped_by: int | None) -> str:
+    if code == UNFINISHED:
+        return "unfinished"
+    if stopped_by is not None:
+        return "interrupted"  # even at exit code 0: it may have left early
+    return "finished" if code == 0 else "failed"
+
+
+def _say_end(stage: str, status: str, code: int, seconds: float, tail: Sequence[str], log: Path) -> None:
+    if status == "finished":
+        _say(f"{stage}: finished in {duration(seconds)}")
+        return
+    again = os.environ.get("NANOCHAT_CONTINUE") or shlex.join(sys.orig_argv)
+    if status == "failed":
+        killed = f" (killed by {signal.Signals(code - 128).name})" if code > 128 and code - 128 in _signals() else ""
+        print(f"\nerror: {stage} failed with exit code {code}{killed} after {duration(seconds)}", file=sys.stderr)
+        print("".join(f"  | {line}\n" for line in tail), end="", file=sys.stderr)
+        print(f"log: {log}", file=sys.stderr)
+    else:
+        print(f"\n{stage}: stopped early after {duration(seconds)} ({status})", file=sys.stderr)
+    print(f"to continue: {again}", file=sys.stderr, flush=True)
+
+
+def _signals() -> set[int]:
+    return {int(number) for number in signal.valid_signals()}
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run, so that two pipelines cannot write the same artifacts. Freed by the system if we are killed."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise UserError(
+                f"run {run_dir.name} is being worked on by process {holder}: wait for it, or set another RUN_ID"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def is_locked(run_dir: Path) -> bool:
+    """True while a pipeline works on this run."""
+    try:
+        with (run_dir / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def show_status(run_dir: Path) -> int:
+    """Print one line a stage."""
+    print(f"run {run_dir.name} ({run_dir})")
+    busy = is_locked(run_dir)
+    for row in ledger.summarize(ledger.read(run_dir)):
+        status = row["status"]
+        if status == "started":
+            status = "running" if busy else "interrupted"
+        took = duration(row["seconds"]) if "seconds" in row else ""
+        print(f"  {row['stage']:<14} {status:<12} {took:>10}  {row.get('reason', '')}".rstrip())
+    return 0
+
+
+def reset(run_dir: Path) -> int:
+    """Set the ledger aside, so that every stage of the run starts again. Artifacts stay where they are."""
+    with locked(run_dir):
+        if ledger.ledger_path(run_dir).exists():
+            os.replace(ledger.ledger_path(run_dir), run_dir / "stages.jsonl.old")
+    print(f"run {run_dir.name}: the next call runs every stage again")
+    return 0
+
+
+def _hash(basis: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _say(line: str) -> None:
+    print(f"\n=== {line}", flush=True)
+
+
+def _run() -> None:
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    asked = settings.parse(Settings, words[:cut])
+    sys.exit(main(asked, words[cut + 1 :]))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(_run)

@@ -1,0 +1,295 @@
+"""The report of a run: every stage leaves a section, `generate` puts them together.
+
+    python -m nanochat.report generate     report.md, report.json, report_loss.svg; copied to the current directory
+    python -m nanochat.report reset        forget the sections of the current run
+
+The run is the one named by NANOCHAT_RUN_ID, otherwise the one that was last at work.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from nanochat import ledger, paths, plot, settings, sysinfo
+from nanochat.errors import UserError
+from nanochat.formats import STDERR_SUFFIXES, cell, duration, fence, label, metric_text, number, plain
+
+TEMPLATES = sysinfo.REPO / "report"
+CURVE = "report_loss.svg"
+
+# Column of the summary table that a stage's numbers stand in.
+COLUMNS = {
+    "base_train": "BASE",
+    "base_loss": "BASE",
+    "base_eval": "BASE",
+    "mid_train": "MID",
+    "chat_eval_mid": "MID",
+    "chat_sft": "SFT",
+    "chat_eval_sft": "SFT",
+    "chat_rl": "RL",
+    "chat_eval_rl": "RL",
+}
+BPB_METRICS = ("val_bpb", "train_bpb")
+EMPTY_SECTION = {"settings": {}, "metrics": {}, "tables": [], "samples": [], "notes": [], "synthetic": False}
+OFFLINE_SOURCES = frozenset({"pydocs"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Put the report of a run together, or forget its sections."""
+
+    action: Literal["generate", "reset"] = "generate"
+    """generate or reset"""
+
+
+def write_section(stage: str, title: str, data: Mapping[str, Any]) -> None:
+    """Leave `stage`'s section for the report, as runs/<run id>/report/<stage>.json. Only rank 0 writes.
+
+    `data` may hold settings and metrics (name -> value; the standard error of metric `x` is `x_stderr` or
+    `x standard error`), tables ({title, columns, rows}), samples ({prompt, text}), notes (sentences) and synthetic
+    (True when the numbers come from made-up data). The metrics val_bpb and train_bpb of base stages, and all metrics
+    of evaluation stages, also go into the summary table.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    section = {"stage": stage, "title": title, "time": time.time(), **data}
+    _write(sections_dir(paths.run_dir()) / f"{stage}.json", json.dumps(plain(section), indent=1) + "\n")
+
+
+def sections_dir(run_dir: Path) -> Path:
+    return run_dir / "report"
+
+
+def reset(run_dir: Path) -> None:
+    """Remove the sections of a run. Its ledger, logs and metrics stay."""
+    shutil.rmtree(sections_dir(run_dir), ignore_errors=True)
+    print(f"run {run_dir.name}: no sections left")
+
+
+def generate(run_dir: Path, copy_to: Path) -> Path:
+    """Write the report of a run to the store and copy it to `copy_to`. Returns the path of report.md there.
+
+    Raises UserError when the run has left nothing to report.
+    """
+    sections = read_sections(run_dir)
+    records = ledger.read(run_dir)
+    if not sections and not records:
+        raise UserError(f"nothing to report in {run_dir}: run a stage first (bash speedrun.sh), or set NANOCHAT_RUN_ID")
+    report = collect(run_dir.name, sections, records)
+    curve = loss_curve(run_dir)
+    report["curve"] = CURVE if curve else None
+
+    target = paths.report_dir()
+    environment = _templates()
+    for section in sections:
+        text = environment.get_template("section.md.j2").render(section=section)
+        _write(sections_dir(run_dir) / f"{section['stage']}.md", text)
+    _write(target / "report.md", environment.get_template("report.md.j2").render(report))
+    _write(target / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    if curve:
+        _write(target / CURVE, curve)
+    for name in ("report.md", "report.json", *([CURVE] if curve else [])):
+        if copy_to.resolve() != target.resolve():
+            _write(copy_to / name, (target / name).read_text(encoding="utf-8"))
+    return copy_to / "report.md"
+
+
+def read_sections(run_dir: Path) -> list[dict[str, Any]]:
+    """All sections of a run in the order of the pipeline; stages it does not know come last."""
+    order = {name: index for index, name in enumerate(ledger.STAGES)}
+    sections = []
+    for path in sorted(sections_dir(run_dir).glob("*.json")):
+        try:
+            sections.append({**EMPTY_SECTION, **json.loads(path.read_text(encoding="utf-8"))})
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not valid JSON ({error}): remove it and run that stage again") from error
+    return sorted(sections, key=lambda section: (order.get(section["stage"], len(order)), section["time"]))
+
+
+def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Record]) -> dict[str, Any]:
+    """Everything that the report shows, as plain data; this is report.json."""
+    newest: ledger.Record = records[-1] if records else {}
+    stages = [_stage_row(row) for row in ledger.summarize(records)] if records else []
+    stage_seconds = sum(row["seconds"] or 0.0 for row in stages)
+    hardware = sysinfo.hardware()
+    usd_per_hour = sysinfo.usd_per_hour(hardware["gpus"])
+    return {
+        "title": f"nanochat report: {run}{data_label(sections)}",
+        "run": run,
+        "profile": newest.get("profile"),
+        "command": newest.get("continue"),
+        "generated": time.time(),
+        "git": sysinfo.git(),
+        "hardware": hardware,
+        "software": sysinfo.software(),
+        "cost": {
+            "usd_per_hour": usd_per_hour,
+            "usd": None if usd_per_hour is None else usd_per_hour * stage_seconds / 3600,
+            "prices_of": sysinfo.PRICES_DATE,
+        },
+        "stages": stages,
+        "stage_seconds": stage_seconds,
+        "wall_clock_seconds": ledger.span_seconds(records),
+        "summary": summary(sections),
+        "sections": sections,
+    }
+
+
+def data_label(sections: list[dict[str, Any]]) -> str:
+    """What the title has to say about the data, e.g. ` (offline text; synthetic data in base_eval)`."""
+    words = []
+    offline = {section["settings"].get("source") for section in sections} & OFFLINE_SOURCES
+    if offline:
+        words.append(f"offline text: {', '.join(sorted(offline))}")
+    synthetic = [section["stage"] for section in sections if section["synthetic"]]
+    if synthetic:
+        words.append(f"synthetic data in {', '.join(synthetic)}")
+    return f" ({'; '.join(words)})" if words else ""
+
+
+def summary(sections: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table Metric x BASE/MID/SFT/RL: {columns, rows}, only with columns that some stage has filled.
+
+    Where two stages of a column give the same metric, the later stage counts: it measures on more.
+    """
+    cells: dict[str, dict[str, str]] = {}
+    for section in sections:
+        column = COLUMNS.get(section["stage"])
+        metrics = section["metrics"]
+        for name, value in metrics.items():
+            if column and _in_summary(section["stage"], name) and isinstance(value, int | float):
+                cells.setdefault(_bare(name), {})[column] = metric_text(metrics, name)
+    columns = [column for column in dict.fromkeys(COLUMNS.values()) if any(column in row for row in cells.values())]
+    rows = [[label(name), *(cells[name].get(column, "-") for column in columns)] for name in sorted(cells, key=_rank)]
+    return {"columns": ["Metric", *columns], "rows": rows}
+
+
+def _in_summary(stage: str, name: str) -> bool:
+    if name.endswith(STDERR_SUFFIXES) or name == "step":
+        return False
+    return _bare(name) in BPB_METRICS or "_eval" in stage
+
+
+def _bare(name: str) -> str:
+    """A metric's name without its group: Loss/val_bpb -> val_bpb."""
+    return name.rsplit("/", 1)[-1]
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """CORE first, then bits per byte, then single tasks by name, ChatCORE last."""
+    if "chatcore" in name.lower():
+        return 3, name
+    if "core" in name.lower():
+        return 0, name
+    return (1, str(BPB_METRICS.index(name))) if name in BPB_METRICS else (2, name)
+
+
+def loss_curve(run_dir: Path) -> str | None:
+    """Training loss and validation bpb of base training as SVG; None when there are no points."""
+    lines = read_metrics(run_dir / "metrics.jsonl", stage="base")
+    with_tokens = bool(lines) and all("tokens" in line for line in lines)
+    x, x_label = ("tokens", "tokens") if with_tokens else ("step", "step")
+    panels = []
+    for name, title in (
+        ("Loss/train_loss", "Training loss (nats per token)"),
+        ("Loss/val_bpb", "Validation bits per byte"),
+    ):
+        points = [(line[x], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+        if points:
+            panels.append(plot.Panel(title, x_label, points))
+    return plot.line_chart(panels) if panels else None
+
+
+def read_metrics(path: Path, stage: str) -> list[dict[str, Any]]:
+    """Lines of one stage, one a step. Where a resumed or restarted run went back, its own lines replace the old ones;
+    a line that a kill cut short is passed over."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(line, dict) or line.get("stage", "base") != stage or "step" not in line:
+            continue
+        while rows and rows[-1]["step"] > line["step"]:
+            rows.pop()
+        if rows and rows[-1]["step"] == line["step"]:
+            rows[-1].update(line)
+        else:
+            rows.append(line)
+    return rows
+
+
+def _stage_row(row: ledger.Record) -> dict[str, Any]:
+    """The part of a ledger record that the report shows."""
+    status = "running or killed" if row["status"] == "started" else row["status"]
+    note = row.get("reason", "") or (f"exit code {row['exit_code']}" if row.get("exit_code") else "")
+    return {
+        "stage": row["stage"],
+        "status": status,
+        "seconds": row.get("seconds"),
+        "commit": row.get("commit"),
+        "note": note,
+    }
+
+
+def _templates() -> Any:
+    import jinja2  # only the report needs it, and every script imports this module
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown; `cell` and `fence` keep foreign text in its place
+    )
+    environment.filters.update(
+        number=number,
+        label=label,
+        duration=duration,
+        cell=cell,
+        fence=fence,
+        gib=lambda size: f"{size / 2**30:.1f} GiB",
+        date=lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)),
+        shown_metrics=lambda metrics: [
+            (label(name), metric_text(metrics, name)) for name in metrics if not name.endswith(STDERR_SUFFIXES)
+        ],
+    )
+    return environment
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _current_run() -> Path:
+    """The named run; when none is named and nothing was started by hand, the run that was last at work."""
+    if "NANOCHAT_RUN_ID" in os.environ:
+        return paths.run_dir()
+    ledgers = paths.run_dir().parent.glob("*/stages.jsonl")
+    newest = max(ledgers, key=lambda path: path.stat().st_mtime, default=None)
+    return paths.run_dir() if newest is None else newest.parent
+
+
+def main(asked: Settings) -> None:
+    run_dir = _current_run()
+    if asked.action == "reset":
+        reset(run_dir)
+    else:
+        print(f"report of run {run_dir.name}: {generate(run_dir, copy_to=Path.cwd())}")
+
+
+if __name__ == "__main__":
+    settings.run(main, Settings)

@@ -1,0 +1,163 @@
+"""Where a program runs: process group, device, compute dtype, peak FLOPs, printing once, and signals."""
+
+import datetime
+import os
+import signal
+from types import FrameType
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from nanochat.errors import UserError
+
+DeviceType = Literal["auto", "cpu", "cuda", "mps"]
+
+# Dense bf16 peak in FLOP/s, by a substring of the device name; datasheets of the vendors (no sparsity).
+PEAK_BF16_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+class DistInfo(NamedTuple):
+    """What torchrun says about this process."""
+
+    ddp: bool
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def get_dist_info() -> DistInfo:
+    """Rank and world size from torchrun's environment; a lone process is rank 0 of 1."""
+    if "RANK" not in os.environ:
+        return DistInfo(False, 0, 0, 1)
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
+    return DistInfo(True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def print0(*values: object, **options: Any) -> None:
+    """print on rank 0 only, flushed so that logs follow the run."""
+    if get_dist_info().rank == 0:
+        print(*values, flush=True, **options)
+
+
+def pick_device_type(asked: DeviceType = "auto") -> str:
+    """The device type to run on. Raises UserError where one was asked for that this machine lacks."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        return next(name for name, there in present.items() if there)
+    if not present[asked]:
+        have = ", ".join(name for name, there in present.items() if there)
+        raise UserError(f"--device-type={asked}: no such device here (present: {have}); drop the flag or choose one of these")
+    return asked
+
+
+def compute_init(device_type: DeviceType = "auto") -> tuple[bool, int, int, int, torch.device]:
+    """Seed, set matmul precision, join the process group. Returns (ddp, rank, local_rank, world_size, device)."""
+    kind = pick_device_type(device_type)
+    info = get_dist_info()
+    device = torch.device(kind)
+    if kind == "cuda":
+        if info.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {info.local_rank} has no GPU: this host shows {torch.cuda.device_count()}; "
+                f"lower --nproc-per-node"
+            )
+        device = torch.device("cuda", info.local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(42)
+    if info.ddp and not dist.is_initialized():
+        backend = "nccl" if kind == "cuda" else "gloo"
+        timeout = datetime.timedelta(minutes=30)  # the first step compiles; ranks may differ by minutes there
+        dist.init_process_group(backend, timeout=timeout, device_id=device if kind == "cuda" else None)
+        dist.barrier()
+    return *info, device
+
+
+def compute_cleanup() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies in it (compute capability >= 8.0), else fp32. `NANOCHAT_DTYPE` overrides."""
+    names = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    asked = os.environ.get("NANOCHAT_DTYPE")
+    if asked is not None:
+        if asked not in names:
+            raise UserError(f"NANOCHAT_DTYPE={asked}: expected one of {', '.join(names)}")
+        return names[asked]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of this card in FLOP/s; None where it is not known (then no MFU is printed)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+
+
+def device_name(device: torch.device) -> str:
+    """Name for humans and reports."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a host clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held by tensors so far: on the GPU as the allocator counts it, on the CPU the process's peak RSS."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Unix only; nothing else here needs it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1 so that the training loop can finish its step, save and leave.
+
+    The handler only sets a flag: saving inside it could interrupt a half-done optimizer step.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def agreed(self, device: torch.device) -> bool:
+        """True on every rank as soon as any rank was signalled (one small all-reduce when distributed)."""
+        if not dist.is_initialized():
+            return self.received is not None
+        flag = torch.tensor(float(self.received is not None), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())

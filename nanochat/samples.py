@@ -1,0 +1,28 @@
+"""What the model says to fixed prompts, so that two checkpoints can be compared by eye."""
+
+from typing import Any
+
+from nanochat.engine import Engine
+
+PROMPTS = (
+    "The capital of Italy is",
+    "Water boils at a temperature of",
+    "If today is Tuesday, then tomorrow is",
+    "The opposite of cold is",
+    "The function returns",
+    "To install the package, run",
+    "Once upon a time",
+)
+
+
+def make_samples(model: Any, tokenizer: Any) -> list[dict[str, str]]:
+    """Greedy continuations of PROMPTS, and two documents drawn from nothing at temperature 0.8."""
+    engine = Engine(model, tokenizer)
+    bos = tokenizer.get_bos_token_id()
+    samples = []
+    for prompt in PROMPTS:
+        tokens = tokenizer.encode(prompt, prepend=bos)
+        sequences, _ = engine.generate_batch(tokens, num_samples=1, max_tokens=32, temperature=0.0)
+        samples.append({"prompt": prompt, "text": tokenizer.decode(sequences[0][1:])})
+    free, _ = engine.generate_batch([bos], num_samples=2, max_tokens=64, temperature=0.8, top_k=50, seed=42)
+    return samples + [{"prompt": "", "text": tokenizer.decode(sequence[1:])} for sequence in free]

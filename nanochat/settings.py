@@ -1,0 +1,91 @@
+"""Typed settings -> command line: one frozen dataclass a script; flags, help and defaults come from it.
+
+Each field's type gives the flag's type, the docstring under it gives the help (name the unit there), and
+`whole`/`real` give the valid range. cyclopts does the parsing; what is added here is `2e9` for integers and
+one-line errors instead of a box.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+from cyclopts import App, CycloptsError, Parameter, Token, validators
+
+from nanochat.errors import exit_on_user_error
+
+T = TypeVar("T")
+
+
+def _whole_number(type_: Any, tokens: Sequence[Token]) -> int:
+    """Integers may be written 2e9 or 524_288; 1.5 is refused rather than rounded."""
+    text = tokens[0].value
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise ValueError(f"{text} is not a whole number")
+    return int(number)
+
+
+def whole(gte: int | None = None, lte: int | None = None) -> Parameter:
+    """An integer flag with its valid range, both ends included: `Annotated[int, whole(gte=1)]`."""
+    return Parameter(converter=_whole_number, validator=validators.Number(gte=gte, lte=lte))
+
+
+def real(gte: float | None = None, lte: float | None = None) -> Parameter:
+    """A float flag with its valid range, both ends included."""
+    return Parameter(validator=validators.Number(gte=gte, lte=lte))
+
+
+def short(*names: str) -> Parameter:
+    """Extra names of a flag: `Annotated[int, whole(), short("-n")]`."""
+    return Parameter(alias=names)
+
+
+def parse(cls: type[T], argv: Sequence[str]) -> T:
+    """Build `cls` from command-line words. Ends the process with one line (exit 2) when they do not fit."""
+    app = App(name=_program_name(), help=cls.__doc__, version_flags=[], result_action="return_value")
+
+    def collect(settings: T | None = None) -> T:
+        return settings if settings is not None else cls()
+
+    # cyclopts flattens a dataclass parameter named "*" into top-level flags
+    collect.__annotations__ = {"settings": Annotated[cls, Parameter(name="*")] | None, "return": cls}
+    app.default(collect)
+    try:
+        result = app(list(argv), exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        print(f"error: {' '.join(str(error).split())} (see --help)", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if not isinstance(result, cls):  # --help was asked for and has been printed
+        sys.exit(0)
+    return result
+
+
+def run(main: Callable[[T], object], cls: type[T]) -> None:
+    """Entry point of every script: parse sys.argv into `cls`, call `main`, end on a user's mistake with one line."""
+    settings = parse(cls, sys.argv[1:])
+    exit_on_user_error(lambda: main(settings))
+
+
+def replace(settings: T, **changes: Any) -> T:
+    """A copy with some fields changed."""
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """Settings as plain values, to be stored with a checkpoint and shown in the report."""
+    return dataclasses.asdict(settings)
+
+
+def _program_name() -> str:
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {module.name}" if module else os.path.basename(sys.argv[0])

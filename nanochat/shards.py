@@ -1,0 +1,196 @@
+"""Shards on disk: parquet files with a column `text`, and the manifest that says which of them are whole.
+
+    base_data/<source>/shard_00000.parquet ...   base_data/<source>/manifest.json
+
+A shard counts only once the manifest names it; the manifest is replaced atomically after each shard.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nanochat.errors import UserError
+
+ROW_GROUP = 1024  # documents
+Manifest = dict[str, Any]
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`; one without files where there is none. Raises UserError when it is damaged."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["files"].items()
+    except FileNotFoundError:
+        return {"files": {}}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: delete {folder} and get the data again") from None
+    return manifest
+
+
+def update_manifest(folder: Path, about: Manifest, files: Manifest, replace: bool = False) -> None:
+    """Add `files` (and the facts `about` the source) to the manifest, or make them all there is.
+
+    Locked and read again on each call, because a second download may be filling the same folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "manifest.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = {} if replace else load_manifest(folder)["files"]
+        manifest = {**about, "files": dict(sorted({**before, **files}.items()))}
+        with replacing(folder / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder that becomes `path` on success and is removed on failure."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def describe(path: Path, split: str, name: str | None = None) -> Manifest:
+    """Manifest entry of one shard, every row read on the way: size, sha256, documents, characters, UTF-8 bytes.
+
+    Raises UserError (under `name`) when the file is not parquet with a string column `text`.
+    """
+    documents = characters = utf8_bytes = 0
+    file = open_shard(path, name)
+    for group in range(file.num_row_groups):
+        column = _read_column(file, group, name or path.name)
+        documents += len(column) - column.null_count
+        characters += pc.sum(pc.utf8_length(column)).as_py() or 0
+        utf8_bytes += pc.sum(pc.binary_length(column)).as_py() or 0
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
+        "split": split,
+        "size": path.stat().st_size,
+        "sha256": digest,
+        "documents": documents,
+        "characters": characters,
+        "utf8_bytes": utf8_bytes,
+    }
+
+
+def open_shard(path: Path, name: str | None = None) -> pq.ParquetFile:
+    """Open one shard. Raises UserError (under `name`) when it is not parquet or lacks a string column `text`."""
+    name = name or str(path)
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{name} does not exist") from None
+        raise UserError(f"{name}: expected a parquet file, found {_kind(path)}; delete it and get it again") from None
+    schema = file.schema_arrow
+    if "text" not in schema.names:
+        raise UserError(f"{name}: expected a column `text`, found {', '.join(schema.names) or 'none'}")
+    kind = schema.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"{name}: expected strings in column `text`, found {kind}")
+    return file
+
+
+def read_texts(file: pq.ParquetFile, group: int, name: str) -> list[str]:
+    """Documents of one row group, without nulls. Raises UserError when its bytes are damaged."""
+    return [text for text in _read_column(file, group, name).to_pylist() if text is not None]
+
+
+def _read_column(file: pq.ParquetFile, group: int, name: str) -> pa.ChunkedArray:
+    try:
+        return file.read_row_group(group, columns=["text"], use_threads=False).column("text")
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name}: row group {group} is damaged ({reason}); delete it and get it again") from None
+
+
+def _kind(path: Path) -> str:
+    with open(path, "rb") as stream:
+        head = stream.read(64).lstrip().lower()
+    if not head:
+        return "an empty file"
+    if head.startswith((b"<!doctype", b"<html")):
+        return "an HTML page"
+    return "a truncated one" if head.startswith(b"par1") else "something else"
+
+
+def write_shard(path: Path, documents: Iterable[str], row_group: int = ROW_GROUP) -> None:
+    """Write documents as zstd parquet in row groups of `row_group` documents, atomically."""
+    schema = pa.schema([("text", pa.string())])
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        group: list[str] = []
+        for document in documents:
+            group.append(document)
+            if len(group) == row_group:
+                writer.write_table(pa.table({"text": group}, schema))
+                group = []
+        if group:
+            writer.write_table(pa.table({"text": group}, schema))
+
+
+def text_hash(text: str) -> bytes:
+    """What decides a document's place: it depends on its text alone, so the order is the same on every machine."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def write_shards(
+    folder: Path, documents: Iterable[str], val_bytes: int, shard_bytes: int, row_group: int = ROW_GROUP
+) -> Manifest:
+    """Write `documents`, already in their final order, as validation shard and train shards; returns entries.
+
+    The first documents, up to `val_bytes` of UTF-8 (at least one), are for validation and become the last shard;
+    the rest fills train shards of `shard_bytes` each. Raises UserError when nothing is left to train on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = iter(documents)
+    held: list[str] = []
+    size = 0
+    leftover: str | None = None
+    for text in stream:
+        size += len(text.encode())
+        if held and size > val_bytes:
+            leftover = text
+            break
+        held.append(text)
+    if leftover is None:
+        raise UserError(f"{len(held)} documents are too few: one is needed for validation and one to train on")
+
+    def rest() -> Iterator[str]:
+        yield leftover
+        yield from stream
+
+    entries: Manifest = {}
+    remaining = rest()
+    for first in remaining:
+        name = f"shard_{len(entries):05d}.parquet"
+        write_shard(folder / name, _up_to(first, remaining, shard_bytes), row_group)
+        entries[name] = describe(folder / name, "train")
+    name = f"shard_{len(entries):05d}.parquet"
+    write_shard(folder / name, held, row_group)
+    entries[name] = describe(folder / name, "val")
+    return entries
+
+
+def _up_to(first: str, documents: Iterator[str], limit: int) -> Iterator[str]:
+    """`first` and as many more documents as it takes to reach `limit` bytes."""
+    size = len(first.encode())
+    yield first
+    while size < limit:
+        text = next(documents, None)
+        if text is None:
+            return
+        size += len(text.encode())
+        yield text

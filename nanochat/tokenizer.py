@@ -1,0 +1,282 @@
+"""Text <-> token ids: byte-pair encoding by the `rustbpe` crate, special tokens, conversations with loss masks.
+
+A tokenizer directory holds four files:
+    tiktoken.bpe               one line a token: base64 of its bytes, a space, its id (what from_directory reads)
+    meta.json                  split pattern, special tokens, vocabulary size and hash; written last
+    tokenizer.json             the same tokenizer for the `tokenizers` library and what is built on it
+    token_bytes.safetensors    int32 (vocab,): what get_token_bytes returns, for programs without this module
+Ids: the mergeable tokens first (0-255 are the single bytes), then the special tokens.
+
+Encoding never looks for special tokens in text: only encode_special and the rendering of conversations produce them.
+"""
+
+import base64
+import functools
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import safetensors.torch
+import torch
+
+import rustbpe
+from nanochat.conversation import Piece, completion_pieces, conversation_pieces
+from nanochat.errors import UserError
+from nanochat.paths import tokenizer_dir
+from nanochat.tokenizer_json import huggingface_json
+
+SPECIAL_TOKENS = [
+    "<|bos|>",  # starts every document
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls the python tool
+    "<|python_end|>",
+    "<|output_start|>",  # what the tool printed
+    "<|output_end|>",
+]
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+
+class RustBPETokenizer:
+    """Byte-level BPE. Any text round-trips, except lone surrogates (no UTF-8 has them), which become U+FFFD."""
+
+    def __init__(self, core: rustbpe.Tokenizer, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> None:
+        self._core = core
+        ranks = core.get_mergeable_ranks()
+        self._token_bytes = [bytes(token) for token, _ in sorted(ranks, key=lambda pair: pair[1])]
+        self._specials = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
+
+    @classmethod
+    def train_from_iterator(cls, iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
+        """Train on texts. `vocab_size` counts the special tokens; too little text gives a smaller vocabulary."""
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise UserError(
+                f"vocab_size={vocab_size}: must be at least {MIN_VOCAB_SIZE} "
+                f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+            )
+        core = rustbpe.Tokenizer()
+        mergeable = vocab_size - len(SPECIAL_TOKENS)
+        core.train_from_iterator(iter(iterator), mergeable, pattern=rustbpe.SPLIT_PATTERN)
+        return cls(core)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "RustBPETokenizer":
+        """Load what `save` wrote. Raises UserError where files are missing, damaged or of two different tokenizers."""
+        directory = Path(directory)
+        meta = _read_meta(directory)
+        try:
+            lines = (directory / "tiktoken.bpe").read_bytes()
+        except FileNotFoundError:
+            raise _unusable(directory, "tiktoken.bpe is missing") from None
+        found = _fingerprint(lines, meta["pattern"], meta["special_tokens"])
+        if found != meta["hash"]:
+            raise _unusable(directory, f"tiktoken.bpe or meta.json was changed: hash {found}, saved as {meta['hash']}")
+        words = [line.split() for line in lines.splitlines()]
+        ranks = [(base64.b64decode(token), int(rank)) for token, rank in words]
+        return cls(rustbpe.Tokenizer.from_ranks(ranks, meta["pattern"]), meta["special_tokens"])
+
+    def save(self, directory: str | Path) -> None:
+        """Write the four files of a tokenizer directory. A full disk leaves the previous ones as they were."""
+        meta = {
+            "pattern": self.get_pattern(),
+            "special_tokens": self.get_special_tokens(),
+            "vocab_size": self.get_vocab_size(),
+            "hash": self.hash,
+        }
+        ranks = dict(self.get_mergeable_ranks())
+        sizes = {"token_bytes": torch.tensor(self.token_byte_lengths(), dtype=torch.int32)}
+        files = {
+            "tokenizer.json": huggingface_json(ranks, self.get_pattern(), self.get_special_tokens()).encode(),
+            "token_bytes.safetensors": safetensors.torch.save(sizes, {"tokenizer_hash": self.hash}),
+            "tiktoken.bpe": self._rank_lines(),
+            "meta.json": (json.dumps(meta, indent=2) + "\n").encode(),
+        }
+        _write_files(Path(directory), files)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hex digits over ranks, pattern and specials; ties checkpoints and tokenized data to this tokenizer."""
+        return _fingerprint(self._rank_lines(), self.get_pattern(), self.get_special_tokens())
+
+    def get_vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return len(self._token_bytes) + len(self._specials)
+
+    def get_special_tokens(self) -> list[str]:
+        """Names of the special tokens in the order of their ids."""
+        return list(self._specials)
+
+    def encode_special(self, name: str) -> int:
+        """Id of a special token. Raises ValueError for any other name."""
+        if name not in self._specials:
+            raise ValueError(f"{name!r} is not a special token: {', '.join(self._specials)}")
+        return self._specials[name]
+
+    def get_bos_token_id(self) -> int:
+        return self._specials["<|bos|>"]
+
+    def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
+        """(bytes, id) of every token but the special ones, by id."""
+        return [(token, rank) for rank, token in enumerate(self._token_bytes)]
+
+    def get_pattern(self) -> str:
+        """The regular expression that cuts text into the chunks within which tokens are merged."""
+        return self._core.get_pattern()
+
+    def token_byte_lengths(self) -> list[int]:
+        """Bytes of text that each id stands for, from the raw bytes of the token; 0 for special tokens."""
+        return [len(token) for token in self._token_bytes] + [0] * len(self._specials)
+
+    @overload
+    def encode(
+        self, text: str, prepend: str | int | None = None, append: str | int | None = None, num_threads: int = 8
+    ) -> list[int]: ...
+
+    @overload
+    def encode(
+        self, text: list[str], prepend: str | int | None = None, append: str | int | None = None, num_threads: int = 8
+    ) -> list[list[int]]: ...
+
+    def encode(
+        self,
+        text: str | list[str],
+        prepend: str | int | None = None,
+        append: str | int | None = None,
+        num_threads: int = 8,
+    ) -> list[int] | list[list[int]]:
+        """Ids of one text, or of each text of a list in parallel. `prepend`, `append`: a special token's name or id."""
+        before = [] if prepend is None else [self._token_id(prepend)]
+        after = [] if append is None else [self._token_id(append)]
+        if isinstance(text, str):
+            return before + self._core.encode(_utf8_safe(text)) + after
+        if not isinstance(text, list):
+            raise TypeError(f"encode takes a string or a list of strings, not {type(text).__name__}")
+        rows = self._core.batch_encode([_utf8_safe(one) for one in text], num_threads)
+        return [before + row + after for row in rows] if before or after else rows
+
+    __call__ = encode
+
+    def encode_batch_numpy(self, texts: Sequence[str], num_threads: int = 8) -> list[np.ndarray]:
+        """One array of ids a text: uint16 where the vocabulary fits (<= 65,536), else uint32. No special tokens."""
+        tokens, offsets = self._core.batch_encode_u32([_utf8_safe(text) for text in texts], num_threads)
+        ids = np.frombuffer(tokens, dtype="<u4")
+        bounds = np.frombuffer(offsets, dtype="<u8").tolist()
+        dtype = np.uint16 if self.get_vocab_size() <= 1 << 16 else np.uint32
+        # astype copies: a text kept in a packing buffer must not keep its whole batch in memory
+        return [ids[start:end].astype(dtype) for start, end in itertools.pairwise(bounds)]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The raw bytes, special tokens by their names. Raises ValueError for an id outside the vocabulary."""
+        table = self._all_bytes
+        values = [int(i) for i in ids]
+        if values and not (min(values) >= 0 and max(values) < len(table)):
+            raise ValueError(f"ids from {min(values)} to {max(values)}: expected 0 to {len(table) - 1}")
+        return b"".join([table[i] for i in values])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text, special tokens by their names; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def id_to_token(self, id: int) -> str:
+        return self.decode([id])
+
+    def render_conversation(
+        self, conversation: Mapping[str, Any], max_tokens: int = 2048
+    ) -> tuple[list[int], list[int]]:
+        """(ids, mask) of equal length <= max_tokens; mask is 1 on the tokens to train on. See nanochat/conversation.py.
+
+        Raises UserError where the conversation is not well formed.
+        """
+        return self._encode_pieces(conversation_pieces(conversation), max_tokens)
+
+    def render_for_completion(self, conversation: Mapping[str, Any]) -> list[int]:
+        """Ids up to the <|assistant_start|> of the answer to come, included; a final assistant message is dropped."""
+        return self._encode_pieces(completion_pieces(conversation), max_tokens=None)[0]
+
+    def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
+        """The tokens for a terminal, `|` between them: green where the mask is 1, red where it is 0."""
+        colour = {0: "\x1b[31m", 1: "\x1b[32m"}
+        tokens = [f"{colour[m]}{self.id_to_token(i)}\x1b[0m" for i, m in zip(ids, mask, strict=True)]
+        return "|".join(tokens)
+
+    def _encode_pieces(self, pieces: list[Piece], max_tokens: int | None) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        mask: list[int] = []
+        for piece in pieces:
+            new = [self.encode_special(piece.text)] if piece.special else self.encode(piece.text)
+            ids += new
+            mask += [int(piece.trained)] * len(new)
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def _token_id(self, token: str | int) -> int:
+        return self.encode_special(token) if isinstance(token, str) else token
+
+    @functools.cached_property
+    def _all_bytes(self) -> list[bytes]:
+        return self._token_bytes + [name.encode() for name in self._specials]
+
+    def _rank_lines(self) -> bytes:
+        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self._token_bytes)]
+        return b"".join(lines)
+
+
+def get_tokenizer() -> RustBPETokenizer:
+    """The tokenizer of the artifact store. Raises UserError where it is absent or damaged."""
+    return RustBPETokenizer.from_directory(tokenizer_dir())
+
+
+def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
+    """int32 (vocab,): bytes of text that each id stands for, 0 for specials. Raises UserError as get_tokenizer."""
+    # from the ranks, whose hash was checked, rather than from token_bytes.safetensors: bits per byte hang on it
+    return torch.tensor(get_tokenizer().token_byte_lengths(), dtype=torch.int32, device=device)
+
+
+def _utf8_safe(text: str) -> str:
+    """`text` itself, unless it has lone surrogates (json.loads lets them in): those become U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _unusable(directory: Path, why: str) -> UserError:
+    return UserError(f"no usable tokenizer in {directory}: {why}; run `python -m scripts.tok_train`")
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((directory / "meta.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise _unusable(directory, "meta.json is missing") from None
+    except ValueError as error:
+        raise _unusable(directory, f"meta.json is damaged: {error}") from None
+    if not isinstance(meta, dict) or not {"pattern", "special_tokens", "hash"} <= meta.keys():
+        raise _unusable(directory, "meta.json is damaged: it lacks pattern, special_tokens or hash")
+    return meta
+
+
+def _fingerprint(rank_lines: bytes, pattern: str, special_tokens: Sequence[str]) -> str:
+    settled = json.dumps([pattern, special_tokens]).encode()
+    return hashlib.sha256(rank_lines + settled).hexdigest()[:16]
+
+
+def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """All of them to `<name>.tmp` first, then renamed in order: a full disk leaves the old files as they were."""
+    directory.mkdir(parents=True, exist_ok=True)
+    staged = {directory / f"{name}.tmp": directory / name for name in files}
+    try:
+        for temporary, content in zip(staged, files.values(), strict=True):
+            temporary.write_bytes(content)
+        for temporary, final in staged.items():
+            os.replace(temporary, final)
+    finally:
+        for temporary in staged:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,65 @@
+"""Metrics of a training run: JSONL always, the console, and Weights & Biases when asked.
+
+Names come in groups, `Group/name`: Loss/, Time/, Optimization/, Hardware/, Eval/. W&B makes a panel of each group.
+"""
+
+import json
+from typing import Any
+
+from nanochat.paths import run_dir
+from nanochat.runtime import get_dist_info
+from nanochat.shards import replacing
+
+NO_WANDB = "dummy"
+
+
+class Tracker:
+    """Writes records `{"stage": …, "step": …, "tokens": …, metric: value}` to runs/<run id>/metrics.jsonl, on rank 0.
+
+    A record may come in several parts (training metrics, then an evaluation at the same step).
+    """
+
+    def __init__(self, stage: str, run: str, settings: dict[str, Any], resume_step: int | None = None) -> None:
+        self.stage = stage
+        self.active = get_dist_info().rank == 0
+        self.wandb: Any = None
+        if not self.active:
+            return
+        self.path = run_dir() / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._drop_after(resume_step)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the length of the run
+        if run != NO_WANDB:
+            import wandb  # 0.7 s to import: only for those who use it
+
+            self.wandb = wandb.init(project="nanochat", name=run, group=stage, config=settings)
+            self.wandb.define_metric("*", step_metric="step")
+
+    def _drop_after(self, step: int | None) -> None:
+        """A run that starts again, or resumes, repeats steps: its earlier records of them go (None: all of them)."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut short by a kill
+                continue
+            if record.get("stage") != self.stage or (step is not None and record["step"] <= step):
+                kept.append(line + "\n")
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept))
+
+    def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
+        """Record `metrics` at `step` (optimizer steps done) after `tokens` training tokens."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"stage": self.stage, "step": step, "tokens": tokens, **metrics}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log({"step": step, "tokens": tokens, **metrics})
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish()

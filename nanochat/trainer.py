@@ -1,0 +1,329 @@
+"""THE training loop: base, mid and sft share it.
+
+A script builds the parts (model, optimizer, loader, schedule, evaluations), puts them into a TrainingRun and calls
+`train`. What happens at each step boundary, in this order: evaluations that are due, checkpoint, stop if asked, step.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat import checkpoint
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.loss import IGNORED
+from nanochat.optim import MuonAdamW, set_schedule
+from nanochat.runtime import StopSignal, peak_flops, peak_memory_bytes, print0, synchronize
+from nanochat.tracking import Tracker
+
+KEEP_LAST = 2  # checkpoints on disk: should the newest turn out damaged, there is one before it
+WARMUP_STEPS = 5  # left out of tokens/s and MFU: they compile, tune kernels and fill the allocator
+SMOOTHING = 0.9  # of the printed loss
+
+
+class Loader(Protocol):
+    """Where the trainer gets its micro-batches from (nanochat.dataloader.TrainLoader, for one)."""
+
+    batches_per_step: int
+
+    def next_batch(self) -> tuple[Tensor, Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def epoch(self) -> float: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Something measured every so many steps."""
+
+    every: int
+    """Steps between two measurements; 0 or less: never, except as `at_end` says."""
+    at_end: bool
+    """Also after the last step."""
+    run: Callable[[int], dict[str, float]]
+    """step -> metrics, named `Group/name`. Called on every rank, in evaluation mode, without gradients."""
+
+    def due(self, step: int, last: bool) -> bool:
+        return (self.every > 0 and step % self.every == 0 and step > 0) or (last and self.at_end)
+
+
+@dataclass
+class LoopState:
+    """Counters of the loop; stored with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    smoothed_loss: float = 0.0
+    """Exponential moving average of the training loss, before bias correction."""
+    seconds: float = 0.0
+    """Time spent in training steps, evaluations left out."""
+    steady_steps: int = 0
+    """Steps behind tokens/s and MFU: all but the first few of each start."""
+    steady_seconds: float = 0.0
+    """Time those took."""
+    evaluated_step: int = -1
+    """Last step whose evaluations have been made."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Smallest value of each Loss/ metric of the evaluations."""
+    latest: dict[str, float] = field(default_factory=dict)
+    """Newest value of each metric."""
+
+
+@dataclass
+class TrainingRun:
+    """Everything `train` needs."""
+
+    stage: str
+    """base, mid or sft."""
+    folder: Path
+    """Where checkpoints go."""
+    model: GPT
+    """The model itself."""
+    forward: Callable[..., Tensor]
+    """The model as it is trained: compiled, or the model itself. Called as forward(x, y, loss_reduction="sum")."""
+    optimizer: MuonAdamW
+    loader: Loader
+    num_iterations: int
+    """Optimizer steps of the whole run."""
+    tokens_per_step: int
+    """Tokens in one global batch."""
+    schedule: Callable[[int], tuple[float, float]]
+    """step -> (learning-rate multiplier, Muon momentum)."""
+    grad_clip: float
+    """Largest global gradient norm; 0 = no clipping."""
+    save_every: int
+    """Steps between checkpoints; 0 or less: only the last."""
+    evaluations: list[Evaluation]
+    tracker: Tracker
+    meta: dict[str, Any]
+    """What else a checkpoint says of the run: settings, model config, tokenizer."""
+    state: LoopState = field(default_factory=LoopState)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of `train` came to."""
+
+    finished: bool
+    """False: stopped by a signal, saved, to be continued."""
+    metrics: dict[str, float]
+    """Final figures for the report."""
+
+
+def resume(run: TrainingRun, step: int, meta: dict[str, Any]) -> None:
+    """Put model, optimizer, generators and counters where the checkpoint of `step` left them (not the loader, whose
+    state is given to its constructor)."""
+    checkpoint.load_weights(run.folder, step, run.model, run.model.get_device())
+    checkpoint.load_optimizer(run.folder, step, run.optimizer, meta["optimizer_steps"])
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank < len(meta["rng"]):
+        checkpoint.set_rng_state(meta["rng"][rank])
+    run.state = LoopState(**meta["loop"])
+    print0(f"resumed from step {step:,} in {run.folder}")
+
+
+def train(run: TrainingRun) -> Outcome:
+    """Train to the last step, or until a signal asks to stop; the state is saved in both cases."""
+    stop = StopSignal()
+    device = run.model.get_device()
+    console = _Console(run, device)
+    saved_step = run.state.step if run.state.step > 0 else -1
+    started_at = run.state.step
+    try:
+        while True:
+            state = run.state
+            last = state.step == run.num_iterations
+            stopping = stop.agreed(device)
+            if state.step != state.evaluated_step and not stopping:
+                _evaluate(run, last)
+            due = run.save_every > 0 and state.step % run.save_every == 0 and state.step > 0
+            if state.step != saved_step and (last or stopping or due):
+                console.flush()
+                saved_step = _save(run)
+            if last or stopping:
+                break
+            console.step(_train_step(run), synced=state.step - started_at == WARMUP_STEPS)
+            if state.step == started_at + 1:
+                # Python's collector walks all objects every so often: half a second on all ranks in turn. What exists
+                # after the first step lives for the whole run.
+                gc.collect()
+                gc.freeze()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{device} is out of memory at a device batch of {run.tokens_per_step // run.loader.batches_per_step:,} "
+            "tokens: halve --device-batch-size (the total batch, and so the result, stays the same)"
+        ) from None
+    finally:
+        gc.unfreeze()
+        run.loader.close()
+    if stopping and not last:
+        print0(f"stopped by {stop.received or 'another rank'} at step {state.step:,}, saved; run again with --resume=auto")
+        return Outcome(False, console.summary())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        checkpoint.mark_complete(run.folder)
+    return Outcome(True, console.summary())
+
+
+def _train_step(run: TrainingRun) -> tuple[Tensor, Tensor, float]:
+    """One optimizer step. Returns (mean loss over all ranks, gradient norm, learning-rate multiplier), unread."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    batches = [run.loader.next_batch() for _ in range(run.loader.batches_per_step)]
+    # Each target weighs the same wherever it lies: divide by the global count, not by each micro-batch's own (which
+    # may be zero, when everything in it is masked).
+    count = torch.stack([(targets != IGNORED).sum() for _, targets in batches]).sum().float()
+    if world > 1:
+        dist.all_reduce(count)
+    count = count.clamp(min=1)
+    total = torch.zeros((), device=count.device)
+    for inputs, targets in batches:
+        loss = run.forward(inputs, targets, loss_reduction="sum")
+        (loss * (world / count)).backward()  # the optimizer averages over ranks
+        total += loss.detach()
+    if world > 1:
+        dist.all_reduce(total)
+    multiplier, momentum = run.schedule(run.state.step)
+    set_schedule(run.optimizer, multiplier, momentum)
+    norm = run.optimizer.step(max_norm=run.grad_clip if run.grad_clip > 0 else None)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.state.step += 1
+    return total / count, norm, multiplier
+
+
+def _evaluate(run: TrainingRun, last: bool) -> None:
+    """Make the evaluations that are due at this step and record what they say."""
+    state = run.state
+    run.model.eval()
+    metrics: dict[str, float] = {}
+    with torch.no_grad():
+        for evaluation in run.evaluations:
+            if evaluation.due(state.step, last):
+                metrics.update(evaluation.run(state.step))
+    run.model.train()
+    state.evaluated_step = state.step
+    if not metrics:
+        return
+    state.latest.update(metrics)
+    for name, value in metrics.items():
+        if name.startswith("Loss/"):
+            state.best[name] = min(value, state.best.get(name, math.inf))
+    run.tracker.log(state.step, state.step * run.tokens_per_step, metrics)
+    print0(f"step {state.step:05d} | " + " | ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    gc.collect()
+
+
+def _save(run: TrainingRun) -> int:
+    """Write a checkpoint and drop the ones before the last KEEP_LAST."""
+    meta = {**run.meta, "loop": asdict(run.state), "loader": run.loader.state_dict()}
+    meta["val_bpb"] = run.state.latest.get("Loss/val_bpb")
+    path = checkpoint.save(run.folder, run.state.step, run.model, run.optimizer, meta)
+    print0(f"saved {path}")
+    checkpoint.prune(run.folder, KEEP_LAST)
+    return run.state.step
+
+
+class _Console:
+    """Turns the unread tensors of training steps into log lines and metrics, about once a second.
+
+    Reading a value waits for the device; doing so at every step would leave it idle in between.
+    """
+
+    def __init__(self, run: TrainingRun, device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.flops_per_token = run.model.estimate_flops()
+        self.peak = peak_flops(device)
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.seen = 0
+        self.clock = time.perf_counter()
+
+    def step(self, result: tuple[Tensor, Tensor, float], synced: bool) -> None:
+        self.pending.append((self.run.state.step, *result))
+        if synced or self.seen < WARMUP_STEPS or time.perf_counter() - self.clock > 1.0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read what has come up since the last time, record it, print the newest step."""
+        if not self.pending:
+            self.clock = time.perf_counter()
+            return
+        synchronize(self.device)
+        now = time.perf_counter()
+        elapsed, self.clock = now - self.clock, now
+        state, count = self.run.state, len(self.pending)
+        seconds = elapsed / count
+        state.seconds += elapsed
+        if self.seen >= WARMUP_STEPS:
+            state.steady_steps += count
+            state.steady_seconds += elapsed
+        self.seen += count
+        rate = self.run.tokens_per_step / seconds
+        for step, loss_tensor, norm_tensor, multiplier in self.pending:
+            loss = loss_tensor.item()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {step}: lower --matrix-lr and --embedding-lr; the checkpoints before "
+                    "this step stand"
+                )
+            state.smoothed_loss = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * loss
+            metrics = {
+                "Loss/train_loss": loss,
+                "Optimization/grad_norm": norm_tensor.item(),
+                "Optimization/lr_multiplier": multiplier,
+                "Time/step_seconds": seconds,
+                "Time/tokens_per_second": rate,
+            }
+            if self.peak:
+                metrics["Hardware/mfu"] = self._mfu(rate)
+            state.latest.update(metrics)
+            self.run.tracker.log(step, step * self.run.tokens_per_step, metrics)
+        self.pending.clear()
+        self._print(step, seconds, rate)
+
+    def _mfu(self, tokens_per_second: float) -> float:
+        assert self.peak is not None
+        return self.flops_per_token * tokens_per_second / (self.peak * self.world)
+
+    def _print(self, step: int, seconds: float, rate: float) -> None:
+        state, total = self.run.state, self.run.num_iterations
+        smoothed = state.smoothed_loss / (1 - SMOOTHING**step)
+        pace = state.steady_seconds / state.steady_steps if state.steady_steps else seconds
+        mfu = f" | mfu {100 * self._mfu(rate):.1f}%" if self.peak else ""
+        print0(
+            f"step {step:05d}/{total:05d} ({100 * step / total:.1f}%) | loss {smoothed:.4f} | "
+            f"lrm {state.latest['Optimization/lr_multiplier']:.2f} | norm {state.latest['Optimization/grad_norm']:.3f} | "
+            f"{1000 * seconds:,.1f} ms | {rate:,.0f} tok/s{mfu} | epoch {self.run.loader.epoch():.2f} | "
+            f"{state.seconds / 60:.1f} min, {pace * (total - step) / 60:.1f} left"
+        )
+
+    def summary(self) -> dict[str, float]:
+        """Final figures. Tokens/s and MFU are means over the steady steps, whose number stands beside them."""
+        state = self.run.state
+        result: dict[str, float] = {"steps": state.step, "tokens": state.step * self.run.tokens_per_step}
+        result.update({f"final {name.split('/')[1]}": value for name, value in state.latest.items() if _is_result(name)})
+        result.update({f"minimum {name.split('/')[1]}": value for name, value in state.best.items()})
+        result["training minutes"] = state.seconds / 60
+        result["training FLOPs"] = self.flops_per_token * state.step * self.run.tokens_per_step
+        result["peak memory GiB"] = peak_memory_bytes(self.device) / 2**30
+        if state.steady_steps:
+            rate = state.steady_steps * self.run.tokens_per_step / state.steady_seconds
+            result["tokens per second"] = rate
+            result["steps averaged"] = state.steady_steps
+            if self.peak:
+                result["mfu"] = self._mfu(rate)
+                result["peak FLOP/s per device"] = self.peak
+        return result
+
+
+def _is_result(name: str) -> bool:
+    return name.startswith(("Loss/", "Eval/"))

@@ -1,0 +1,156 @@
+//! A vocabulary together with its split pattern, and the encoding of many documents on many threads.
+
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::encode::Worker;
+use crate::split::{SplitError, Splitter};
+use crate::vocab::Vocab;
+
+/// Text that a thread takes at once: one to two milliseconds of work, against some 20 µs to start a thread.
+const BLOCK_BYTES: usize = 64 * 1024;
+
+/// Token ids of several documents, one after the other.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Encoded {
+    pub ids: Vec<u32>,
+    /// Where each document ends in `ids`.
+    pub ends: Vec<usize>,
+}
+
+/// All that encoding and decoding need.
+pub struct Model {
+    pub vocab: Vocab,
+    splitter: Splitter,
+    /// Workers of earlier calls, with their caches warm.
+    idle: Mutex<Vec<Worker>>,
+}
+
+impl Model {
+    pub fn new(vocab: Vocab, splitter: Splitter) -> Self {
+        Model { vocab, splitter, idle: Mutex::new(Vec::new()) }
+    }
+
+    /// The split pattern.
+    pub fn pattern(&self) -> &str {
+        self.splitter.pattern()
+    }
+
+    fn with_worker<T>(&self, work: impl FnOnce(&mut Worker) -> T) -> T {
+        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut worker = idle().pop().unwrap_or_else(|| Worker::new(&self.splitter));
+        let result = work(&mut worker);
+        idle().push(worker);
+        result
+    }
+
+    /// The tokens of one text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, SplitError> {
+        let mut ids = Vec::with_capacity(text.len() / 3 + 1);
+        self.with_worker(|worker| worker.encode(&self.vocab, text, &mut ids))?;
+        Ok(ids)
+    }
+
+    /// The tokens of many texts, in their order: a list of blocks, each with the tokens of consecutive texts.
+    ///
+    /// At most `threads` threads (None: one a core). They are started for the call and end with it: a standing
+    /// pool would leave a process that forks (as data loaders do) with a pool whose threads are gone, and hang.
+    pub fn encode_batch<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[T],
+        threads: Option<usize>,
+    ) -> Result<Vec<Encoded>, SplitError> {
+        let blocks = blocks(texts);
+        let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
+        let threads = threads.unwrap_or_else(cores).clamp(1, blocks.len().max(1));
+        let next = AtomicUsize::new(0);
+        let work = || {
+            self.with_worker(|worker| {
+                let mut done = Vec::new();
+                while let Some(block) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let texts = &texts[block.clone()];
+                    let mut encoded = Encoded::default();
+                    for text in texts {
+                        worker.encode(&self.vocab, text.as_ref(), &mut encoded.ids)?;
+                        encoded.ends.push(encoded.ids.len());
+                    }
+                    done.push((block.start, encoded));
+                }
+                Ok(done)
+            })
+        };
+        let parts: Vec<Result<Vec<(usize, Encoded)>, SplitError>> = std::thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let own = work();
+            let join = |other: std::thread::ScopedJoinHandle<_>| {
+                other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            std::iter::once(own).chain(others.into_iter().map(join)).collect()
+        });
+        let mut done: Vec<(usize, Encoded)> = Vec::with_capacity(blocks.len());
+        for part in parts {
+            done.extend(part?);
+        }
+        done.sort_unstable_by_key(|(start, _)| *start);
+        Ok(done.into_iter().map(|(_, encoded)| encoded).collect())
+    }
+}
+
+/// Consecutive texts of together at least [`BLOCK_BYTES`] (the last block may be smaller).
+fn blocks<T: AsRef<str>>(texts: &[T]) -> Vec<std::ops::Range<usize>> {
+    let mut blocks = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (index, text) in texts.iter().enumerate() {
+        bytes += text.as_ref().len();
+        if bytes >= BLOCK_BYTES {
+            blocks.push(start..index + 1);
+            (start, bytes) = (index + 1, 0);
+        }
+    }
+    if start < texts.len() {
+        blocks.push(start..texts.len());
+    }
+    blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::split::SPLIT_PATTERN;
+    use crate::testing::{Random, naive_train};
+
+    #[test]
+    fn a_batch_equals_its_texts_one_by_one() {
+        let mut random = Random::new(9);
+        let words: Vec<_> = (0..10).map(|_| (random.word(12, 3), 1)).collect();
+        let model = Model::new(Vocab::from_merges(&naive_train(&words, 300)), Splitter::new(SPLIT_PATTERN).unwrap());
+        let texts: Vec<String> = (0..120)
+            .map(|index| match index % 10 {
+                0 => String::new(),
+                _ => String::from_utf8(random.word(5000, 3)).unwrap(),
+            })
+            .collect();
+        let single: Vec<Vec<u32>> = texts.iter().map(|text| model.encode(text).unwrap()).collect();
+        for threads in [None, Some(1), Some(2), Some(50)] {
+            let mut found = Vec::new();
+            for block in model.encode_batch(&texts, threads).unwrap() {
+                let mut start = 0;
+                for end in block.ends {
+                    found.push(block.ids[start..end].to_vec());
+                    start = end;
+                }
+            }
+            assert_eq!(found, single, "{threads:?} threads");
+        }
+        assert_eq!(model.encode_batch::<&str>(&[], Some(4)).unwrap(), []);
+    }
+
+    #[test]
+    fn an_error_in_any_block_is_reported() {
+        let splitter = Splitter::new(r"(?:a|aa)+(?!\S)b|[^a]").unwrap();
+        let model = Model::new(Vocab::from_merges(&[]), splitter);
+        let texts = ["x".repeat(BLOCK_BYTES), "a".repeat(200), "x".repeat(BLOCK_BYTES)];
+        assert!(model.encode_batch(&texts, Some(2)).unwrap_err().to_string().contains("gave up"));
+    }
+}

@@ -1,0 +1,203 @@
+//! Counts the distinct chunks of a corpus, buffer by buffer, on all threads.
+
+use std::hash::BuildHasher;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::hash::{Fast, SHORT, ShortKey};
+use crate::split::{SplitError, Splitter};
+use crate::word_table::WordTable;
+
+/// Documents laid end to end: one allocation for a buffer, not one for each document.
+#[derive(Default)]
+pub struct Documents {
+    text: String,
+    ends: Vec<usize>,
+}
+
+impl Documents {
+    pub fn push(&mut self, document: &str) {
+        self.text.push_str(document);
+        self.ends.push(self.text.len());
+    }
+
+    pub fn clear(&mut self) {
+        self.text.clear();
+        self.ends.clear();
+    }
+
+    /// Number of documents.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Bytes of text.
+    pub fn bytes(&self) -> usize {
+        self.text.len()
+    }
+
+    /// The documents in `parts` consecutive runs of about equally many bytes, some maybe empty.
+    fn runs(&self, parts: usize) -> Vec<Range<usize>> {
+        let border = |part: usize| match part {
+            0 => 0,
+            _ if part == parts => self.len(),
+            _ => self.ends.partition_point(|&end| end <= self.text.len() * part / parts),
+        };
+        (0..parts).map(|part| border(part)..border(part + 1)).collect()
+    }
+
+    fn get(&self, index: usize) -> &str {
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        &self.text[start..self.ends[index]]
+    }
+}
+
+/// Chunk counts of a whole corpus. Memory grows with the number of distinct chunks only.
+///
+/// Every thread counts its part of a buffer into tables of its own; then the tables are added up, each shard
+/// (a fixed part of the hash space) by one thread, so that neither step has a serial part. Counts are sums, so
+/// the result does not depend on the number of threads.
+pub struct WordCounter {
+    total: Vec<WordTable>,
+    lanes: Vec<Lane>,
+}
+
+/// What one thread counts with.
+struct Lane {
+    splitter: Splitter,
+    /// As many as there are shards; none if this is the only lane, which counts straight into the total, because
+    /// adding up would cost time and gain nothing.
+    tables: Vec<WordTable>,
+}
+
+impl WordCounter {
+    /// A counter that uses the threads of the current rayon pool.
+    pub fn new(splitter: &Splitter) -> Self {
+        let threads = rayon::current_num_threads();
+        let shards = threads.next_power_of_two().min(256);
+        let tables = |shards| (0..shards).map(|_| WordTable::default()).collect::<Vec<_>>();
+        let lane = |_| Lane { splitter: splitter.clone(), tables: tables(if threads == 1 { 0 } else { shards }) };
+        WordCounter { total: tables(shards), lanes: (0..threads).map(lane).collect() }
+    }
+
+    /// Adds the chunks of these documents.
+    pub fn count(&mut self, documents: &Documents) -> Result<(), SplitError> {
+        if let [Lane { splitter, .. }] = self.lanes.as_mut_slice() {
+            return count_into(splitter, &mut self.total, documents, 0..documents.len());
+        }
+        let runs = documents.runs(self.lanes.len());
+        self.lanes
+            .par_iter_mut()
+            .zip(runs)
+            .try_for_each(|(Lane { splitter, tables }, run)| count_into(splitter, tables, documents, run))?;
+        let lanes = &self.lanes;
+        self.total.par_iter_mut().enumerate().for_each(|(shard, total)| {
+            for lane in lanes {
+                total.absorb(&lane.tables[shard]);
+            }
+        });
+        self.lanes.par_iter_mut().for_each(|lane| lane.tables.iter_mut().for_each(WordTable::clear));
+        Ok(())
+    }
+
+    /// Calls `word(bytes, count)` for every distinct chunk, in no particular order.
+    pub fn each(&self, mut word: impl FnMut(&[u8], u64)) {
+        self.total.iter().for_each(|table| table.each(&mut word));
+    }
+
+    /// Number of distinct chunks.
+    pub fn len(&self) -> usize {
+        self.total.iter().map(WordTable::len).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+fn count_into(
+    splitter: &Splitter,
+    tables: &mut [WordTable],
+    documents: &Documents,
+    run: Range<usize>,
+) -> Result<(), SplitError> {
+    for index in run {
+        let text = documents.get(index);
+        let bytes = text.as_bytes();
+        splitter.split(text, |start, end| {
+            if end - start <= SHORT {
+                let key = ShortKey::of(bytes, start, end);
+                table_of(tables, key.hash()).add_short(key, 1);
+            } else {
+                let word = &bytes[start..end];
+                table_of(tables, Fast::default().hash_one(word)).add_long(word, 1);
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// The highest bits of a hash choose the shard; a table's own place comes from the lowest.
+#[inline(always)]
+fn table_of(tables: &mut [WordTable], hash: u64) -> &mut WordTable {
+    let mask = tables.len() - 1;
+    &mut tables[(hash >> 56) as usize & mask]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::split::SPLIT_PATTERN;
+    use crate::testing::Random;
+
+    #[test]
+    fn counts_equal_a_plain_map_with_any_number_of_threads() {
+        let splitter = Splitter::new(SPLIT_PATTERN).unwrap();
+        let mut random = Random::new(3);
+        let texts: Vec<String> = (0..300)
+            .map(|_| {
+                let words = (0..random.below(60)).map(|_| String::from_utf8(random.word(20, 3)).unwrap());
+                words.collect::<Vec<_>>().join(" ")
+            })
+            .collect();
+        let mut want: HashMap<Vec<u8>, u64> = HashMap::new();
+        for text in &texts {
+            splitter.split(text, |start, end| *want.entry(text[start..end].into()).or_default() += 1).unwrap();
+        }
+        for threads in [1, 2, 3, 8] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let counter = pool.install(|| {
+                let mut counter = WordCounter::new(&splitter);
+                for part in texts.chunks(70) {
+                    let mut documents = Documents::default();
+                    part.iter().for_each(|text| documents.push(text));
+                    counter.count(&documents).unwrap();
+                }
+                counter
+            });
+            let mut found = HashMap::new();
+            counter.each(|word, count| assert!(found.insert(word.to_vec(), count).is_none()));
+            assert_eq!(found, want, "{threads} threads");
+            assert_eq!(counter.len(), want.len());
+        }
+    }
+
+    #[test]
+    fn runs_cover_every_document_once() {
+        let mut documents = Documents::default();
+        for text in ["", "abc", "", "d", "efghijkl", ""] {
+            documents.push(text);
+        }
+        for parts in 1..9 {
+            let all: Vec<usize> = documents.runs(parts).into_iter().flatten().collect();
+            assert_eq!(all, (0..6).collect::<Vec<_>>(), "{parts} parts");
+        }
+    }
+}

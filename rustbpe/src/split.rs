@@ -1,0 +1,136 @@
+//! Cuts text into the chunks that BPE works on. No token ever crosses a chunk border.
+
+use std::fmt;
+
+use crate::split_default;
+
+/// The default split pattern: GPT-4's, but with runs of at most two digits, which spends fewer of a small
+/// vocabulary's entries on numbers.
+pub const SPLIT_PATTERN: &str =
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+
+/// How often the regex engine may step back within one chunk. The engine's own default, one million, makes
+/// an ordinary pattern fail on a run of a million spaces; this allows a hundred million (seconds).
+const BACKTRACK_LIMIT: usize = 100_000_000;
+
+/// Why text could not be split: a pattern that does not compile, or one that gave up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SplitError(String);
+
+impl fmt::Display for SplitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for SplitError {}
+
+/// A compiled split pattern. Clone it for each thread: clones of a regex do not contend for scratch memory.
+#[derive(Clone, Debug)]
+pub struct Splitter {
+    pattern: String,
+    engine: Engine,
+}
+
+#[derive(Clone, Debug)]
+enum Engine {
+    /// The hand-written splitter for [`SPLIT_PATTERN`].
+    Default,
+    Regex(Box<fancy_regex::Regex>),
+}
+
+impl Splitter {
+    /// Compiles a pattern. [`SPLIT_PATTERN`] itself takes the hand-written splitter, which gives the same
+    /// chunks in linear time on any input (one thread counts 15 MB of English in 0.20 s with it, in 0.71 s with
+    /// the engine); every other pattern takes the regex engine.
+    pub fn new(pattern: &str) -> Result<Self, SplitError> {
+        if pattern == SPLIT_PATTERN {
+            return Ok(Splitter { pattern: pattern.to_owned(), engine: Engine::Default });
+        }
+        Self::with_regex(pattern)
+    }
+
+    /// Compiles a pattern for the regex engine even if a hand-written splitter exists (tests compare the two).
+    pub fn with_regex(pattern: &str) -> Result<Self, SplitError> {
+        let regex =
+            fancy_regex::RegexBuilder::new(pattern).backtrack_limit(BACKTRACK_LIMIT).build().map_err(|error| {
+                SplitError(format!("cannot compile the split pattern {pattern:?}: {}", one_line(&error)))
+            })?;
+        Ok(Splitter { pattern: pattern.to_owned(), engine: Engine::Regex(Box::new(regex)) })
+    }
+
+    /// The pattern as given.
+    pub fn pattern(&self) -> &str {
+        &self.pattern
+    }
+
+    /// Calls `chunk(start, end)` for every chunk of the text, as byte offsets, in order.
+    ///
+    /// Text that a custom pattern does not match is left out, and empty matches are ignored, as tiktoken does
+    /// with the former; the default pattern matches every character.
+    pub fn split(&self, text: &str, mut chunk: impl FnMut(usize, usize)) -> Result<(), SplitError> {
+        let regex = match &self.engine {
+            Engine::Default => {
+                split_default::split(text.as_bytes(), chunk);
+                return Ok(());
+            }
+            Engine::Regex(regex) => regex,
+        };
+        for found in regex.find_iter(text) {
+            let found = found.map_err(|error| {
+                let (pattern, length, error) = (&self.pattern, text.len(), one_line(&error));
+                SplitError(format!("the split pattern {pattern:?} gave up on a text of {length} bytes ({error}); use a simpler pattern or shorter texts"))
+            })?;
+            if found.end() > found.start() {
+                chunk(found.start(), found.end());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Regex errors draw a picture of the pattern over several lines; users get the words on one.
+fn one_line(error: &dyn fmt::Display) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chunks<'a>(splitter: &Splitter, text: &'a str) -> Vec<&'a str> {
+        let mut found = Vec::new();
+        splitter.split(text, |start, end| found.push(&text[start..end])).unwrap();
+        found
+    }
+
+    #[test]
+    fn splits_as_the_pattern_says() {
+        let text = "I'll pay 12345 $$\n\n  for\tit,  OK?\r\n 'S x ";
+        let want = vec![
+            "I", "'ll", " pay", " ", "12", "34", "5", " $$\n\n", " ", " for", "\tit", ",", " ", " OK", "?\r\n", " '",
+            "S", " x", " ",
+        ];
+        assert_eq!(chunks(&Splitter::new(SPLIT_PATTERN).unwrap(), text), want);
+        assert_eq!(chunks(&Splitter::with_regex(SPLIT_PATTERN).unwrap(), text), want);
+    }
+
+    #[test]
+    fn custom_patterns_drop_what_they_do_not_match() {
+        let splitter = Splitter::new(r"[a-z]+|x*").unwrap();
+        assert_eq!(chunks(&splitter, "ab 12 cd"), vec!["ab", "cd"]);
+    }
+
+    #[test]
+    fn a_broken_pattern_is_a_one_line_error() {
+        let error = Splitter::new("(unclosed").unwrap_err().to_string();
+        assert!(error.contains("\"(unclosed\"") && !error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn a_pattern_that_gives_up_is_an_error() {
+        let splitter = Splitter::with_regex(r"(?:a|aa)+(?!\S)b").unwrap();
+        let error = splitter.split(&"a".repeat(200), |_, _| {}).unwrap_err().to_string();
+        assert!(error.contains("gave up on a text of 200 bytes") && !error.contains('\n'), "{error}");
+    }
+}

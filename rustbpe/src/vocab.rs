@@ -1,0 +1,210 @@
+//! A finished vocabulary: token id <-> bytes, and the rules by which tokens join.
+
+use std::collections::HashMap;
+
+use crate::hash::{Fast, SHORT, ShortKey};
+use crate::merge::{NONE, Rules};
+
+/// Tokens with contiguous ids from 0; a token's id is also its merge rank.
+pub struct Vocab {
+    bytes: Vec<u8>,
+    /// Token `id` is `bytes[starts[id]..starts[id + 1]]`.
+    starts: Vec<usize>,
+    /// Short tokens by their bytes; open addressing, at most half full. Id NONE marks a free slot.
+    short: Vec<(ShortKey, u32)>,
+    long: HashMap<Box<[u8]>, u32, Fast>,
+    rules: Rules,
+}
+
+impl Vocab {
+    /// From merges as training gives them: ids 0..=255 are the bytes, merge i makes id 256 + i.
+    pub fn from_merges(merges: &[(u32, u32)]) -> Self {
+        let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+        for &(left, right) in merges {
+            tokens.push([tokens[left as usize].as_slice(), &tokens[right as usize]].concat());
+        }
+        Self::from_tokens(&tokens).expect("training makes distinct tokens over all 256 bytes")
+    }
+
+    /// From (bytes, id) in any order. The ids must be 0..n, each once; the tokens distinct and not empty; and
+    /// all 256 single bytes among them, for else some text would have no encoding.
+    pub fn from_ranks(ranks: &[(Vec<u8>, u32)]) -> Result<Self, String> {
+        let mut tokens: Vec<Vec<u8>> = vec![Vec::new(); ranks.len()];
+        for (bytes, id) in ranks {
+            let Some(token) = tokens.get_mut(*id as usize) else {
+                return Err(format!(
+                    "token id {id} is out of range: {} ids must be 0..={}",
+                    ranks.len(),
+                    ranks.len() - 1
+                ));
+            };
+            if bytes.is_empty() {
+                return Err(format!("token id {id} is empty; every token needs at least one byte"));
+            }
+            if !token.is_empty() {
+                return Err(format!("token id {id} is given twice; ids must be 0..={}, each once", ranks.len() - 1));
+            }
+            token.clone_from(bytes);
+        }
+        Self::from_tokens(&tokens)
+    }
+
+    fn from_tokens(tokens: &[Vec<u8>]) -> Result<Self, String> {
+        if tokens.len() >= NONE as usize {
+            return Err(format!("{} tokens are too many; ids must fit 32 bits", tokens.len()));
+        }
+        let mut vocab = Vocab {
+            bytes: tokens.concat(),
+            starts: vec![0],
+            short: vec![(ShortKey::default(), NONE); (tokens.len() * 2).next_power_of_two().max(16)],
+            long: HashMap::default(),
+            rules: Rules::new([NONE; 256], &[]),
+        };
+        for (id, token) in tokens.iter().enumerate() {
+            vocab.starts.push(vocab.starts[id] + token.len());
+            if let Some(other) = vocab.find(token) {
+                return Err(format!(
+                    "token ids {other} and {id} have the same bytes {:?}",
+                    token.escape_ascii().to_string()
+                ));
+            }
+            vocab.insert(token, id as u32);
+        }
+        let mut bytes = [NONE; 256];
+        for byte in 0..=255_u8 {
+            bytes[usize::from(byte)] = vocab
+                .find(&[byte])
+                .ok_or_else(|| format!("byte 0x{byte:02x} is no token; all 256 single bytes must be"))?;
+        }
+        vocab.rules = Rules::new(bytes, &vocab.joins());
+        Ok(vocab)
+    }
+
+    /// Every way to make a token of two others. Encoding looks up pairs of ids, not joined bytes, so all the
+    /// hashing of byte strings is done here, once (25 ms for 32,768 tokens).
+    fn joins(&self) -> Vec<(u32, u32, u32)> {
+        // Only cuts into two lengths that exist: a vocabulary trained on a run of one letter has tokens of many
+        // kilobytes, where trying every cut would be quadratic.
+        let tokens = (0..self.len() as u32).map(|id| self.token(id).expect("in range"));
+        let mut exists = vec![false; tokens.clone().map(<[u8]>::len).max().unwrap_or(0) + 1];
+        tokens.clone().for_each(|token| exists[token.len()] = true);
+        let lengths: Vec<usize> = (1..exists.len()).filter(|&length| exists[length]).collect();
+        let mut joins = Vec::new();
+        for (id, token) in tokens.enumerate() {
+            for &cut in lengths.iter().take_while(|&&cut| cut < token.len()) {
+                if exists[token.len() - cut]
+                    && let (Some(left), Some(right)) = (self.find(&token[..cut]), self.find(&token[cut..]))
+                {
+                    joins.push((left, right, id as u32));
+                }
+            }
+        }
+        joins
+    }
+
+    fn insert(&mut self, token: &[u8], id: u32) {
+        if token.len() > SHORT {
+            self.long.insert(token.into(), id);
+            return;
+        }
+        let key = ShortKey::of(token, 0, token.len());
+        let mask = self.short.len() - 1;
+        let mut at = key.hash() as usize & mask;
+        while self.short[at].1 != NONE {
+            at = (at + 1) & mask;
+        }
+        self.short[at] = (key, id);
+    }
+
+    /// The token with exactly these bytes.
+    pub fn find(&self, bytes: &[u8]) -> Option<u32> {
+        match bytes.len() {
+            0 => None,
+            1..=SHORT => {
+                let key = ShortKey::of(bytes, 0, bytes.len());
+                self.find_short(key, key.hash())
+            }
+            _ => self.long.get(bytes).copied(),
+        }
+    }
+
+    /// As [`Vocab::find`], for a key that is hashed already.
+    #[inline(always)]
+    pub fn find_short(&self, key: ShortKey, hash: u64) -> Option<u32> {
+        let mask = self.short.len() - 1;
+        let mut at = hash as usize & mask;
+        loop {
+            let (found, id) = self.short[at];
+            if found == key {
+                return Some(id);
+            }
+            if id == NONE {
+                return None;
+            }
+            at = (at + 1) & mask;
+        }
+    }
+
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// Never true: there are always the 256 single bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes of a token.
+    pub fn token(&self, id: u32) -> Option<&[u8]> {
+        let end = *self.starts.get(id as usize + 1)?;
+        Some(&self.bytes[self.starts[id as usize]..end])
+    }
+
+    /// By which rules tokens join.
+    pub fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
+    /// The bytes of these tokens, or the first id that is not in the vocabulary.
+    pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, u32> {
+        let mut bytes = Vec::with_capacity(ids.len() * 4);
+        for &id in ids {
+            bytes.extend_from_slice(self.token(id).ok_or(id)?);
+        }
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranks() -> Vec<(Vec<u8>, u32)> {
+        (0..=255).map(|byte| (vec![byte], 255 - u32::from(byte))).collect()
+    }
+
+    #[test]
+    fn ranks_are_checked() {
+        let error = |change: fn(&mut Vec<(Vec<u8>, u32)>)| {
+            let mut ranks = ranks();
+            change(&mut ranks);
+            Vocab::from_ranks(&ranks).err().unwrap_or_default()
+        };
+        assert_eq!(error(|_| ()), "");
+        assert!(error(|ranks| ranks.push((b"ab".to_vec(), 257))).contains("token id 257 is out of range"));
+        assert!(error(|ranks| ranks[7].1 = 9).contains("token id 9 is given twice"));
+        assert!(error(|ranks| ranks.push((vec![], 256))).contains("token id 256 is empty"));
+        assert!(error(|ranks| ranks[65].0 = b"xx".to_vec()).contains("byte 0x41 is no token"));
+        assert!(error(|ranks| ranks.push((b"a".to_vec(), 256))).contains("same bytes \"a\""));
+        assert!(error(Vec::clear).contains("byte 0x00 is no token"));
+    }
+
+    #[test]
+    fn decode_names_the_unknown_id() {
+        let vocab = Vocab::from_merges(&[(97, 98)]);
+        assert_eq!(vocab.decode(&[256, 99]), Ok(b"abc".to_vec()));
+        assert_eq!(vocab.decode(&[1, 257]), Err(257));
+        assert_eq!(vocab.decode(&[u32::MAX]), Err(u32::MAX));
+    }
+}

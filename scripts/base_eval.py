@@ -1,0 +1,90 @@
+"""The CORE metric of a checkpoint: few-shot tasks of the evaluation bundle in the artifact store.
+
+    python -m scripts.base_eval
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --max-per-task=500
+
+Scores go to base_eval/<tag>_<step>.csv, the answer to every item to the .jsonl beside it.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from nanochat import settings as settings_module
+from nanochat.checkpoint import load_model
+from nanochat.core_eval import CoreResult, evaluate_core, write_results
+from nanochat.eval_bundle import load_bundle
+from nanochat.paths import eval_bundle_dir, get_base_dir, slug
+from nanochat.report import write_section
+from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
+from nanochat.settings import whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Score a trained model on the CORE tasks."""
+
+    stage: Literal["base", "mid", "sft", "rl"] = "base"
+    """Training stage whose checkpoint is scored."""
+    model_tag: str | None = None
+    """Name of the run among the stage's checkpoints; default: the newest."""
+    model_step: Annotated[int | None, whole(gte=0)] = None
+    """Optimizer step of the checkpoint; default: the last."""
+    max_per_task: Annotated[int, whole(gte=-1)] = -1
+    """Items per task; -1 for all."""
+    device_batch_size: Annotated[int, whole(gte=1)] = 8
+    """Rows of full length per forward pass on each device; shorter prompts go more to a pass."""
+    device_type: DeviceType = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+def main(settings: Settings) -> None:
+    _, rank, _, _, device = compute_init(settings.device_type)
+    bundle = load_bundle(eval_bundle_dir())
+    model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.model_step)
+    result = evaluate_core(
+        model,
+        tokenizer,
+        bundle,
+        device,
+        sequence_len=model.config.sequence_len,
+        device_batch_size=settings.device_batch_size,
+        max_per_task=settings.max_per_task,
+        log=print0,
+    )
+    print0(f"{result.name}: {result.core:.4f} ± {result.stderr:.4f}")
+    if rank == 0:
+        prefix = "" if settings.stage == "base" else f"{settings.stage}_"
+        name = f"{prefix}{slug(str(meta['tag']))}_{meta['step']:06d}"
+        path = write_results(result, get_base_dir() / "base_eval", name)
+        print0(f"wrote {path}")
+        write_section("base_eval", f"{result.name}, base model", section(settings, meta, result))
+    compute_cleanup()
+
+
+def section(settings: Settings, meta: dict[str, Any], result: CoreResult) -> dict[str, Any]:
+    """What the report shows of this stage."""
+    rows = [[t.label, t.kind, t.num_fewshot, t.n, t.baseline, t.accuracy, t.stderr, t.centered] for t in result.tasks]
+    notes = ["Centred accuracy: 0 is guessing, 1 is perfect; the mean over the tasks is the score."]
+    notes.append("Standard errors are binomial: they cover the choice of items, not the spread between training runs.")
+    if result.kind == "offline":
+        notes.append(f"The tasks were generated from held-out text of {result.source}: not comparable with CORE.")
+    if settings.max_per_task > 0:
+        notes.append(f"At most {settings.max_per_task} items a task were scored.")
+    return {
+        "settings": settings_module.as_dict(settings),
+        "metrics": {result.name: result.core, f"{result.name} standard error": result.stderr, "step": meta["step"]},
+        "tables": [
+            {
+                "title": result.name,
+                "columns": ["Task", "Kind", "Shots", "Items", "Guessing %", "Accuracy", "Standard error", "Centered"],
+                "rows": rows,
+            }
+        ],
+        "samples": [],
+        "notes": notes,
+        "synthetic": result.kind != "published",
+    }
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)

@@ -1,0 +1,359 @@
+"""Pretrain a base model on packed text.
+
+    python -m scripts.base_train --depth=12
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=20 --run=d20
+
+One dial, --depth, sizes the model; width, heads, horizon and learning rates follow from it and are printed.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+
+from nanochat import checkpoint
+from nanochat import settings as settings_module
+from nanochat.core_eval import evaluate_core
+from nanochat.dataloader import TrainLoader, fixed_rows, horizon_in_epochs, row_batches
+from nanochat.dataset import canonical
+from nanochat.errors import UserError
+from nanochat.eval_bundle import load_bundle
+from nanochat.gpt import GPT, GPTConfig, Init
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import batch_lr_scale, lr_multiplier, muon_momentum
+from nanochat.paths import checkpoint_dir, eval_bundle_dir
+from nanochat.report import write_section
+from nanochat.runtime import (
+    DeviceType,
+    compute_cleanup,
+    compute_dtype,
+    compute_init,
+    device_name,
+    print0,
+)
+from nanochat.samples import make_samples
+from nanochat.settings import real, whole
+from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.tracking import NO_WANDB, Tracker
+from nanochat.trainer import Evaluation, Outcome, TrainingRun, resume, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Pretrain a base model."""
+
+    # ---- the model
+    depth: Annotated[int, whole(gte=1, lte=128)] = 20
+    """Transformer layers; the one dial."""
+    aspect_ratio: Annotated[int, whole(gte=1)] = 64
+    """Width per layer: n_embd = depth x aspect_ratio, rounded up to a multiple of head_dim."""
+    head_dim: Annotated[int, whole(gte=2)] = 128
+    """Width of one attention head."""
+    max_seq_len: Annotated[int, whole(gte=1)] = 2048
+    """Tokens in a training row."""
+    window_pattern: str = "L"
+    """Attention window of each layer, tiled: L = all of the past, S = a quarter of the row (SSSL, for example)."""
+    init: Init = "uniform"
+    """How matrices are drawn: uniform, or spectral = 1/sqrt(fan_in) x min(1, sqrt(fan_out/fan_in))."""
+    seed: Annotated[int, whole(gte=0)] = 42
+    """Seed of the initial weights and the order of the data."""
+
+    # ---- the data
+    source: str = "fineweb-edu"
+    """Text: fineweb-edu, climbmix, pydocs or local:DIR, as fetched by nanochat.dataset."""
+
+    # ---- the horizon, in this order of precedence
+    num_iterations: Annotated[int, whole(gte=-1)] = -1
+    """Optimizer steps; -1: from target_flops or target_param_data_ratio."""
+    target_flops: Annotated[float, real(gte=-1)] = -1.0
+    """FLOPs to spend; -1: from target_param_data_ratio."""
+    target_param_data_ratio: Annotated[float, real(gte=-1)] = 20.0
+    """Training tokens per parameter."""
+
+    # ---- the batch
+    device_batch_size: Annotated[int, whole(gte=1)] = 32
+    """Rows per forward pass on each device; lower it when memory runs out, the result stays the same."""
+    total_batch_size: Annotated[int, whole(gte=1)] = 524_288
+    """Tokens per optimizer step over all devices."""
+
+    # ---- the optimizer
+    matrix_lr: Annotated[float, real(gte=0)] = 0.02
+    """Muon learning rate of the matrices at a batch of 524,288 tokens; all rates go with the square root of the batch."""
+    embedding_lr: Annotated[float, real(gte=0)] = 0.2
+    """AdamW learning rate of the embedding at width 768; goes with width^-0.5."""
+    unembedding_lr: Annotated[float, real(gte=0)] = 0.004
+    """AdamW learning rate of the head at width 768; goes with width^-0.5."""
+    weight_decay: Annotated[float, real(gte=0)] = 0.0
+    """Cautious weight decay of the matrices, times their learning rate."""
+    grad_clip: Annotated[float, real(gte=0)] = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    warmup_ratio: Annotated[float, real(gte=0, lte=1)] = 0.0
+    """Share of the steps over which the learning rate rises."""
+    warmdown_ratio: Annotated[float, real(gte=0, lte=1)] = 0.2
+    """Share of the steps over which it falls at the end."""
+    final_lr_frac: Annotated[float, real(gte=0, lte=1)] = 0.0
+    """Where it falls to, as a share of the full rate."""
+
+    # ---- watching it
+    run: str = NO_WANDB
+    """Name of the run in Weights & Biases; dummy: no W&B."""
+    eval_every: Annotated[int, whole(gte=-1)] = 250
+    """Steps between measurements of validation bits per byte; -1: only at the end."""
+    eval_tokens: Annotated[int, whole(gte=1)] = 10_485_760
+    """Validation tokens measured, at most."""
+    core_metric_every: Annotated[int, whole(gte=-1)] = 2000
+    """Steps between CORE evaluations; -1: never. Also at the end."""
+    core_metric_max_per_task: Annotated[int, whole(gte=-1)] = 500
+    """Items per CORE task in these; -1: all."""
+    sample_every: Annotated[int, whole(gte=-1)] = 2000
+    """Steps between samples from fixed prompts; -1: never. Also at the end."""
+
+    # ---- checkpoints
+    save_every: Annotated[int, whole(gte=-1)] = 1000
+    """Steps between checkpoints; -1: only the last."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: continue the run of this tag where it stopped, if its settings are the same."""
+    model_tag: str | None = None
+    """Name of the checkpoint folder; default d<depth>."""
+
+    # ---- the machine
+    device_type: DeviceType = "auto"
+    """auto, cpu, cuda or mps."""
+    compile: bool | None = None
+    """torch.compile; default: on CUDA only (on a CPU compiling takes longer than a small run)."""
+
+
+# Settings that change what is measured or where, but not what the weights become.
+OBSERVERS = {"run", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "sample_every",
+             "save_every", "resume", "device_type"}  # fmt: skip
+
+
+def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
+    """Everything that follows from the depth."""
+    heads = -(-settings.depth * settings.aspect_ratio // settings.head_dim)
+    return GPTConfig(
+        sequence_len=settings.max_seq_len,
+        vocab_size=vocab_size,
+        n_layer=settings.depth,
+        n_head=heads,
+        n_kv_head=heads,
+        n_embd=heads * settings.head_dim,
+        window_pattern=settings.window_pattern,
+    )
+
+
+def plan_horizon(settings: Settings, num_params: int, flops_per_token: float) -> tuple[int, str]:
+    """(optimizer steps, why). Raises UserError when no horizon is given or it is shorter than one step."""
+    batch = settings.total_batch_size
+    if settings.num_iterations > 0:
+        return settings.num_iterations, "--num-iterations"
+    if settings.target_flops > 0:
+        steps, why = round(settings.target_flops / (flops_per_token * batch)), f"--target-flops={settings.target_flops:g}"
+    elif settings.target_param_data_ratio > 0:
+        steps = int(settings.target_param_data_ratio * num_params // batch)
+        why = f"{settings.target_param_data_ratio:g} tokens per parameter"
+    else:
+        raise UserError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio, one above 0")
+    if steps < 1:
+        raise UserError(f"{why} is less than one step of {batch:,} tokens: raise it, or lower --total-batch-size")
+    return steps, why
+
+
+def check_batch(settings: Settings, world_size: int) -> int:
+    """Gradient accumulation steps. Raises UserError when device batch x length x ranks does not divide the batch."""
+    tokens = settings.device_batch_size * settings.max_seq_len * world_size
+    if settings.total_batch_size % tokens:
+        below = max(settings.total_batch_size // tokens, 1) * tokens
+        raise UserError(
+            f"--total-batch-size={settings.total_batch_size} is no multiple of {tokens} = device batch "
+            f"{settings.device_batch_size} x length {settings.max_seq_len} x {world_size} rank(s); {below} would be"
+        )
+    return settings.total_batch_size // tokens
+
+
+def previous_step(settings: Settings, folder: Any, rank: int, meta_now: dict[str, Any]) -> int | None:
+    """Step to resume from, or None to start. Two runs never share a folder: what another run left there is set aside
+    (--resume=auto), or refused."""
+    steps = checkpoint.committed_steps(folder)
+    if not steps:
+        return None
+    if settings.resume == "never":
+        raise UserError(
+            f"{folder} holds a run already (step {steps[-1]}): --resume=auto continues it, --model-tag=NAME starts another"
+        )
+    meta = checkpoint.read_meta(folder, steps[-1])
+    ignore = OBSERVERS | {"model_tag"}
+    changed = [key for key, value in meta_now["settings"].items()
+               if key not in ignore and meta["settings"].get(key) != value]  # fmt: skip
+    if meta["tokenizer_hash"] != meta_now["tokenizer_hash"]:
+        changed.append("tokenizer")
+    if not changed and not (folder / "COMPLETE").exists():
+        return steps[-1]
+    if rank == 0:
+        why = f"differs in {', '.join(changed)}" if changed else "is complete"
+        print0(f"the run in {folder} {why}: kept as {checkpoint.set_aside(folder).name}, starting anew")
+    return None
+
+
+def main(settings: Settings) -> None:
+    settings = settings_module.replace(settings, source=canonical(settings.source))
+    ddp, rank, _, world_size, device = compute_init(settings.device_type)
+    tokenizer = get_tokenizer()
+    token_bytes = get_token_bytes(device)
+    check_batch(settings, world_size)
+
+    # ---- the model: shapes first, memory second, values last
+    config = model_config(settings, tokenizer.get_vocab_size())
+    with torch.device("meta"):
+        model = GPT(config, compute_dtype(device))
+    num_params, flops_per_token = model.num_params(), model.estimate_flops()
+    num_iterations, why = plan_horizon(settings, num_params, flops_per_token)
+    horizon = num_iterations * settings.total_batch_size
+    model.to_empty(device=device)
+    model.init_weights(settings.init, settings.seed)
+    compiled = settings.compile if settings.compile is not None else device.type == "cuda"
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    print0(f"{device_name(device)} x {world_size}, compute in {model.compute_dtype}, compiled: {compiled}")
+    print0(f"{config}")
+    print0(f"{num_params:,} parameters, {flops_per_token:.4e} FLOPs per token")
+    print0(f"{num_iterations:,} steps of {settings.total_batch_size:,} tokens = {horizon:,} tokens ({why})")
+    epochs, cropped = horizon_in_epochs(tokenizer, settings.source, settings.max_seq_len, horizon)
+    print0(f"data: {settings.source}, {epochs:.2f} epochs, {100 * cropped:.1f} % of tokens cropped by packing")
+    if epochs > 1:
+        print0(f"warning: too little data for this horizon, it will be repeated {epochs:.1f} times; get more, or train less")
+
+    # ---- the optimizer: rates are given for a batch of 2^19 tokens
+    lr_scale = batch_lr_scale(settings.total_batch_size)
+    optimizer = model.setup_optimizer(
+        matrix_lr=settings.matrix_lr * lr_scale,
+        embedding_lr=settings.embedding_lr * lr_scale,
+        unembedding_lr=settings.unembedding_lr * lr_scale,
+        weight_decay=settings.weight_decay,
+    )
+
+    def schedule(step: int) -> tuple[float, float]:
+        ratios = settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac
+        return lr_multiplier(step, num_iterations, *ratios), muon_momentum(step)
+
+    # ---- where it goes, and whether some of it is there already
+    meta = {
+        "stage": "base",
+        "settings": settings_module.as_dict(settings),
+        "model_config": asdict(config),
+        "tokenizer_hash": tokenizer.hash,
+        "num_iterations": num_iterations,
+        "world_size": world_size,
+    }
+    folder = checkpoint_dir("base", settings.model_tag or f"d{settings.depth}")
+    resume_step = previous_step(settings, folder, rank, meta)
+    earlier = checkpoint.read_meta(folder, resume_step) if resume_step is not None else None
+    loader = TrainLoader(
+        tokenizer,
+        settings.source,
+        rows_per_step=settings.total_batch_size // settings.max_seq_len,
+        sequence_len=settings.max_seq_len,
+        device_batch_size=settings.device_batch_size,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        seed=settings.seed,
+        state=earlier["loader"] if earlier else None,
+    )
+
+    # ---- what is measured on the way
+    val = fixed_rows(tokenizer, settings.source, "val", settings.max_seq_len, settings.eval_tokens)
+
+    def val_bpb(step: int) -> dict[str, float]:
+        batches = row_batches(val, settings.device_batch_size, device, rank, world_size)
+        return {"Loss/val_bpb": evaluate_bpb(forward, batches, token_bytes)}
+
+    def core(step: int) -> dict[str, float]:
+        result = evaluate_core(
+            model,
+            tokenizer,
+            load_bundle(eval_bundle_dir()),
+            device,
+            sequence_len=config.sequence_len,
+            device_batch_size=max(1, settings.device_batch_size // 4),
+            max_per_task=settings.core_metric_max_per_task,
+        )
+        return {f"Eval/{result.name}": result.core}
+
+    samples: list[dict[str, str]] = []
+
+    def show_samples(step: int) -> dict[str, float]:
+        if rank == 0:
+            samples[:] = make_samples(model, tokenizer)
+            for sample in samples:
+                print0(f"--- {sample['text']}")
+        return {}
+
+    evaluations = [
+        Evaluation(settings.eval_every, True, val_bpb),
+        Evaluation(settings.core_metric_every, settings.core_metric_every > 0, core),
+        Evaluation(settings.sample_every, settings.sample_every > 0, show_samples),
+    ]
+    if settings.core_metric_every > 0:
+        load_bundle(eval_bundle_dir())  # a bundle that is missing shows now, not at the end of the run
+
+    # ---- train
+    run = TrainingRun(
+        stage="base",
+        folder=folder,
+        model=model,
+        forward=forward,
+        optimizer=optimizer,
+        loader=loader,
+        num_iterations=num_iterations,
+        tokens_per_step=settings.total_batch_size,
+        schedule=schedule,
+        grad_clip=settings.grad_clip,
+        save_every=settings.save_every,
+        evaluations=evaluations,
+        tracker=Tracker("base", settings.run, meta, resume_step),
+        meta=meta,
+    )
+    if earlier and resume_step is not None:
+        resume(run, resume_step, earlier)
+    outcome = train(run)
+    run.tracker.close()
+    if outcome.finished:
+        write_report(settings, config, run, outcome, samples, num_params, flops_per_token, device, loader)
+    compute_cleanup()
+
+
+def write_report(
+    settings: Settings,
+    config: GPTConfig,
+    run: TrainingRun,
+    outcome: Outcome,
+    samples: list[dict[str, str]],
+    num_params: int,
+    flops_per_token: float,
+    device: torch.device,
+    loader: TrainLoader,
+) -> None:
+    """The section of this stage."""
+    figures = {
+        "parameters": num_params,
+        "FLOPs per token": flops_per_token,
+        "device": device_name(device),
+        "ranks": run.meta["world_size"],
+        "epochs": loader.epoch(),
+        "cropped share": loader.packer.cropped_share(),
+        **outcome.metrics,
+    }
+    notes = [
+        "FLOPs per token = 6 x matmul parameters (head counted, embedding not) + 12 x heads x head_dim x attention span "
+        "per layer, causal attention not halved; MFU is over the card's dense bf16 peak."
+    ]
+    write_section(
+        "base_train",
+        "Base model training",
+        {"settings": {**run.meta["settings"], **asdict(config)}, "metrics": figures, "samples": samples, "notes": notes},
+    )
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)

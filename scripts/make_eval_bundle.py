@@ -1,0 +1,46 @@
+"""Put an evaluation bundle into the artifact store, where base_train and base_eval look for it.
+
+    python -m scripts.make_eval_bundle --source=pydocs          # generated from held-out text, no network needed
+    python -m scripts.make_eval_bundle --from-dir=/data/eval_bundle   # a bundle in the published layout, checked
+
+A published bundle that already stands there is not replaced by a generated one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat import settings as settings_module
+from nanochat.dataset import iter_documents
+from nanochat.errors import UserError
+from nanochat.eval_bundle import load_bundle
+from nanochat.offline_bundle import copy_bundle, write_offline_bundle
+from nanochat.paths import eval_bundle_dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Make or copy an evaluation bundle."""
+
+    source: str = "pydocs"
+    """Text source whose validation split the tasks are made from: fineweb-edu, climbmix, pydocs, local:DIR."""
+    from_dir: Path | None = None
+    """Copy the bundle in this folder (core.yaml, eval_meta_data.csv, eval_data/) instead of making one."""
+
+
+def main(settings: Settings) -> None:
+    target = eval_bundle_dir()
+    if settings.from_dir is not None:
+        bundle = copy_bundle(settings.from_dir.expanduser(), target)
+    elif (target / "core.yaml").exists() and load_bundle(target).kind == "published":
+        print(f"{target} holds a published bundle, which is kept; move it away to have one made from {settings.source}")
+        return
+    else:
+        if target.exists() and not (target / "core.yaml").exists():
+            raise UserError(f"{target} is there but holds no core.yaml; move it away, then run this again")
+        bundle = write_offline_bundle(iter_documents(settings.source, "val"), settings.source, target)
+    items = sum(len(task.items) for task in bundle.tasks)
+    print(f"{bundle.name}: {items:,} items in {target}")
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)

@@ -1,0 +1,183 @@
+"""Compare the tokenizer's compression with GPT-2's and GPT-4's on several kinds of text, and check its round trip.
+
+    python -m scripts.tok_eval
+
+Nothing is downloaded: a baseline takes part where tiktoken's cache (TIKTOKEN_CACHE_DIR) already holds its ranks.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+from rich.console import Console
+from rich.table import Table
+
+from nanochat import report, settings
+from nanochat.dataset import iter_documents
+from nanochat.tok_texts import TEXTS
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+
+SAMPLE_BYTES = 1_000_000  # of each of the train and validation shards
+
+_OPENAI = "https://openaipublic.blob.core.windows.net"
+# tiktoken's name of a baseline -> {address of a rank file: its sha256}; tiktoken caches under the sha1 of the address
+BASELINES = {
+    "gpt2": {
+        f"{_OPENAI}/gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        f"{_OPENAI}/gpt-2/encodings/main/encoder.json": (
+            "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+        ),
+    },
+    "cl100k_base": {
+        f"{_OPENAI}/encodings/cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+    },
+    "o200k_base": {
+        f"{_OPENAI}/encodings/o200k_base.tiktoken": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Measure how well the tokenizer compresses."""
+
+    source: str = "fineweb-edu"
+    """Where the train and validation text comes from: fineweb-edu, climbmix, pydocs or local:DIR."""
+
+
+def main(settings_: Settings) -> None:
+    tokenizer = get_tokenizer()
+    texts = {name: [text] for name, text in TEXTS.items()}
+    for split in ("train", "val"):
+        texts[split] = first_bytes(iter_documents(settings_.source, split), SAMPLE_BYTES)
+    sizes = {name: sum(len(text.encode()) for text in documents) for name, documents in texts.items()}
+
+    tokens = {name: sum(map(len, tokenizer.encode(documents))) for name, documents in texts.items()}
+    failed = [name for name, documents in texts.items() if not round_trips(tokenizer, documents)]
+    own = {
+        "title": "This tokenizer",
+        "columns": ["Text", "Bytes", "Tokens", "Bytes per token", "Round trip"],
+        "rows": [
+            [name, f"{sizes[name]:,}", f"{tokens[name]:,}", _ratio(sizes[name], tokens[name]), _verdict(name in failed)]
+            for name in texts
+        ],
+    }
+    ours = {name: sizes[name] / max(tokens[name], 1) for name in texts}
+    rows = [[f"nanochat ({tokenizer.get_vocab_size():,})", *(f"{value:.2f}" for value in ours.values())]]
+    notes = []
+    for baseline in BASELINES:
+        row, note = compare(baseline, texts, sizes, ours)
+        rows.append(row)
+        notes += note
+    compared = {
+        "title": "Bytes per token (in brackets: how much more, or less, nanochat's tokenizer packs into one)",
+        "columns": ["Tokenizer (vocabulary)", *texts],
+        "rows": rows,
+    }
+
+    metrics = {f"bytes_per_token_{name}": value for name, value in ours.items()} | {"hash": tokenizer.hash}
+    data = {"settings": asdict(settings_), "metrics": metrics, "tables": [own, compared], "notes": notes}
+    report.write_section("tok_eval", "Tokenizer evaluation", data)
+    for table in (own, compared):
+        print_table(table)
+    for note in notes:
+        print(f"note: {note}")
+    if failed:
+        raise RuntimeError(f"decode(encode(text)) differs from text on: {', '.join(failed)}")
+
+
+def first_bytes(documents: Iterable[str], limit: int) -> list[str]:
+    """Whole documents from the start until they hold `limit` bytes of UTF-8."""
+    chosen, total = [], 0
+    for document in documents:
+        chosen.append(document)
+        total += len(document.encode())
+        if total >= limit:
+            break
+    return chosen
+
+
+def round_trips(tokenizer: RustBPETokenizer, documents: Sequence[str]) -> bool:
+    """Whether every document comes back from its tokens unchanged."""
+    return all(tokenizer.decode(tokenizer.encode(document)) == document for document in documents)
+
+
+def compare(
+    name: str, texts: dict[str, list[str]], sizes: dict[str, int], ours: dict[str, float]
+) -> tuple[list[str], list[str]]:
+    """One row of the comparison (bytes per token on each text), and a note where the baseline is not at hand."""
+    missing = missing_ranks(name)
+    if missing:
+        why, detail = missing
+        return [f"{name}: not available: {why}", *["-"] * len(texts)], [f"{name}: {why}: {detail}"]
+    encoding = tiktoken.get_encoding(name)
+    cells = []
+    for text, documents in texts.items():
+        theirs = sizes[text] / max(_count(encoding.encode_ordinary, documents), 1)
+        cells.append(f"{theirs:.2f} ({ours[text] / theirs - 1:+.1%})")
+    return [f"{name} ({encoding.n_vocab:,})", *cells], []
+
+
+def missing_ranks(name: str) -> tuple[str, str] | None:
+    """(why, detail) where tiktoken would have to download this baseline's rank files; None where it would not.
+
+    Checked before tiktoken is asked, which would fetch a missing file, and delete and fetch a damaged one.
+    """
+    folder = _tiktoken_cache()
+    if folder is None:
+        return "no cache", "TIKTOKEN_CACHE_DIR is empty, which switches tiktoken's cache off"
+    for address, sha256 in BASELINES[name].items():
+        path = folder / hashlib.sha1(address.encode()).hexdigest()
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return "ranks not cached", f"{path} would be {address} (TIKTOKEN_CACHE_DIR names the folder)"
+        if hashlib.sha256(content).hexdigest() != sha256:
+            return "cached ranks damaged", f"{path} is not {address} as published"
+    return None
+
+
+def _tiktoken_cache() -> Path | None:
+    """The folder where tiktoken looks first; None where its cache is switched off."""
+    for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        if variable in os.environ:
+            return Path(os.environ[variable]) if os.environ[variable] else None
+    return Path(tempfile.gettempdir()) / "data-gym-cache"
+
+
+def _count(encode: Callable[[str], Sequence[int]], documents: Iterable[str]) -> int:
+    return sum(len(encode(document)) for document in documents)
+
+
+def _ratio(size: int, tokens: int) -> str:
+    return f"{size / max(tokens, 1):.3f}"
+
+
+def _verdict(failed: bool) -> str:
+    return "FAILED" if failed else "ok"
+
+
+def print_table(table: dict[str, Any]) -> None:
+    """Drawn on a terminal; in a pipe or log, plain columns of full width."""
+    columns, rows = table["columns"], table["rows"]
+    console = Console()
+    if console.is_terminal:
+        drawn = Table(*columns, title=table["title"], title_justify="left")
+        for row in rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    print(table["title"])
+    for row in [columns, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+if __name__ == "__main__":
+    settings.run(main, Settings)

@@ -1,0 +1,160 @@
+#!/usr/bin/env bash
+# Raw text to a language model and a report of how good it is:
+#
+#   bash speedrun.sh                 tiny without a GPU, full with one
+#   PROFILE=mini SOURCE=local:/my/text bash speedrun.sh
+#
+# Call it again to continue: stages that are done are skipped, training goes on from its last checkpoint.
+set -euo pipefail
+shopt -s extglob
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overrides: set any of these in the environment
+
+OVERRIDES=(PROFILE DEPTH SOURCE VOCAB_SIZE SHARDS NPROC_PER_NODE WANDB_RUN RUN_ID EVAL_BUNDLE NANOCHAT_BASE_DIR)
+NANOCHAT_CONTINUE="bash speedrun.sh"
+for name in "${OVERRIDES[@]}"; do
+  if [ -n "${!name:-}" ]; then NANOCHAT_CONTINUE="$name=$(printf %q "${!name}") $NANOCHAT_CONTINUE"; fi
+done
+export NANOCHAT_CONTINUE # what a stage that fails tells you to type
+
+PROFILE=${PROFILE:-auto}             # auto, tiny (2 CPU cores, no network), mini (one GPU, minutes), full (GPUs, hours)
+DEPTH=${DEPTH:-}                     # layers; the one dial of size: width, heads and horizon follow from it
+SOURCE=${SOURCE:-}                   # text: pydocs, fineweb-edu, climbmix, local:DIR (parquet, jsonl, txt)
+VOCAB_SIZE=${VOCAB_SIZE:-}           # tokens in the vocabulary
+SHARDS=${SHARDS:-}                   # train shards to download, about 100 MB each (hub sources only)
+NPROC_PER_NODE=${NPROC_PER_NODE:-}   # processes, one a GPU (default: all GPUs in full, otherwise 1)
+WANDB_RUN=${WANDB_RUN:-dummy}        # name of the run in Weights & Biases; dummy: none
+RUN_ID=${RUN_ID:-}                   # folder of this run's ledger, logs and report below runs/
+EVAL_BUNDLE=${EVAL_BUNDLE:-}         # folder with a CORE bundle in the published layout; otherwise one is generated
+export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat} # where all artifacts live
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up: uv, .venv, locked dependencies, the Rust tokenizer; nothing to do the second time
+
+source dev/setup.sh
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Profiles: all numbers that differ between them
+
+GPUS=0 # those that PyTorch can use; asked only where there is a driver, because the question takes seconds
+if nvidia-smi --list-gpus >/dev/null 2>&1; then GPUS=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
+if [ "$PROFILE" = auto ]; then
+  if [ "$GPUS" -gt 0 ]; then PROFILE=full; else PROFILE=tiny; fi
+fi
+export PROFILE
+
+case $PROFILE in
+  tiny) # the whole chain on 2 CPU cores, without network
+    : "${DEPTH:=4}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=4096}" "${NPROC_PER_NODE:=1}" "${SHARDS:=1}"
+    TOK_TRAIN=(--max-chars=2e7)
+    BASE_TRAIN=(--max-seq-len=256 --device-batch-size=8 --total-batch-size=2048 --num-iterations=400
+      --eval-every=100 --eval-tokens=65536 --core-metric-every=-1 --sample-every=200)
+    BASE_LOSS=(--device-batch-size=16 --split-tokens=131072)
+    BASE_EVAL=(--max-per-task=100)
+    ;;
+  mini) # one GPU, about ten minutes
+    : "${DEPTH:=8}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=32768}" "${NPROC_PER_NODE:=1}" "${SHARDS:=4}"
+    TOK_TRAIN=(--max-chars=2e8)
+    BASE_TRAIN=(--max-seq-len=1024 --device-batch-size=32 --total-batch-size=65536
+      --target-param-data-ratio=8 --eval-every=250 --core-metric-every=-1)
+    BASE_LOSS=(--split-tokens=2097152)
+    BASE_EVAL=(--max-per-task=500)
+    ;;
+  full) # the classic recipe, for a node of GPUs and hours
+    : "${DEPTH:=20}" "${SOURCE:=fineweb-edu}" "${VOCAB_SIZE:=65536}" "${NPROC_PER_NODE:=$GPUS}" "${SHARDS:=240}"
+    TOK_TRAIN=(--max-chars=2e9)
+    BASE_TRAIN=()
+    BASE_LOSS=(--split-tokens=10485760)
+    BASE_EVAL=()
+    ;;
+  *) stop "PROFILE=$PROFILE: expected auto, tiny, mini or full" ;;
+esac
+if [ "$PROFILE" != tiny ] && [ "$GPUS" -eq 0 ]; then
+  stop "PROFILE=$PROFILE needs an NVIDIA GPU and PyTorch sees none: use PROFILE=tiny, or a machine with a GPU"
+fi
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and the stage runner
+
+# A safe folder name, as nanochat/paths.py makes it.
+slug() {
+  local name=${1//+([^A-Za-z0-9._])/-}
+  name=${name#-}
+  printf %s "${name%-}"
+}
+
+if [[ $SOURCE == local:* ]]; then
+  folder=$(cd "${SOURCE#local:}" 2>/dev/null && pwd -P) || stop "SOURCE=$SOURCE: no such folder"
+  SOURCE=local:$folder
+fi
+DATA=base_data/$(slug "$SOURCE")
+TAG=$(slug "${RUN_ID:-$PROFILE-d$DEPTH-$SOURCE}")
+export NANOCHAT_RUN_ID=$TAG
+CHECKPOINT=checkpoints/base/$TAG
+
+# Runs one stage unless it is done (see nanochat/pipeline.py). In the background, because bash answers signals only
+# between commands: the runner hands them to the stage, which saves its state before it leaves.
+stage() {
+  local runner code=0
+  python -m nanochat.pipeline run "$@" &
+  runner=$!
+  trap ':' INT
+  trap 'kill -TERM "$runner" 2>/dev/null || true' TERM HUP
+  while kill -0 "$runner" 2>/dev/null; do
+    code=0
+    wait "$runner" || code=$?
+  done
+  trap - INT TERM HUP
+  [ "$code" -eq 0 ] || exit "$code"
+}
+
+# What starts a stage that runs as one process a GPU.
+launch=(python -m)
+if [ "$NPROC_PER_NODE" -gt 1 ]; then
+  launch=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m)
+fi
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages. --in and --out name what each reads and writes, relative to the artifact store.
+
+# Text. Of a large source, the first shards are enough for the tokenizer; the rest comes after it.
+FIRST=$((SHARDS < 8 ? SHARDS : 8))
+case $SOURCE in
+  fineweb-edu | climbmix) FIRST_DATA="$DATA/shard_0000[0-$((FIRST - 1))].parquet" COUNT=(-n "$FIRST") ;;
+  *) FIRST_DATA=$DATA FIRST=$SHARDS COUNT=() ;; # one piece
+esac
+stage dataset --out "$FIRST_DATA" \
+  -- python -m nanochat.dataset --source="$SOURCE" ${COUNT[@]+"${COUNT[@]}"}
+
+# Tokenizer
+stage tok_train --in "$FIRST_DATA" --out tokenizer \
+  -- python -m scripts.tok_train --source="$SOURCE" --vocab-size="$VOCAB_SIZE" "${TOK_TRAIN[@]}"
+stage tok_eval --in tokenizer -- python -m scripts.tok_eval --source="$SOURCE"
+
+# The rest of the text, and the evaluation tasks
+if [ "$SHARDS" -gt "$FIRST" ]; then
+  stage dataset_rest --out "$DATA" -- python -m nanochat.dataset --source="$SOURCE" -n "$SHARDS"
+fi
+if [ -n "$EVAL_BUNDLE" ]; then
+  folder=$(cd "$EVAL_BUNDLE" 2>/dev/null && pwd -P) || stop "EVAL_BUNDLE=$EVAL_BUNDLE: no such folder"
+  stage eval_bundle --in "$folder" --out eval_bundle -- python -m scripts.make_eval_bundle --from-dir="$folder"
+else
+  stage eval_bundle --in "$DATA" --out eval_bundle -- python -m scripts.make_eval_bundle --source="$SOURCE"
+fi
+
+# Pretraining, and how good it is
+stage base_train --in "$DATA" --in tokenizer --out "$CHECKPOINT" \
+  -- "${launch[@]}" scripts.base_train --depth="$DEPTH" --source="$SOURCE" --model-tag="$TAG" --resume=auto \
+  --run="$WANDB_RUN" ${BASE_TRAIN[@]+"${BASE_TRAIN[@]}"}
+stage base_loss --in "$DATA" --in "$CHECKPOINT" \
+  -- "${launch[@]}" scripts.base_loss --model-tag="$TAG" ${BASE_LOSS[@]+"${BASE_LOSS[@]}"}
+stage base_eval --in eval_bundle --in "$CHECKPOINT" \
+  -- "${launch[@]}" scripts.base_eval --model-tag="$TAG" ${BASE_EVAL[@]+"${BASE_EVAL[@]}"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+echo
+python -m nanochat.report generate
+echo "next: read report.md; make it larger (DEPTH=8 bash speedrun.sh) or train on your own text (SOURCE=local:DIR)"

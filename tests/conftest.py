@@ -1,0 +1,27 @@
+"""What all tests share: no test touches the user's artifact store, and small machines are not overrun by threads."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# before torch is imported: threads beyond the cores slow many small tests down
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+_store = tempfile.mkdtemp(prefix="nanochat-tests-")
+os.environ["NANOCHAT_BASE_DIR"] = _store
+for _name in ("NANOCHAT_RUN_ID", "NANOCHAT_CONTINUE", "NANOCHAT_DTYPE", "PROFILE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    os.environ.pop(_name, None)
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(_store, ignore_errors=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty artifact store of its own for one test."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "store"))
+    (tmp_path / "store").mkdir()
+    return tmp_path / "store"

@@ -1,0 +1,38 @@
+"""Run a function in several gloo processes, for tests of what is distributed."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _child(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        results[rank] = function(*args)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Results of `function(*args)` (a module-level function; plain Python or numpy results) by rank."""
+    context = mp.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_child, (world_size, free_port(), function, args, results), nprocs=world_size, join=True)
+        return [results[rank] for rank in range(world_size)]

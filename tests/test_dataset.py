@@ -1,0 +1,446 @@
+import gzip
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from nanochat import dataset, hub, local_text, pydocs, shards
+from nanochat.dataset import HubSource, Settings, dataset_bytes, iter_documents, list_shards, main
+from nanochat.errors import UserError
+from nanochat.paths import data_dir
+from tests.standin_hub import COMMIT, StandInHub, parquet, serving
+
+LAST = 5
+VAL = f"shard_{LAST:05d}.parquet"
+DATA = Path(os.environ.get("NANOCHAT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def shard_texts(index: int) -> list[str]:
+    return [f"shard {index}, document {i}: naïve café" for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """FineWeb-Edu with six small shards."""
+    monkeypatch.setattr(hub, "FIRST_WAIT", 0.001)
+    monkeypatch.setitem(dataset.HUB_SOURCES, "fineweb-edu", HubSource("someone/texts", last=LAST))
+    files = {f"shard_{i:05d}.parquet": parquet(shard_texts(i)) for i in range(LAST + 1)}
+    with serving(StandInHub("someone/texts", files)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def get(source="fineweb-edu", **options):
+    main(Settings(source=str(source), **options))
+
+
+def names(source, split):
+    return [path.name for path in list_shards(source, split)]
+
+
+def manifest(source):
+    return json.loads((data_dir(dataset.canonical(source)) / "manifest.json").read_text())
+
+
+def assert_tidy(source="fineweb-edu"):
+    assert not [path for path in data_dir(dataset.canonical(source)).rglob("*") if ".tmp" in path.name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hub
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_train_shards_and_the_validation_shard_arrive(server, workers, capsys):
+    get(num_files=3, num_workers=workers)
+    assert names("fineweb-edu", "train") == [f"shard_{i:05d}.parquet" for i in range(3)]
+    assert names("fineweb-edu", "val") == [VAL]
+    assert list(iter_documents("fineweb-edu", "train")) == [text for i in range(3) for text in shard_texts(i)]
+    assert list(iter_documents("fineweb-edu", "val")) == shard_texts(LAST)
+    assert "fineweb-edu train: 3 shards, 30 documents" in capsys.readouterr().out
+    assert_tidy()
+
+
+def test_manifest_says_what_is_there(server):
+    get(num_files=1)
+    about = manifest("fineweb-edu")
+    assert (about["repo"], about["revision"], about["synthetic"]) == ("someone/texts", COMMIT, False)
+    text = "".join(shard_texts(0))
+    entry = about["files"]["shard_00000.parquet"]
+    assert entry["size"] == len(server.files["shard_00000.parquet"])
+    assert (entry["split"], entry["documents"]) == ("train", 10)
+    assert (entry["characters"], entry["utf8_bytes"]) == (len(text), len(text.encode()))
+    assert dataset_bytes("fineweb-edu", "train") == len(text.encode())
+
+
+def test_all_shards(server):
+    get()
+    assert len(names("fineweb-edu", "train")) == LAST
+
+
+def test_validation_never_depends_on_n(server, monkeypatch, tmp_path):
+    seen = []
+    for n in (1, 3):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / str(n)))
+        get(num_files=n)
+        seen.append((names("fineweb-edu", "val"), list(iter_documents("fineweb-edu", "val"))))
+    assert seen[0] == seen[1] == ([VAL], shard_texts(LAST))
+
+
+def test_what_stands_is_not_fetched_again(server):
+    get(num_files=2)
+    before = list(server.requests)
+    get(num_files=2)
+    assert server.requests == before
+    get(num_files=4)
+    assert all(server.gets(f"shard_{i:05d}.parquet") == 1 for i in range(4)) and server.gets(VAL) == 1
+    get(num_files=1)
+    assert len(names("fineweb-edu", "train")) == 4  # asking for less takes nothing away
+
+
+def test_truncated_shard_is_named_and_mended(server):
+    get(num_files=2)
+    damaged = list_shards("fineweb-edu", "train")[1]
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    with pytest.raises(
+        UserError, match=rf"{damaged.name} has .* bytes instead of .*: run `python -m nanochat\.dataset"
+    ):
+        list_shards("fineweb-edu", "train")
+    get(num_files=2)
+    assert list(iter_documents("fineweb-edu", "train")) == shard_texts(0) + shard_texts(1)
+    assert server.gets("shard_00000.parquet") == 1 and server.gets("shard_00001.parquet") == 2
+    damaged.unlink()
+    with pytest.raises(UserError, match=rf"{damaged.name} is missing"):
+        list_shards("fineweb-edu", "train")
+
+
+def test_bytes_damaged_inside_a_shard_are_named(server):
+    get(num_files=1)
+    path = list_shards("fineweb-edu", "train")[0]
+    content = bytearray(path.read_bytes())
+    content[4:60] = bytes(56)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path.name}: row group 0 is damaged"):
+        list(iter_documents("fineweb-edu", "train"))
+
+
+def test_a_file_without_its_manifest_entry_does_not_count(server):
+    get(num_files=1)
+    (data_dir("fineweb-edu") / "shard_00001.parquet").write_bytes(server.files["shard_00001.parquet"])
+    assert names("fineweb-edu", "train") == ["shard_00000.parquet"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"<!DOCTYPE html><title>Log in</title>" * 10, r"shard_00001\.parquet: expected a parquet file, found an HTML"),
+        (b"", r"shard_00001\.parquet: expected a parquet file, found an empty file"),
+        (parquet(["x"] * 50)[:-20], r"shard_00001\.parquet: expected a parquet file, found a truncated one"),
+        (parquet(["x"], column="content"), r"shard_00001\.parquet: expected a column `text`, found content"),
+    ],
+)
+def test_wrong_content_is_named_and_deleted(server, content, message):
+    server.files["shard_00001.parquet"] = content
+    with pytest.raises(UserError, match=message):
+        get(num_files=2, num_workers=1)
+    assert not (data_dir("fineweb-edu") / "shard_00001.parquet").exists()
+    assert names("fineweb-edu", "train") == ["shard_00000.parquet"]  # what had arrived stays
+    assert_tidy()
+
+
+def test_numbers_must_hold_strings(server):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": [1, 2]}), sink)
+    server.files[VAL] = sink.getvalue().to_pybytes()
+    with pytest.raises(UserError, match="expected strings in column `text`, found int64"):
+        get(num_files=1)
+
+
+def test_one_missing_file_ends_the_download_and_keeps_the_rest(server):
+    del server.files["shard_00002.parquet"]
+    with pytest.raises(UserError, match=r"someone/texts on .* has no file shard_00002\.parquet"):
+        get(num_files=4, num_workers=2)
+    assert names("fineweb-edu", "val") == [VAL]
+    assert_tidy()
+
+
+def test_too_many_shards_are_refused(server):
+    with pytest.raises(UserError, match=f"-n 6: fineweb-edu has {LAST} train shards"):
+        get(num_files=6)
+    assert not server.requests
+
+
+def test_two_downloads_into_one_folder_keep_both_entries(server):
+    get(num_files=1)
+    stale = shards.load_manifest(data_dir("fineweb-edu"))
+    get(num_files=2)
+    about = {key: value for key, value in stale.items() if key != "files"}
+    shards.update_manifest(data_dir("fineweb-edu"), about, {VAL: stale["files"][VAL]})
+    assert len(names("fineweb-edu", "train")) == 2
+
+
+def run_cli(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "nanochat.dataset", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def test_command_line_mistakes_are_one_line(server, tmp_path):
+    for source in ("nowhere", "local:"):
+        with pytest.raises(UserError, match=f"--source={source}: expected fineweb-edu, climbmix, pydocs or local:DIR"):
+            get(source)
+    for arguments, message in [
+        ([f"--source=local:{tmp_path}/no"], "no such folder"),
+        (["-n", "1", "--source=climbmix"], "has no dataset karpathy/climbmix-400b-shuffle"),
+    ]:
+        done = run_cli(*arguments)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+def test_absent_data_names_the_command():
+    with pytest.raises(UserError, match=r"run `python -m nanochat\.dataset -n 8 --source=climbmix`"):
+        list_shards("climbmix", "train")
+    with pytest.raises(UserError, match=r"run `python -m nanochat\.dataset --source=pydocs`"):
+        dataset_bytes("pydocs", "val")
+
+
+def test_damaged_manifest_is_said():
+    folder = data_dir("pydocs")
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: delete"):
+        list_shards("pydocs", "train")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Local folders
+
+
+def everything(source):
+    train, val = (list(iter_documents(source, split)) for split in ("train", "val"))
+    assert not set(train) & set(val)
+    return train, val
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "texts"
+    path.mkdir()
+    return path
+
+
+def jsonl(texts):
+    return "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+
+
+def test_every_kind_of_file_is_read(folder):
+    texts = [f"document {i} — été" for i in range(70)]
+    (folder / "a.parquet").write_bytes(parquet(texts[:10]))
+    (folder / "b.jsonl").write_text(jsonl(texts[10:20]) + "\n")
+    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
+        file.write(jsonl(texts[20:30]))
+    with pa.output_stream(str(folder / "d.jsonl.zst"), compression="zstd") as file:
+        file.write(jsonl(texts[30:40]).encode())
+    (folder / "sub").mkdir()
+    for i in range(40, 70):
+        (folder / "sub" / f"{i}.txt").write_text(f"\ufeff{texts[i]}\n\n" if i == 50 else texts[i])
+    (folder / "notes.md").write_text("not read")
+    get(f"local:{folder}")
+    train, val = everything(f"local:{folder}")
+    assert sorted(train + val) == sorted(texts)
+    assert len(val) == 1
+    about = manifest(f"local:{folder}")
+    assert (about["kind"], about["synthetic"]) == ("local files", False)
+
+
+@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=40, unique=True), st.randoms())
+def test_shards_do_not_depend_on_how_text_is_spread_over_files(tmp_path, texts, chance):
+    results = []
+    for attempt in range(2):
+        origin = Path(tempfile.mkdtemp(dir=tmp_path))
+        shuffled = texts * (attempt + 1)  # the second time each text stands twice
+        chance.shuffle(shuffled)
+        cut = chance.randrange(len(shuffled) + 1)
+        (origin / "a.jsonl").write_text(jsonl(shuffled[:cut]))
+        (origin / "b.jsonl").write_text(jsonl(shuffled[cut:]))
+        target = origin / "out"
+        files = local_text.convert(local_text.input_files(origin), target)
+        results.append([entry["sha256"] for entry in files.values()])
+        read = [text for path in sorted(target.iterdir()) for text in pq.read_table(path)["text"].to_pylist()]
+        assert sorted(read) == sorted(text.encode("utf-8", "replace").decode() for text in texts)
+    assert results[0] == results[1]
+
+
+def test_validation_is_one_per_cent(folder, monkeypatch):
+    monkeypatch.setattr(local_text, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(local_text, "BUCKET_BYTES", 50_000)  # several buckets
+    chance = random.Random(0)
+    texts = [" ".join(str(chance.random()) for _ in range(10)) for _ in range(3000)]
+    (folder / "a.jsonl").write_text(jsonl(texts))
+    get(f"local:{folder}")
+    train, val = everything(f"local:{folder}")
+    assert sorted(train + val) == sorted(texts)
+    assert 0.008 < sum(map(len, val)) / sum(map(len, texts)) <= 0.01
+    assert len(names(f"local:{folder}", "train")) == 6
+    assert names(f"local:{folder}", "val") == ["shard_00006.parquet"]
+    assert train + val != texts and val + train == sorted(texts, key=shards.text_hash)
+    assert pq.ParquetFile(list_shards(f"local:{folder}", "train")[0]).num_row_groups == 1
+
+
+def test_long_txt_is_cut_at_blank_lines(folder):
+    paragraphs = [f"Paragraph {i}.\n" + "word\n" * 400 for i in range(60)]
+    (folder / "book.txt").write_text("\n\n\n".join(paragraphs))
+    documents = list(local_text.read_documents(folder / "book.txt"))
+    assert 5 < len(documents) < 12
+    assert "\n".join(documents).split() == "\n".join(paragraphs).split()
+    assert all(text.startswith("Paragraph") for text in documents)
+    (folder / "dense.txt").write_text("a line without end\n" * 20_000)
+    sizes = [len(text) for text in local_text.read_documents(folder / "dense.txt")]
+    assert max(sizes) <= 4 * local_text.TXT_DOCUMENT_BYTES + 100 and sum(sizes) > 19 * 19_990
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "cut', r"a\.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"text": "fine"}\n\n{"body": "x"}\n', r"a\.jsonl, line 3: expected an object with a string"),
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: expected an object with a string field `text`"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: expected an object"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8"),
+        ("a.txt", b"caf\xe9", r"a\.txt, line 1: not UTF-8"),
+        ("a.jsonl.gz", b"not gzip at all", r"a\.jsonl\.gz: cannot be read"),
+        ("a.parquet", b"PAR1 and then nothing", r"a\.parquet: expected a parquet file, found a truncated one"),
+        ("a.parquet", parquet(["x"], column="body"), r"a\.parquet: expected a column `text`, found body"),
+        ("a.txt", b"only one", r"1 documents are too few"),
+        ("a.md", b"wrong kind", r"no \.parquet, \.jsonl"),
+    ],
+)
+def test_local_mistakes_name_file_and_line(folder, name, content, message):
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        get(f"local:{folder}")
+    assert "\n" not in str(caught.value)
+    target = data_dir(f"local:{folder}")
+    assert not target.exists() or not list(target.iterdir())
+
+
+def test_half_a_surrogate_pair_becomes_a_mark(folder):
+    (folder / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert list(local_text.read_documents(folder / "a.jsonl")) == ["a?b", "😀"]
+
+
+def test_changed_folder_is_converted_again_unchanged_is_not(folder, capsys):
+    source = f"local:{folder}"
+    (folder / "a.jsonl").write_text(jsonl(["one", "two"]))
+    get(source)
+    stamp = list_shards(source, "train")[0].stat().st_mtime_ns
+    get(source)
+    assert list_shards(source, "train")[0].stat().st_mtime_ns == stamp
+    assert "shards are here" in capsys.readouterr().out
+    (folder / "b.txt").write_text("three")
+    get(source)
+    assert sorted(itertools.chain(*everything(source))) == ["one", "three", "two"]
+    list_shards(source, "train")[0].write_bytes(b"broken")
+    get(source)
+    assert sorted(itertools.chain(*everything(source))) == ["one", "three", "two"]
+
+
+def test_relative_and_absolute_paths_are_one_source(folder, monkeypatch):
+    (folder / "a.jsonl").write_text(jsonl(["one", "two"]))
+    monkeypatch.chdir(folder.parent)
+    get("local:texts")
+    assert list_shards("local:texts", "train") == list_shards(f"local:{folder}/", "train")
+
+
+def test_folders_with_one_slug_are_told_apart(tmp_path):
+    for name, text in (("a-b", "dash"), ("a/b", "slash")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.jsonl").write_text(jsonl([text, text + "2"]))
+    get(f"local:{tmp_path}/a-b")
+    with pytest.raises(UserError, match="no train shards of"):
+        list_shards(f"local:{tmp_path}/a/b", "train")
+    get(f"local:{tmp_path}/a/b")
+    assert sorted(itertools.chain(*everything(f"local:{tmp_path}/a/b"))) == ["slash", "slash2"]
+
+
+def test_ready_shards_are_taken_over_the_last_for_validation(folder):
+    for i in range(4):
+        (folder / f"shard_{i:05d}.parquet").write_bytes(parquet(shard_texts(i)))
+    source = f"local:{folder}"
+    for n in (1, 3, 2):
+        get(source, num_files=n)
+        assert list(iter_documents(source, "val")) == shard_texts(3)
+    assert len(names(source, "train")) == 3
+    assert list_shards(source, "train")[0].samefile(folder / "shard_00000.parquet")
+    (folder / "shard_00004.parquet").write_bytes(parquet(shard_texts(4)))
+    get(source)
+    assert len(names(source, "train")) == 4 and list(iter_documents(source, "val")) == shard_texts(4)
+
+
+def test_a_lone_ready_shard_is_not_enough(folder):
+    (folder / "shard_00000.parquet").write_bytes(parquet(["x", "y"]))
+    with pytest.raises(UserError, match=r"shard_00000\.parquet stands alone"):
+        get(f"local:{folder}")
+
+
+@pytest.mark.skipif(not (DATA / "corpus").is_dir(), reason=f"no real data at {DATA}/corpus")
+def test_real_corpus():
+    get(f"local:{DATA}/corpus", num_files=1)
+    assert dataset_bytes(f"local:{DATA}/corpus", "val") > 1_000_000
+    assert names(f"local:{DATA}/corpus", "val") == ["shard_00011.parquet"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pydocs
+
+
+def test_pydocs_shards(monkeypatch, capsys):
+    chance = random.Random(0)
+    texts = ["".join(chance.choices("abcdefgh \n", k=3000)) for _ in range(1000)]
+    monkeypatch.setattr(pydocs, "harvest", lambda: texts)
+    get("pydocs")
+    train, val = everything("pydocs")
+    assert sorted(train + val) == sorted(texts)
+    assert 500_000 <= dataset_bytes("pydocs", "val") <= 600_000
+    assert names("pydocs", "train") == [f"shard_{i:05d}.parquet" for i in range(6)]
+    assert manifest("pydocs")["kind"] == "offline documentation" and not manifest("pydocs")["synthetic"]
+    hashes = {name: entry["sha256"] for name, entry in manifest("pydocs")["files"].items()}
+    monkeypatch.setattr(pydocs, "harvest", lambda: texts[::-1])
+    get("pydocs")
+    assert "shards are here" in capsys.readouterr().out
+    monkeypatch.setattr(pydocs, "fingerprint", lambda: "other packages")
+    get("pydocs")
+    assert hashes == {name: entry["sha256"] for name, entry in manifest("pydocs")["files"].items()}
+
+
+@pytest.mark.slow
+def test_pydocs_of_this_machine():
+    get("pydocs")
+    assert dataset_bytes("pydocs", "train") > 15e6 and dataset_bytes("pydocs", "val") > 500_000
+    train, val = everything("pydocs")
+    assert len(train) > 3000 and len(val) > 100
+    assert pydocs.prose_share(train) > 0.5
+    assert all(pq.ParquetFile(path).num_row_groups > 1 for path in list_shards("pydocs", "train"))

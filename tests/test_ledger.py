@@ -1,0 +1,151 @@
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat import ledger
+
+
+def records(count):
+    return [{"stage": f"s{n}", "status": "finished", "note": "ä\n" * n} for n in range(count)]
+
+
+def without_time(found):
+    return [{key: value for key, value in record.items() if key != "time"} for record in found]
+
+
+@given(count=st.integers(1, 5), cut=st.integers(1, 400))
+@settings(max_examples=60, deadline=None)
+def test_a_ledger_cut_short_anywhere_keeps_whole_lines_and_takes_new_ones(count, cut):
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder)
+        for record in records(count):
+            ledger.append(run_dir, record)
+        path = ledger.ledger_path(run_dir)
+        kept = path.read_bytes()[:-cut]
+        path.write_bytes(kept)
+        before = without_time(ledger.read(run_dir))
+        assert before == records(count)[: len(before)]
+        assert len(before) >= kept.count(b"\n")
+        ledger.append(run_dir, {"stage": "new", "status": "failed"})
+        assert without_time(ledger.read(run_dir)) == [*before, {"stage": "new", "status": "failed"}]
+
+
+def test_no_ledger_is_an_empty_one(tmp_path):
+    assert ledger.read(tmp_path) == []
+    assert ledger.span_seconds([]) == 0.0
+
+
+def test_fingerprint_sees_content_names_and_globs(store):
+    (store / "data").mkdir()
+    for name in ("a", "b", "c.tmp"):
+        (store / "data" / name).write_text(name)
+    first = ledger.fingerprint(["data"])
+    assert set(first) == {"data/a", "data/b"}  # half-written files do not count
+    assert ledger.fingerprint(["data/[a]"]).keys() == {"data/a"}
+    (store / "data" / "a").write_text("x")
+    assert ledger.fingerprint(["data"])["data/a"] != first["data/a"]
+    assert ledger.fingerprint([str(store / "data")]) == ledger.fingerprint(["data"])
+
+
+def test_a_small_file_rewritten_with_the_same_content_is_unchanged(store):
+    (store / "tokenizer.json").write_text("{}")
+    before = ledger.fingerprint(["tokenizer.json"])
+    os.utime(store / "tokenizer.json", (1, 1))
+    assert ledger.fingerprint(["tokenizer.json"]) == before
+
+
+def test_a_large_file_is_told_by_size_and_time(store, monkeypatch):
+    monkeypatch.setattr(ledger, "HASHED_BYTES", 3)
+    (store / "shard").write_text("12345")
+    before = ledger.fingerprint(["shard"])
+    assert ledger.still_stands(before)
+    os.utime(store / "shard", (1, 1))
+    assert not ledger.still_stands(before)
+
+
+def test_outputs_stand_until_one_is_gone(store):
+    (store / "out").mkdir()
+    (store / "out" / "a").write_text("1")
+    outputs = ledger.fingerprint(["out"])
+    (store / "out" / "more").write_text("2")
+    assert ledger.still_stands(outputs)
+    (store / "out" / "a").unlink()
+    assert not ledger.still_stands(outputs)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A small repository: scripts.train -> nanochat.model -> nanochat.deep (lazily), nanochat.report beside it."""
+    files = {
+        "scripts/__init__.py": "",
+        "scripts/train.py": "from nanochat import model\nfrom nanochat.report import write_section\n",
+        "nanochat/__init__.py": "",
+        "nanochat/model.py": "def f():\n    from .deep import g\n    return g()\n",
+        "nanochat/deep.py": "import rustbpe\ndef g():\n    return 1\n",
+        "nanochat/report.py": "def write_section(): ...\n",
+        "nanochat/other.py": "x = 1\n",
+        "rustbpe/src/lib.rs": "fn main() {}\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "counts"),
+    [
+        ("scripts/train.py", "from nanochat import model\nx = 2\n", True),
+        ("nanochat/deep.py", "import rustbpe\ndef g():\n    return 2\n", True),
+        ("nanochat/__init__.py", "x = 1\n", True),
+        ("rustbpe/src/lib.rs", "fn main() { panic!() }\n", True),
+        ("nanochat/deep.py", "import rustbpe  # why\n\n\ndef g():\n    return 1\n", False),
+        ("nanochat/report.py", "def write_section(): return 1\n", False),
+        ("nanochat/other.py", "x = 2\n", False),
+    ],
+)
+def test_code_version_changes_with_the_code_that_a_stage_runs_and_only_with_that(tree, file, text, counts):
+    before = ledger.code_version("scripts.train", tree)
+    (tree / file).write_text(text)
+    assert (ledger.code_version("scripts.train", tree) != before) == counts
+
+
+def test_the_crate_counts_only_for_stages_that_use_it(tree):
+    before = ledger.code_version("nanochat.other", tree)
+    (tree / "rustbpe/src/lib.rs").write_text("fn other() {}\n")
+    assert ledger.code_version("nanochat.other", tree) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("python -m scripts.train --depth=4", "scripts.train"),
+        ("torchrun --standalone --nproc_per_node=8 -m scripts.train -m nanochat.model", "scripts.train"),
+        ("python -m torch.distributed.run -m scripts.train", "scripts.train"),
+        ("python -m http.server", None),
+        ("bash x.sh -m", None),
+    ],
+)
+def test_the_module_of_a_command(tree, command, module):
+    assert ledger.stage_module(command.split(), tree) == module
+
+
+def test_summary_orders_stages_adds_attempts_and_shows_what_is_pending():
+    found = [
+        {"stage": "tok_train", "status": "finished", "time": 10, "key": "a", "seconds": 5},
+        {"stage": "dataset", "status": "interrupted", "time": 20, "key": "old", "seconds": 100},
+        {"stage": "dataset", "status": "interrupted", "time": 30, "key": "b", "seconds": 2},
+        {"stage": "dataset", "status": "finished", "time": 40, "key": "b", "seconds": 3},
+        {"stage": "mine", "status": "failed", "time": 50, "key": "c", "seconds": 1},
+    ]
+    rows = ledger.summarize(found)
+    assert [row["stage"] for row in rows[:2]] == ["dataset", "tok_train"]
+    assert rows[-1]["stage"] == "mine"
+    assert rows[0]["seconds"] == 5
+    assert {row["stage"]: row["status"] for row in rows}["base_train"] == "pending"
+    assert "dataset_rest" not in [row["stage"] for row in rows]
+    assert ledger.span_seconds(found) == 40

@@ -1,0 +1,242 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat import ledger, paths, pipeline
+from nanochat.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_store(store):
+    return store
+
+
+def run(stage, script, **settings):
+    """Run a shell script as a stage."""
+    asked = pipeline.Settings("run", stage, **settings)
+    return pipeline.main(asked, ["bash", "-c", script])
+
+
+def statuses(stage):
+    return [record["status"] for record in ledger.read(paths.run_dir()) if record["stage"] == stage]
+
+
+WRITE = 'echo run >> "$NANOCHAT_BASE_DIR/count"; echo data > "$NANOCHAT_BASE_DIR/out"'
+
+
+def times_run(store):
+    return len((store / "count").read_text().splitlines())
+
+
+def test_a_finished_stage_is_skipped(store, capfd):
+    for _ in range(3):
+        assert run("a", WRITE, outputs=("out",)) == 0
+    assert times_run(store) == 1
+    assert "done on" in capfd.readouterr().out
+
+
+def test_a_stage_runs_again_when_its_command_input_output_or_setting_changes(store, monkeypatch):
+    (store / "in").write_text("1")
+    again = {"inputs": ("in",), "outputs": ("out",)}
+    run("a", WRITE, **again)
+    run("a", WRITE + " # other command", **again)
+    assert times_run(store) == 2
+    (store / "in").write_text("2")
+    run("a", WRITE + " # other command", **again)
+    assert times_run(store) == 3
+    (store / "out").unlink()
+    run("a", WRITE + " # other command", **again)
+    assert times_run(store) == 4
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    run("a", WRITE + " # other command", **again)
+    assert times_run(store) == 5
+    run("a", WRITE + " # other command", **again)
+    assert times_run(store) == 5
+
+
+def test_processes_and_tracking_do_not_make_it_other_work(monkeypatch):
+    one = pipeline.describe(["python", "-m", "scripts.tok_train", "--run=a", "--x=1"], [])
+    many = pipeline.describe(["torchrun", "--nproc_per_node=8", "-m", "scripts.tok_train", "--run=b", "--x=1"], [])
+    other = pipeline.describe(["python", "-m", "scripts.tok_train", "--run=a", "--x=2"], [])
+    assert one == many != other
+
+
+def test_output_goes_to_the_terminal_and_to_the_log(capfd):
+    run("a", "echo to stdout; echo to stderr >&2; printf 'no newline'")
+    log = (paths.run_dir() / "logs" / "a.log").read_text()
+    shown = capfd.readouterr().out
+    for line in ("to stdout", "to stderr", "no newline"):
+        assert line in log and line in shown
+
+
+def test_a_failed_stage_shows_its_last_lines_and_how_to_continue(capfd, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_CONTINUE", "DEPTH=3 bash speedrun.sh")
+    assert run("a", "for i in $(seq 100); do echo line $i; done; exit 7") == 7
+    error = capfd.readouterr().err
+    assert "line 100" in error and "line 86" in error and "line 85\n" not in error
+    assert "exit code 7" in error and "DEPTH=3 bash speedrun.sh" in error
+    assert statuses("a") == ["started", "failed"]
+    assert run("a", "exit 0") == 0
+
+
+def test_a_stage_killed_by_a_signal_is_said_so(capfd):
+    assert run("a", "kill -KILL $$") == 128 + signal.SIGKILL
+    assert "SIGKILL" in capfd.readouterr().err
+
+
+def test_a_stage_that_does_not_write_what_it_promised_has_failed(capfd):
+    assert run("a", "true", outputs=("model",)) == 1
+    assert "did not write model" in capfd.readouterr().err
+    assert statuses("a")[-1] == "failed"
+
+
+def test_a_missing_input_is_one_line_and_nothing_runs(store):
+    with pytest.raises(UserError, match="needs tokenizer"):
+        run("a", WRITE, inputs=("tokenizer",))
+    assert not (store / "count").exists()
+
+
+def test_a_command_that_is_not_there():
+    with pytest.raises(UserError, match="cannot start no-such-program"):
+        pipeline.main(pipeline.Settings("run", "a"), ["no-such-program"])
+
+
+def test_stopping_early_is_neither_done_nor_failed(store, capfd):
+    assert run("a", WRITE + "; exit 75", outputs=("out",)) == 75
+    assert statuses("a") == ["started", "unfinished"]
+    assert "to continue" in capfd.readouterr().err
+    run("a", WRITE + "; exit 75", outputs=("out",))
+    assert times_run(store) == 2
+
+
+def test_a_runner_that_was_killed_itself_leaves_work_to_continue(store, capfd):
+    run("a", WRITE, outputs=("out",))
+    path = ledger.ledger_path(paths.run_dir())
+    path.write_text(path.read_text().splitlines()[0] + "\n" + '{"stage": "a", "sta')
+    run("a", WRITE, outputs=("out",))
+    assert times_run(store) == 2
+    assert "continues" in capfd.readouterr().out
+
+
+def test_skip_is_recorded_with_its_reason_and_can_be_taken_back(store):
+    pipeline.main(pipeline.Settings("run", "a", skip="no bundle"), [])
+    assert ledger.read(paths.run_dir())[-1]["reason"] == "no bundle"
+    run("a", WRITE, outputs=("out",))
+    assert statuses("a") == ["skipped", "started", "finished"]
+
+
+def test_a_process_left_behind_does_not_hold_the_stage_up(store):
+    started = time.monotonic()
+    run("a", 'sleep 60 & echo $! > "$NANOCHAT_BASE_DIR/pid"')
+    assert time.monotonic() - started < 20
+    pid = int((store / "pid").read_text())
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_status_and_reset(store, capfd):
+    run("a", WRITE, outputs=("out",))
+    pipeline.main(pipeline.Settings("status"), [])
+    shown = capfd.readouterr().out
+    assert "a              finished" in shown and "base_train     pending" in shown
+    pipeline.main(pipeline.Settings("reset"), [])
+    run("a", WRITE, outputs=("out",))
+    assert times_run(store) == 2
+
+
+def start(*words):
+    """The command line in a process of its own, run by a shell in the background as speedrun.sh does."""
+    command = [sys.executable, "-m", "nanochat.pipeline", "run", *words]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path):
+    for _ in range(400):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
+SAVES_WHEN_TOLD = """
+import os, pathlib, signal, sys, time
+store = pathlib.Path(os.environ["NANOCHAT_BASE_DIR"])
+def save(number, frame):
+    (store / "saved").write_text(signal.Signals(number).name)
+    sys.exit({code})
+signal.signal(signal.SIGTERM, save)
+(store / "ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("code", "status", "exit_code"), [(75, "unfinished", 75), (0, "interrupted", 143)])
+def test_sigterm_reaches_the_stage_which_saves(store, code, status, exit_code):
+    runner = start("a", "--", "python", "-c", SAVES_WHEN_TOLD.format(code=code))
+    wait_for(store / "ready")
+    runner.send_signal(signal.SIGTERM)
+    _, error = runner.communicate(timeout=30)
+    assert (store / "saved").read_text() == "SIGTERM"
+    assert runner.returncode == exit_code
+    assert statuses("a") == ["started", status]
+    assert "to continue" in error and "Traceback" not in error
+
+
+def test_ctrl_c_reaches_the_stage_even_when_started_in_the_background(store):
+    # an interactive shell's script runs `&` jobs with SIGINT ignored, which children inherit
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        runner = start("a", "--", "bash", "-c", 'touch "$NANOCHAT_BASE_DIR/ready"; sleep 60')
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(store / "ready")
+    runner.send_signal(signal.SIGINT)
+    runner.communicate(timeout=30)
+    assert runner.returncode == 130
+    assert statuses("a") == ["started", "interrupted"]
+
+
+def test_two_pipelines_cannot_work_on_one_run(store):
+    first = start("a", "--", "bash", "-c", 'touch "$NANOCHAT_BASE_DIR/ready"; sleep 60')
+    wait_for(store / "ready")
+    second = start("b", "--", "true")
+    _, error = second.communicate(timeout=30)
+    assert second.returncode == 1
+    assert error.startswith("error: run adhoc is being worked on by process") and error.count("\n") == 1
+    assert pipeline.is_locked(paths.run_dir())
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+    assert not pipeline.is_locked(paths.run_dir())
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (["a", "--inn", "x", "--", "true"], "--in"),
+        (["a"], "no command"),
+        (["--", "true"], "no stage named"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(words, needle):
+    runner = start(*words)
+    _, error = runner.communicate(timeout=30)
+    assert runner.returncode in (1, 2)
+    assert needle in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_records_tell_what_was_read_and_written(store, monkeypatch):
+    monkeypatch.setenv("PROFILE", "tiny")
+    (store / "in").write_text("1")
+    run("a", WRITE, inputs=("in",), outputs=("out",))
+    record = json.loads(ledger.ledger_path(paths.run_dir()).read_text().splitlines()[-1])
+    assert list(record["basis"]["inputs"]) == ["in"] and list(record["outputs"]) == ["out"]
+    assert record["exit_code"] == 0 and record["seconds"] > 0 and record["profile"] == "tiny"
+    assert os.path.exists(record["log"])

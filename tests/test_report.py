@@ -1,0 +1,225 @@
+import json
+import math
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from nanochat import ledger, paths, report, sysinfo
+from nanochat.errors import UserError
+from nanochat.formats import duration, fence, number, plain
+
+NO_GPU = {
+    "platform": "Linux", "processor": "cpu", "physical_cores": 1, "logical_cores": 2, "usable_cores": 2,
+    "memory_bytes": 2**33, "gpus": [], "cuda": None,
+}  # fmt: skip
+EIGHT = {**NO_GPU, "gpus": [{"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30}] * 8, "cuda": "13.0"}
+
+
+@pytest.fixture(autouse=True)
+def _run(store, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_RUN_ID", "tiny-d4")
+    monkeypatch.setattr(sysinfo, "hardware", lambda: NO_GPU)
+
+
+def write_run():
+    report.write_section(
+        "base_eval",
+        "CORE",
+        {
+            "metrics": {"CORE": 0.1234, "CORE standard error": 0.01, "step": 400},
+            "tables": [{"title": "Tasks", "columns": ["Task", "Score"], "rows": [["a|b", 0.5], ["c", None]]}],
+            "synthetic": True,
+        },
+    )
+    report.write_section(
+        "base_train", "Training", {"settings": {"depth": 4}, "metrics": {"Loss/val_bpb": 1.5, "mfu": 0.4}}
+    )
+    report.write_section(
+        "base_loss",
+        "Loss",
+        {
+            "metrics": {"val_bpb": 1.25, "val_bpb_stderr": 0.0625, "train_bpb": math.nan},
+            "samples": [{"prompt": "Hello", "text": "```\nnot the end"}],
+            "notes": ["Measured on pydocs."],
+            "settings": {"source": "pydocs"},
+        },
+    )
+    append = ledger.append
+    run_dir = paths.run_dir()
+    append(run_dir, {"stage": "base_train", "status": "started", "time": 1000.0, "key": "k"})
+    append(run_dir, {"stage": "base_train", "status": "finished", "time": 1100.0, "key": "k", "seconds": 3600.0})
+    append(run_dir, {"stage": "base_loss", "status": "failed", "time": 4600.0, "seconds": 5.0, "exit_code": 3})
+    append(run_dir, {"stage": "tok_eval", "status": "skipped", "time": 4700.0, "reason": "no text"})
+
+
+def write_metrics(*lines):
+    path = paths.run_dir() / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def generate(folder):
+    return report.generate(paths.run_dir(), copy_to=folder).read_text()
+
+
+def test_report_holds_summary_stages_sections_and_samples(tmp_path):
+    write_run()
+    text = generate(tmp_path)
+    assert "| Metric | BASE |\n|---|---:|\n| CORE | 0.1234 ± 0.0100 |\n| val bpb | 1.2500 ± 0.0625 |\n" in text
+    assert "MID" not in text
+    assert "| base_train | finished | 1 h 0 min |" in text
+    assert "| base_loss | **failed** | 5.0 s | - | exit code 3 |" in text
+    assert "| tok_eval | **skipped** | - | - | no text |" in text
+    assert "| dataset | **pending** |" in text
+    assert "1 h 1 min from the first start to the last end, of which 1 h 0 min in stages" in text
+    assert text.index("## Training") < text.index("## Loss") < text.index("## CORE")
+    assert "| a\\|b | 0.5000 |" in text and "| c | - |" in text
+    assert "````text\n```\nnot the end\n````" in text
+    assert "Measured on pydocs." in text and "- depth: 4" in text
+
+
+def test_title_says_that_data_is_offline_or_synthetic(tmp_path):
+    write_run()
+    title = generate(tmp_path).splitlines()[0]
+    assert title == "# nanochat report: tiny-d4 (offline text: pydocs; synthetic data in base_eval)"
+
+
+def test_title_of_real_data_says_nothing(tmp_path):
+    report.write_section("dataset", "Text", {"settings": {"source": "fineweb-edu"}})
+    assert generate(tmp_path).splitlines()[0] == "# nanochat report: tiny-d4"
+
+
+def test_report_json_is_valid_and_stands_beside(tmp_path):
+    write_run()
+    generate(tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert found["summary"]["rows"][0] == ["CORE", "0.1234 ± 0.0100"]
+    assert found["sections"][1]["metrics"]["train_bpb"] is None
+    assert (paths.report_dir() / "report.md").read_text() == (tmp_path / "report.md").read_text()
+    assert "Hello" in (paths.run_dir() / "report" / "base_loss.md").read_text()
+
+
+def test_every_column_that_exists_and_chatcore_last(tmp_path):
+    write_run()
+    report.write_section("chat_eval_sft", "Chat", {"metrics": {"ChatCORE": 0.2, "MMLU": 0.3, "MMLU_stderr": 0.01}})
+    text = generate(tmp_path)
+    assert "| Metric | BASE | SFT |\n|---|---:|---:|\n| CORE | 0.1234 ± 0.0100 | - |\n" in text
+    assert "| MMLU | - | 0.3000 ± 0.0100 |\n| ChatCORE | - | 0.2000 |\n" in text
+
+
+def test_cost_is_an_estimate_from_the_card_and_the_time_in_stages(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysinfo, "hardware", lambda: EIGHT)
+    write_run()
+    text = generate(tmp_path)
+    assert "8 × NVIDIA H100" in text and "estimate" in text and "24.03 USD" in text and "24.00 USD an hour" in text
+
+
+def test_price_needs_every_card_to_be_known():
+    assert sysinfo.usd_per_hour([]) is None
+    assert sysinfo.usd_per_hour([{"name": "NVIDIA H100 PCIe"}, {"name": "Some Card"}]) is None
+    assert sysinfo.usd_per_hour([{"name": "NVIDIA GB200"}]) == sysinfo.PRICES["GB200"]
+    for key, price in sysinfo.PRICES.items():
+        assert sysinfo.usd_per_hour([{"name": f"NVIDIA {key}"}]) == price
+
+
+def test_facts_about_this_machine_are_there():
+    facts = sysinfo.software()
+    assert facts["torch"][0].isdigit() and facts["python"].startswith("3.")
+    assert sysinfo.git(paths.run_dir()) is None
+
+
+def test_nothing_to_report_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="nothing to report"):
+        generate(tmp_path)
+
+
+def test_a_damaged_section_is_one_line(tmp_path):
+    write_run()
+    (paths.run_dir() / "report" / "base_eval.json").write_text('{"sta')
+    with pytest.raises(UserError, match=r"base_eval\.json is not valid JSON"):
+        generate(tmp_path)
+
+
+def test_reset_forgets_sections_only(tmp_path):
+    write_run()
+    report.reset(paths.run_dir())
+    text = generate(tmp_path)
+    assert "## Loss" not in text and "| base_train | finished |" in text
+
+
+def test_only_rank_0_writes(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    report.write_section("base_train", "Training", {})
+    assert not (paths.run_dir() / "report").exists()
+
+
+def test_without_a_name_the_run_that_was_last_at_work_is_reported(monkeypatch):
+    write_run()
+    monkeypatch.delenv("NANOCHAT_RUN_ID")
+    assert report._current_run().name == "tiny-d4"
+
+
+def test_loss_curve_is_well_formed_and_against_tokens(tmp_path):
+    write_run()
+    lines = [{"step": n, "stage": "base", "tokens": 1000 * n, "Loss/train_loss": 8 / (n + 1)} for n in range(2000)]
+    lines += [{"step": 2000, "stage": "base", "tokens": 2_000_000, "Loss/val_bpb": 1.5}]
+    write_metrics(*lines)
+    text = generate(tmp_path)
+    assert "](report_loss.svg)" in text
+    svg = (tmp_path / "report_loss.svg").read_text()
+    ET.fromstring(svg)
+    assert "tokens" in svg and "1.5" in svg and "2M" in svg and "prefers-color-scheme: dark" in svg
+    assert len(svg) < 60_000
+
+
+def test_no_points_no_curve(tmp_path):
+    write_run()
+    assert "report_loss" not in generate(tmp_path)
+
+
+def test_metrics_of_a_resumed_run_replace_those_it_went_back_over():
+    path = write_metrics(
+        {"step": 0, "stage": "base", "a": 0},
+        {"step": 1, "stage": "base", "a": 1},
+        {"step": 1, "stage": "base", "b": 2},
+        {"step": 2, "stage": "base", "a": 3},
+        {"step": 9, "stage": "sft", "a": 3},
+        {"step": 1, "stage": "base", "a": 7},
+        {"step": 2, "stage": "base", "a": 8},
+    )
+    path.write_text(path.read_text() + '{"step": 3, "sta')
+    rows = report.read_metrics(path, "base")
+    assert [(row["step"], row["a"], row.get("b")) for row in rows] == [(0, 0, None), (1, 7, 2), (2, 8, None)]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.123456, "0.1235"), (12345, "12,345"), (3.4918e18, "3.492e+18"), (1234.56, "1,234.6"), (1e-5, "1e-05"),
+        (0.0, "0"), (True, "yes"), (None, "-"), ("x", "x"), (math.inf, "inf"), (-5, "-5"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_for_people(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.9, "59.9 s"), (59.97, "1 min 0 s"), (125, "2 min 5 s"), (11220, "3 h 7 min"), (None, "-")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_fence_is_never_closed_from_inside():
+    for inside in ("", "```", "a\n`````\nb"):
+        first, *_, last = fence(inside).splitlines()
+        assert last not in inside or not last.strip()
+        assert first == last + "text"
+
+
+def test_plain_is_json_whatever_came_in():
+    value = {"a": np.float32(0.5), 1: (np.int64(2), math.nan), "p": paths.run_dir()}
+    assert plain(value) == {"a": 0.5, "1": [2, None], "p": str(paths.run_dir())}

@@ -1,0 +1,158 @@
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("speedrun.sh", "runtests.sh", "dev/setup.sh", ".ci/run")
+
+
+def lock_entries():
+    text = (ROOT / "requirements.lock").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    return {re.match(r"[\w.-]+==[^\s;]+", line).group(): line for line in lines}
+
+
+def test_the_lock_holds_every_pin_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pins = project["project"]["dependencies"] + project["dependency-groups"]["dev"]
+    locked = {name.lower().replace("_", "-") for name in lock_entries()}
+    for pin in pins:
+        assert "==" in pin, f"{pin} is not pinned exactly"
+        assert pin.lower().replace("_", "-") in locked, f"{pin} is not in requirements.lock: compile it anew (README)"
+
+
+def test_the_lock_has_hashes_and_names_no_place():
+    entries = lock_entries()
+    assert len(entries) > 50
+    for name, line in entries.items():
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", line), name
+    text = (ROOT / "requirements.lock").read_text()
+    assert "://" not in text and not re.search(r"^\s*-(?!-hash)", text, re.M)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shell_scripts_are_strict_and_parse(script):
+    assert "set -euo pipefail" in (ROOT / script).read_text()
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The scripts in a folder of their own, with an environment that looks finished and a python that only logs."""
+    for name in SCRIPTS[:3]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "requirements.lock").write_text("x==1\n")
+    (tmp_path / "rustbpe").mkdir()
+    (tmp_path / "rustbpe" / "lib.rs").write_text("fn main() {}\n")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\ncase "$1" in --version) echo Python 3.11.0;; -c) ;; *) echo "$@" >> "$CALLS";; esac\n'
+    )
+    python.chmod(0o755)
+    stamp = "find requirements.lock rustbpe -type f | LC_ALL=C sort | xargs cksum; echo Python 3.11.0"
+    made = subprocess.run(["bash", "-c", stamp], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (tmp_path / ".venv" / ".setup-stamp").write_text(made.stdout)
+    return tmp_path
+
+
+def shell(tree, script, path=None, **environment):
+    everything = {
+        "PATH": path or os.environ["PATH"],
+        "HOME": str(tree / "home"),
+        "CALLS": str(tree / "calls"),
+        **environment,
+    }
+    return subprocess.run(["bash", script], cwd=tree, env=everything, capture_output=True, text=True, timeout=60)
+
+
+def test_set_up_has_nothing_to_do_the_second_time(tree):
+    done = shell(tree, "dev/setup.sh")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.fixture
+def bare_path(tree):
+    """A PATH with the usual tools, but no python, uv or cargo."""
+    folder = tree / "bin"
+    folder.mkdir()
+    for tool in ("bash", "sh", "find", "sort", "xargs", "cksum", "cmp", "dirname", "env", "rm", "cat", "tr"):
+        (folder / tool).symlink_to(shutil.which(tool))
+    return folder
+
+
+def test_a_machine_without_python_is_told_so(tree, bare_path):
+    (tree / "requirements.lock").write_text("x==2\n")
+    done = shell(tree, "dev/setup.sh", path=str(bare_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no Python 3.11 or newer found") and done.stderr.count("\n") == 1
+
+
+def test_a_machine_without_cargo_is_told_how_to_get_it_before_anything_is_installed(tree, bare_path):
+    (tree / "requirements.lock").write_text("x==2\n")
+    (bare_path / "python3").symlink_to(tree / ".venv" / "bin" / "python")
+    done = shell(tree, "dev/setup.sh", path=str(bare_path), UV="/bin/false")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cargo not found: install Rust") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PROFILE": "huge"}, "error: PROFILE=huge: expected auto, tiny, mini or full"),
+        ({"PROFILE": "full"}, "error: PROFILE=full needs an NVIDIA GPU"),
+        ({"PROFILE": "tiny", "SOURCE": "local:nowhere"}, "error: SOURCE=local:nowhere: no such folder"),
+    ],
+)
+def test_speedrun_refuses_what_cannot_work(tree, bare_path, environment, message):
+    done = shell(tree, "speedrun.sh", path=str(bare_path), **environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert not (tree / "calls").exists()
+
+
+def calls(tree, bare_path, **environment):
+    done = shell(tree, "speedrun.sh", path=str(bare_path), **environment)
+    assert done.returncode == 0, done.stderr
+    return (tree / "calls").read_text().splitlines()
+
+
+def test_tiny_is_the_whole_chain_without_a_gpu(tree, bare_path):
+    made = calls(tree, bare_path)
+    stages = [line.split()[3] for line in made if "nanochat.pipeline run" in line]
+    assert stages == ["dataset", "tok_train", "tok_eval", "eval_bundle", "base_train", "base_loss", "base_eval"]
+    assert made[-1] == "-m nanochat.report generate"
+    assert "--source=pydocs" in made[0] and "--depth=4" in made[4]
+    assert not any("torchrun" in line for line in made)
+
+
+def test_overrides_reach_the_stages(tree, bare_path):
+    (tree / "my text").mkdir()
+    made = calls(tree, bare_path, SOURCE="local:my text", DEPTH="6", NPROC_PER_NODE="2", RUN_ID="a/b", WANDB_RUN="w")
+    train = next(line for line in made if "run base_train" in line)
+    source = f"local:{tree / 'my text'}"
+    assert f"--source={source}" in train and "--depth=6" in train and "--run=w" in train and "--model-tag=a-b" in train
+    assert "-- torchrun --standalone --nproc_per_node=2 -m scripts.base_train" in train
+    assert "--out checkpoints/base/a-b" in train
+
+
+def test_shell_and_python_agree_on_folder_names(tree, bare_path):
+    from nanochat import paths
+
+    folder = tree / "my--text (2)"
+    folder.mkdir()
+    made = calls(tree, bare_path, SOURCE=f"local:{folder}")
+    assert f"--out base_data/{paths.slug(f'local:{folder}')} --" in made[0]
+
+
+def test_a_large_source_gets_the_tokenizers_shards_first(tree, bare_path):
+    made = calls(tree, bare_path, PROFILE="tiny", SOURCE="climbmix", SHARDS="20")
+    stages = [line.split()[3] for line in made if "nanochat.pipeline run" in line]
+    assert stages[:4] == ["dataset", "tok_train", "tok_eval", "dataset_rest"]
+    assert "-n 8" in made[0] and "shard_0000[0-7].parquet" in made[0] and "-n 20" in made[3]
