@@ -1,0 +1,107 @@
+"""Speed of the training step on one device, by attention kernel, on random tokens (no data loading).
+
+    python -m benchmarks.train_speed --depth=12 --device-batch-size=32 --out=speed.json
+
+One step = forward, backward and optimizer on one device batch. Medians; the first steps, which compile, are left out.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from nanochat import attention
+from nanochat import settings as settings_module
+from nanochat.gpt import GPT
+from nanochat.runtime import compute_dtype, compute_init, device_name, peak_flops, peak_memory_bytes, synchronize
+from nanochat.settings import whole
+from scripts.base_train import Settings as TrainSettings
+from scripts.base_train import model_config
+
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Measure the training step."""
+
+    depth: Annotated[int, whole(gte=1)] = 12
+    """Layers of the model."""
+    device_batch_size: Annotated[int, whole(gte=1)] = 32
+    """Rows per step."""
+    max_seq_len: Annotated[int, whole(gte=1)] = 2048
+    """Tokens per row."""
+    vocab_size: Annotated[int, whole(gte=1)] = 32768
+    """Vocabulary."""
+    steps: Annotated[int, whole(gte=1)] = 10
+    """Timed steps."""
+    profile: bool = False
+    """Print the kernels that take the time, too."""
+    out: str | None = None
+    """File for the results as JSON."""
+
+
+def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Seconds a step, tokens/s, MFU and memory of one variant, with the kernels as they are set now."""
+    torch._dynamo.reset()
+    torch.cuda.reset_peak_memory_stats()
+    train = TrainSettings(depth=settings.depth, max_seq_len=settings.max_seq_len)
+    model = GPT(model_config(train, settings.vocab_size), compute_dtype(device)).to(device)
+    model.init_weights()
+    forward = torch.compile(model, dynamic=False)
+    optimizer = model.setup_optimizer()
+    idx = torch.randint(settings.vocab_size, (settings.device_batch_size, settings.max_seq_len + 1), device=device)
+
+    def step() -> None:
+        forward(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step(max_norm=1.0)
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(3):
+        step()
+    times = []
+    for _ in range(settings.steps):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    if settings.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            step()
+            synchronize(device)
+        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
+    seconds = statistics.median(times)
+    rate = settings.device_batch_size * settings.max_seq_len / seconds
+    peak = peak_flops(device)
+    return {
+        "milliseconds": 1000 * seconds,
+        "tokens_per_second": rate,
+        "mfu": model.estimate_flops() * rate / peak if peak else None,
+        "peak_gib": peak_memory_bytes(device) / 2**30,
+    }
+
+
+def main(settings: Settings) -> None:
+    *_, device = compute_init("cuda")
+    usual = attention.GPU_KERNELS
+    results = {}
+    for name, kernel in KERNELS.items():
+        attention.GPU_KERNELS = [kernel, *(k for k in usual if k is not kernel)]
+        results[name] = measure(settings, device)
+        print(name, results[name], flush=True)
+    report = {"device": device_name(device), "torch": torch.__version__, "settings": asdict(settings), "results": results}
+    if settings.out:
+        Path(settings.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)
