@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nanochat import hub, local_text, pydocs, shards
+from nanochat import local_text, pydocs, shards
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
 from nanochat.settings import run, short, whole
@@ -140,6 +140,8 @@ def _entries(source: str, split: Split) -> dict[Path, shards.Manifest]:
 
 def fetch(source: str, num_files: int, num_workers: int = 4) -> None:
     """Download train shards 0 … num_files-1 (-1: all) and the validation shard; those that stand are kept."""
+    from nanochat import hub  # huggingface_hub takes 0.5 s to import: only for those who download
+
     spec = HUB_SOURCES[source]
     folder = data_dir(source)
     train = spec.last if num_files == -1 else num_files
