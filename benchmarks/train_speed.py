@@ -98,7 +98,12 @@ def main(settings: Settings) -> None:
         attention.GPU_KERNELS = [kernel, *(k for k in usual if k is not kernel)]
         results[name] = measure(settings, device)
         print(name, results[name], flush=True)
-    report = {"device": device_name(device), "torch": torch.__version__, "settings": asdict(settings), "results": results}
+    report = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "settings": asdict(settings),
+        "results": results,
+    }
     if settings.out:
         Path(settings.out).write_text(json.dumps(report, indent=1) + "\n")
 

@@ -121,7 +121,9 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
         meta = json.loads(path.read_text())
         newer = meta["format"] > FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete the folder {path.parent} and use an earlier step") from None
+        raise UserError(
+            f"{path} is damaged ({error}); delete the folder {path.parent} and use an earlier step"
+        ) from None
     if newer:
         raise UserError(f"{path} has format {meta['format']}, this program reads {FORMAT}: update the program")
     return meta
@@ -133,7 +135,9 @@ def load_weights(folder: Path, step: int, model: GPT, device: torch.device) -> N
     try:
         weights = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete the folder {path.parent} and use an earlier step") from None
+        raise UserError(
+            f"{path} is damaged ({error}); delete the folder {path.parent} and use an earlier step"
+        ) from None
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, tensor in weights.items():
         if wanted.get(name) != tensor.shape:

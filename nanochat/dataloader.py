@@ -6,7 +6,7 @@ one global batch: row i of every batch comes from stream i. A stream packs each 
 the rows one by one. Ranks own whole streams. So 1, 2 or 8 ranks see the same global batches, every document is read
 once per epoch by exactly one rank, and no rank can starve: the unit numbers never end.
 
-The state is two small integers a stream: units begun, rows taken from the last one.
+The state is three small integers a stream: units begun, rows taken from the last one, and how many it has.
 """
 
 import os
@@ -139,6 +139,10 @@ class _Stream:
         self.taken += 1
         return self.rows[self.taken - 1]
 
+    def position(self) -> tuple[int, int, int]:
+        assert self.rows is not None
+        return self.begun, self.taken, len(self.rows)
+
 
 class TrainLoader:
     """Endless micro-batches for one rank. Read with `next_batch()`; call `state_dict()` between optimizer steps."""
@@ -177,27 +181,27 @@ class TrainLoader:
         self._thread = threading.Thread(target=self._produce, name="dataloader", daemon=True)
         self._thread.start()
 
-    def _check(self, state: dict[str, Any] | None) -> list[tuple[int, int]]:
+    def _check(self, state: dict[str, Any] | None) -> list[tuple[int, int, int]]:
         if state is None:
-            return [(0, 0)] * self.streams
+            return [(0, 0, 1)] * self.streams
         expected = {"seed": self.seed, "streams": self.streams, "sequence_len": self.sequence_len,
                     "units_per_epoch": self.order.per_epoch}  # fmt: skip
         for key, value in expected.items():
             if state[key] != value:
                 raise UserError(f"cannot resume the data order: {key} was {state[key]} and is now {value}")
-        return [(begun, taken) for begun, taken in state["positions"]]
+        return [(begun, taken, rows) for begun, taken, rows in state["positions"]]
 
     def _produce(self) -> None:
         """Background thread: rows of this rank's streams -> pinned micro-batches, with the position after each step."""
         try:
-            streams = {number: _Stream(self, number, *self._positions[number]) for number in self.mine}
+            streams = {number: _Stream(self, number, *self._positions[number][:2]) for number in self.mine}
             pin = self.device.type == "cuda"
             while not self._closed.is_set():
                 for first in range(0, len(self.mine), self.device_batch_size):
                     numbers = self.mine[first : first + self.device_batch_size]
                     rows = np.stack([streams[n].next() for n in numbers]).astype(np.int32)
                     batch = torch.from_numpy(rows)
-                    self._put((batch.pin_memory() if pin else batch, {n: (streams[n].begun, streams[n].taken) for n in numbers}))
+                    self._put((batch.pin_memory() if pin else batch, {n: streams[n].position() for n in numbers}))
         except BaseException as error:  # noqa: BLE001 - handed to the training thread, which raises it
             self._put(error)
 
@@ -237,8 +241,8 @@ class TrainLoader:
 
     def epoch(self) -> float:
         """How often the data have been gone through, from this rank's streams."""
-        begun = sum(position[0] for position in self._positions.values()) / len(self._positions)
-        return begun * self.streams / self.order.per_epoch
+        units = [begun - 1 + taken / rows for begun, taken, rows in self._positions.values() if begun]
+        return sum(units) / len(self._positions) * self.streams / self.order.per_epoch
 
     def close(self) -> None:
         """Stop the threads; the loader is of no use afterwards."""

@@ -95,7 +95,7 @@ def sample_next(logits: Tensor, generators: Sequence[torch.Generator], temperatu
 class Engine:
     """Samples continuations of one prompt in a batch."""
 
-    def __init__(self, model, tokenizer: SpecialTokens) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, model, tokenizer: SpecialTokens) -> None:
         self.model = model
         self.tokenizer = tokenizer
 

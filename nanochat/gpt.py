@@ -53,7 +53,9 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise UserError(f"window_pattern={self.window_pattern!r}: use the letters S (short) and L (long), as in SSSL")
+            raise UserError(
+                f"window_pattern={self.window_pattern!r}: use the letters S (short) and L (long), as in SSSL"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -83,7 +85,7 @@ def rotary_tables(length: int, head_dim: int, device: torch.device) -> tuple[Ten
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (B, T, H, D): pairs (i, i + D/2) turned by -angle (the sense published weights use)."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -112,8 +114,7 @@ class CausalSelfAttention(nn.Module):
         q = self.c_q(x).view(B, T, -1, self.head_dim)
         k = self.c_k(x).view(B, T, -1, self.head_dim)
         v = self.c_v(x).view(B, T, -1, self.head_dim)
-        q = norm(rotate(q, cos, sin)).to(v.dtype)  # QK-norm keeps the attention logits bounded
-        k = norm(rotate(k, cos, sin)).to(v.dtype)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK-norm keeps the attention logits bounded
         if kv_cache is not None:
             k, v = kv_cache.insert(self.layer, k, v)
         return self.c_proj(causal_attention(q, k, v, self.window).reshape(B, T, C))

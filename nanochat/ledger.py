@@ -116,19 +116,13 @@ def fingerprint(patterns: Iterable[str]) -> Fingerprint:
 
     A pattern that matches nothing adds nothing; `missing` finds those.
     """
-    found: Fingerprint = {}
-    for pattern in patterns:
-        for top in _expand(pattern):
-            files = sorted(path for path in top.rglob("*") if path.is_file()) if top.is_dir() else [top]
-            for file in files:
-                if file.suffix != ".tmp":
-                    found[_shown(file)] = _fingerprint_file(file)
-    return found
+    files = [file for pattern in patterns for file in _files(pattern)]
+    return {_shown(file): _fingerprint_file(file) for file in files}
 
 
 def missing(patterns: Iterable[str]) -> list[str]:
     """Those of `patterns` that no file stands for."""
-    return [pattern for pattern in patterns if not fingerprint([pattern])]
+    return [pattern for pattern in patterns if not _files(pattern)]
 
 
 def still_stands(outputs: Fingerprint) -> bool:
@@ -137,11 +131,12 @@ def still_stands(outputs: Fingerprint) -> bool:
     return all((base / name).is_file() and _fingerprint_file(base / name) == mark for name, mark in outputs.items())
 
 
-def _expand(pattern: str) -> list[Path]:
+def _files(pattern: str) -> list[Path]:
+    """Every file that `pattern` stands for; files that are being written (.tmp) do not count."""
     path = paths.get_base_dir() / Path(pattern).expanduser()
-    if glob.has_magic(str(path)):
-        return sorted(Path(name) for name in glob.glob(str(path)))
-    return [path] if path.exists() else []
+    tops = [Path(name) for name in glob.glob(str(path))] if glob.has_magic(str(path)) else [path]
+    below = [file for top in tops for file in (top.rglob("*") if top.is_dir() else [top])]
+    return sorted(file for file in below if file.is_file() and file.suffix != ".tmp")
 
 
 def _shown(path: Path) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 Reduction = Literal["mean", "sum", "none"]
 IGNORED = -1  # target value of positions that carry no loss
 
-# Up to this many logits in one piece: 1 GiB in bf16. Larger chunks gain nothing (the matmul is long saturated).
-CHUNK_LOGITS = 2**29
+# Up to this many logits in one piece: half a GiB in bf16, and as much for their gradient. The matmul is long saturated.
+CHUNK_LOGITS = 2**28
 # Below this the plain path is as quick, and shows lm_head's output to forward hooks in one piece.
 PLAIN_LOGITS = 2**24
 
@@ -80,12 +80,12 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tens
     return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden), torch.empty_like(weight)
 
 
-def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_gradients(ctx, inputs, output) -> None:
     _, grad_hidden, grad_weight = output
     ctx.save_for_backward(grad_hidden, grad_weight)
 
 
-def _scale_gradients(ctx, grad_total: Tensor, *_unused: Tensor):  # type: ignore[no-untyped-def]
+def _scale_gradients(ctx, grad_total: Tensor, *_unused: Tensor):
     grad_hidden, grad_weight = ctx.saved_tensors
     return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight * grad_total, None, None
 
@@ -109,7 +109,7 @@ def _chunk_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor
 _compiled = None
 
 
-def _compiled_chunk_gradient():  # type: ignore[no-untyped-def]
+def _compiled_chunk_gradient():
     """The chunk's pointwise work as two passes over the logits instead of a dozen; compiled once, on first use."""
     global _compiled
     if _compiled is None:

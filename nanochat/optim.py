@@ -13,6 +13,7 @@ A bucket is either all Muon matrices of one shape, dealt whole to the ranks, or 
 gradients and state cost 1/N of the memory each, and the traffic equals an all-reduce.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -109,13 +110,13 @@ class _Bucket:
         self.first = self.rows * rank if self.sharded else 0
         self.world = world
         item = params[0].shape if self.stacked else params[0].shape[1:]
-        like = {"dtype": torch.float32, "device": params[0].device}
         shape = (self.rows, *item)
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=params[0].device)
         if self.stacked:
             short = (self.rows, item[0], 1) if item[0] >= item[1] else (self.rows, 1, item[1])
-            self.state = {"momentum": torch.zeros(shape, **like), "second_moment": torch.zeros(short, **like)}
+            self.state = {"momentum": zeros(shape), "second_moment": zeros(short)}
         else:
-            self.state = {"exp_avg": torch.zeros(shape, **like), "exp_avg_sq": torch.zeros(shape, **like)}
+            self.state = {"exp_avg": zeros(shape), "exp_avg_sq": zeros(shape)}
         self.grad_shard: Tensor | None = None
         self.work: dist.Work | None = None
         self.full: Tensor | None = None
@@ -229,7 +230,9 @@ class MuonAdamW(torch.optim.Optimizer):
         self.mesh = init_device_mesh(device.type, (self.world,)) if distributed else None
         # Fused kernels pay on the GPU only; on a CPU the compile would take longer than a small run.
         self._muon = torch.compile(muon_update, dynamic=False, fullgraph=True) if device.type == "cuda" else muon_update
-        self._adamw = torch.compile(adamw_update, dynamic=False, fullgraph=True) if device.type == "cuda" else adamw_update
+        self._adamw = (
+            torch.compile(adamw_update, dynamic=False, fullgraph=True) if device.type == "cuda" else adamw_update
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None, max_norm: float | None = None) -> Tensor:  # type: ignore[override]
@@ -307,7 +310,14 @@ def gpt_optimizer(
     wte, head = names.pop("transformer.wte.weight"), names.pop("lm_head.weight")
     width_factor = (wte.size(1) / 768) ** -0.5
     adamw = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-    muon = {"kind": "muon", "lr": matrix_lr, "momentum": 0.95, "ns_steps": 5, "beta2": 0.95, "weight_decay": weight_decay}
+    muon = {
+        "kind": "muon",
+        "lr": matrix_lr,
+        "momentum": 0.95,
+        "ns_steps": 5,
+        "beta2": 0.95,
+        "weight_decay": weight_decay,
+    }
     return MuonAdamW(
         [
             {**adamw, "params": [head], "names": ["lm_head.weight"], "lr": unembedding_lr * width_factor},

@@ -28,11 +28,10 @@ class Panel(NamedTuple):
     title: str
     x_label: str
     points: Sequence[tuple[float, float]]
-    log_y: bool = False
 
 
 def line_chart(panels: Sequence[Panel]) -> str:
-    """SVG text with `panels` side by side. Points that are not finite are left out, on a log axis also those <= 0."""
+    """SVG text with `panels` side by side. Points that are not finite are left out."""
     parts = [_panel(panel, left=index * WIDTH) for index, panel in enumerate(panels)]
     width = WIDTH * max(1, len(panels))
     return (
@@ -72,23 +71,21 @@ def si(value: float) -> str:
 
 def _panel(panel: Panel, left: int) -> str:
     title = f'<text class="title" x="{left + LEFT}" y="18">{escape(panel.title)}</text>\n'
-    points = [(x, y) for x, y in panel.points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not panel.log_y)]
+    points = [(x, y) for x, y in panel.points if math.isfinite(x) and math.isfinite(y)]
     if not points:
         return title + f'<text x="{left + LEFT}" y="{HEIGHT / 2}">no data</text>\n'
     points = thin(points)
-    to_y = math.log10 if panel.log_y else float
     x_low, x_high = _span([x for x, _ in points])
-    y_low, y_high = _span([to_y(y) for _, y in points])
+    y_low, y_high = _span([y for _, y in points])
 
     def across(x: float) -> float:
         return left + LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
 
     def down(y: float) -> float:
-        return TOP + (y_high - to_y(y)) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        return TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [title]
-    y_ticks = ticks(10**y_low, 10**y_high) if panel.log_y else ticks(y_low, y_high)
-    for tick in y_ticks:
+    for tick in ticks(y_low, y_high):
         y = down(tick)
         parts.append(f'<line class="grid" x1="{left + LEFT}" x2="{left + WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>\n')
         parts.append(f'<text x="{left + LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{si(tick)}</text>\n')
@@ -105,6 +102,7 @@ def _panel(panel: Panel, left: int) -> str:
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest value, a little apart where they are the same, so that a scale exists."""
+    """Lowest and highest value, spread where they are (nearly) the same, so that a scale exists."""
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    size = max(abs(low), abs(high), 1e-9)
+    return (low, high) if high - low > 1e-9 * size else (low - size / 2, high + size / 2)

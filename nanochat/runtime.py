@@ -66,7 +66,9 @@ def pick_device_type(asked: DeviceType = "auto") -> str:
         return next(name for name, there in present.items() if there)
     if not present[asked]:
         have = ", ".join(name for name, there in present.items() if there)
-        raise UserError(f"--device-type={asked}: no such device here (present: {have}); drop the flag or choose one of these")
+        raise UserError(
+            f"--device-type={asked}: no such device here (present: {have}); drop the flag or choose one of these"
+        )
     return asked
 
 

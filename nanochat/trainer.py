@@ -146,11 +146,15 @@ def train(run: TrainingRun) -> Outcome:
             last = state.step == run.num_iterations
             stopping = stop.agreed(device)
             if state.step != state.evaluated_step and not stopping:
+                if any(evaluation.due(state.step, last) for evaluation in run.evaluations):
+                    console.flush()
                 _evaluate(run, last)
+                console.restart()
             due = run.save_every > 0 and state.step % run.save_every == 0 and state.step > 0
             if state.step != saved_step and (last or stopping or due):
                 console.flush()
                 saved_step = _save(run)
+                console.restart()
             if last or stopping:
                 break
             console.step(_train_step(run), synced=state.step - started_at == WARMUP_STEPS)
@@ -168,7 +172,9 @@ def train(run: TrainingRun) -> Outcome:
         gc.unfreeze()
         run.loader.close()
     if stopping and not last:
-        print0(f"stopped by {stop.received or 'another rank'} at step {state.step:,}, saved; run again with --resume=auto")
+        print0(
+            f"stopped by {stop.received or 'another rank'} at step {state.step:,}, saved; run again with --resume=auto"
+        )
         return Outcome(False, console.summary())
     if not dist.is_initialized() or dist.get_rank() == 0:
         checkpoint.mark_complete(run.folder)
@@ -255,7 +261,6 @@ class _Console:
     def flush(self) -> None:
         """Read what has come up since the last time, record it, print the newest step."""
         if not self.pending:
-            self.clock = time.perf_counter()
             return
         synchronize(self.device)
         now = time.perf_counter()
@@ -290,6 +295,11 @@ class _Console:
         self.pending.clear()
         self._print(step, seconds, rate)
 
+    def restart(self) -> None:
+        """Leave what has just been done (an evaluation, a checkpoint) out of the time of the next step."""
+        if not self.pending:
+            self.clock = time.perf_counter()
+
     def _mfu(self, tokens_per_second: float) -> float:
         assert self.peak is not None
         return self.flops_per_token * tokens_per_second / (self.peak * self.world)
@@ -310,7 +320,9 @@ class _Console:
         """Final figures. Tokens/s and MFU are means over the steady steps, whose number stands beside them."""
         state = self.run.state
         result: dict[str, float] = {"steps": state.step, "tokens": state.step * self.run.tokens_per_step}
-        result.update({f"final {name.split('/')[1]}": value for name, value in state.latest.items() if _is_result(name)})
+        result.update(
+            {f"final {name.split('/')[1]}": value for name, value in state.latest.items() if _is_result(name)}
+        )
         result.update({f"minimum {name.split('/')[1]}": value for name, value in state.best.items()})
         result["training minutes"] = state.seconds / 60
         result["training FLOPs"] = self.flops_per_token * state.step * self.run.tokens_per_step

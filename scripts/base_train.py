@@ -148,7 +148,10 @@ def plan_horizon(settings: Settings, num_params: int, flops_per_token: float) ->
     if settings.num_iterations > 0:
         return settings.num_iterations, "--num-iterations"
     if settings.target_flops > 0:
-        steps, why = round(settings.target_flops / (flops_per_token * batch)), f"--target-flops={settings.target_flops:g}"
+        steps, why = (
+            round(settings.target_flops / (flops_per_token * batch)),
+            f"--target-flops={settings.target_flops:g}",
+        )
     elif settings.target_param_data_ratio > 0:
         steps = int(settings.target_param_data_ratio * num_params // batch)
         why = f"{settings.target_param_data_ratio:g} tokens per parameter"
@@ -221,7 +224,9 @@ def main(settings: Settings) -> None:
     epochs, cropped = horizon_in_epochs(tokenizer, settings.source, settings.max_seq_len, horizon)
     print0(f"data: {settings.source}, {epochs:.2f} epochs, {100 * cropped:.1f} % of tokens cropped by packing")
     if epochs > 1:
-        print0(f"warning: too little data for this horizon, it will be repeated {epochs:.1f} times; get more, or train less")
+        print0(
+            f"warning: too little data for this horizon, it will be repeated {epochs:.1f} times; get more, or train less"
+        )
 
     # ---- the optimizer: rates are given for a batch of 2^19 tokens
     lr_scale = batch_lr_scale(settings.total_batch_size)
@@ -351,7 +356,12 @@ def write_report(
     write_section(
         "base_train",
         "Base model training",
-        {"settings": {**run.meta["settings"], **asdict(config)}, "metrics": figures, "samples": samples, "notes": notes},
+        {
+            "settings": {**run.meta["settings"], **asdict(config)},
+            "metrics": figures,
+            "samples": samples,
+            "notes": notes,
+        },
     )
 
 

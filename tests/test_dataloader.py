@@ -90,7 +90,9 @@ def test_an_epoch_has_each_unit_once(source):
         units = [order[epoch * order.per_epoch + i] for i in range(order.per_epoch)]
         seen = Counter((u.path, u.row_group, d) for u in units for d in range(u.start, u.stop))
         assert len(seen) == 240 and set(seen.values()) == {1}
-    assert [order[i][:4] for i in range(order.per_epoch)] != [order[order.per_epoch + i][:4] for i in range(order.per_epoch)]
+    assert [order[i][:4] for i in range(order.per_epoch)] != [
+        order[order.per_epoch + i][:4] for i in range(order.per_epoch)
+    ]
 
 
 def test_within_an_epoch_no_token_comes_twice(source):

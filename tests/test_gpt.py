@@ -159,7 +159,9 @@ def test_logits_are_capped_and_normed_inputs_scale_free():
     torch.testing.assert_close(norm(x), norm(7 * x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"n_embd": 66}, {"n_kv_head": 3}, {"window_pattern": "SX"}, {"window_pattern": ""}])
+@pytest.mark.parametrize(
+    "changes", [{"n_embd": 66}, {"n_kv_head": 3}, {"window_pattern": "SX"}, {"window_pattern": ""}]
+)
 def test_impossible_shapes_are_one_line_errors(changes):
     with pytest.raises(UserError, match=next(iter(changes))):
         GPTConfig(**{**SMALL, **changes})

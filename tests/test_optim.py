@@ -142,7 +142,12 @@ def test_momentum_ramp_and_batch_scale():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"kind": "sgd"}, "sgd"), ({"ns_steps": 9}, "ns_steps=9"), ({"params": [torch.nn.Parameter(torch.zeros(3))]}, "matrices")]  # fmt: skip
+    ("change", "message"),
+    [
+        ({"kind": "sgd"}, "sgd"),
+        ({"ns_steps": 9}, "ns_steps=9"),
+        ({"params": [torch.nn.Parameter(torch.zeros(3))]}, "matrices"),
+    ],  # fmt: skip
 )
 def test_bad_groups(change, message):
     group = {"kind": "muon", "params": [torch.nn.Parameter(torch.zeros(3, 3))], "lr": 0.1, "momentum": 0.9,
