@@ -55,10 +55,10 @@ case $PROFILE in
     BASE_EVAL=(--max-per-task=100)
     ;;
   mini) # one GPU, about ten minutes
-    : "${DEPTH:=8}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=32768}" "${NPROC_PER_NODE:=1}" "${SHARDS:=4}"
+    : "${DEPTH:=12}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=32768}" "${NPROC_PER_NODE:=1}" "${SHARDS:=4}"
     TOK_TRAIN=(--max-chars=2e8)
-    BASE_TRAIN=(--max-seq-len=1024 --device-batch-size=32 --total-batch-size=65536
-      --target-param-data-ratio=8 --eval-every=250 --core-metric-every=-1)
+    BASE_TRAIN=(--total-batch-size=65536 --num-iterations=600 --eval-every=150 --eval-tokens=2097152
+      --core-metric-every=-1 --sample-every=-1)
     BASE_LOSS=(--split-tokens=2097152)
     BASE_EVAL=(--max-per-task=500)
     ;;
@@ -145,7 +145,7 @@ else
 fi
 
 # Pretraining, and how good it is
-stage base_train --in "$DATA" --in tokenizer --out "$CHECKPOINT" \
+stage base_train --in "$DATA" --in tokenizer --out "$CHECKPOINT" --out "$CHECKPOINT/COMPLETE" \
   -- "${launch[@]}" scripts.base_train --depth="$DEPTH" --source="$SOURCE" --model-tag="$TAG" --resume=auto \
   --run="$WANDB_RUN" ${BASE_TRAIN[@]+"${BASE_TRAIN[@]}"}
 stage base_loss --in "$DATA" --in "$CHECKPOINT" \

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN's kernel first: on an H200 a d12 training step (B=32, T=2048, H=6, D=128, bf16) runs at 539k tokens/s with it and
-# at 486k with the FlashAttention-2 that torch picks by itself (benchmarks/train_speed.py). The others follow for shapes
-# that it refuses.
+# cuDNN's kernel first: on an H200 a d12 training step (B=32, T=2048, H=6, D=128, bf16) runs at 539k tokens/s with it
+# and at 486k with the FlashAttention-2 that torch picks by itself (benchmarks/train_speed.py). The others follow for
+# shapes that it refuses.
 GPU_KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

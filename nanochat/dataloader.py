@@ -202,7 +202,7 @@ class TrainLoader:
                     rows = np.stack([streams[n].next() for n in numbers]).astype(np.int32)
                     batch = torch.from_numpy(rows)
                     self._put((batch.pin_memory() if pin else batch, {n: streams[n].position() for n in numbers}))
-        except BaseException as error:  # noqa: BLE001 - handed to the training thread, which raises it
+        except BaseException as error:
             self._put(error)
 
     def _put(self, item: Any) -> None:

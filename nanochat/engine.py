@@ -10,7 +10,7 @@ from nanochat.errors import UserError
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated as (L, B, T, H, D); every row of the batch is at the same position."""
+    """Keys and values of all layers, preallocated as (L, B, T, H, D); every row is at the same position."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class KVCache:
         return self.k_cache[layer], self.v_cache[layer]
 
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, Tq, H, D) behind what this layer holds; returns all its keys and values (B, pos + Tq, H, D)."""
+        """Put k and v (B, Tq, H, D) behind what this layer holds; returns its keys and values (B, pos + Tq, H, D)."""
         end = self._position + k.size(1)
         if end > self.max_seq_len:
             raise UserError(f"KV cache of {self.max_seq_len} positions is full: {end} are needed; make it longer")

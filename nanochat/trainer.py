@@ -309,10 +309,11 @@ class _Console:
         smoothed = state.smoothed_loss / (1 - SMOOTHING**step)
         pace = state.steady_seconds / state.steady_steps if state.steady_steps else seconds
         mfu = f" | mfu {100 * self._mfu(rate):.1f}%" if self.peak else ""
+        multiplier, norm = (state.latest[f"Optimization/{name}"] for name in ("lr_multiplier", "grad_norm"))
         print0(
             f"step {step:05d}/{total:05d} ({100 * step / total:.1f}%) | loss {smoothed:.4f} | "
-            f"lrm {state.latest['Optimization/lr_multiplier']:.2f} | norm {state.latest['Optimization/grad_norm']:.3f} | "
-            f"{1000 * seconds:,.1f} ms | {rate:,.0f} tok/s{mfu} | epoch {self.run.loader.epoch():.2f} | "
+            f"lrm {multiplier:.2f} | norm {norm:.3f} | {1000 * seconds:,.1f} ms | {rate:,.0f} tok/s{mfu} | "
+            f"epoch {self.run.loader.epoch():.2f} | "
             f"{state.seconds / 60:.1f} min, {pace * (total - step) / 60:.1f} left"
         )
 

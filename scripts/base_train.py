@@ -6,7 +6,9 @@
 One dial, --depth, sizes the model; width, heads, horizon and learning rates follow from it and are printed.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -33,7 +35,7 @@ from nanochat.runtime import (
 )
 from nanochat.samples import make_samples
 from nanochat.settings import real, whole
-from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
 from nanochat.tracking import NO_WANDB, Tracker
 from nanochat.trainer import Evaluation, Outcome, TrainingRun, resume, train
 
@@ -78,7 +80,7 @@ class Settings:
 
     # ---- the optimizer
     matrix_lr: Annotated[float, real(gte=0)] = 0.02
-    """Muon learning rate of the matrices at a batch of 524,288 tokens; all rates go with the square root of the batch."""
+    """Muon learning rate of the matrices, for the classic d20 run; all rates follow batch and horizon from there."""
     embedding_lr: Annotated[float, real(gte=0)] = 0.2
     """AdamW learning rate of the embedding at width 768; goes with width^-0.5."""
     unembedding_lr: Annotated[float, real(gte=0)] = 0.004
@@ -174,7 +176,7 @@ def check_batch(settings: Settings, world_size: int) -> int:
     return settings.total_batch_size // tokens
 
 
-def previous_step(settings: Settings, folder: Any, rank: int, meta_now: dict[str, Any]) -> int | None:
+def previous_step(settings: Settings, folder: Path, rank: int, meta_now: dict[str, Any]) -> int | None:
     """Step to resume from, or None to start. Two runs never share a folder: what another run left there is set aside
     (--resume=auto), or refused."""
     steps = checkpoint.committed_steps(folder)
@@ -182,7 +184,8 @@ def previous_step(settings: Settings, folder: Any, rank: int, meta_now: dict[str
         return None
     if settings.resume == "never":
         raise UserError(
-            f"{folder} holds a run already (step {steps[-1]}): --resume=auto continues it, --model-tag=NAME starts another"
+            f"{folder} holds a run already (step {steps[-1]}): --resume=auto continues it, --model-tag=NAME starts "
+            "another"
         )
     meta = checkpoint.read_meta(folder, steps[-1])
     ignore = OBSERVERS | {"model_tag"}
@@ -198,38 +201,94 @@ def previous_step(settings: Settings, folder: Any, rank: int, meta_now: dict[str
     return None
 
 
-def main(settings: Settings) -> None:
-    settings = settings_module.replace(settings, source=canonical(settings.source))
-    ddp, rank, _, world_size, device = compute_init(settings.device_type)
-    tokenizer = get_tokenizer()
-    token_bytes = get_token_bytes(device)
-    check_batch(settings, world_size)
-
-    # ---- the model: shapes first, memory second, values last
-    config = model_config(settings, tokenizer.get_vocab_size())
+def build_model(settings: Settings, config: GPTConfig, device: torch.device) -> GPT:
+    """Shapes first, memory second, values last: a large model never exists twice."""
     with torch.device("meta"):
         model = GPT(config, compute_dtype(device))
-    num_params, flops_per_token = model.num_params(), model.estimate_flops()
-    num_iterations, why = plan_horizon(settings, num_params, flops_per_token)
-    horizon = num_iterations * settings.total_batch_size
     model.to_empty(device=device)
     model.init_weights(settings.init, settings.seed)
-    compiled = settings.compile if settings.compile is not None else device.type == "cuda"
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    return model
 
-    print0(f"{device_name(device)} x {world_size}, compute in {model.compute_dtype}, compiled: {compiled}")
-    print0(f"{config}")
-    print0(f"{num_params:,} parameters, {flops_per_token:.4e} FLOPs per token")
+
+def make_evaluations(
+    settings: Settings,
+    model: GPT,
+    forward: Callable[..., torch.Tensor],
+    tokenizer: RustBPETokenizer,
+    rank: int,
+    world_size: int,
+    samples: list[dict[str, str]],
+) -> list[Evaluation]:
+    """What is measured on the way: bits per byte, CORE, and samples, which are left in `samples`."""
+    device, length = model.get_device(), settings.max_seq_len
+    token_bytes = get_token_bytes(device)
+    val = fixed_rows(tokenizer, settings.source, "val", length, max(settings.eval_tokens, length))
+    if settings.core_metric_every > 0:
+        load_bundle(eval_bundle_dir())  # a bundle that is missing shows now, not at the end of the run
+
+    def val_bpb(step: int) -> dict[str, float]:
+        batches = row_batches(val, settings.device_batch_size, device, rank, world_size)
+        return {"Loss/val_bpb": evaluate_bpb(forward, batches, token_bytes)}
+
+    def core(step: int) -> dict[str, float]:
+        result = evaluate_core(
+            model,
+            tokenizer,
+            load_bundle(eval_bundle_dir()),
+            device,
+            sequence_len=length,
+            device_batch_size=max(1, settings.device_batch_size // 4),
+            max_per_task=settings.core_metric_max_per_task,
+        )
+        return {f"Eval/{result.name}": result.core}
+
+    def show_samples(step: int) -> dict[str, float]:
+        if rank == 0:
+            samples[:] = make_samples(model, tokenizer)
+            for sample in samples:
+                print0(f"--- {sample['text']}")
+        return {}
+
+    return [
+        Evaluation(settings.eval_every, True, val_bpb),
+        Evaluation(settings.core_metric_every, settings.core_metric_every > 0, core),
+        Evaluation(settings.sample_every, settings.sample_every > 0, show_samples),
+    ]
+
+
+def announce(settings: Settings, model: GPT, world_size: int, num_iterations: int, why: str, compiled: bool) -> None:
+    """Everything that was derived from the settings, before anything is spent."""
+    horizon = num_iterations * settings.total_batch_size
+    tokenizer = get_tokenizer()
+    print0(f"{device_name(model.get_device())} x {world_size}, compute in {model.compute_dtype}, compiled: {compiled}")
+    print0(f"{model.config}")
+    print0(f"{model.num_params():,} parameters, {model.estimate_flops():.4e} FLOPs per token")
     print0(f"{num_iterations:,} steps of {settings.total_batch_size:,} tokens = {horizon:,} tokens ({why})")
     epochs, cropped = horizon_in_epochs(tokenizer, settings.source, settings.max_seq_len, horizon)
     print0(f"data: {settings.source}, {epochs:.2f} epochs, {100 * cropped:.1f} % of tokens cropped by packing")
     if epochs > 1:
-        print0(
-            f"warning: too little data for this horizon, it will be repeated {epochs:.1f} times; get more, or train less"
-        )
+        print0(f"warning: too little data: this horizon repeats it {epochs:.1f} times; get more of it, or train less")
 
-    # ---- the optimizer: rates are given for a batch of 2^19 tokens
-    lr_scale = batch_lr_scale(settings.total_batch_size)
+
+def main(settings: Settings) -> None:
+    settings = settings_module.replace(settings, source=canonical(settings.source))
+    _, rank, _, world_size, device = compute_init(settings.device_type)
+    tokenizer = get_tokenizer()
+    check_batch(settings, world_size)
+
+    # ---- the model and its horizon
+    config = model_config(settings, tokenizer.get_vocab_size())
+    with torch.device("meta"):
+        shapes = GPT(config)
+    num_iterations, why = plan_horizon(settings, shapes.num_params(), shapes.estimate_flops())
+    model = build_model(settings, config, device)
+    compiled = settings.compile if settings.compile is not None else device.type == "cuda"
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    announce(settings, model, world_size, num_iterations, why, compiled)
+
+    # ---- the optimizer
+    lr_scale = batch_lr_scale(settings.total_batch_size, num_iterations * settings.total_batch_size)
+    print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
     optimizer = model.setup_optimizer(
         matrix_lr=settings.matrix_lr * lr_scale,
         embedding_lr=settings.embedding_lr * lr_scale,
@@ -266,43 +325,8 @@ def main(settings: Settings) -> None:
         state=earlier["loader"] if earlier else None,
     )
 
-    # ---- what is measured on the way
-    val = fixed_rows(tokenizer, settings.source, "val", settings.max_seq_len, settings.eval_tokens)
-
-    def val_bpb(step: int) -> dict[str, float]:
-        batches = row_batches(val, settings.device_batch_size, device, rank, world_size)
-        return {"Loss/val_bpb": evaluate_bpb(forward, batches, token_bytes)}
-
-    def core(step: int) -> dict[str, float]:
-        result = evaluate_core(
-            model,
-            tokenizer,
-            load_bundle(eval_bundle_dir()),
-            device,
-            sequence_len=config.sequence_len,
-            device_batch_size=max(1, settings.device_batch_size // 4),
-            max_per_task=settings.core_metric_max_per_task,
-        )
-        return {f"Eval/{result.name}": result.core}
-
-    samples: list[dict[str, str]] = []
-
-    def show_samples(step: int) -> dict[str, float]:
-        if rank == 0:
-            samples[:] = make_samples(model, tokenizer)
-            for sample in samples:
-                print0(f"--- {sample['text']}")
-        return {}
-
-    evaluations = [
-        Evaluation(settings.eval_every, True, val_bpb),
-        Evaluation(settings.core_metric_every, settings.core_metric_every > 0, core),
-        Evaluation(settings.sample_every, settings.sample_every > 0, show_samples),
-    ]
-    if settings.core_metric_every > 0:
-        load_bundle(eval_bundle_dir())  # a bundle that is missing shows now, not at the end of the run
-
     # ---- train
+    samples: list[dict[str, str]] = []
     run = TrainingRun(
         stage="base",
         folder=folder,
@@ -315,7 +339,7 @@ def main(settings: Settings) -> None:
         schedule=schedule,
         grad_clip=settings.grad_clip,
         save_every=settings.save_every,
-        evaluations=evaluations,
+        evaluations=make_evaluations(settings, model, forward, tokenizer, rank, world_size, samples),
         tracker=Tracker("base", settings.run, meta, resume_step),
         meta=meta,
     )
@@ -324,45 +348,28 @@ def main(settings: Settings) -> None:
     outcome = train(run)
     run.tracker.close()
     if outcome.finished:
-        write_report(settings, config, run, outcome, samples, num_params, flops_per_token, device, loader)
+        write_report(run, outcome, samples, loader)
     compute_cleanup()
 
 
-def write_report(
-    settings: Settings,
-    config: GPTConfig,
-    run: TrainingRun,
-    outcome: Outcome,
-    samples: list[dict[str, str]],
-    num_params: int,
-    flops_per_token: float,
-    device: torch.device,
-    loader: TrainLoader,
-) -> None:
+def write_report(run: TrainingRun, outcome: Outcome, samples: list[dict[str, str]], loader: TrainLoader) -> None:
     """The section of this stage."""
     figures = {
-        "parameters": num_params,
-        "FLOPs per token": flops_per_token,
-        "device": device_name(device),
+        "parameters": run.model.num_params(),
+        "FLOPs per token": run.model.estimate_flops(),
+        "device": device_name(run.model.get_device()),
         "ranks": run.meta["world_size"],
         "epochs": loader.epoch(),
         "cropped share": loader.packer.cropped_share(),
         **outcome.metrics,
     }
     notes = [
-        "FLOPs per token = 6 x matmul parameters (head counted, embedding not) + 12 x heads x head_dim x attention span "
-        "per layer, causal attention not halved; MFU is over the card's dense bf16 peak."
+        "FLOPs per token = 6 x matmul parameters (head counted, embedding not) + 12 x heads x head_dim x attention "
+        "span per layer, causal attention not halved; MFU is over the card's dense bf16 peak."
     ]
-    write_section(
-        "base_train",
-        "Base model training",
-        {
-            "settings": {**run.meta["settings"], **asdict(config)},
-            "metrics": figures,
-            "samples": samples,
-            "notes": notes,
-        },
-    )
+    settings = {**run.meta["settings"], **run.meta["model_config"]}
+    section = {"settings": settings, "metrics": figures, "samples": samples, "notes": notes}
+    write_section("base_train", "Base model training", section)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def path(request, monkeypatch):
     """Both ways through head_loss on the same small problem; the chunks do not divide the rows."""
     if request.param == "chunked":
         monkeypatch.setattr(loss, "PLAIN_LOGITS", 0)
-        monkeypatch.setattr(loss, "_chunk_rows", lambda vocab: 7)
+        monkeypatch.setattr(loss, "_chunk_rows", lambda weight: 7)
     return request.param
 
 

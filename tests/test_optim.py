@@ -138,7 +138,8 @@ def test_schedule_is_a_trapezoid(total, warmup, warmdown, final):
 
 def test_momentum_ramp_and_batch_scale():
     assert muon_momentum(0) == 0.85 and muon_momentum(150) == pytest.approx(0.9) and muon_momentum(10**6) == 0.95
-    assert batch_lr_scale(2**19) == 1 and batch_lr_scale(2**17) == 0.5
+    assert batch_lr_scale(2**19, 11.2e9) == 1 and batch_lr_scale(2**17, 11.2e9) == 0.5
+    assert batch_lr_scale(2**16, 39e6) == pytest.approx(1.04, abs=0.02)  # a short run bears more at the same batch
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_momentum_ramp_and_batch_scale():
         ({"kind": "sgd"}, "sgd"),
         ({"ns_steps": 9}, "ns_steps=9"),
         ({"params": [torch.nn.Parameter(torch.zeros(3))]}, "matrices"),
-    ],  # fmt: skip
+    ],
 )
 def test_bad_groups(change, message):
     group = {"kind": "muon", "params": [torch.nn.Parameter(torch.zeros(3, 3))], "lr": 0.1, "momentum": 0.9,
