@@ -49,8 +49,10 @@ case $PROFILE in
   tiny) # the whole chain on 2 CPU cores, without network
     : "${DEPTH:=4}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=4096}" "${NPROC_PER_NODE:=1}" "${SHARDS:=1}"
     TOK_TRAIN=(--max-chars=2e7)
-    BASE_TRAIN=(--max-seq-len=256 --device-batch-size=8 --total-batch-size=2048 --num-iterations=400
-      --eval-every=100 --eval-tokens=65536 --core-metric-every=-1 --sample-every=200)
+    BASE_TRAIN=(--head-dim=64 --max-seq-len=256 --device-batch-size=16 --total-batch-size=8192 --num-iterations=150
+      --eval-every=50 --eval-tokens=131072 --core-metric-every=-1 --sample-every=-1 --save-every=50)
+    # processors that multiply bf16 natively train twice as fast in it (9,000 against 4,300 tokens/s on two cores)
+    if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then export NANOCHAT_DTYPE=${NANOCHAT_DTYPE:-bfloat16}; fi
     BASE_LOSS=(--device-batch-size=16 --split-tokens=131072)
     BASE_EVAL=(--max-per-task=100)
     ;;

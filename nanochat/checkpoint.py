@@ -13,13 +13,15 @@ import json
 import random
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -67,7 +69,10 @@ def save(folder: Path, step: int, model: GPT, optimizer: MuonAdamW | None, meta:
         dist.barrier()
     try:
         if optimizer is not None:
-            dcp.save(optimizer.named_state(), checkpoint_id=str(partial / "state"), no_dist=not distributed)
+            import torch.distributed.checkpoint as dcp  # takes 3 s: only for those who train
+
+            with _no_lone_process_warning():
+                dcp.save(optimizer.named_state(), checkpoint_id=str(partial / "state"), no_dist=not distributed)
         if rank == 0:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
             save_file(weights, partial / "model.safetensors")
@@ -85,6 +90,14 @@ def save(folder: Path, step: int, model: GPT, optimizer: MuonAdamW | None, meta:
     if distributed:
         dist.barrier()
     return target
+
+
+@contextmanager
+def _no_lone_process_warning() -> Iterator[None]:
+    """torch warns at each save and load that it takes a process without a group for a lone one; here it is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def rng_state() -> dict[str, Any]:
@@ -138,9 +151,9 @@ def load_weights(folder: Path, step: int, model: GPT, device: torch.device) -> N
         raise UserError(
             f"{path} is damaged ({error}); delete the folder {path.parent} and use an earlier step"
         ) from None
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in weights.items():
-        if wanted.get(name) != tensor.shape:
+        if wanted.get(name) != tuple(tensor.shape):
             raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, the model has {wanted.get(name)}")
     if missing := wanted.keys() - weights.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])} of {len(missing)} weights")
@@ -149,10 +162,13 @@ def load_weights(folder: Path, step: int, model: GPT, device: torch.device) -> N
 
 def load_optimizer(folder: Path, step: int, optimizer: MuonAdamW, num_steps: int) -> None:
     """Fill the optimizer's state in place (every rank calls this; the number of ranks may differ from the writer's)."""
+    import torch.distributed.checkpoint as dcp
+
     path = step_dir(folder, step) / "state"
     no_dist = not (dist.is_initialized() and dist.get_world_size() > 1)
     try:
-        dcp.load(optimizer.named_state(), checkpoint_id=str(path), no_dist=no_dist)
+        with _no_lone_process_warning():
+            dcp.load(optimizer.named_state(), checkpoint_id=str(path), no_dist=no_dist)
     except (OSError, RuntimeError, ValueError, EOFError, dcp.api.CheckpointException) as error:
         raise UserError(
             f"{path} is damaged ({str(error).splitlines()[0]}); delete the folder {path.parent} and use an earlier step"

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 # Polar Express, arXiv 2505.16932: polynomials that push all singular values in (0, 1] to 1, each the best for the
 # interval that its predecessor left; computed for 5 iterations from l = 1e-3, with a safety factor of 1.02 for bf16.
@@ -194,6 +193,8 @@ class _Bucket:
                 for row, index in self.owned():
                     named[f"{self.names[index]}.{key}"] = tensor[row]
             elif self.sharded:
+                from torch.distributed.tensor import DTensor, Shard  # takes 2.5 s: only where it is needed
+
                 assert mesh is not None
                 named[f"{self.names[0]}.{key}"] = DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
             else:

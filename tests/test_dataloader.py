@@ -164,7 +164,7 @@ def test_two_processes_gather_one_state(source):
 def test_more_streams_than_units_starve_nobody(source):
     data = loader(rows=64, batch=64)
     assert data.order.per_epoch < 64
-    assert take_steps(data, 3).shape == (3, 64, 17)
+    assert take_steps(data, 12).shape == (12, 64, 17)
     assert data.epoch() > 1
     data.close()
 

@@ -92,10 +92,12 @@ def test_a_stage_killed_by_a_signal_is_said_so(capfd):
     assert "SIGKILL" in capfd.readouterr().err
 
 
-def test_a_stage_that_does_not_write_what_it_promised_has_failed(capfd):
-    assert run("a", "true", outputs=("model",)) == 1
-    assert "did not write model" in capfd.readouterr().err
-    assert statuses("a")[-1] == "failed"
+def test_a_stage_that_ends_well_without_its_outputs_is_unfinished_and_runs_again(capfd, store):
+    assert run("a", "true", outputs=("model",)) == 75
+    assert "did not write model yet" in capfd.readouterr().out
+    assert statuses("a")[-1] == "unfinished"
+    assert run("a", f"touch {store}/model", outputs=("model",)) == 0
+    assert statuses("a")[-1] == "finished"
 
 
 def test_a_missing_input_is_one_line_and_nothing_runs(store):

@@ -1,0 +1,79 @@
+import os
+import signal
+
+import pytest
+import torch
+
+from nanochat import common, runtime
+from nanochat.errors import UserError
+from tests.processes import run_processes
+
+
+def test_a_lone_process():
+    assert runtime.get_dist_info() == (False, 0, 0, 1)
+    assert runtime.compute_init("cpu") == (False, 0, 0, 1, torch.device("cpu"))
+
+
+def test_half_of_torchrun_s_environment_is_a_user_error(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="LOCAL_RANK, WORLD_SIZE"):
+        runtime.get_dist_info()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there():
+    with pytest.raises(UserError, match=r"--device-type=cuda: no such device here \(present: "):
+        runtime.compute_init("cuda")
+
+
+def test_compute_dtype_override(monkeypatch):
+    assert runtime.compute_dtype(torch.device("cpu")) == torch.float32
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
+    assert runtime.compute_dtype(torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setenv("NANOCHAT_DTYPE", "int8")
+    with pytest.raises(UserError, match="NANOCHAT_DTYPE=int8"):
+        runtime.compute_dtype(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+     ("NVIDIA GH200 480GB", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA B200", 2250e12), ("Unknown", None)],
+)  # fmt: skip
+def test_peak_is_of_the_real_card(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert runtime.peak_flops(torch.device("cuda")) == peak
+
+
+def test_no_peak_is_made_up_for_a_cpu():
+    assert runtime.peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_remembered(number):
+    stop = runtime.StopSignal()
+    assert not stop.agreed(torch.device("cpu"))
+    os.kill(os.getpid(), number)
+    assert stop.agreed(torch.device("cpu")) and stop.received == signal.Signals(number).name
+
+
+def stop_on_rank_one():
+    import torch.distributed as dist
+
+    stop = runtime.StopSignal()
+    before = stop.agreed(torch.device("cpu"))
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return before, stop.agreed(torch.device("cpu"))
+
+
+def test_all_ranks_agree_to_stop():
+    assert run_processes(2, stop_on_rank_one) == [(False, True)] * 2
+
+
+def test_printing_is_rank_0_s(monkeypatch, capsys):
+    common.print0("a", 1)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    common.print0("b")
+    assert capsys.readouterr().out == "a 1\n"
