@@ -68,6 +68,7 @@ def save(folder: Path, step: int, model: GPT, optimizer: MuonAdamW | None, meta:
     if distributed:
         dist.barrier()
     try:
+        _check_space(folder, model, optimizer)
         if optimizer is not None:
             import torch.distributed.checkpoint as dcp  # takes 3 s: only for those who train
 
@@ -90,6 +91,21 @@ def save(folder: Path, step: int, model: GPT, optimizer: MuonAdamW | None, meta:
     if distributed:
         dist.barrier()
     return target
+
+
+def _check_space(folder: Path, model: GPT, optimizer: MuonAdamW | None) -> None:
+    """Raise UserError when the checkpoint will not fit: what a full disk raises from inside the writers is anything
+    from OSError to a RuntimeError about an archive."""
+    ranks = optimizer.world if optimizer is not None else 1
+    state = optimizer.named_state().values() if optimizer is not None else []
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in state]
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values()) + ranks * sum(t.nbytes for t in local)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"disk full: the checkpoint needs {needed / 1e6:,.0f} MB and {folder} has {free / 1e6:,.0f} MB left; free "
+            "some space and run again with --resume=auto"
+        )
 
 
 @contextmanager

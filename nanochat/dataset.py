@@ -21,7 +21,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from nanochat import local_text, pydocs, shards
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
-from nanochat.settings import run, short, whole
+from nanochat.report import write_section
+from nanochat.settings import as_dict, run, short, whole
 
 Split = Literal["train", "val"]
 
@@ -70,12 +71,17 @@ def main(settings: Settings) -> None:
         make_pydocs()
     else:
         take_local(source, settings.num_files)
-    files = shards.load_manifest(data_dir(source))["files"].values()
+    manifest = shards.load_manifest(data_dir(source))
+    rows = []
     for split in ("train", "val"):
-        entries = [entry for entry in files if entry["split"] == split]
+        entries = [entry for entry in manifest["files"].values() if entry["split"] == split]
         documents, size = (sum(entry[key] for entry in entries) for key in ("documents", "utf8_bytes"))
         print(f"{source} {split}: {len(entries)} shards, {documents:,} documents, {size / 1e6:,.1f} MB of text")
+        rows.append([split, len(entries), documents, size])
     print(f"in {data_dir(source)}")
+    table = {"title": "Text", "columns": ["Split", "Shards", "Documents", "Bytes"], "rows": rows}
+    about = {key: value for key, value in manifest.items() if key != "files"}
+    write_section("dataset", "Dataset", {"settings": as_dict(settings), "metrics": about, "tables": [table]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

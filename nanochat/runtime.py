@@ -150,11 +150,15 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def agreed(self, device: torch.device) -> bool:
         """True on every rank as soon as any rank was signalled (one small all-reduce when distributed)."""

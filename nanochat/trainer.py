@@ -171,6 +171,7 @@ def train(run: TrainingRun) -> Outcome:
     finally:
         gc.unfreeze()
         run.loader.close()
+        stop.restore()
     if stopping and not last:
         print0(
             f"stopped by {stop.received or 'another rank'} at step {state.step:,}, saved; run again with --resume=auto"

@@ -15,6 +15,7 @@ from nanochat.errors import UserError
 from nanochat.eval_bundle import load_bundle
 from nanochat.offline_bundle import copy_bundle, write_offline_bundle
 from nanochat.paths import eval_bundle_dir
+from nanochat.report import write_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,15 @@ def main(settings: Settings) -> None:
         bundle = write_offline_bundle(iter_documents(settings.source, "val"), settings.source, target)
     items = sum(len(task.items) for task in bundle.tasks)
     print(f"{bundle.name}: {items:,} items in {target}")
+    rows = [[task.label, task.kind, task.num_fewshot, len(task.items), task.baseline] for task in bundle.tasks]
+    table = {"title": bundle.name, "columns": ["Task", "Kind", "Shots", "Items", "Guessing %"], "rows": rows}
+    section = {
+        "settings": settings_module.as_dict(settings),
+        "metrics": {"tasks": len(rows), "items": items},
+        "tables": [table],
+        "synthetic": bundle.kind != "published",
+    }
+    write_section("eval_bundle", "Evaluation tasks", section)
 
 
 if __name__ == "__main__":

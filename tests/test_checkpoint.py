@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -139,6 +140,15 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_no_litter(tokenizer, mo
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space"):
+        save("a", 4, small(), tokenizer)
+    assert [p.name for p in folder.iterdir()] == ["step_000003"]
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tokenizer, monkeypatch):
+    folder = save("a", 3, small(), tokenizer).parent
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(UserError, match="disk full: the checkpoint needs"):
         save("a", 4, small(), tokenizer)
     assert [p.name for p in folder.iterdir()] == ["step_000003"]
 

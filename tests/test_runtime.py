@@ -51,10 +51,13 @@ def test_no_peak_is_made_up_for_a_cpu():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_are_remembered(number):
+    signal.signal(number, signal.SIG_DFL)
     stop = runtime.StopSignal()
     assert not stop.agreed(torch.device("cpu"))
     os.kill(os.getpid(), number)
     assert stop.agreed(torch.device("cpu")) and stop.received == signal.Signals(number).name
+    stop.restore()
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def stop_on_rank_one():
