@@ -117,7 +117,8 @@ class _Stream:
     def __init__(self, loader: "TrainLoader", number: int, begun: int, taken: int) -> None:
         self.loader, self.number = loader, number
         self.begun, self.taken = begun, taken
-        self.rows = self._submit(begun - 1).result() if begun else None
+        self.rows: np.ndarray | None = None
+        self.resumed = self._submit(begun - 1) if begun else None  # not waited for here: all streams encode at once
         self.next_rows = self._submit(begun)
 
     def _submit(self, nth: int) -> Future[np.ndarray]:
@@ -125,6 +126,8 @@ class _Stream:
         return self.loader.pool.submit(self.loader.packer.rows, unit)
 
     def next(self) -> np.ndarray:
+        if self.resumed is not None:
+            self.rows, self.resumed = self.resumed.result(), None
         empty = 0
         while self.rows is None or self.taken == len(self.rows):
             self.rows = self.next_rows.result()  # may be empty: a few short documents need not fill a row

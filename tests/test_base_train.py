@@ -15,7 +15,7 @@ from nanochat import checkpoint, ledger
 from nanochat import settings as settings_module
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
+from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts.base_train import Settings, check_batch, main, model_config, plan_horizon
 from tests.test_dataloader import write_source
@@ -78,6 +78,31 @@ def test_trains_saves_and_reports(prepared):
     meta = checkpoint.read_meta(folder, 6)
     assert meta["settings"]["depth"] == 1 and meta["val_bpb"] == section["metrics"]["final val_bpb"]
     assert ledger.missing([str(folder / "COMPLETE")]) == []
+
+
+def write_bundle(folder):
+    """One multiple-choice task in the published layout."""
+    (folder / "eval_data").mkdir(parents=True)
+    items = [{"query": words(seed, 5), "choices": ["word1", "word2"], "gold": seed % 2} for seed in range(6)]
+    (folder / "eval_data" / "pick.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    task = {
+        "label": "offline_pick",
+        "dataset_uri": "pick.jsonl",
+        "num_fewshot": [1],
+        "icl_task_type": "multiple_choice",
+    }
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": [task]}))  # JSON is YAML
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\noffline_pick,50\n")
+
+
+def test_core_and_samples_at_their_intervals(prepared, capsys):
+    write_bundle(eval_bundle_dir())
+    changes = {"core_metric_every": 4, "core_metric_max_per_task": 4, "sample_every": 2, "max_seq_len": 64}
+    main(Settings(**{**SMALL, **changes}))
+    records = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+    scores = {r["step"]: v for r in records for name, v in r.items() if name.startswith("Eval/CORE-offline")}
+    assert sorted(scores) == [4, 6] and all(-1 <= score <= 1 for score in scores.values())
+    assert capsys.readouterr().out.count("--- The capital of Italy is") == 3
 
 
 def test_two_runs_never_share_a_folder(prepared, capsys):
