@@ -29,7 +29,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir
-from nanochat.runtime import compute_dtype, print0
+from nanochat.runtime import barrier, compute_dtype, print0
 from nanochat.shards import replacing
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def save(folder: Path, step: int, model: GPT, optimizer: MuonAdamW | None, meta:
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    if distributed:
-        dist.barrier()
+    barrier()
     try:
         _check_space(folder, model, optimizer)
         if optimizer is not None:
@@ -88,8 +87,7 @@ def save(folder: Path, step: int, model: GPT, optimizer: MuonAdamW | None, meta:
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-    if distributed:
-        dist.barrier()
+    barrier()
     return target
 
 

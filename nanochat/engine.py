@@ -97,6 +97,7 @@ class Engine:
 
     def __init__(self, model, tokenizer: SpecialTokens) -> None:
         self.model = model
+        self.forward = model if callable(model) else model.forward  # stand-ins of a model need not be modules
         self.tokenizer = tokenizer
 
     def _cache(self, batch_size: int, length: int) -> KVCache:
@@ -133,7 +134,7 @@ class Engine:
         prompt_cache = self._cache(1, len(tokens))
         prompt = torch.tensor([list(tokens)], dtype=torch.long, device=device)
         # Only the distribution is shared between the samples; each row draws its own first token from it.
-        logits = self.model(prompt, kv_cache=prompt_cache)[:, -1].expand(num_samples, -1)
+        logits = self.forward(prompt, kv_cache=prompt_cache)[:, -1].expand(num_samples, -1)
         cache = self._cache(num_samples, len(tokens) + max_tokens)
         cache.prefill(prompt_cache)
         del prompt_cache
@@ -146,7 +147,7 @@ class Engine:
             ended = [done or value in stops for done, value in zip(ended, values, strict=True)]
             if all(ended) or step == max_tokens - 1:
                 return
-            logits = self.model(column.unsqueeze(1), kv_cache=cache)[:, -1]
+            logits = self.forward(column.unsqueeze(1), kv_cache=cache)[:, -1]
 
     def generate_batch(
         self, tokens: Sequence[int], num_samples: int = 1, **options: object

@@ -91,8 +91,14 @@ def compute_init(device_type: DeviceType = "auto") -> tuple[bool, int, int, int,
         backend = "nccl" if kind == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=30)  # the first step compiles; ranks may differ by minutes there
         dist.init_process_group(backend, timeout=timeout, device_id=device if kind == "cuda" else None)
-        dist.barrier()
+        barrier()
     return *info, device
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing to wait for in a lone process."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def compute_cleanup() -> None:

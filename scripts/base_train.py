@@ -27,6 +27,7 @@ from nanochat.paths import checkpoint_dir, eval_bundle_dir
 from nanochat.report import write_section
 from nanochat.runtime import (
     DeviceType,
+    barrier,
     compute_cleanup,
     compute_dtype,
     compute_init,
@@ -195,6 +196,7 @@ def previous_step(settings: Settings, folder: Path, rank: int, meta_now: dict[st
         changed.append("tokenizer")
     if not changed and not (folder / "COMPLETE").exists():
         return steps[-1]
+    barrier()  # every rank has read what is there before it moves
     if rank == 0:
         why = f"differs in {', '.join(changed)}" if changed else "is complete"
         print0(f"the run in {folder} {why}: kept as {checkpoint.set_aside(folder).name}, starting anew")

@@ -156,6 +156,9 @@ def test_two_processes_under_torchrun(prepared):
     assert double["val_bpb"] == pytest.approx(single["val_bpb"], rel=1e-4)
     assert double["world_size"] == 2 and len(double["rng"]) == 2
     assert double["loader"] == single["loader"]
+    longer = [word.replace("--num-iterations=4", "--num-iterations=5") for word in two]
+    done = subprocess.run([*longer, "--resume=auto"], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.count("differs in num_iterations: kept as two.1") == 1
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,14 @@ def test_a_loss_that_is_not_finite_stops_with_one_line(folder):
     assert checkpoint.committed_steps(folder) == []
 
 
+def test_running_out_of_memory_names_the_flag(folder):
+    def too_much(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"out of memory at a device batch of 64 tokens: halve --device-batch-size"):
+        train(make_run(folder, 3, forward=too_much))
+
+
 @pytest.mark.parametrize(
     ("every", "at_end", "expected"), [(2, True, [2, 4, 5]), (2, False, [2, 4]), (-1, True, [5]), (0, False, [])]
 )
