@@ -164,9 +164,11 @@ def train(run: TrainingRun) -> Outcome:
                 gc.collect()
                 gc.freeze()
     except torch.OutOfMemoryError:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        tokens = run.tokens_per_step // (run.loader.batches_per_step * world)
         raise UserError(
-            f"{device} is out of memory at a device batch of {run.tokens_per_step // run.loader.batches_per_step:,} "
-            "tokens: halve --device-batch-size (the total batch, and so the result, stays the same)"
+            f"{device} is out of memory at a device batch of {tokens:,} tokens: halve --device-batch-size (the total "
+            "batch, and so the result, stays the same)"
         ) from None
     finally:
         gc.unfreeze()
