@@ -148,12 +148,15 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
         meta = json.loads(path.read_text())
         newer = meta["format"] > FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete the folder {path.parent} and use an earlier step"
-        ) from None
+        raise _damaged(path, error) from None
     if newer:
         raise UserError(f"{path} has format {meta['format']}, this program reads {FORMAT}: update the program")
     return meta
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"{path} is damaged ({reason}); delete the folder {path.parent} and use an earlier step")
 
 
 def load_weights(folder: Path, step: int, model: GPT, device: torch.device) -> None:
@@ -162,9 +165,7 @@ def load_weights(folder: Path, step: int, model: GPT, device: torch.device) -> N
     try:
         weights = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete the folder {path.parent} and use an earlier step"
-        ) from None
+        raise _damaged(path, error) from None
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in weights.items():
         if wanted.get(name) != tuple(tensor.shape):
@@ -184,9 +185,7 @@ def load_optimizer(folder: Path, step: int, optimizer: MuonAdamW, num_steps: int
         with _no_lone_process_warning():
             dcp.load(optimizer.named_state(), checkpoint_id=str(path), no_dist=no_dist)
     except (OSError, RuntimeError, ValueError, EOFError, dcp.api.CheckpointException) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0]}); delete the folder {path.parent} and use an earlier step"
-        ) from None
+        raise _damaged(path, error) from None
     optimizer.num_steps = num_steps
 
 

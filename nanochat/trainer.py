@@ -21,7 +21,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.loss import IGNORED
 from nanochat.optim import MuonAdamW, set_schedule
-from nanochat.runtime import StopSignal, peak_flops, peak_memory_bytes, print0, synchronize
+from nanochat.runtime import StopSignal, get_dist_info, peak_flops, peak_memory_bytes, print0, synchronize
 from nanochat.tracking import Tracker
 
 KEEP_LAST = 2  # checkpoints on disk: should the newest turn out damaged, there is one before it
@@ -126,7 +126,7 @@ def resume(run: TrainingRun, step: int, meta: dict[str, Any]) -> None:
     state is given to its constructor)."""
     checkpoint.load_weights(run.folder, step, run.model, run.model.get_device())
     checkpoint.load_optimizer(run.folder, step, run.optimizer, meta["optimizer_steps"])
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = get_dist_info().rank
     if rank < len(meta["rng"]):
         checkpoint.set_rng_state(meta["rng"][rank])
     run.state = LoopState(**meta["loop"])
@@ -146,12 +146,13 @@ def train(run: TrainingRun) -> Outcome:
             last = state.step == run.num_iterations
             stopping = stop.agreed(device)
             if state.step != state.evaluated_step and not stopping:
-                if any(evaluation.due(state.step, last) for evaluation in run.evaluations):
+                if due := [evaluation for evaluation in run.evaluations if evaluation.due(state.step, last)]:
                     console.flush()
-                _evaluate(run, last)
-                console.restart()
-            due = run.save_every > 0 and state.step % run.save_every == 0 and state.step > 0
-            if state.step != saved_step and (last or stopping or due):
+                    _evaluate(run, due)
+                    console.restart()
+                state.evaluated_step = state.step
+            save_due = run.save_every > 0 and state.step % run.save_every == 0 and state.step > 0
+            if state.step != saved_step and (last or stopping or save_due):
                 console.flush()
                 saved_step = _save(run)
                 console.restart()
@@ -164,8 +165,7 @@ def train(run: TrainingRun) -> Outcome:
                 gc.collect()
                 gc.freeze()
     except torch.OutOfMemoryError:
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        tokens = run.tokens_per_step // (run.loader.batches_per_step * world)
+        tokens = run.tokens_per_step // (run.loader.batches_per_step * get_dist_info().world_size)
         raise UserError(
             f"{device} is out of memory at a device batch of {tokens:,} tokens: halve --device-batch-size (the total "
             "batch, and so the result, stays the same)"
@@ -179,14 +179,14 @@ def train(run: TrainingRun) -> Outcome:
             f"stopped by {stop.received or 'another rank'} at step {state.step:,}, saved; run again with --resume=auto"
         )
         return Outcome(False, console.summary())
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if get_dist_info().rank == 0:
         checkpoint.mark_complete(run.folder)
     return Outcome(True, console.summary())
 
 
 def _train_step(run: TrainingRun) -> tuple[Tensor, Tensor, float]:
     """One optimizer step. Returns (mean loss over all ranks, gradient norm, learning-rate multiplier), unread."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = get_dist_info().world_size
     batches = [run.loader.next_batch() for _ in range(run.loader.batches_per_step)]
     # Each target weighs the same wherever it lies: divide by the global count, not by each micro-batch's own (which
     # may be zero, when everything in it is masked).
@@ -209,17 +209,15 @@ def _train_step(run: TrainingRun) -> tuple[Tensor, Tensor, float]:
     return total / count, norm, multiplier
 
 
-def _evaluate(run: TrainingRun, last: bool) -> None:
-    """Make the evaluations that are due at this step and record what they say."""
+def _evaluate(run: TrainingRun, due: list[Evaluation]) -> None:
+    """Make these evaluations and record what they say."""
     state = run.state
     run.model.eval()
     metrics: dict[str, float] = {}
     with torch.no_grad():
-        for evaluation in run.evaluations:
-            if evaluation.due(state.step, last):
-                metrics.update(evaluation.run(state.step))
+        for evaluation in due:
+            metrics.update(evaluation.run(state.step))
     run.model.train()
-    state.evaluated_step = state.step
     if not metrics:
         return
     state.latest.update(metrics)
@@ -249,7 +247,7 @@ class _Console:
 
     def __init__(self, run: TrainingRun, device: torch.device) -> None:
         self.run, self.device = run, device
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.world = get_dist_info().world_size
         self.flops_per_token = run.model.estimate_flops()
         self.peak = peak_flops(device)
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []

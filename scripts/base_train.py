@@ -151,10 +151,8 @@ def plan_horizon(settings: Settings, num_params: int, flops_per_token: float) ->
     if settings.num_iterations > 0:
         return settings.num_iterations, "--num-iterations"
     if settings.target_flops > 0:
-        steps, why = (
-            round(settings.target_flops / (flops_per_token * batch)),
-            f"--target-flops={settings.target_flops:g}",
-        )
+        steps = round(settings.target_flops / (flops_per_token * batch))
+        why = f"--target-flops={settings.target_flops:g}"
     elif settings.target_param_data_ratio > 0:
         steps = int(settings.target_param_data_ratio * num_params // batch)
         why = f"{settings.target_param_data_ratio:g} tokens per parameter"
@@ -203,15 +201,6 @@ def previous_step(settings: Settings, folder: Path, rank: int, meta_now: dict[st
     return None
 
 
-def build_model(settings: Settings, config: GPTConfig, device: torch.device) -> GPT:
-    """Shapes first, memory second, values last: a large model never exists twice."""
-    with torch.device("meta"):
-        model = GPT(config, compute_dtype(device))
-    model.to_empty(device=device)
-    model.init_weights(settings.init, settings.seed)
-    return model
-
-
 def make_evaluations(
     settings: Settings,
     model: GPT,
@@ -225,18 +214,19 @@ def make_evaluations(
     device, length = model.get_device(), settings.max_seq_len
     token_bytes = get_token_bytes(device)
     val = fixed_rows(tokenizer, settings.source, "val", length, max(settings.eval_tokens, length))
-    if settings.core_metric_every > 0:
-        load_bundle(eval_bundle_dir())  # a bundle that is missing shows now, not at the end of the run
+    # read here, so that a bundle that is missing shows now and not at the end of the run
+    bundle = load_bundle(eval_bundle_dir()) if settings.core_metric_every > 0 else None
 
     def val_bpb(step: int) -> dict[str, float]:
         batches = row_batches(val, settings.device_batch_size, device, rank, world_size)
         return {"Loss/val_bpb": evaluate_bpb(forward, batches, token_bytes)}
 
     def core(step: int) -> dict[str, float]:
+        assert bundle is not None, "never due without an interval"
         result = evaluate_core(
             model,
             tokenizer,
-            load_bundle(eval_bundle_dir()),
+            bundle,
             device,
             sequence_len=length,
             device_batch_size=max(1, settings.device_batch_size // 4),
@@ -258,10 +248,17 @@ def make_evaluations(
     ]
 
 
-def announce(settings: Settings, model: GPT, world_size: int, num_iterations: int, why: str, compiled: bool) -> None:
+def announce(
+    settings: Settings,
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    world_size: int,
+    num_iterations: int,
+    why: str,
+    compiled: bool,
+) -> None:
     """Everything that was derived from the settings, before anything is spent."""
     horizon = num_iterations * settings.total_batch_size
-    tokenizer = get_tokenizer()
     print0(f"{device_name(model.get_device())} x {world_size}, compute in {model.compute_dtype}, compiled: {compiled}")
     print0(f"{model.config}")
     print0(f"{model.num_params():,} parameters, {model.estimate_flops():.4e} FLOPs per token")
@@ -278,15 +275,16 @@ def main(settings: Settings) -> None:
     tokenizer = get_tokenizer()
     check_batch(settings, world_size)
 
-    # ---- the model and its horizon
+    # ---- the model: shapes first (an impossible horizon costs no memory), memory second, values last
     config = model_config(settings, tokenizer.get_vocab_size())
     with torch.device("meta"):
-        shapes = GPT(config)
-    num_iterations, why = plan_horizon(settings, shapes.num_params(), shapes.estimate_flops())
-    model = build_model(settings, config, device)
+        model = GPT(config, compute_dtype(device))
+    num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
+    model.to_empty(device=device)
+    model.init_weights(settings.init, settings.seed)
     compiled = settings.compile if settings.compile is not None else device.type == "cuda"
     forward = torch.compile(model, dynamic=False) if compiled else model
-    announce(settings, model, world_size, num_iterations, why, compiled)
+    announce(settings, model, tokenizer, world_size, num_iterations, why, compiled)
 
     # ---- the optimizer
     lr_scale = batch_lr_scale(settings.total_batch_size, num_iterations * settings.total_batch_size)
