@@ -1,12 +1,25 @@
-"""Inference: a KV cache and batched sampling from one prefill."""
+"""Inference: a KV cache, batched sampling from one prefill, and the calculator that a model may call."""
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nanochat.calculator import use_calculator
+from nanochat.conversation import without_oldest_turn
 from nanochat.errors import UserError
+
+CHAT_TOKENS = (
+    "<|bos|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
 
 
 class KVCache:
@@ -26,6 +39,7 @@ class KVCache:
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.starts: Tensor | None = None  # (B,) first position of each row that counts; None: all of them do
         self.max_seq_len = seq_len
         self._position = 0  # the same number on the host, so that a decoding step need not wait for the device
 
@@ -58,55 +72,115 @@ class KVCache:
         return keys[:, :end], values[:, :end]
 
     def prefill(self, other: "KVCache") -> None:
-        """Take over the contents of `other`, whose single row is repeated for every row here. Must be empty before."""
+        """Take over the contents of `other`, each row of it repeated the same number of times. Must be empty before."""
         assert self._position == 0, f"prefill into a cache that already holds {self._position} positions"
-        assert other.k_cache.size(1) in (1, self.k_cache.size(1)), "other must have one row, or as many as this"
+        rows, given = self.k_cache.size(1), other.k_cache.size(1)
+        assert rows % given == 0, f"{given} rows cannot be repeated to give {rows}"
         length = other.get_pos()
         assert length <= self.max_seq_len, f"{length} positions do not fit into {self.max_seq_len}"
-        self.k_cache[:, :, :length] = other.k_cache[:, :, :length]
-        self.v_cache[:, :, :length] = other.v_cache[:, :, :length]
+        for mine, theirs in ((self.k_cache, other.k_cache), (self.v_cache, other.v_cache)):
+            mine[:, :, :length] = theirs[:, :, :length].repeat_interleave(rows // given, dim=1)
         self.advance(length)
 
+    def select(self, rows: Sequence[int]) -> "KVCache":
+        """A cache that holds only these rows."""
+        index = torch.tensor(rows, device=self.k_cache.device)
+        smaller = copy.copy(self)
+        smaller.k_cache, smaller.v_cache = self.k_cache[:, index], self.v_cache[:, index]
+        smaller.cache_seqlens = self.cache_seqlens[index]
+        smaller.starts = None if self.starts is None else self.starts[index]
+        return smaller
 
-class SpecialTokens(Protocol):
+
+class ChatTokenizer(Protocol):
     """The part of a tokenizer that the engine needs."""
 
-    def encode_special(self, text: str) -> int: ...
+    def encode_special(self, name: str) -> int: ...
 
-    def get_bos_token_id(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def render_for_completion(self, conversation: Mapping[str, Any]) -> list[int]: ...
 
 
-def sample_next(logits: Tensor, generators: Sequence[torch.Generator], temperature: float, top_k: int | None) -> Tensor:
+def sample_next(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """One token for each row of logits (B, V) -> (B,) int64. Temperature 0 takes the largest logit.
 
-    Every row draws from its own generator, so that a row gets the same tokens whatever the size of the batch.
+    Row i takes the token at which its cumulative probability passes uniform[i], in [0, 1): all rows in one go, where
+    torch.multinomial takes one generator for all rows, and a call for each row costs more than the model does.
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
+    tokens = None
     if top_k is not None and top_k < logits.size(-1):
-        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
-    return torch.cat(draws)
+        logits, tokens = logits.topk(top_k, dim=-1)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    # relative to the last entry, which is 1 but for rounding; right=True: never a token of probability 0
+    chosen = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)
+    chosen = chosen.clamp(max=logits.size(-1) - 1)
+    return (chosen if tokens is None else tokens.gather(1, chosen)).squeeze(1)
+
+
+class _Row:
+    """Tool use of one sample: <|python_start|> expression <|python_end|> is computed, and the result put in behind it
+    as <|output_start|> result <|output_end|>. What the calculator cannot compute goes without output."""
+
+    def __init__(self, tokenizer: ChatTokenizer, specials: dict[str, int]) -> None:
+        self.tokenizer, self.specials = tokenizer, specials
+        self.ended = False
+        self.forced: deque[int] = deque()
+        self.expression: list[int] | None = None  # tokens since <|python_start|>; None outside of a call
+
+    def take(self, sampled: int) -> tuple[int, int]:
+        """(the token that comes next, 1 if it is the sampled one and 0 if it was forced)."""
+        token, mask = (self.forced.popleft(), 0) if self.forced else (sampled, 1)
+        if token in (self.specials["<|assistant_end|>"], self.specials["<|bos|>"]):
+            self.ended = True
+        elif token == self.specials["<|python_start|>"]:
+            self.expression = []
+        elif token == self.specials["<|python_end|>"] and self.expression is not None:
+            self._answer(self.tokenizer.decode(self.expression))
+            self.expression = None
+        elif self.expression is not None:
+            self.expression.append(token)
+        return token, mask
+
+    def _answer(self, expression: str) -> None:
+        result = use_calculator(expression)
+        if result is not None:
+            output = self.tokenizer.encode(result)
+            self.forced.extend([self.specials["<|output_start|>"], *output, self.specials["<|output_end|>"]])
 
 
 class Engine:
-    """Samples continuations of one prompt in a batch."""
+    """Samples continuations of prompts in a batch, and runs the calculator where the model calls for it."""
 
-    def __init__(self, model, tokenizer: SpecialTokens) -> None:
+    def __init__(self, model, tokenizer: ChatTokenizer) -> None:
         self.model = model
         self.forward = model if callable(model) else model.forward  # stand-ins of a model need not be modules
         self.tokenizer = tokenizer
+        self.specials = {name: tokenizer.encode_special(name) for name in CHAT_TOKENS}
 
-    def _cache(self, batch_size: int, length: int) -> KVCache:
-        config, device = self.model.config, self.model.get_device()
-        dtype = getattr(self.model, "compute_dtype", torch.float32)
-        head_dim = config.n_embd // config.n_head
-        return KVCache(batch_size, config.n_kv_head, length, head_dim, config.n_layer, device, dtype)
+    def prompt(self, conversation: Mapping[str, Any], max_tokens: int) -> list[int]:
+        """Ids that the answer to `conversation` follows on. Whole turns are dropped, oldest first (a system message
+        stays), until max_tokens more fit into the model's context. Raises UserError if the last message alone does
+        not fit."""
+        limit = self.model.config.sequence_len - max_tokens
+        while True:
+            tokens = self.tokenizer.render_for_completion(conversation)
+            if len(tokens) <= limit:
+                return tokens
+            shorter = without_oldest_turn(conversation)
+            if shorter is None:
+                raise UserError(
+                    f"the message is {len(tokens):,} tokens long, and the model's context of "
+                    f"{self.model.config.sequence_len:,} leaves {max(limit, 0):,} beside an answer of {max_tokens:,}: "
+                    "shorten it"
+                )
+            conversation = shorter
 
-    @torch.inference_mode()
     def generate(
         self,
         tokens: Sequence[int],
@@ -119,48 +193,119 @@ class Engine:
         """Yield (token column, mask column), each with num_samples entries, until every row has ended.
 
         A row ends with <|assistant_end|> or <|bos|> (yielded too; what follows in that row means nothing).
-        Mask 1 = sampled. max_tokens=None goes on to the model's sequence_len. Raises UserError for an empty prompt.
+        Mask 1 = sampled, 0 = the output of a tool. Row i draws from a generator seeded with seed + i.
+        max_tokens=None goes on to the model's sequence_len. Raises UserError for an empty prompt.
         """
-        if not tokens:
+        yield from self._columns([tokens], num_samples, max_tokens, temperature, top_k, [seed])
+
+    def generate_batch(
+        self, tokens: Sequence[int], num_samples: int = 1, seed: int = 42, **options: Any
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """All at once: (sequences, masks), each row starting with the prompt (mask 0) and without its stop token."""
+        return self.generate_many([tokens], num_samples, seeds=[seed], **options)[0]
+
+    def generate_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int = 1,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seeds: Sequence[int] | None = None,
+        keep_stop: bool = False,
+    ) -> list[tuple[list[list[int]], list[list[int]]]]:
+        """What generate_batch gives, for each of several prompts, from one batch of len(prompts) x num_samples rows.
+        With keep_stop, the stop token that ended a row is its last.
+
+        Sample i of prompt p draws from a generator seeded with seeds[p] + i (default: 42 for every prompt), so that it
+        does not depend on what else is in the batch.
+        """
+        seeds = [42] * len(prompts) if seeds is None else seeds
+        sequences = [list(prompt) for prompt in prompts for _ in range(num_samples)]
+        masks = [[0] * len(sequence) for sequence in sequences]
+        stops = {self.specials["<|assistant_end|>"], self.specials["<|bos|>"]}
+        ended = [False] * len(sequences)
+        for column, column_mask in self._columns(prompts, num_samples, max_tokens, temperature, top_k, seeds):
+            for row, (token, mask) in enumerate(zip(column, column_mask, strict=True)):
+                stopped = token in stops
+                if not ended[row] and (keep_stop or not stopped):
+                    sequences[row].append(token)
+                    masks[row].append(mask)
+                ended[row] = ended[row] or stopped
+        firsts = range(0, len(sequences), num_samples)
+        return [(sequences[i : i + num_samples], masks[i : i + num_samples]) for i in firsts]
+
+    @torch.inference_mode()
+    def _columns(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        max_tokens: int | None,
+        temperature: float,
+        top_k: int | None,
+        seeds: Sequence[int],
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """(tokens, masks) of all rows, one column a step; rows that have ended repeat <|assistant_end|>."""
+        if not all(prompts):
             raise UserError("empty prompt: give at least one token (the <|bos|> token starts a document)")
         if temperature < 0:
             raise UserError(f"temperature={temperature}: must be 0 (greedy) or more")
+        width = max(map(len, prompts))
         if max_tokens is None:
-            max_tokens = max(0, self.model.config.sequence_len - len(tokens))
+            max_tokens = max(0, self.model.config.sequence_len - width)
         device = self.model.get_device()
-        stops = {self.tokenizer.get_bos_token_id(), self.tokenizer.encode_special("<|assistant_end|>")}
-        generators = [torch.Generator(device=device).manual_seed(seed + row) for row in range(num_samples)]
+        rows = [_Row(self.tokenizer, self.specials) for _ in range(len(prompts) * num_samples)]
+        uniforms = _uniforms([seed + i for seed in seeds for i in range(num_samples)], max_tokens).to(device)
 
-        prompt_cache = self._cache(1, len(tokens))
-        prompt = torch.tensor([list(tokens)], dtype=torch.long, device=device)
-        # Only the distribution is shared between the samples; each row draws its own first token from it.
-        logits = self.forward(prompt, kv_cache=prompt_cache)[:, -1].expand(num_samples, -1)
-        cache = self._cache(num_samples, len(tokens) + max_tokens)
-        cache.prefill(prompt_cache)
-        del prompt_cache
-
-        ended = [False] * num_samples
+        cache, logits = self._prefill(prompts, num_samples, width + max_tokens)
+        alive = list(range(len(rows)))  # the row that each row of the batch stands for
         for step in range(max_tokens):
-            column = sample_next(logits, generators, temperature, top_k)
-            values = column.tolist()
-            yield values, [1] * num_samples
-            ended = [done or value in stops for done, value in zip(ended, values, strict=True)]
-            if all(ended) or step == max_tokens - 1:
+            sampled = sample_next(logits, uniforms[alive, step], temperature, top_k).tolist()
+            tokens, masks = [self.specials["<|assistant_end|>"]] * len(rows), [1] * len(rows)
+            for number, token in zip(alive, sampled, strict=True):
+                if not rows[number].ended:
+                    tokens[number], masks[number] = rows[number].take(token)
+            yield tokens, masks
+            going = [i for i, number in enumerate(alive) if not rows[number].ended]
+            if not going or step == max_tokens - 1:
                 return
-            logits = self.forward(column.unsqueeze(1), kv_cache=cache)[:, -1]
+            if len(going) <= len(alive) // 2:  # carry no more than twice the rows that are needed
+                cache = cache.select(going)
+                alive = [alive[i] for i in going]
+            column = torch.tensor([[tokens[number]] for number in alive], dtype=torch.long, device=device)
+            logits = self.forward(column, kv_cache=cache)[:, -1]
 
-    def generate_batch(
-        self, tokens: Sequence[int], num_samples: int = 1, **options: object
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """All at once: (sequences, masks), each row starting with the prompt (mask 0) and without its stop token."""
-        stops = {self.tokenizer.get_bos_token_id(), self.tokenizer.encode_special("<|assistant_end|>")}
-        sequences = [list(tokens) for _ in range(num_samples)]
-        masks = [[0] * len(tokens) for _ in range(num_samples)]
-        ended = [False] * num_samples
-        for column, column_mask in self.generate(tokens, num_samples, **options):  # type: ignore[arg-type]
-            for row, (token, mask) in enumerate(zip(column, column_mask, strict=True)):
-                ended[row] = ended[row] or token in stops
-                if not ended[row]:
-                    sequences[row].append(token)
-                    masks[row].append(mask)
-        return sequences, masks
+    def _prefill(self, prompts: Sequence[Sequence[int]], num_samples: int, length: int) -> tuple[KVCache, Tensor]:
+        """(cache with num_samples rows for each prompt and room for `length` positions, logits (rows, V)).
+
+        Shorter prompts are padded on the left, so that all rows stand at the same position; rotary positions count
+        only by their differences.
+        """
+        device, bos = self.model.get_device(), self.specials["<|bos|>"]
+        width = max(map(len, prompts))
+        starts = [width - len(prompt) for prompt in prompts]
+        prompt_cache = self._cache(len(prompts), width, starts)
+        padded = [[bos] * start + list(prompt) for start, prompt in zip(starts, prompts, strict=True)]
+        idx = torch.tensor(padded, dtype=torch.long, device=device)
+        # Only the distribution is shared between the samples; each row draws its own first token from it.
+        logits = self.forward(idx, kv_cache=prompt_cache)[:, -1].repeat_interleave(num_samples, dim=0)
+        cache = self._cache(len(prompts) * num_samples, length, [start for start in starts for _ in range(num_samples)])
+        cache.prefill(prompt_cache)
+        return cache, logits
+
+    def _cache(self, batch_size: int, length: int, starts: list[int]) -> KVCache:
+        config, device = self.model.config, self.model.get_device()
+        dtype = getattr(self.model, "compute_dtype", torch.float32)
+        cache = KVCache(
+            batch_size, config.n_kv_head, length, config.n_embd // config.n_head, config.n_layer, device, dtype
+        )
+        if any(starts):
+            cache.starts = torch.tensor(starts, device=device)
+        return cache
+
+
+def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """(len(seeds), count) numbers in [0, 1), each row from a generator of its own; on the CPU, so that every device
+    gets the same."""
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows)

@@ -115,9 +115,11 @@ class CausalSelfAttention(nn.Module):
         k = self.c_k(x).view(B, T, -1, self.head_dim)
         v = self.c_v(x).view(B, T, -1, self.head_dim)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK-norm keeps the attention logits bounded
+        starts = None
         if kv_cache is not None:
             k, v = kv_cache.insert(self.layer, k, v)
-        return self.c_proj(causal_attention(q, k, v, self.window).reshape(B, T, C))
+            starts = kv_cache.starts
+        return self.c_proj(causal_attention(q, k, v, self.window, starts).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -197,9 +199,11 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         kv_cache: "KVCache | None" = None,
         loss_reduction: Reduction = "mean",
+        loss_weights: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in fp32 for idx (B, T); with targets (B, T; -1 = no loss) the cross-entropy in nats instead,
-        a scalar, or (B*T,) for loss_reduction="none". With a KV cache, idx continues what the cache holds."""
+        a scalar, or (B*T,) for loss_reduction="none", each loss times its weight in loss_weights (B, T) if given. With
+        a KV cache, idx continues what the cache holds."""
         T = idx.size(1)
         start = kv_cache.get_pos() if kv_cache is not None else 0
         if start + T > self.cos.size(1):
@@ -212,7 +216,8 @@ class GPT(nn.Module):
             kv_cache.advance(T)
         x = norm(x)
         if targets is not None:
-            return head_loss(x.flatten(0, 1), self.lm_head, targets.flatten(), LOGIT_CAP, loss_reduction)
+            weights = loss_weights.flatten() if loss_weights is not None else None
+            return head_loss(x.flatten(0, 1), self.lm_head, targets.flatten(), LOGIT_CAP, loss_reduction, weights)
         return softcap(self.lm_head(x).float(), LOGIT_CAP)
 
     def get_device(self) -> torch.device:

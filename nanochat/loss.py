@@ -26,25 +26,35 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap)
 
 
-def head_loss(hidden: Tensor, lm_head: nn.Linear, targets: Tensor, cap: float, reduction: Reduction = "mean") -> Tensor:
+def head_loss(
+    hidden: Tensor,
+    lm_head: nn.Linear,
+    targets: Tensor,
+    cap: float,
+    reduction: Reduction = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy in nats of softcapped logits `lm_head(hidden)` against `targets`.
 
-    hidden (N, C), targets (N,) int64 with IGNORED where there is no loss. Returns (N,) fp32 for "none" (0 where
-    ignored), else a scalar; "mean" is over the targets that count, and 0 rather than NaN where there are none.
+    hidden (N, C), targets (N,) int64 with IGNORED where there is no loss, weights (N,) fp32 factors of the losses (1).
+    Returns (N,) fp32 for "none" (0 where ignored), else a scalar; "mean" is over the targets that count, whatever they
+    weigh, and 0 rather than NaN where there are none.
     """
+    counted = targets != IGNORED
+    weights = counted.float() if weights is None else weights * counted
     size = hidden.size(0) * lm_head.weight.size(0)
     if size <= PLAIN_LOGITS or (reduction == "none" and torch.is_grad_enabled()):
-        losses = _row_losses(hidden, lm_head, targets, cap)
+        losses = _row_losses(hidden, lm_head, targets, cap) * weights
         total = losses if reduction == "none" else losses.sum()
     elif torch.is_grad_enabled():
-        total, _, _ = _fused_head_loss(hidden, lm_head.weight, targets, cap)
+        total, _, _ = _fused_head_loss(hidden, lm_head.weight, targets, weights, cap)
     else:
         chunks = _chunk_rows(lm_head.weight)
         pieces = zip(hidden.split(chunks), targets.split(chunks), strict=True)
-        losses = torch.cat([_row_losses(h, lm_head, t, cap) for h, t in pieces])
+        losses = torch.cat([_row_losses(h, lm_head, t, cap) for h, t in pieces]) * weights
         total = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
-        return total / (targets != IGNORED).sum().clamp(min=1)
+        return total / counted.sum().clamp(min=1)
     return total
 
 
@@ -58,7 +68,9 @@ def _chunk_rows(weight: Tensor) -> int:
 
 
 @torch.library.custom_op("nanochat::head_loss", mutates_args=())
-def _fused_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(summed loss, d loss/d hidden, d loss/d weight). One opaque operator, so that the compiler cannot decide to
     keep the logits for the backward pass, which is what this file is there to avoid."""
     head = weight.to(hidden.dtype)
@@ -69,7 +81,7 @@ def _fused_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float
     gradient = _compiled_chunk_gradient() if hidden.device.type == "cuda" else _chunk_gradient
     for start in range(0, hidden.size(0), rows):
         piece = slice(start, start + rows)
-        loss, grad_logits = gradient(hidden[piece] @ head.T, targets[piece], cap)
+        loss, grad_logits = gradient(hidden[piece] @ head.T, targets[piece], loss_weights[piece], cap)
         total += loss
         torch.mm(grad_logits, head, out=grad_hidden[piece])
         grad_weight += grad_logits.T @ hidden[piece]
@@ -77,7 +89,9 @@ def _fused_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float
 
 
 @_fused_head_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden), torch.empty_like(weight)
 
 
@@ -88,22 +102,22 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 def _scale_gradients(ctx, grad_total: Tensor, *_unused: Tensor):
     grad_hidden, grad_weight = ctx.saved_tensors
-    return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight * grad_total, None, None
+    return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight * grad_total, None, None, None
 
 
 _fused_head_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-def _chunk_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def _chunk_gradient(logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """Summed loss of one chunk and its gradient with respect to the raw logits, in their dtype."""
     capped = softcap(logits.float(), cap)
     log_normaliser = torch.logsumexp(capped, dim=1, keepdim=True)
-    counts = (targets != IGNORED).unsqueeze(1)
+    weights = loss_weights.unsqueeze(1)  # 0 where there is no target
     index = targets.clamp(min=0).unsqueeze(1)
-    loss = ((log_normaliser - capped.gather(1, index)) * counts).sum()
+    loss = ((log_normaliser - capped.gather(1, index)) * weights).sum()
     is_target = torch.arange(logits.size(1), device=logits.device).unsqueeze(0) == index
     grad_capped = torch.exp(capped - log_normaliser) - is_target.float()
-    grad = grad_capped * (1 - (capped / cap) ** 2) * counts  # d softcap / d logit = 1 - tanh²
+    grad = grad_capped * (1 - (capped / cap) ** 2) * weights  # d softcap / d logit = 1 - tanh²
     return loss, grad.to(logits.dtype)
 
 

@@ -1,19 +1,57 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nanochat.engine import Engine, KVCache, sample_next
+from nanochat.engine import CHAT_TOKENS, Engine, KVCache, sample_next
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 
-BOS, END = 0, 1
+SPECIALS = {name: number for number, name in enumerate(CHAT_TOKENS)}
+BOS, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(6)
+FIRST_CHARACTER = 6
 
 
 class FakeTokenizer:
-    def get_bos_token_id(self):
-        return BOS
+    """Special tokens, then one token a character from ' ' on."""
 
-    def encode_special(self, text):
-        return {"<|bos|>": BOS, "<|assistant_end|>": END}[text]
+    def encode_special(self, name):
+        return SPECIALS[name]
+
+    def encode(self, text):
+        return [ord(character) - 32 + FIRST_CHARACTER for character in text]
+
+    def decode(self, ids):
+        return "".join(chr(token - FIRST_CHARACTER + 32) for token in ids)
+
+    def render_for_completion(self, conversation):
+        return [BOS, *self.encode("".join(message["content"] for message in conversation["messages"]))]
+
+
+class Script:
+    """Stands in for a model: prompt i is followed by script[i], whatever else is heard; then by <|assistant_end|>."""
+
+    config = GPTConfig(sequence_len=64, vocab_size=110, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+
+    def __init__(self, *scripts):
+        self.scripts = [list(script) for script in scripts]
+        self.heard = []
+
+    def get_device(self):
+        return torch.device("cpu")
+
+    def __call__(self, idx, kv_cache):
+        names = kv_cache.k_cache[0, :, 0, 0, 0]  # which prompt a row belongs to travels in its first key
+        if kv_cache.get_pos() == 0:
+            names.copy_(torch.arange(idx.size(0)))
+        kv_cache.advance(idx.size(1))
+        self.heard.append(idx[:, -1].tolist())
+        step = len(self.heard) - 1
+        logits = torch.zeros(idx.size(0), idx.size(1), 110)
+        for row, name in enumerate(names.long().tolist()):
+            said = self.scripts[name]
+            logits[row, -1, said[step] if step < len(said) else END] = 1e4
+        return logits
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +95,115 @@ def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(engine):
     assert alone[0] == batch[0]
 
 
-def test_top_k_one_is_greedy_and_temperature_zero_needs_no_generator():
+def test_top_k_one_is_greedy_and_temperature_zero_needs_no_numbers():
     logits = torch.randn(6, 40)
-    generators = [torch.Generator().manual_seed(i) for i in range(6)]
-    assert torch.equal(sample_next(logits, generators, 1.0, 1), logits.argmax(-1))
-    assert torch.equal(sample_next(logits, [], 0.0, None), logits.argmax(-1))
+    assert torch.equal(sample_next(logits, torch.rand(6), 1.0, 1), logits.argmax(-1))
+    assert torch.equal(sample_next(logits, torch.empty(0), 0.0, None), logits.argmax(-1))
 
 
 def test_sampling_follows_the_distribution():
-    logits = torch.log(torch.tensor([[0.7, 0.2, 0.1]]))
-    generator = [torch.Generator().manual_seed(0)]
-    counts = torch.zeros(3)
-    for _ in range(3000):
-        counts[sample_next(logits, generator, 1.0, None)] += 1
-    torch.testing.assert_close(counts / 3000, torch.tensor([0.7, 0.2, 0.1]), atol=0.04, rtol=0)
+    logits = torch.log(torch.tensor([[0.7, 0.2, 0.0, 0.1]])).expand(3000, -1)
+    uniform = torch.rand(3000, generator=torch.Generator().manual_seed(0))
+    for top_k, expected in ((None, [0.7, 0.2, 0.0, 0.1]), (2, [7 / 9, 2 / 9, 0.0, 0.0])):
+        counts = torch.bincount(sample_next(logits, uniform, 1.0, top_k), minlength=4) / 3000
+        torch.testing.assert_close(counts, torch.tensor(expected), atol=0.04, rtol=0)
+        assert counts[2] == 0
+    sharp = sample_next(logits, uniform, 0.5, None)  # probabilities go with their squares
+    assert (sharp == 0).float().mean() == pytest.approx(0.49 / 0.54, abs=0.03)
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1, exclude_max=True, width=32), st.sampled_from([None, 1, 3, 400]))
+def test_a_sample_is_the_token_at_which_the_sum_passes_the_number(seed, number, top_k):
+    logits = 4 * torch.randn(1, 300, generator=torch.Generator().manual_seed(seed))
+    token = sample_next(logits, torch.tensor([number]), 0.7, top_k).item()
+    order = logits[0].argsort(descending=True).tolist() if top_k and top_k < 300 else list(range(300))
+    kept = order[: top_k or 300]
+    probabilities = (logits[0, kept].double() / 0.7).softmax(0).tolist()
+    before = sum(probabilities[: kept.index(token)])
+    assert before - 1e-5 <= number <= before + probabilities[kept.index(token)] + 1e-5
+
+
+def test_several_prompts_at_once_are_as_each_alone(engine):
+    prompts = [[5, 9, 3, 22], [7], [30, 31, 32, 33, 34, 35, 36, 8], [11, 12]]
+    for options in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 20}):
+        together = engine.generate_many(prompts, num_samples=3, max_tokens=14, seeds=[1, 50, 7, 9], **options)
+        for prompt, seed, found in zip(prompts, [1, 50, 7, 9], together, strict=True):
+            assert found == engine.generate_batch(prompt, num_samples=3, max_tokens=14, seed=seed, **options)
+
+
+def test_windows_and_padding_together():
+    config = GPTConfig(
+        sequence_len=256, vocab_size=110, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="S"
+    )
+    model = GPT(config)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    engine = Engine(model.eval(), FakeTokenizer())
+    assert config.window(0) == 128
+    prompts = [[10 + i % 90 for i in range(150)], [8, 9]]
+    together = engine.generate_many(prompts, max_tokens=10, temperature=0)
+    assert together == [engine.generate_batch(prompt, max_tokens=10, temperature=0) for prompt in prompts]
+
+
+def words(text):
+    """'ab<cd>' as ids: < and > are the python brackets."""
+    return [{"<": PYTHON, ">": PYTHON_END}.get(c) or FakeTokenizer().encode(c)[0] for c in text]
+
+
+def test_the_calculator_answers_each_row_by_itself():
+    model = Script(words("<2*21>" + "_" * 4 + "!"), words("no tool !"), words("<a+1>?"), words("<7-5>" + "_" * 3))
+    sequences, masks = play(model, max_tokens=30)
+    decoded = [FakeTokenizer().decode([t for t in row[1:] if t >= FIRST_CHARACTER]) for row in sequences]
+    assert decoded == ["2*2142!", "no tool !", "a+1?", "7-52"]
+    assert sequences[0] == [BOS, *words("<2*21>"), OUTPUT, *words("42"), OUTPUT_END, *words("!")]
+    assert masks[0] == [0] + [1] * 6 + [0] * 4 + [1]
+    assert masks[2] == [0] + [1] * 6
+    # what was put in is also what the model reads next
+    assert [heard[0] for heard in model.heard[7:11]] == [OUTPUT, *words("42"), OUTPUT_END]
+
+
+def test_a_call_that_is_cut_off_or_never_opened():
+    model = Script(words("<1+1"), words("1+1>"), words("<<1+1>___"))
+    sequences, _ = play(model, max_tokens=20)
+    assert sequences[0] == [BOS, *words("<1+1")] and sequences[1] == [BOS, *words("1+1>")]
+    assert sequences[2] == [BOS, *words("<<1+1>"), OUTPUT, *words("2"), OUTPUT_END]
+
+
+def test_max_tokens_counts_what_is_put_in():
+    model = Script(words("<10*10>"))
+    sequences, masks = play(model, max_tokens=9)
+    assert sequences[0] == [BOS, *words("<10*10>"), OUTPUT, *words("1")] and len(masks[0]) == 10
+
+
+def test_rows_that_have_ended_leave_the_batch():
+    model = Script(*(words("x" * length) for length in (1, 1, 9, 2)))
+    sequences, _ = play(model, max_tokens=20)
+    assert [len(row) for row in sequences] == [2, 2, 10, 3]
+    assert [len(heard) for heard in model.heard] == [4, 4, 2, 1, 1, 1, 1, 1, 1, 1]
+
+
+def play(model, **options):
+    """(sequences, masks), one for each script."""
+    results = Engine(model, FakeTokenizer()).generate_many([[BOS]] * len(model.scripts), **options)
+    return [rows[0] for rows, _ in results], [masks[0] for _, masks in results]
+
+
+def conversation(*contents, system=None):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
+
+
+def test_the_oldest_turns_go_when_the_context_is_full():
+    engine = Engine(Script(), FakeTokenizer())  # context of 64
+    long = conversation("a" * 20, "b" * 20, "c" * 10, "d" * 10, "e" * 5)
+    assert len(engine.prompt(long, 1)) == 26  # one turn gone: 1 + 10 + 10 + 5
+    assert len(engine.prompt(long, 38)) == 26 and len(engine.prompt(long, 39)) == 6
+    with_system = conversation("a" * 40, "b", "c" * 20, system="s" * 10)
+    assert engine.prompt(with_system, 10) == [BOS, *FakeTokenizer().encode("s" * 10 + "c" * 20)]
+    with pytest.raises(UserError, match="the message is 71 tokens long"):
+        engine.prompt(conversation("short", "answer", "x" * 70), 8)
+    assert len(long["messages"]) == 5  # the caller's history stays
 
 
 def test_prefill_repeats_one_row():
@@ -80,6 +213,7 @@ def test_prefill_repeats_one_row():
     one.advance(5)
     many.prefill(one)
     assert many.get_pos() == 5 and torch.equal(many.k_cache[:, 3, :5], one.k_cache[:, 0])
+    assert torch.equal(many.select([2, 0]).k_cache, many.k_cache[:, [2, 0]]) and many.select([1]).get_pos() == 5
     many.reset()
     assert many.get_pos() == 0 and many.cache_seqlens.sum() == 0
 
@@ -87,5 +221,7 @@ def test_prefill_repeats_one_row():
 def test_errors(engine):
     with pytest.raises(UserError, match="empty prompt"):
         next(engine.generate([]))
+    with pytest.raises(UserError, match="empty prompt"):
+        engine.generate_many([[1], []])
     with pytest.raises(UserError, match="full"):
         KVCache(1, 1, 2, 4, 1).insert(0, torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4))

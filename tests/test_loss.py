@@ -51,6 +51,22 @@ def test_rows_without_reduction(path):
     torch.testing.assert_close(got.double(), reference(hidden, head, targets, 15.0), atol=1e-5, rtol=1e-5)
 
 
+def test_weights(path):
+    hidden, head, targets = problem()
+    weights = torch.randn(len(targets))  # advantages may be negative
+    expected = (reference(hidden, head, targets, 15.0) * weights).sum()
+    wanted = torch.autograd.grad(expected, [hidden, head.weight])
+    got_loss = loss.head_loss(hidden, head, targets, 15.0, "sum", weights)
+    got = torch.autograd.grad(got_loss, [hidden, head.weight])
+    assert got_loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert loss.head_loss(hidden, head, targets, 15.0, "sum", weights).item() == pytest.approx(
+            got_loss.item(), rel=1e-5
+        )
+
+
 def test_all_masked(path):
     hidden, head, targets = problem()
     value = loss.head_loss(hidden, head, torch.full_like(targets, -1), 15.0)
