@@ -9,6 +9,7 @@
 The optimizer state lies under parameter names, so any number of ranks can take it up.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -35,6 +36,14 @@ from nanochat.shards import replacing
 if TYPE_CHECKING:
     from nanochat.tokenizer import RustBPETokenizer
 
+# What makes the checkpoints of each training stage.
+STAGE_SCRIPTS = {
+    "base": "scripts.base_train",
+    "mid": "scripts.mid_train",
+    "sft": "scripts.chat_sft",
+    "rl": "scripts.chat_rl",
+}
+COMPLETE = "COMPLETE"  # file beside the steps of a run that has reached its last one
 FORMAT = 1  # of meta.json and the layout; raised when old readers could not read new checkpoints
 
 
@@ -214,7 +223,20 @@ def load_model(
     load_weights(folder, step, model, device)
     model.init_buffers()
     print0(f"loaded {step_dir(folder, step)}")
-    return model.eval(), tokenizer, {**meta, "tag": folder.name}
+    return model.eval(), tokenizer, {**meta, "tag": folder.name, "identity": identity(folder, step)}
+
+
+def identity(folder: Path, step: int) -> str:
+    """Tells this checkpoint from one that another run left at the same place: a hash of meta.json, timings and all."""
+    return hashlib.sha256((step_dir(folder, step) / "meta.json").read_bytes()).hexdigest()[:16]
+
+
+def recipe(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a stage decided and later ones go on with: source, max_seq_len, device_batch_size, total_batch_size, the
+    learning rates at that batch, weight_decay."""
+    if "recipe" not in meta:
+        raise UserError(f"the {meta['stage']} checkpoint {meta['tag']} is of an older version: train it again")
+    return meta["recipe"]
 
 
 def _find_folder(stage: str, tag: str | None) -> Path:
@@ -225,7 +247,7 @@ def _find_folder(stage: str, tag: str | None) -> Path:
         return parent / tag
     folders = [path for path in parent.glob("*") if committed_steps(path)]
     if not folders:
-        raise UserError(f"no {stage} checkpoint in {parent}: run `python -m scripts.{stage}_train` first")
+        raise UserError(f"no {stage} checkpoint in {parent}: run `python -m {STAGE_SCRIPTS[stage]}` first")
     return max(folders, key=lambda path: step_dir(path, committed_steps(path)[-1]).stat().st_mtime)
 
 
@@ -238,7 +260,7 @@ def _present(folder: Path) -> str:
 
 def mark_complete(folder: Path) -> None:
     """Say that the run writing into `folder` has reached its last step."""
-    with replacing(folder / "COMPLETE") as temporary:
+    with replacing(folder / COMPLETE) as temporary:
         temporary.touch()
 
 

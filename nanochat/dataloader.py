@@ -10,7 +10,6 @@ The state is three small integers a stream: units begun, rows taken from the las
 """
 
 import os
-import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from nanochat.dataset import dataset_bytes, list_shards
 from nanochat.errors import UserError
 from nanochat.packing import pack_rows
+from nanochat.prefetch import Prefetcher
 from nanochat.shards import open_shard, read_texts
 
 UNIT_DOCUMENTS = 128  # packing 1,024 at a time would crop 9.6 % instead of 10.3 % (T=2048) but make coarse units
@@ -179,10 +179,7 @@ class TrainLoader:
         positions = self._check(state)
         self._positions = {number: positions[number] for number in self.mine}
         self._given = 0  # batches handed out of the current step
-        self._queue: queue.Queue[Any] = queue.Queue(PREFETCH_BATCHES)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._produce, name="dataloader", daemon=True)
-        self._thread.start()
+        self._ahead = Prefetcher(self._batches(), PREFETCH_BATCHES, "dataloader")
 
     def _check(self, state: dict[str, Any] | None) -> list[tuple[int, int, int]]:
         if state is None:
@@ -194,37 +191,25 @@ class TrainLoader:
                 raise UserError(f"cannot resume the data order: {key} was {state[key]} and is now {value}")
         return [(begun, taken, rows) for begun, taken, rows in state["positions"]]
 
-    def _produce(self) -> None:
-        """Background thread: rows of this rank's streams -> pinned micro-batches, with the position after each step."""
-        try:
-            streams = {number: _Stream(self, number, *self._positions[number][:2]) for number in self.mine}
-            pin = self.device.type == "cuda"
-            while not self._closed.is_set():
-                for first in range(0, len(self.mine), self.device_batch_size):
-                    numbers = self.mine[first : first + self.device_batch_size]
-                    rows = np.stack([streams[n].next() for n in numbers]).astype(np.int32)
-                    batch = torch.from_numpy(rows)
-                    self._put((batch.pin_memory() if pin else batch, {n: streams[n].position() for n in numbers}))
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Any) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
+    def _batches(self) -> Iterator[tuple[torch.Tensor, dict[int, tuple[int, int, int]]]]:
+        """(pinned micro-batch of this rank's streams, their positions after it), for ever."""
+        streams = {number: _Stream(self, number, *self._positions[number][:2]) for number in self.mine}
+        pin = self.device.type == "cuda"
+        while True:
+            for first in range(0, len(self.mine), self.device_batch_size):
+                numbers = self.mine[first : first + self.device_batch_size]
+                rows = np.stack([streams[n].next() for n in numbers]).astype(np.int32)
+                batch = torch.from_numpy(rows)
+                yield batch.pin_memory() if pin else batch, {n: streams[n].position() for n in numbers}
 
     def next_batch(self) -> Batch:
         """The next (device_batch_size, sequence_len) micro-batch. Raises what the background threads ran into."""
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        rows, positions = item
+        rows, positions = self._ahead.get()
         self._positions.update(positions)
         self._given = (self._given + 1) % self.batches_per_step
         rows = rows.to(self.device, non_blocking=True).long()
-        return Batch(rows[:, :-1], rows[:, 1:])
+        # contiguous, as batches of every other kind are: a compiled model is compiled once for each layout
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
     def state_dict(self) -> dict[str, Any]:
         """Where all streams of all ranks stand (a collective call when distributed)."""
@@ -249,8 +234,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the threads; the loader is of no use afterwards."""
-        self._closed.set()
-        self._thread.join()
+        self._ahead.close()
         self.pool.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -282,15 +266,27 @@ def fixed_rows(tokenizer: Encoder, source: str, split: str, sequence_len: int, m
 def row_batches(
     rows: np.ndarray, device_batch_size: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """Rows (N, T + 1) as batches, dealt to ranks row by row. The last batch is filled with masked rows (targets -1), so
-    that a compiled model sees one shape only."""
-    mine = rows[rank::world_size]
-    for first in range(0, len(mine), device_batch_size):
-        piece = torch.from_numpy(mine[first : first + device_batch_size].astype(np.int64))
-        inputs = torch.zeros(device_batch_size, piece.size(1) - 1, dtype=torch.long)
-        targets = torch.full_like(inputs, -1)
-        inputs[: len(piece)], targets[: len(piece)] = piece[:, :-1], piece[:, 1:]
-        yield Batch(inputs.to(device), targets.to(device))
+    """Rows (N, T + 1) as batches, dealt to ranks row by row; see target_batches."""
+    return target_batches(rows[:, :-1], rows[:, 1:], device_batch_size, device, rank, world_size)
+
+
+def target_batches(
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    device_batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Inputs and targets (N, T) as batches, dealt to ranks row by row. The last batch is filled with masked rows
+    (targets -1), so that a compiled model sees one shape only."""
+    for first in range(rank, len(inputs), world_size * device_batch_size):
+        mine = slice(first, first + world_size * device_batch_size, world_size)
+        x = torch.zeros(device_batch_size, inputs.shape[1], dtype=torch.long)
+        y = torch.full_like(x, -1)
+        count = len(inputs[mine])
+        x[:count], y[:count] = (torch.from_numpy(part[mine].astype(np.int64)) for part in (inputs, targets))
+        yield Batch(x.to(device), y.to(device))
 
 
 def horizon_in_epochs(tokenizer: Encoder, source: str, sequence_len: int, horizon_tokens: int) -> tuple[float, float]:

@@ -52,3 +52,8 @@ def run_dir(run: str | None = None) -> Path:
 def report_dir() -> Path:
     """The finished report of the current run."""
     return get_base_dir() / "report"
+
+
+def task_data_dir() -> Path:
+    """Items of chat tasks: hub/ as downloaded, and a folder for each text source that tasks were made from."""
+    return get_base_dir() / "task_data"

@@ -54,12 +54,20 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     """Build `cls` from command-line words. Ends the process with one line (exit 2) when they do not fit."""
     app = App(name=_program_name(), help=cls.__doc__, version_flags=[], result_action="return_value")
 
-    def collect(settings: T | None = None) -> T:
+    def collect(settings: T) -> T:
+        return settings
+
+    def collect_any(settings: T | None = None) -> T:
         return settings if settings is not None else cls()
 
-    # cyclopts flattens a dataclass parameter named "*" into top-level flags
-    collect.__annotations__ = {"settings": Annotated[cls, Parameter(name="*")] | None, "return": cls}
-    app.default(collect)
+    # cyclopts flattens a dataclass parameter named "*" into top-level flags; without a single flag it gives None where
+    # that is allowed, and asks for the flags that must be given where it is not
+    flags: Any = Annotated[cls, Parameter(name="*")]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    required = any(field.default is field.default_factory is dataclasses.MISSING for field in fields)
+    collect.__annotations__ = {"settings": flags, "return": cls}
+    collect_any.__annotations__ = {"settings": flags | None, "return": cls}
+    app.default(collect if required else collect_any)
     try:
         result = app(list(argv), exit_on_error=False, print_error=False)
     except CycloptsError as error:

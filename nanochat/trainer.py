@@ -30,11 +30,14 @@ SMOOTHING = 0.9  # of the printed loss
 
 
 class Loader(Protocol):
-    """Where the trainer gets its micro-batches from (nanochat.dataloader.TrainLoader, for one)."""
+    """Where the trainer gets its micro-batches from (nanochat.dataloader.TrainLoader, for one).
+
+    A batch is (inputs, targets), each (B, T) int64, or (inputs, targets, weights) with the factors of the losses.
+    """
 
     batches_per_step: int
 
-    def next_batch(self) -> tuple[Tensor, Tensor]: ...
+    def next_batch(self) -> tuple[Tensor, ...]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -108,6 +111,8 @@ class TrainingRun:
     tracker: Tracker
     meta: dict[str, Any]
     """What else a checkpoint says of the run: settings, model config, tokenizer."""
+    step_metrics: Callable[[], dict[str, float]] = dict
+    """Further metrics of the step just made, named `Group/name`; printed with the loss."""
     state: LoopState = field(default_factory=LoopState)
 
 
@@ -119,6 +124,18 @@ class Outcome:
     """False: stopped by a signal, saved, to be continued."""
     metrics: dict[str, float]
     """Final figures for the report."""
+
+
+def accumulation_steps(total_batch_size: int, device_batch_size: int, max_seq_len: int, world_size: int) -> int:
+    """Micro-batches per optimizer step on each rank. Raises UserError when they do not divide the batch."""
+    tokens = device_batch_size * max_seq_len * world_size
+    if total_batch_size % tokens:
+        below = max(total_batch_size // tokens, 1) * tokens
+        raise UserError(
+            f"--total-batch-size={total_batch_size} is no multiple of {tokens} = device batch "
+            f"{device_batch_size} x length {max_seq_len} x {world_size} rank(s); {below} would be"
+        )
+    return total_batch_size // tokens
 
 
 def resume(run: TrainingRun, step: int, meta: dict[str, Any]) -> None:
@@ -190,13 +207,14 @@ def _train_step(run: TrainingRun) -> tuple[Tensor, Tensor, float]:
     batches = [run.loader.next_batch() for _ in range(run.loader.batches_per_step)]
     # Each target weighs the same wherever it lies: divide by the global count, not by each micro-batch's own (which
     # may be zero, when everything in it is masked).
-    count = torch.stack([(targets != IGNORED).sum() for _, targets in batches]).sum().float()
+    count = torch.stack([(targets != IGNORED).sum() for _, targets, *_ in batches]).sum().float()
     if world > 1:
         dist.all_reduce(count)
     count = count.clamp(min=1)
     total = torch.zeros((), device=count.device)
-    for inputs, targets in batches:
-        loss = run.forward(inputs, targets, loss_reduction="sum")
+    for inputs, targets, *weights in batches:
+        weighted = {"loss_weights": weights[0]} if weights else {}
+        loss = run.forward(inputs, targets, loss_reduction="sum", **weighted)
         (loss * (world / count)).backward()  # the optimizer averages over ranks
         total += loss.detach()
     if world > 1:
@@ -250,12 +268,12 @@ class _Console:
         self.world = get_dist_info().world_size
         self.flops_per_token = run.model.estimate_flops()
         self.peak = peak_flops(device)
-        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.pending: list[tuple[int, Tensor, Tensor, float, dict[str, float]]] = []
         self.seen = 0
         self.clock = time.perf_counter()
 
     def step(self, result: tuple[Tensor, Tensor, float], synced: bool) -> None:
-        self.pending.append((self.run.state.step, *result))
+        self.pending.append((self.run.state.step, *result, self.run.step_metrics()))
         if synced or self.seen < WARMUP_STEPS or time.perf_counter() - self.clock > 1.0:
             self.flush()
 
@@ -274,7 +292,7 @@ class _Console:
             state.steady_seconds += elapsed
         self.seen += count
         rate = self.run.tokens_per_step / seconds
-        for step, loss_tensor, norm_tensor, multiplier in self.pending:
+        for step, loss_tensor, norm_tensor, multiplier, further in self.pending:
             loss = loss_tensor.item()
             if not math.isfinite(loss):
                 raise UserError(
@@ -288,13 +306,14 @@ class _Console:
                 "Optimization/lr_multiplier": multiplier,
                 "Time/step_seconds": seconds,
                 "Time/tokens_per_second": rate,
+                **further,
             }
             if self.peak:
                 metrics["Hardware/mfu"] = self._mfu(rate)
             state.latest.update(metrics)
             self.run.tracker.log(step, step * self.run.tokens_per_step, metrics)
         self.pending.clear()
-        self._print(step, seconds, rate)
+        self._print(step, seconds, rate, further)
 
     def restart(self) -> None:
         """Leave what has just been done (an evaluation, a checkpoint) out of the time of the next step."""
@@ -305,14 +324,15 @@ class _Console:
         assert self.peak is not None
         return self.flops_per_token * tokens_per_second / (self.peak * self.world)
 
-    def _print(self, step: int, seconds: float, rate: float) -> None:
+    def _print(self, step: int, seconds: float, rate: float, further: dict[str, float]) -> None:
         state, total = self.run.state, self.run.num_iterations
         smoothed = state.smoothed_loss / (1 - SMOOTHING**step)
         pace = state.steady_seconds / state.steady_steps if state.steady_steps else seconds
         mfu = f" | mfu {100 * self._mfu(rate):.1f}%" if self.peak else ""
+        also = "".join(f" | {name.split('/')[1]} {value:.4f}" for name, value in further.items())
         multiplier, norm = (state.latest[f"Optimization/{name}"] for name in ("lr_multiplier", "grad_norm"))
         print0(
-            f"step {step:05d}/{total:05d} ({100 * step / total:.1f}%) | loss {smoothed:.4f} | "
+            f"step {step:05d}/{total:05d} ({100 * step / total:.1f}%) | loss {smoothed:.4f}{also} | "
             f"lrm {multiplier:.2f} | norm {norm:.3f} | {1000 * seconds:,.1f} ms | {rate:,.0f} tok/s{mfu} | "
             f"epoch {self.run.loader.epoch():.2f} | "
             f"{state.seconds / 60:.1f} min, {pace * (total - step) / 60:.1f} left"

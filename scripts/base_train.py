@@ -8,8 +8,7 @@ One dial, --depth, sizes the model; width, heads, horizon and learning rates fol
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import torch
 
@@ -25,9 +24,9 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import batch_lr_scale, lr_multiplier, muon_momentum
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
 from nanochat.report import write_section
+from nanochat.run_folder import Resume, step_to_resume
 from nanochat.runtime import (
     DeviceType,
-    barrier,
     compute_cleanup,
     compute_dtype,
     compute_init,
@@ -38,7 +37,7 @@ from nanochat.samples import make_samples
 from nanochat.settings import real, whole
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
 from nanochat.tracking import NO_WANDB, Tracker
-from nanochat.trainer import Evaluation, Outcome, TrainingRun, resume, train
+from nanochat.trainer import Evaluation, Outcome, TrainingRun, accumulation_steps, resume, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +113,7 @@ class Settings:
     # ---- checkpoints
     save_every: Annotated[int, whole(gte=-1)] = 1000
     """Steps between checkpoints; -1: only the last."""
-    resume: Literal["never", "auto"] = "never"
+    resume: Resume = "never"
     """auto: continue the run of this tag where it stopped, if its settings are the same."""
     model_tag: str | None = None
     """Name of the checkpoint folder; default d<depth>."""
@@ -126,9 +125,7 @@ class Settings:
     """torch.compile; default: on CUDA only (on a CPU compiling takes longer than a small run)."""
 
 
-# Settings that change what is measured or where, but not what the weights become.
-OBSERVERS = {"run", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "sample_every",
-             "save_every", "resume", "device_type"}  # fmt: skip
+INHERITED = ("source", "max_seq_len", "device_batch_size", "total_batch_size")  # by later stages, beside the rates
 
 
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
@@ -161,44 +158,6 @@ def plan_horizon(settings: Settings, num_params: int, flops_per_token: float) ->
     if steps < 1:
         raise UserError(f"{why} is less than one step of {batch:,} tokens: raise it, or lower --total-batch-size")
     return steps, why
-
-
-def check_batch(settings: Settings, world_size: int) -> int:
-    """Gradient accumulation steps. Raises UserError when device batch x length x ranks does not divide the batch."""
-    tokens = settings.device_batch_size * settings.max_seq_len * world_size
-    if settings.total_batch_size % tokens:
-        below = max(settings.total_batch_size // tokens, 1) * tokens
-        raise UserError(
-            f"--total-batch-size={settings.total_batch_size} is no multiple of {tokens} = device batch "
-            f"{settings.device_batch_size} x length {settings.max_seq_len} x {world_size} rank(s); {below} would be"
-        )
-    return settings.total_batch_size // tokens
-
-
-def previous_step(settings: Settings, folder: Path, rank: int, meta_now: dict[str, Any]) -> int | None:
-    """Step to resume from, or None to start. Two runs never share a folder: what another run left there is set aside
-    (--resume=auto), or refused."""
-    steps = checkpoint.committed_steps(folder)
-    if not steps:
-        return None
-    if settings.resume == "never":
-        raise UserError(
-            f"{folder} holds a run already (step {steps[-1]}): --resume=auto continues it, --model-tag=NAME starts "
-            "another"
-        )
-    meta = checkpoint.read_meta(folder, steps[-1])
-    ignore = OBSERVERS | {"model_tag"}
-    changed = [key for key, value in meta_now["settings"].items()
-               if key not in ignore and meta["settings"].get(key) != value]  # fmt: skip
-    if meta["tokenizer_hash"] != meta_now["tokenizer_hash"]:
-        changed.append("tokenizer")
-    if not changed and not (folder / "COMPLETE").exists():
-        return steps[-1]
-    barrier()  # every rank has read what is there before it moves
-    if rank == 0:
-        why = f"differs in {', '.join(changed)}" if changed else "is complete"
-        print0(f"the run in {folder} {why}: kept as {checkpoint.set_aside(folder).name}, starting anew")
-    return None
 
 
 def make_evaluations(
@@ -273,7 +232,7 @@ def main(settings: Settings) -> None:
     settings = settings_module.replace(settings, source=canonical(settings.source))
     _, rank, _, world_size, device = compute_init(settings.device_type)
     tokenizer = get_tokenizer()
-    check_batch(settings, world_size)
+    accumulation_steps(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
 
     # ---- the model: shapes first (an impossible horizon costs no memory), memory second, values last
     config = model_config(settings, tokenizer.get_vocab_size())
@@ -286,15 +245,16 @@ def main(settings: Settings) -> None:
     forward = torch.compile(model, dynamic=False) if compiled else model
     announce(settings, model, tokenizer, world_size, num_iterations, why, compiled)
 
-    # ---- the optimizer
+    # ---- the optimizer; its rates and the batch are what later stages go on with
     lr_scale = batch_lr_scale(settings.total_batch_size, num_iterations * settings.total_batch_size)
     print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
-    optimizer = model.setup_optimizer(
-        matrix_lr=settings.matrix_lr * lr_scale,
-        embedding_lr=settings.embedding_lr * lr_scale,
-        unembedding_lr=settings.unembedding_lr * lr_scale,
-        weight_decay=settings.weight_decay,
-    )
+    rates = {
+        "matrix_lr": settings.matrix_lr * lr_scale,
+        "embedding_lr": settings.embedding_lr * lr_scale,
+        "unembedding_lr": settings.unembedding_lr * lr_scale,
+        "weight_decay": settings.weight_decay,
+    }
+    optimizer = model.setup_optimizer(**rates)
 
     def schedule(step: int) -> tuple[float, float]:
         ratios = settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac
@@ -306,11 +266,12 @@ def main(settings: Settings) -> None:
         "settings": settings_module.as_dict(settings),
         "model_config": asdict(config),
         "tokenizer_hash": tokenizer.hash,
+        "recipe": {**{name: getattr(settings, name) for name in INHERITED}, **rates},
         "num_iterations": num_iterations,
         "world_size": world_size,
     }
     folder = checkpoint_dir("base", settings.model_tag or f"d{settings.depth}")
-    resume_step = previous_step(settings, folder, rank, meta)
+    resume_step = step_to_resume(folder, settings.resume, meta)
     earlier = checkpoint.read_meta(folder, resume_step) if resume_step is not None else None
     loader = TrainLoader(
         tokenizer,

@@ -17,7 +17,8 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
-from scripts.base_train import Settings, check_batch, main, model_config, plan_horizon
+from nanochat.trainer import accumulation_steps
+from scripts.base_train import Settings, main, model_config, plan_horizon
 from tests.test_dataloader import write_source
 
 SMALL = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 32, "device_batch_size": 4,
@@ -61,9 +62,9 @@ def test_horizon_precedence_and_errors():
 
 
 def test_batch_arithmetic():
-    assert check_batch(Settings(), 1) == 8 and check_batch(Settings(), 8) == 1
+    assert accumulation_steps(524_288, 32, 2048, 1) == 8 and accumulation_steps(524_288, 32, 2048, 8) == 1
     with pytest.raises(UserError, match=r"524288 is no multiple of 49152 .*; 491520 would be"):
-        check_batch(Settings(device_batch_size=24), 1)
+        accumulation_steps(524_288, 24, 2048, 1)
 
 
 def test_trains_saves_and_reports(prepared):

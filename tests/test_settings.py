@@ -48,6 +48,22 @@ def test_nothing_given_is_the_defaults():
     assert parse() == Example()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demanding:
+    """One flag must be given."""
+
+    stage: Annotated[Literal["mid", "sft"], short("-i")]
+    """Which."""
+
+
+def test_a_flag_that_must_be_given(capsys):
+    assert settings.parse(Demanding, ["-i", "sft"]) == Demanding(stage="sft")
+    with pytest.raises(SystemExit) as end:
+        settings.parse(Demanding, [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "--stage" in line
+
+
 def test_scientific_whole_numbers_short_names_and_switches():
     found = parse("--max_chars=2e9", "-n", "4", "--no-compile", "--init=spectral", "--matrix-lr=1e-3")
     assert found == Example(max_chars=2_000_000_000, num_files=4, compile=False, init="spectral", matrix_lr=1e-3)

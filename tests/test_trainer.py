@@ -223,3 +223,34 @@ def test_when_evaluations_are_due(every, at_end, expected):
 def test_loop_state_survives_json():
     state = LoopState(step=3, best={"Loss/val_bpb": 1.5})
     assert LoopState(**json.loads(json.dumps(dataclasses.asdict(state)))) == state
+
+
+def test_losses_are_weighted_by_a_third_part_of_the_batch(folder):
+    """A weight of 2 on every token moves the weights as a loss of 2; a weight of 0 as no target at all would."""
+
+    class Weighted(FakeLoader):
+        def next_batch(self):
+            inputs, targets = super().next_batch()
+            factors = torch.ones(targets.shape)
+            factors[: len(factors) // 2] = 0
+            return inputs, targets, factors
+
+    class Halved(FakeLoader):
+        def next_batch(self):
+            inputs, targets = super().next_batch()
+            targets = targets.clone()
+            targets[: len(targets) // 2] = -1
+            return inputs, targets
+
+    runs = [make_run(folder / name, 1, loader()) for name, loader in (("a", Weighted), ("b", Halved))]
+    for run in runs:
+        run.step_metrics = lambda: {"RL/reward": 0.5}
+        train(run)
+    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]) / 2)  # the count is of targets, whatever they weigh
+    for name, value in weights(runs[0]).items():
+        torch.testing.assert_close(value, weights(runs[1])[name])
+    assert runs[0].state.latest["RL/reward"] == 0.5
+
+
+def losses_of(run):
+    return run.state.latest["Loss/train_loss"]

@@ -1,0 +1,43 @@
+"""Who may write into a checkpoint folder: a new run, or the one that was stopped there. Two runs never share one."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from nanochat import checkpoint
+from nanochat.errors import UserError
+from nanochat.runtime import barrier, get_dist_info, print0
+
+Resume = Literal["never", "auto"]
+
+# Settings that change what is measured or where, but not what the weights become; the tags are the folder itself.
+OBSERVERS = {"run", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "sample_every",
+             "save_every", "resume", "device_type", "model_tag", "out_tag"}  # fmt: skip
+# What else must be the same for a run to be the same one.
+ORIGINS = ("tokenizer_hash", "parent")
+
+
+def step_to_resume(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> int | None:
+    """Step to resume from, or None to start (every rank calls this).
+
+    What another run left in `folder` is set aside (resume="auto"), or refused with a UserError ("never"). Another run:
+    one that is complete, or differs from meta_now in its settings, its tokenizer or the model it started from.
+    """
+    steps = checkpoint.committed_steps(folder)
+    if not steps:
+        return None
+    if resume == "never":
+        raise UserError(
+            f"{folder} holds a run already (step {steps[-1]}): --resume=auto continues it, --model-tag=NAME starts "
+            "another"
+        )
+    meta = checkpoint.read_meta(folder, steps[-1])
+    changed = [key for key, value in meta_now["settings"].items()
+               if key not in OBSERVERS and meta["settings"].get(key) != value]  # fmt: skip
+    changed += [key.removesuffix("_hash") for key in ORIGINS if meta.get(key) != meta_now.get(key)]
+    if not changed and not (folder / checkpoint.COMPLETE).exists():
+        return steps[-1]
+    barrier()  # every rank has read what is there before it moves
+    if get_dist_info().rank == 0:
+        why = f"differs in {', '.join(changed)}" if changed else "is complete"
+        print0(f"the run in {folder} {why}: kept as {checkpoint.set_aside(folder).name}, starting anew")
+    return None
