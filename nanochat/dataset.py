@@ -175,6 +175,7 @@ def fetch(source: str, num_files: int, num_workers: int = 4) -> None:
                 revision,
                 folder / name,
                 verify=lambda path: entries.update({name: shards.describe(path, split, name)}),
+                otherwise="use --source=pydocs, which needs none",
                 on_bytes=lambda done, total: progress.update(task, completed=done, total=total or None),
                 stop=stop,
             )

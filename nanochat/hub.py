@@ -54,6 +54,7 @@ def download(
     revision: str,
     path: Path,
     verify: Callable[[Path], None],
+    otherwise: str,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
     stop: threading.Event | None = None,
 ) -> Downloaded:
@@ -61,7 +62,8 @@ def download(
 
     Transient failures are tried ATTEMPTS times with doubling waits, going on from the bytes already there. `verify`
     gets the finished temporary file before it takes its place and raises UserError if it is not what it should be.
-    `on_bytes(done, total)` follows the progress. Setting `stop` ends the attempts early.
+    `otherwise` says what one can do without the hub. `on_bytes(done, total)` follows the progress. Setting `stop` ends
+    the attempts early.
     Raises UserError for no network, a missing file, repository or revision, and damaged content.
     """
     stop = stop or threading.Event()
@@ -69,7 +71,7 @@ def download(
     with replacing(path) as temporary:
         for attempt in range(ATTEMPTS):
             try:
-                fetched = _attempt(repo, filename, revision, temporary, on_bytes, stop)
+                fetched = _attempt(repo, filename, revision, temporary, otherwise, on_bytes, stop)
                 break
             except _Transient as failure:
                 reason = str(failure)
@@ -80,7 +82,7 @@ def download(
             if last or stop.wait(wait):
                 raise UserError(
                     f"could not get {filename} from {endpoint()} ({reason}; {attempt + 1} attempts): check the "
-                    f"network, set HF_ENDPOINT to a mirror, or use --source=pydocs, which needs none"
+                    f"network, set HF_ENDPOINT to a mirror, or {otherwise}"
                 )
         verify(temporary)
     return fetched
@@ -91,6 +93,7 @@ def _attempt(
     filename: str,
     revision: str,
     temporary: Path,
+    otherwise: str,
     on_bytes: Callable[[int, int], None],
     stop: threading.Event,
 ) -> Downloaded:
@@ -111,7 +114,7 @@ def _attempt(
             raise _not_there(error, repo, filename, revision) from None
         raise UserError(f"{where} refused {filename} of {repo}: HTTP {status} (see `hf auth login`)") from None
     except OfflineModeIsEnabled:
-        raise UserError(f"HF_HUB_OFFLINE is set, but {filename} is needed: unset it, or use --source=pydocs") from None
+        raise UserError(f"HF_HUB_OFFLINE is set, but {filename} is needed: unset it, or {otherwise}") from None
     except HTTPError as error:  # every failure below HTTP: no name, no route, refused, reset, timed out
         raise _Transient(_first_line(error)) from None
     etag = about.etag or ""

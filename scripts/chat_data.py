@@ -1,0 +1,101 @@
+"""Put the data of the chat tasks into the artifact store, where mid_train, chat_sft, chat_rl and chat_eval look for it.
+
+    python -m scripts.chat_data                                   # the full set; text from FineWeb-Edu
+    python -m scripts.chat_data --tasks=GSM8K,SpellingBee --source=pydocs
+    python -m scripts.chat_data --tasks=GSM8K --from-dir=/data    # from /data/gsm8k/, no network needed
+
+Data sets of the hub are fetched at a fixed commit; HF_ENDPOINT names a mirror. What is here already is kept.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat import settings as settings_module
+from nanochat.dataset import canonical
+from nanochat.errors import UserError
+from nanochat.report import write_section
+from nanochat.tasks import hub_data, make_task, parse_spec
+from nanochat.tasks.common import Split
+
+FULL_SET = "SmolTalk,MMLU,GSM8K,ARC-Easy,ARC-Challenge,HumanEval,SimpleSpelling,SpellingBee,Identity"
+COLUMNS = ["Task", "Train items", "Test items", "Source", "Published"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Get the data of chat tasks; what is here already is kept."""
+
+    tasks: str = FULL_SET
+    """Tasks joined by commas, as for the training scripts; their counts and repeats change nothing here."""
+    source: str = "fineweb-edu"
+    """Text source that spelling and text tasks are made from: fineweb-edu, climbmix, pydocs or local:DIR."""
+    from_dir: Path | None = None
+    """Take hub data sets from here where they lie here, as DIR/gsm8k/train-*.parquet; the others are fetched."""
+
+
+def main(settings: Settings) -> None:
+    source = canonical(settings.source)
+    from_dir = None if settings.from_dir is None else settings.from_dir.expanduser()
+    rows = []
+    for name in dict.fromkeys(item.name for item in parse_spec(settings.tasks)):
+        provide(name, source, from_dir)
+        row = describe(name, source)
+        rows.append(row)
+        counts = [f"{count:,} {split}" for split, count in zip(("train", "test"), row[1:3], strict=True) if count]
+        print(f"{row[0]}: {', '.join(counts)} items; {row[3]}", flush=True)
+    table = {"title": "Tasks", "columns": COLUMNS, "rows": rows}
+    notes = ["Published: a data set that others train and score on too. The other tasks are made by this program."]
+    write_section(
+        "chat_data",
+        "Chat data",
+        {"settings": settings_module.as_dict(settings), "tables": [table], "notes": notes},
+    )
+
+
+def provide(name: str, source: str, from_dir: Path | None) -> None:
+    """Put what a task reads into the store. Raises UserError where it cannot be had."""
+    if name in hub_data.HUB_TASKS:
+        if from_dir is not None and not hub_data.take_local(name, from_dir):
+            print(f"{name}: not in {from_dir}", flush=True)
+        if not stands(name):
+            hub_data.fetch(name, splits(name))
+    elif name in ("SimpleSpelling", "SpellingBee"):
+        from nanochat.tasks import words
+
+        words.prepare(source)
+    elif name == "TextChoice":
+        from nanochat.tasks import text_choice
+
+        text_choice.prepare(source)
+
+
+def stands(name: str) -> bool:
+    """Whether a hub task can be read as things are; HumanEval may come with an installed package instead."""
+    try:
+        for split in splits(name):
+            make_task(name, split)
+    except UserError:
+        return False
+    return True
+
+
+def splits(name: str) -> list[Split]:
+    """The splits that a task has; a JSONL file is to train on."""
+    if name.endswith(".jsonl"):
+        return ["train"]
+    every: list[Split] = ["train", "test"]
+    return [split for split in every if name not in hub_data.HUB_TASKS or split in hub_data.HUB_TASKS[name].files]
+
+
+def describe(name: str, source: str) -> list[Any]:
+    """A task's row in the report: name, train items, test items (None: no such split), source, published or not."""
+    tasks = {split: make_task(name, split, source) for split in splits(name)}
+    task = next(iter(tasks.values()))
+    counts = [len(tasks[split]) if split in tasks else None for split in ("train", "test")]
+    source_text = "; ".join(dict.fromkeys(each.source for each in tasks.values()))
+    return [task.name, *counts, source_text, task.published]
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)

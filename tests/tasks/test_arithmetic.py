@@ -1,0 +1,115 @@
+"""arithmetic.py: every worked answer is right, one form, short, and within the bounds that were asked for."""
+
+import re
+import string
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.calculator import use_calculator
+from nanochat.errors import UserError
+from nanochat.tasks.arithmetic import TEMPLATES, Arithmetic, answer_number
+from nanochat.tokenizer import RustBPETokenizer
+
+FORMS = {4: ["text", "python", "python_output", "text"], 7: ["text", "python", "python_output"] * 2 + ["text"]}
+
+
+def conversation_of(task: Arithmetic, index: int) -> tuple[str, list[dict[str, str]]]:
+    question, answer = (message["content"] for message in task[index]["messages"])
+    return question, answer
+
+
+@pytest.mark.parametrize("split, steps, largest", [("train", 2, 99), ("test", 2, 99), ("train", 1, 9), ("test", 1, 9)])
+def test_worked_answers(split, steps, largest):
+    task = Arithmetic(split, size=600, steps=steps, largest=largest)
+    lengths = Counter()
+    for index in range(600):
+        question, parts = conversation_of(task, index)
+        assert [part["type"] for part in parts] == FORMS[len(parts)]
+        lengths[len(parts)] += 1
+        given_numbers = [int(number) for number in re.findall(r"\d+", question)]
+        assert all(2 <= number <= largest for number in given_numbers)
+        known = Counter(given_numbers)
+        *calls, last = (parts[i : i + 3] for i in range(0, len(parts), 3))
+        for number, (text, call, output) in enumerate(calls):
+            assert text["text"] == ("\n" if number else "") + f"{call['text']}="
+            assert use_calculator(call["text"]) == output["text"] and 0 <= int(output["text"]) < 1000
+            operands = [int(operand) for operand in re.split(r"[-+*/]", call["text"])]
+            assert all(operand in known for operand in operands)
+            if number:
+                assert int(calls[0][2]["text"]) in operands  # the second step goes on from the first
+            known[int(output["text"])] += 1
+        assert set(given_numbers) <= {int(n) for part in parts for n in re.findall(r"\d+", part["text"])}
+        assert last[0]["text"] == f"\n#### {calls[-1][2]['text']}"
+        assert task.evaluate(task[index], last[0]["text"])
+    assert set(lengths) == ({4} if steps == 1 else {4, 7})
+
+
+def test_templates():
+    assert len(TEMPLATES) == len({template.text for template in TEMPLATES}) >= 25
+    for template in TEMPLATES:
+        fields = {field for _, field, _, _ in string.Formatter().parse(template.text) if field}
+        numbers = {name for step in template.steps for name in step.split() if name in set("abc")}
+        assert fields & set("abc") == numbers and fields - numbers <= {"x", "y", "things"}
+        assert ["r" in step for step in template.steps] == [False, True][: len(template.steps)]
+
+
+@pytest.mark.parametrize("steps, usable", [(1, [t for t in TEMPLATES if len(t.steps) == 1]), (2, list(TEMPLATES))])
+def test_every_template_is_drawn_about_as_often(steps, usable):
+    task = Arithmetic("train", size=3000, steps=steps)
+    drawn: Counter[str] = Counter()
+    for index in range(3000):
+        question = conversation_of(task, index)[0]
+        fits = [t.text for t in usable if re.fullmatch(re.sub(r"\\{\w+\\}", r"\\w+", re.escape(t.text)), question)]
+        assert len(fits) == 1
+        drawn[fits[0]] += 1
+    assert len(drawn) == len(usable)
+    assert max(drawn.values()) < 1.6 * 3000 / len(usable) and min(drawn.values()) > 0.5 * 3000 / len(usable)
+
+
+def test_short_for_small_models():
+    task = Arithmetic("train", size=1000)
+    questions = [conversation_of(task, index)[0] for index in range(1000)]
+    tokenizer = RustBPETokenizer.train_from_iterator(questions, 700)
+    for index in range(1000):
+        conversation = task[index]
+        prompt = len(tokenizer.render_for_completion(conversation))
+        assert prompt <= 60 and len(tokenizer.render_conversation(conversation)[0]) - prompt <= 40
+
+
+def test_an_item_depends_on_its_place_alone():
+    short, long = Arithmetic("train", size=3), Arithmetic("train")
+    assert [short[i] for i in range(3)] == [long[i] for i in range(3)]
+    assert len(long) == 20_000 and len(Arithmetic("test")) == 256
+    assert len({str(long[i]) for i in range(500)}) > 480
+    assert long[7] == Arithmetic("train", start=5, step=2)[1]
+    assert not long.published and long.eval_type == "generative" and long.baseline == 0
+
+
+def test_impossible_settings():
+    for settings, message in (({"steps": 3}, "steps=3: choose 1 or 2"), ({"largest": 5}, "largest=5: choose 9 to 99")):
+        with pytest.raises(UserError, match=message):
+            Arithmetic("train", **settings)
+
+
+@given(st.integers(0, 999), st.integers(0, 999))
+def test_grading(right, said):
+    parts = [{"type": "text", "text": f"\n#### {right}"}]
+    conversation = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": parts}]}
+    task = Arithmetic("test")
+    assert (
+        task.evaluate(conversation, f"1+1=2\n#### {said}")
+        == (right == said)
+        == bool(task.reward(conversation, f"#### {said}.0"))
+    )
+    assert not task.evaluate(conversation, f"{right}") and not task.evaluate(conversation, "#### ")
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("#### 1,200", 1200), ("#### 3 #### -4.5", -4.5), ("####7 apples", 7), ("#### x", None), ("12", None)],
+)
+def test_answer_number(text, number):
+    assert answer_number(text) == number

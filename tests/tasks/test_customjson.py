@@ -1,0 +1,94 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.errors import UserError
+from nanochat.tasks.customjson import CustomJSON, load_conversations
+
+ASK, ANSWER = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small model."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode())
+    return path
+
+
+def test_both_forms_of_a_line_are_read_and_blank_lines_are_ignored(tmp_path):
+    path = write(tmp_path, [ASK, ANSWER], "", {"messages": [SYSTEM, ASK, ANSWER], "id": 5}, "  \t", "")
+    task = CustomJSON(path)
+    assert [task[i] for i in range(len(task))] == [{"messages": [ASK, ANSWER]}, {"messages": [SYSTEM, ASK, ANSWER]}]
+    assert (task.name, task.eval_type, task.published) == ("mine.jsonl", None, False)
+    assert len(CustomJSON(path, stop=1)) == 1
+
+
+def test_each_20th_conversation_is_held_out(tmp_path):
+    lines = [[{"role": "user", "content": str(number)}, ANSWER] for number in range(1, 46)]
+    path = write(tmp_path, *lines)
+    train, test = ([task[i]["messages"][0]["content"] for i in range(len(task))]
+                   for task in (CustomJSON(path, "train"), CustomJSON(path, "test")))  # fmt: skip
+    assert test == ["20", "40"] and len(train) == 43 and not set(train) & set(test)
+
+
+def test_parts_with_a_calculator_are_allowed(tmp_path):
+    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2."}]
+    message = {"role": "assistant", "content": parts}
+    assert CustomJSON(write(tmp_path, [ASK, message]))[0]["messages"][1] == message
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ([ASK, ASK], r"mine\.jsonl:3: message 1: role is 'user', expected 'assistant'"),
+        ([ASK], r"mine\.jsonl:3: no assistant message, so there is nothing to learn"),
+        ([], r"mine\.jsonl:3: conversation without messages"),
+        ({"text": "hello"}, r"mine\.jsonl:3: conversation without messages"),
+        ('[{"role": "user"', r"mine\.jsonl:3: not JSON \("),
+        ('"hello"', r'mine\.jsonl:3: str, expected a list of messages or {"messages": \[...\]}'),
+        ([ASK, {"role": "assistant", "content": 5}], r"mine\.jsonl:3: message 1: assistant content is int"),
+        ([ASK, "hello"], r"mine\.jsonl:3: message 1: expected"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path, line, message):
+    path = write(tmp_path, [ASK, ANSWER], "", line, [ASK, ANSWER])
+    with pytest.raises(UserError, match=message) as caught:
+        CustomJSON(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(json.dumps([ASK, ANSWER]).encode() + b'\n[{"role": "\xff"}]\n')
+    with pytest.raises(UserError, match=r"mine\.jsonl:2: not JSON"):
+        CustomJSON(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_an_empty_file_is_an_error(tmp_path, content):
+    (tmp_path / "mine.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"mine\.jsonl: no conversations"):
+        CustomJSON(tmp_path / "mine.jsonl")
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read \(No such file"):
+        CustomJSON(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="cannot be read"):
+        CustomJSON(tmp_path)
+
+
+@given(texts=st.lists(st.text(), min_size=1, max_size=4))
+def test_any_text_comes_back_as_it_was_written(tmp_path_factory, texts):
+    conversations = [{"messages": [ASK, {"role": "assistant", "content": text}]} for text in texts]
+    path = tmp_path_factory.mktemp("texts") / "mine.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps(item, ensure_ascii=text.isprintable()) + "\n"
+            for text, item in zip(texts, conversations, strict=True)
+        ),
+        encoding="utf-8",
+    )
+    assert load_conversations(path) == conversations

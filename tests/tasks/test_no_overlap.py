@@ -1,0 +1,139 @@
+"""All generated tasks: train and test share nothing, items never change, and every conversation is well formed."""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import pytest
+
+from nanochat.calculator import use_calculator
+from nanochat.conversation import conversation_pieces
+from nanochat.tasks import text_choice, words
+from nanochat.tasks.arithmetic import TEMPLATES, Arithmetic
+from nanochat.tasks.common import Task
+from nanochat.tasks.identity import Identity
+from nanochat.tasks.reasoning_gym import ReasoningGym
+from nanochat.tasks.spelling import SimpleSpelling, SpellingBee
+from nanochat.tasks.text_choice import TextChoice
+from tests.tasks.test_identity import plain
+from tests.tasks.test_reasoning_gym import package  # noqa: F401  (the fixture)
+from tests.tasks.test_words import documents, other_process, put_text
+
+SIZE = 3000
+
+
+@pytest.fixture(autouse=True)
+def ready(store, package):  # noqa: F811
+    put_text("pydocs", documents(150), documents(40, seed=1))
+    words.prepare("pydocs")
+    text_choice.prepare("pydocs")
+
+
+def question_of(conversation: dict[str, Any]) -> str:
+    return next(message["content"] for message in conversation["messages"] if message["role"] == "user")
+
+
+def spelled_word(conversation: dict[str, Any]) -> list[Hashable]:
+    content = conversation["messages"][-1]["content"]
+    return [(content if isinstance(content, str) else content[0]["text"]).split(":")[0]]
+
+
+def template_and_numbers(conversation: dict[str, Any]) -> list[Hashable]:
+    """Read back from the question, whatever names and objects it has."""
+    question = question_of(conversation)
+    for template in TEMPLATES:
+        pattern = re.sub(r"\\{([abc])\\}", r"(?P<\1>\\d+)", re.escape(template.text))
+        found = re.fullmatch(re.sub(r"\\{\w+\\}", r"\\w+", pattern), question)
+        if found:
+            return [(template.text, *sorted(found.groupdict().items()))]
+    raise AssertionError(f"no template fits {question}")
+
+
+def passage(conversation: dict[str, Any]) -> list[Hashable]:
+    """The sentences that are asked about."""
+    text = question_of(conversation).partition("\n-")[0]
+    return re.findall(r"The \w+ of [^.]*\.", text)
+
+
+def all_questions(conversation: dict[str, Any]) -> list[Hashable]:
+    return [plain(message["content"]) for message in conversation["messages"] if message["role"] == "user"]
+
+
+def own_words(conversation: dict[str, Any]) -> list[Hashable]:
+    return [question_of(conversation)]
+
+
+# name -> (the task of a split, what identifies an item of it)
+TASKS: dict[str, tuple[Callable[..., Task], Callable[[dict[str, Any]], list[Hashable]]]] = {
+    "SimpleSpelling": (lambda split: SimpleSpelling(split, "pydocs", SIZE), spelled_word),
+    "SpellingBee": (lambda split: SpellingBee(split, "pydocs", SIZE), spelled_word),
+    "Arithmetic": (lambda split: Arithmetic(split, SIZE), template_and_numbers),
+    "Arithmetic, small": (lambda split: Arithmetic(split, SIZE, steps=1, largest=9), template_and_numbers),
+    "TextChoice": (lambda split: TextChoice(split, "pydocs"), passage),
+    "Identity": (Identity, all_questions),
+    "reasoning-gym": (lambda split: ReasoningGym("few_sums", split, SIZE), own_words),
+    "reasoning-gym, many": (lambda split: ReasoningGym("chain_sum", split, SIZE), own_words),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_train_and_test_share_nothing(name):
+    make, identities = TASKS[name]
+    seen = {}
+    for split in ("train", "test"):
+        task = make(split)
+        seen[split] = {identity for index in range(len(task)) for identity in identities(task[index])}
+        assert len(seen[split]) >= (5 if name == "reasoning-gym" else 40)
+    assert not seen["train"] & seen["test"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_conversations_are_well_formed_and_answers_right(name):
+    make, _ = TASKS[name]
+    for split in ("train", "test"):
+        task = make(split)
+        assert not task.published and task.source and task.name
+        for index in range(min(len(task), 1000)):
+            conversation = task[index]
+            assert conversation_pieces(conversation)
+            answer = conversation["messages"][-1]["content"]
+            parts = answer if isinstance(answer, list) else [{"type": "text", "text": answer}]
+            calls = [part["text"] for part in parts if part["type"] == "python"]
+            outputs = [part["text"] for part in parts if part["type"] == "python_output"]
+            assert [use_calculator(call) for call in calls] == outputs
+            if task.eval_type is not None:
+                assert task.evaluate(conversation, "".join(part["text"] for part in parts))
+
+
+def digest_of_all_items() -> str:
+    """Of some items of each task of this store, in any order of asking."""
+    digest = hashlib.sha256()
+    for make, _ in TASKS.values():
+        for split in ("train", "test"):
+            task = make(split)
+            for index in range(0, len(task), 37):
+                digest.update(json.dumps(task[index]["messages"]).encode())
+    return digest.hexdigest()
+
+
+CODE = """
+import pytest
+from tests.tasks import test_no_overlap
+from tests.tasks.test_reasoning_gym import install_stand_in
+with pytest.MonkeyPatch.context() as patch:
+    install_stand_in(patch)
+    print(test_no_overlap.digest_of_all_items())
+"""
+
+
+def test_same_items_in_every_process_and_under_any_random_state():
+    random.seed(1)
+    state = random.getstate()
+    before = digest_of_all_items()
+    assert random.getstate() == state  # the tasks do not disturb it either
+    random.seed(2)
+    assert digest_of_all_items() == before
+    assert other_process(CODE, "1").strip() == other_process(CODE, "2").strip() == before

@@ -1,0 +1,167 @@
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import tasks
+from nanochat.errors import UserError
+from nanochat.tasks import CHATCORE_TASKS, TASK_NAMES, TaskSpec, canonical_name, make_task, parse_spec, parse_tasks
+from nanochat.tasks.arc import ARC
+from nanochat.tasks.gsm8k import GSM8K
+from tests.tasks.hub_rows import arc_row, gsm8k_row, mmlu_row, put, talk_row
+
+
+@pytest.fixture
+def data(store, tmp_path):
+    """A few items of each hub data set but HumanEval."""
+    put(tmp_path, "GSM8K", train=[gsm8k_row(i) for i in range(10)], test=[gsm8k_row(20)])
+    put(tmp_path, "MMLU", train=[mmlu_row(1)], test=[mmlu_row(2), mmlu_row(3)])
+    put(tmp_path, "ARC-Easy", train=[arc_row(1)], test=[arc_row(2)])
+    put(tmp_path, "ARC-Challenge", train=[arc_row(3)], test=[arc_row(4)])
+    put(tmp_path, "SmolTalk", train=[talk_row(1), talk_row(2)], test=[talk_row(3)])
+    return tmp_path
+
+
+# ---- the spec
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        ("GSM8K", [TaskSpec("GSM8K")]),
+        ("gsm8k, arc-easy", [TaskSpec("GSM8K"), TaskSpec("ARC-Easy")]),
+        ("SmolTalk:10_000|GSM8K*4", [TaskSpec("SmolTalk", 10_000), TaskSpec("GSM8K", None, 4)]),
+        (" MMLU : 5 * 2 ", [TaskSpec("MMLU", 5, 2)]),
+        ("Reasoning-Gym/leg_counting:7", [TaskSpec("reasoning-gym/leg_counting", 7)]),
+        ("My/Own.jsonl:3*2,b:5*3.jsonl", [TaskSpec("My/Own.jsonl", 3, 2), TaskSpec("b:5*3.jsonl")]),
+    ],
+)
+def test_specs(spec, expected):
+    assert parse_spec(spec) == expected
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("", "no tasks given: expected some of SmolTalk, "),
+        ("  ", "no tasks given"),
+        (
+            "GSM9K",
+            f"unknown task 'GSM9K': expected {', '.join(TASK_NAMES)}, reasoning-gym/<generator>, or a .jsonl file",
+        ),
+        ("reasoning-gym/", "unknown task 'reasoning-gym/'"),
+        ("GSM8K,", "tasks 'GSM8K,': an item without a name"),
+        (":5", "tasks ':5': an item without a name"),
+        ("GSM8K:many", "tasks 'GSM8K:many': count 'many' of GSM8K, expected a whole number from 1"),
+        ("GSM8K:0", "tasks 'GSM8K:0': count '0'"),
+        ("GSM8K:-1", "tasks 'GSM8K:-1': count '-1'"),
+        ("GSM8K:1.5", "tasks 'GSM8K:1.5': count '1.5'"),
+        ("GSM8K*0", "tasks 'GSM8K*0': repeats '0'"),
+        ("GSM8K*", "tasks 'GSM8K*': repeats ''"),
+        ("GSM8K*2:5", "tasks 'GSM8K*2:5': repeats '2:5'"),
+    ],
+)
+def test_malformed_specs_are_one_line_errors(spec, message):
+    with pytest.raises(UserError) as caught:
+        parse_tasks(spec, "train")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+ITEMS = st.builds(TaskSpec, st.sampled_from(TASK_NAMES), st.none() | st.integers(1, 10**9), st.integers(1, 100))
+
+
+@given(st.lists(ITEMS, min_size=1), st.sampled_from([",", "|", " , "]), st.sampled_from([str.lower, str.upper, str]))
+def test_what_is_written_is_what_is_read(items, joint, case):
+    texts = []
+    for item in items:
+        count = "" if item.count is None else f":{item.count}"
+        texts.append(f"{case(item.name)}{count}" + (f"*{item.repeats}" if item.repeats > 1 else ""))
+    assert parse_spec(joint.join(texts)) == items
+
+
+# ---- the tasks
+
+
+def test_counts_take_the_first_items_and_repeats_give_a_task_several_times(data):
+    found = parse_tasks("GSM8K:3*2,ARC-Easy:100", "train")
+    assert [(task.name, len(task)) for task in found] == [("GSM8K", 3), ("GSM8K", 3), ("ARC-Easy", 1)]
+    assert [found[0][i] for i in range(3)] == [GSM8K("train")[i] for i in range(3)]
+
+
+@pytest.mark.parametrize("name", ["SmolTalk", "MMLU", "GSM8K", "ARC-Easy", "ARC-Challenge"])
+def test_hub_tasks_of_both_splits(data, name):
+    for split in ("train", "test"):
+        task = make_task(name.lower(), split)
+        assert task.name == name
+        assert len(task) >= 1
+        assert task[0]["messages"]
+    assert isinstance(make_task("arc-challenge", "test"), ARC)
+
+
+def test_a_jsonl_file_is_a_task(tmp_path):
+    path = tmp_path / "Mine.jsonl"
+    path.write_text('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]\n' * 3)
+    (task,) = parse_tasks(f"{path}:2", "train")
+    assert (task.name, len(task)) == ("Mine.jsonl", 2)
+
+
+def test_counts_of_generated_tasks_are_their_size_and_others_are_cut(monkeypatch):
+    made = []
+
+    def stand_in(name):
+        return lambda *args, **kwargs: made.append((name, args, kwargs)) or SimpleNamespace(name=name)
+
+    for module, names in {
+        "spelling": ["SimpleSpelling", "SpellingBee"],
+        "arithmetic": ["Arithmetic"],
+        "reasoning_gym": ["ReasoningGym"],
+        "text_choice": ["TextChoice"],
+        "identity": ["Identity"],
+        "humaneval": ["HumanEval"],
+    }.items():
+        fake = SimpleNamespace(**{name: stand_in(name) for name in names})
+        monkeypatch.setitem(sys.modules, f"nanochat.tasks.{module}", fake)
+    parse_tasks("SpellingBee:7,SimpleSpelling,Arithmetic:9,reasoning-gym/maze:5", "test", "pydocs")
+    parse_tasks("TextChoice:7,Identity,HumanEval:3", "test", "pydocs")
+    assert made == [
+        ("SpellingBee", ("test", "pydocs"), {"size": 7}),
+        ("SimpleSpelling", ("test", "pydocs"), {}),
+        ("Arithmetic", ("test",), {"size": 9}),
+        ("ReasoningGym", ("maze", "test"), {"size": 5}),
+        ("TextChoice", ("test", "pydocs"), {"stop": 7}),
+        ("Identity", ("test",), {"stop": None}),
+        ("HumanEval", ("test",), {"stop": 3}),
+    ]
+
+
+def test_tasks_that_need_no_data(store):
+    for split in ("train", "test"):
+        found = parse_tasks("Arithmetic:3,Identity:2", split)
+        assert [(task.name, len(task)) for task in found] == [("Arithmetic", 3), ("Identity", 2)]
+
+
+@pytest.mark.parametrize("name", ["SimpleSpelling", "SpellingBee", "TextChoice"])
+def test_tasks_made_from_text_need_a_source(store, name):
+    with pytest.raises(UserError, match=f"{name} is made from text: name the run's text source with --source"):
+        make_task(name, "train")
+    with pytest.raises(UserError, match="--source=moon: expected fineweb-edu"):
+        make_task(name, "train", "moon")
+    with pytest.raises(UserError, match=r"python -m scripts\.chat_data"):
+        make_task(name, "train", "pydocs")  # a source, but nothing has been made from it
+
+
+def test_every_name_is_known_by_itself():
+    assert [canonical_name(name.upper()) for name in TASK_NAMES] == list(TASK_NAMES)
+    assert set(CHATCORE_TASKS) < set(TASK_NAMES)
+
+
+def test_importing_the_registry_imports_no_task_and_no_torch():
+    code = (
+        "import sys, nanochat.tasks; print(*[m for m in sys.modules if m.startswith(('nanochat', 'torch', 'pyarrow'))])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(found) == {"nanochat", "nanochat.errors", tasks.__name__, "nanochat.tasks.common"}

@@ -1,0 +1,204 @@
+"""words.py: words of running text, counted once; hashing that is the same everywhere and splits the world in two."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import shards
+from nanochat.errors import UserError
+from nanochat.paths import data_dir, task_data_dir
+from nanochat.tasks import words
+from nanochat.tasks.splits import item_rng, split_of, stable_hash
+from nanochat.tasks.words import frequent_words, load_words, prepare
+
+SYLLABLES = [a + b for a, b in itertools.product("bdfgklmnprst", "aeiou")]
+VOCABULARY = ["".join(syllables) + "s" for syllables in itertools.product(SYLLABLES, repeat=3)]
+
+
+def documents(count: int, seed: int = 0, vocabulary: int = 1500) -> list[str]:
+    """Documents of short sentences, two to a paragraph; `seed` decides what they say."""
+    rng = random.Random(seed)
+    known = random.Random(99).sample(VOCABULARY, vocabulary)
+
+    def sentence() -> str:
+        one, two, three, four, five = rng.sample(known, 5)
+        return f"The {one} of {two} and {three} was {four} to {five}."
+
+    return ["\n\n".join(f"{sentence()} {sentence()}" for _ in range(12)) for _ in range(count)]
+
+
+def put_text(source: str, train: list[str], held_out: list[str]) -> None:
+    """A text source as nanochat.dataset leaves it: one train shard, one validation shard."""
+    folder = data_dir(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for number, (split, texts) in enumerate((("train", train), ("val", held_out))):
+        name = f"shard_{number:05d}.parquet"
+        shards.write_shard(folder / name, texts)
+        files[name] = shards.describe(folder / name, split)
+    shards.update_manifest(folder, {"source": source}, files, replace=True)
+
+
+@pytest.fixture
+def source(store) -> str:
+    put_text("pydocs", documents(150), documents(40, seed=1))
+    return "pydocs"
+
+
+def other_process(code: str, hash_seed: str) -> str:
+    """What `code` prints in a Python of its own."""
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, cwd=root, capture_output=True, text=True
+    ).stdout
+
+
+# ---- hashing
+
+
+def test_hashes_are_the_same_for_ever():
+    """Were they to change, items trained on before could be tested on after."""
+    assert stable_hash("word", 1, ("a", 2)) == 0x394D45AFFEB10DC8
+    assert [split_of("word", word) for word in ("the", "that", "apple")] == ["train", "test", "train"]
+    assert item_rng("a", 0).random() == 0.6681506390669301
+
+
+@given(
+    st.lists(st.one_of(st.text(), st.integers()), max_size=4), st.lists(st.one_of(st.text(), st.integers()), max_size=4)
+)
+def test_different_things_have_different_hashes(one, other):
+    assert (stable_hash(*one) == stable_hash(*other)) == (one == other)
+    assert stable_hash(*one) >= 0
+
+
+def test_no_two_items_share_their_choices():
+    """Python seeds -1 and 1 alike; seeds made by hashing are never negative and never meet."""
+    drawn = [item_rng("task", split, index).random() for split in ("train", "test") for index in range(-2000, 2000)]
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_shares(share):
+    count = sum(split_of("thing", number, test_share=share) == "test" for number in range(20_000))
+    assert abs(count / 20_000 - share) < 0.01
+
+
+# ---- counting
+
+
+def slow_words(text: str) -> Counter[str]:
+    """Runs of word characters, taken one after the other with a look at their neighbours."""
+    counts: Counter[str] = Counter()
+    for is_word, group in itertools.groupby(enumerate(text), key=lambda pair: pair[1].isalnum() or pair[1] == "_"):
+        places = [place for place, _ in group]
+        start, end = places[0], places[-1] + 1
+        run = text[start:end]
+        before, after, beyond = text[start - 1 : start], text[end : end + 1], text[end + 1 : end + 2]
+        joined = set("'\u2019@/\\-")
+        dotted = after == "." and (beyond.isalnum() or beyond == "_")
+        plain = run.isascii() and run.isalpha() and run.islower() and 3 <= len(run) <= 12
+        if is_word and plain and before not in joined | {"."} and after not in joined and not dotted:
+            counts[run] += 1
+    return counts
+
+
+@given(st.text(alphabet="abcxyz.'\u2019-_/@\\ \nAé1", max_size=60))
+def test_words_of_running_text(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "MIN_COUNT", 1)
+        counts = slow_words(text)
+        assert frequent_words([text]) == sorted(counts, key=lambda word: (-counts[word], word))
+
+
+def test_rare_words_are_left_out_and_the_frequent_come_first(monkeypatch):
+    texts = ["often " * 9 + "seldom " * 4 + "usual " * 5 + "alike " * 5] * 1
+    assert frequent_words(texts) == ["often", "alike", "usual"]
+    assert frequent_words(texts * 2) == ["often", "alike", "usual", "seldom"]
+    assert frequent_words(["half ", "half "] * 2 + ["half"]) == ["half"]  # counted over all documents
+    monkeypatch.setattr(words, "MAX_WORDS", 2)
+    assert frequent_words(texts) == ["often", "alike"]
+
+
+def test_reading_stops_in_time(monkeypatch):
+    monkeypatch.setattr(words, "CHUNK_CHARS", 100)
+    monkeypatch.setattr(words, "MAX_CHARS", 1000)
+    taken = []
+
+    def stream():
+        for number in itertools.count():
+            taken.append(number)
+            yield "word " * 10
+
+    assert frequent_words(stream()) == ["word"]
+    assert len(taken) == 20
+
+
+# ---- the file
+
+
+def test_words_are_given_to_one_split_each(source):
+    prepare(source)
+    train, test = load_words(source, "train"), load_words(source, "test")
+    assert not set(train) & set(test)
+    assert sorted(train + test) == sorted((task_data_dir() / "pydocs" / "words.txt").read_text().split())
+    assert len(train) > 1000 and 0.05 < len(test) / len(train + test) < 0.15
+    text = " ".join(documents(150)).split()
+    assert all(text.count(word) + text.count(f"{word}.") >= 5 for word in test)
+
+
+def test_made_once_for_the_same_text(source):
+    prepare(source)
+    path = task_data_dir() / "pydocs" / "words.txt"
+    path.write_text("marked\n")
+    prepare(source)
+    assert path.read_text() == "marked\n"
+    put_text(source, documents(80, seed=5), documents(1))
+    prepare(source)
+    assert len(path.read_text().split()) > 500
+
+
+def test_absent_words_name_the_command(store):
+    with pytest.raises(
+        UserError, match=r"no words of pydocs in .*`python -m scripts\.chat_data --source=pydocs --tasks="
+    ):
+        load_words("pydocs", "train")
+    with pytest.raises(UserError, match=r"no train shards of pydocs.*python -m nanochat\.dataset"):
+        prepare("pydocs")
+    with pytest.raises(UserError, match="expected fineweb-edu"):
+        load_words("elsewhere", "train")
+
+
+def test_unfinished_or_foreign_words_do_not_count(source):
+    prepare(source)
+    folder = task_data_dir() / "pydocs"
+    marker = json.loads((folder / "words.json").read_text())
+    for content in (json.dumps({**marker, "source": "local:/a-b"}), "{", "[]"):
+        (folder / "words.json").write_text(content)
+        with pytest.raises(UserError, match="no words of pydocs"):
+            load_words(source, "train")
+    prepare(source)
+    assert load_words(source, "test")
+
+
+def test_too_little_text(store):
+    put_text("pydocs", ["The word word word word word word."], ["Nothing."])
+    prepare("pydocs")
+    with pytest.raises(UserError, match=r"has no words for (train|test): the text of pydocs is too short"):
+        for split in ("train", "test"):
+            load_words("pydocs", split)
+
+
+def test_same_words_in_every_process(source):
+    prepare(source)
+    code = "from nanochat.tasks.words import load_words; print(load_words('pydocs', 'test'))"
+    assert other_process(code, "1") == other_process(code, "2") == f"{load_words(source, 'test')}\n"
