@@ -1,0 +1,5 @@
+"""Running model-written code: the name that outside code imports; see nanochat/sandbox.py."""
+
+from nanochat.sandbox import ExecutionResult, execute_code
+
+__all__ = ["ExecutionResult", "execute_code"]

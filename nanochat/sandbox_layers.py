@@ -1,0 +1,291 @@
+"""What the kernel can refuse to a process that cannot be trusted: namespaces, Landlock, seccomp. Linux, by ctypes.
+
+Runs in the sandbox's own interpreter (see sandbox_child.py), single-threaded, and imports as little as it can: its
+start is paid for every program. Nothing here needs root. Each function raises OSError where the kernel says no.
+"""
+
+import ctypes
+import os
+import struct
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # not at run time: collections.abc is a millisecond
+    from collections.abc import Callable
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+WORD = ctypes.c_ulong
+
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
+
+
+def prctl(option: int, value: int, *more: int) -> None:
+    _checked(LIBC.prctl(option, *map(WORD, (value, *more, 0, 0, 0)[:4])), "prctl")
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def _syscall(number: int, *arguments: "int | ctypes.Array[ctypes.c_char] | None") -> int:
+    words = [WORD(value) if isinstance(value, int) else value for value in arguments]
+    return _checked(LIBC.syscall(ctypes.c_long(number), *words), f"system call {number}")
+
+
+# Namespaces -----------------------------------------------------------------------------------------------------------
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x0002_0000, 0x0400_0000, 0x0800_0000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x1000_0000, 0x2000_0000, 0x4000_0000
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+
+
+def enter_namespaces() -> None:
+    """A network without interfaces and IPC of its own; children see only each other's processes.
+
+    When the first child ends, the kernel kills every other process of its namespace.
+    """
+    user, group = os.geteuid(), os.getegid()
+    flags = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
+    _checked(LIBC.unshare(flags), "unshare")
+    for name, line in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(line)
+
+
+def mount_scratch(folder: str, size: int) -> None:
+    """An empty file system of `size` bytes in memory over `folder`; only this process and its children see it."""
+    _checked(LIBC.unshare(CLONE_NEWNS), "unshare")
+    options = f"size={size},nr_inodes=10000,mode=0700".encode()
+    flags = WORD(MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    _checked(LIBC.mount(b"tmpfs", folder.encode(), b"tmpfs", flags, options), "mount")
+
+
+def drop_privileges() -> None:
+    """No capabilities, and no program started from here gets any. For root this is what makes it an ordinary user."""
+    header = ctypes.create_string_buffer(struct.pack("=Ii", 0x2008_0522, 0))
+    _checked(LIBC.capset(header, ctypes.create_string_buffer(24)), "capset")
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+# Landlock: which files may be opened ----------------------------------------------------------------------------------
+
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14
+# everything but running files and making devices or sockets: remove, make folders, files, FIFOs and links, rename
+CHANGE = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 10 | 1 << 12 | 1 << 13
+FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # number of rights that each ABI knows; 16 since ABI 5
+SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime")
+DEVICES = ("/dev/zero", "/dev/urandom", "/dev/random")
+
+
+def landlock_abi() -> int:
+    """Version of Landlock in this kernel, 0 for none."""
+    try:
+        return _syscall(CREATE_RULESET, None, 0, 1)
+    except OSError:
+        return 0
+
+
+def apply_landlock(scratch: str) -> None:
+    """Files: read the system's and Python's libraries, write below `scratch`. Also, as far as this kernel's Landlock
+    goes: no TCP (ABI 4), no signals to processes outside (ABI 6). Needs no_new_privs."""
+    abi = landlock_abi()
+    files = (1 << FILE_RIGHTS.get(abi, 16)) - 1
+    attributes = struct.pack("=QQQ", files, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
+    ruleset = _syscall(CREATE_RULESET, ctypes.create_string_buffer(attributes, len(attributes)), len(attributes), 0)
+    libraries = [*SYSTEM, *sys.path, f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib"]
+    allowed = {path: READ_FILE | READ_DIR for path in [*libraries, *DEVICES]}
+    allowed["/dev/null"] = READ_FILE | WRITE_FILE
+    allowed[scratch] = READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE | CHANGE
+    for path, rights in allowed.items():
+        _allow_below(ruleset, path, rights & files)
+    _syscall(RESTRICT_SELF, ruleset, 0)
+    os.close(ruleset)
+
+
+def _allow_below(ruleset: int, path: str, rights: int) -> None:
+    try:
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return  # not on this system
+    if not os.path.isdir(path):
+        rights &= WRITE_FILE | READ_FILE | TRUNCATE  # the others have no meaning for a file and are refused
+    try:
+        _syscall(ADD_RULE, ruleset, 1, ctypes.create_string_buffer(struct.pack("=Qi", rights, handle), 12), 0)
+    finally:
+        os.close(handle)
+
+
+# seccomp: which system calls may be made ------------------------------------------------------------------------------
+
+AUDIT_ARCH = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
+# (x86_64, aarch64): calls refused with EPERM
+DENIED = {
+    # processes: no new ones, no other program, no hand on others
+    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
+    "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438),
+    "process_madvise": (440, 440), "process_mrelease": (448, 448), "setpriority": (141, 140),
+    "ioprio_set": (251, 30), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274), "migrate_pages": (256, 238), "move_pages": (279, 239),
+    # network, and what outlives a process: System V IPC, message queues, keys
+    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
+    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    # files whose owner we are: Landlock does not watch over their attributes, nor (early ABIs) their length
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54),
+    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "truncate": (76, 45),
+    # memory that the address space limit does not count
+    "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    # the kernel's larger and rarer surfaces
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "personality": (135, 92),
+    "fanotify_init": (300, 262), "lookup_dcookie": (212, 18), "modify_ldt": (154, None), "iopl": (172, None),
+    "ioperm": (173, None), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
+    # administration
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
+    "quotactl": (179, 60), "quotactl_fd": (443, 443), "acct": (163, 89), "swapon": (167, 224), "swapoff": (168, 225),
+    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116), "vhangup": (153, 58),
+    "sethostname": (170, 161), "setdomainname": (171, 162), "settimeofday": (164, 170), "clock_settime": (227, 112),
+    "adjtimex": (159, 171), "clock_adjtime": (305, 266),
+}  # fmt: skip
+# refused with ENOSYS, so that libc takes the older call, whose arguments a filter can see
+UNSEEN = {"clone3": (435, 435), "openat2": (437, 437)}
+FIRST_UNKNOWN = 463  # calls newer than this list: also "not implemented"
+CLONE_THREAD, OPEN_MODE_AND_TRUNCATE = 0x1_0000, 0o1003
+F_SETOWN, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP = 8, 15, 0x8901, 0x8902
+ALL_BITS = 0xFFFF_FFFF
+
+
+def _conditional() -> list[tuple[tuple[int | None, int | None], int, int, int, bool]]:
+    """Calls refused by one argument: (numbers, index of the argument, mask, value, refused when equal or not equal)."""
+    me = os.getpid()
+    return [
+        ((62, 129), 0, ALL_BITS, me, False),  # kill, tgkill: only oneself
+        ((234, 131), 0, ALL_BITS, me, False),
+        ((56, 220), 0, CLONE_THREAD, CLONE_THREAD, False),  # clone: only threads
+        ((302, 261), 0, ALL_BITS, 0, False),  # prlimit64: only oneself
+        ((53, 199), 1, 0xF, 1, False),  # socketpair: only streams, whose other end cannot be chosen later
+        ((157, 167), 0, ALL_BITS, PR_SET_PDEATHSIG, True),
+        # having the kernel signal somebody else
+        ((72, 25), 1, ALL_BITS, F_SETOWN, True),
+        ((72, 25), 1, ALL_BITS, F_SETOWN_EX, True),
+        ((16, 29), 1, ALL_BITS, FIOSETOWN, True),
+        ((16, 29), 1, ALL_BITS, SIOCSPGRP, True),
+        # opening to read and truncating all the same, which Landlock before ABI 3 lets pass
+        ((2, None), 1, OPEN_MODE_AND_TRUNCATE, os.O_TRUNC, True),
+        ((257, 56), 2, OPEN_MODE_AND_TRUNCATE, os.O_TRUNC, True),
+    ]
+
+
+LOAD, AND, JUMP_EQUAL, JUMP_AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+ALLOW, ERRNO, KILL_PROCESS = 0x7FFF_0000, 0x0005_0000, 0x8000_0000
+EPERM, ENOSYS = 1, 38
+
+
+def seccomp_filter(machine: str) -> bytes:
+    """The filter as the kernel takes it: instructions (operation, jump if true, jump if false, constant)."""
+    column = list(AUDIT_ARCH).index(machine)
+    code = [(LOAD, 0, 0, 4), (JUMP_EQUAL, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, KILL_PROCESS), (LOAD, 0, 0, 0)]
+    code += [(JUMP_AT_LEAST, 0, 1, FIRST_UNKNOWN), (RETURN, 0, 0, ERRNO | ENOSYS)]
+    for calls, error in ((DENIED, EPERM), (UNSEEN, ENOSYS)):
+        for numbers in calls.values():
+            if (number := numbers[column]) is not None:
+                code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ERRNO | error)]
+    for pair, index, mask, value, equal in _conditional():
+        if (number := pair[column]) is not None:
+            code += [(JUMP_EQUAL, 0, 5, number), (LOAD, 0, 0, 16 + 8 * index), (AND, 0, 0, mask)]
+            code += [(JUMP_EQUAL, *((0, 1) if equal else (1, 0)), value), (RETURN, 0, 0, ERRNO | EPERM)]
+            code += [(LOAD, 0, 0, 0)]  # the number again, for the rules that follow
+    code.append((RETURN, 0, 0, ALLOW))
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+
+
+def apply_seccomp() -> None:
+    """Refuse the calls above to this process from now on. Needs no_new_privs; OSError on machines without a table."""
+    machine = os.uname().machine
+    if machine not in AUDIT_ARCH:
+        raise OSError(EPERM, f"no list of system calls for {machine}")
+    instructions = seccomp_filter(machine)
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(instructions) // 8, ctypes.addressof(code)))
+    prctl(PR_SET_SECCOMP, 2, ctypes.addressof(program))
+
+
+# Are they there? ------------------------------------------------------------------------------------------------------
+
+
+def probe(scratch: str) -> dict[str, int]:
+    """Which layers this kernel grants, each one tried in a process of its own. Landlock: its ABI, 0 for none."""
+    return {
+        "namespaces": _holds(_try_namespaces),
+        "scratch_limit": _holds(lambda: _try_mount(scratch)),
+        "landlock": landlock_abi() * _holds(lambda: _try_landlock(scratch)),
+        "seccomp": _holds(_try_seccomp),
+    }
+
+
+def _holds(attempt: "Callable[[], bool]") -> bool:
+    """Whether attempt() in a forked child returns True."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = 0 if attempt() else 1
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def _refused(action: "Callable[..., object]", *arguments: object) -> bool:
+    try:
+        action(*arguments)
+    except PermissionError:
+        return True
+    return False
+
+
+def _try_namespaces() -> bool:
+    enter_namespaces()
+    with open("/proc/self/net/dev") as file:  # two lines of heading, then the interfaces; a new network has only lo
+        interfaces = [line.split(":")[0].strip() for line in file.readlines()[2:]]
+    return interfaces in ([], ["lo"]) and _holds(lambda: os.getpid() == 1)
+
+
+def _try_mount(scratch: str) -> bool:
+    enter_namespaces()
+    mount_scratch(scratch, 1 << 16)
+    try:
+        with open(f"{scratch}/full", "wb") as file:
+            file.write(bytes(1 << 17))
+    except OSError:  # 128 KB do not fit into 64
+        return True
+    return False
+
+
+def _try_landlock(scratch: str) -> bool:
+    inside, outside = f"{scratch}/inside", f"{scratch}/outside"
+    os.mkdir(inside)
+    with open(outside, "w"):
+        pass
+    drop_privileges()
+    apply_landlock(inside)
+    with open(f"{inside}/file", "w"):
+        pass
+    return _refused(open, outside) and _refused(open, f"{outside}-2", "w")
+
+
+def _try_seccomp() -> bool:
+    drop_privileges()
+    apply_seccomp()
+    return _refused(_checked, LIBC.socket(2, 1, 0), "socket") and _refused(os.fork)
