@@ -14,6 +14,16 @@ PROMPTS = (
     "Once upon a time",
 )
 
+CHAT_PROMPTS = (
+    "Hello! Who are you?",
+    "What can you do?",
+    "Spell the word: table",
+    "How many r are in the word strawberry?",
+    "Tom has 12 apples and buys 7 more. How many apples does he have now?",
+    "What is the capital of France?",
+)
+CHAT_TOKENS = 96  # of an answer, at most
+
 
 def make_samples(model: Any, tokenizer: Any) -> list[dict[str, str]]:
     """Greedy continuations of PROMPTS, and two documents drawn from nothing at temperature 0.8."""
@@ -26,3 +36,14 @@ def make_samples(model: Any, tokenizer: Any) -> list[dict[str, str]]:
         samples.append({"prompt": prompt, "text": tokenizer.decode(sequences[0][1:])})
     free, _ = engine.generate_batch([bos], num_samples=2, max_tokens=64, temperature=0.8, top_k=50, seed=42)
     return samples + [{"prompt": "", "text": tokenizer.decode(sequence[1:])} for sequence in free]
+
+
+def make_chat_samples(model: Any, tokenizer: Any) -> list[dict[str, str]]:
+    """Greedy answers to CHAT_PROMPTS; tool calls and their output with their brackets."""
+    engine = Engine(model, tokenizer)
+    conversations = [{"messages": [{"role": "user", "content": prompt}]} for prompt in CHAT_PROMPTS]
+    prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
+    room = max(1, min(CHAT_TOKENS, model.config.sequence_len - max(map(len, prompts))))
+    answers = engine.generate_many(prompts, max_tokens=room, temperature=0.0)
+    texts = [tokenizer.decode(rows[0][len(ids) :]) for (rows, _), ids in zip(answers, prompts, strict=True)]
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(CHAT_PROMPTS, texts, strict=True)]

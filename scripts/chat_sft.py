@@ -1,0 +1,34 @@
+"""Supervised fine-tuning: whole conversations, and the loss only on what the assistant says.
+
+    python -m scripts.chat_sft --model-tag=d12
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft --tasks=my_chats.jsonl,GSM8K
+
+Sequence length, batch and learning rates are those of the stage before unless a flag says otherwise.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from nanochat import settings as settings_module
+from nanochat.chat_train import ChatTrainSettings, train_on_chats
+from nanochat.settings import real, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ChatTrainSettings):
+    """Fine-tune a model on conversations."""
+
+    tasks: str = "ARC-Easy,ARC-Challenge,GSM8K,SmolTalk:10000,Identity,SimpleSpelling:300,SpellingBee:300"
+    source_stage: Literal["mid", "base"] = "mid"
+    """Stage to start from."""
+    init_lr_frac: Annotated[float, real(gte=0)] = 0.5
+    warmdown_ratio: Annotated[float, real(gte=0, lte=1)] = 1.0
+    eval_every: Annotated[int, whole(gte=-1)] = 100
+
+
+def main(settings: Settings) -> None:
+    train_on_chats(settings, "sft", settings.source_stage, section="chat_sft", title="Supervised fine-tuning")
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)

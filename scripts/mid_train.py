@@ -1,0 +1,33 @@
+"""Mid-training: the base model meets conversations, tool calls and multiple choice, as one stream of text.
+
+    python -m scripts.mid_train --model-tag=d12
+    torchrun --standalone --nproc_per_node=8 -m scripts.mid_train --tasks=SmolTalk,MMLU,GSM8K,Identity*2
+
+Sequence length, batch and learning rates are those of the base run unless a flag says otherwise.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from nanochat import settings as settings_module
+from nanochat.chat_loader import LossOn, Packing
+from nanochat.chat_train import ChatTrainSettings, train_on_chats
+from nanochat.settings import real
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ChatTrainSettings):
+    """Train a base model on conversations."""
+
+    tasks: str = "SmolTalk,MMLU,GSM8K,Identity*2,SimpleSpelling:200000,SpellingBee:80000"
+    packing: Packing = "stream"
+    loss_on: LossOn = "all"
+    warmdown_ratio: Annotated[float, real(gte=0, lte=1)] = 0.2
+
+
+def main(settings: Settings) -> None:
+    train_on_chats(settings, stage="mid", parent_stage="base", section="mid_train", title="Mid-training")
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)

@@ -1,0 +1,26 @@
+"""A store with what the chat stages need: text, tokenizer and a base model trained for a few steps."""
+
+from typing import Any
+
+from nanochat.paths import tokenizer_dir
+from nanochat.tokenizer import RustBPETokenizer
+from scripts import base_train
+from tests.test_base_train import words
+from tests.test_dataloader import write_source
+
+QUESTIONS = "How many apples does Ada have now? 0123456789 + - * = #### python output "
+BASE = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 128, "device_batch_size": 4,
+        "total_batch_size": 1024, "num_iterations": 3, "eval_tokens": 512, "core_metric_every": -1,
+        "sample_every": -1, "eval_every": -1, "source": "pydocs", "device_type": "cpu", "model_tag": "m"}  # fmt: skip
+
+
+def make_text() -> None:
+    """Text, and a tokenizer that knows some words of questions."""
+    documents = [words(seed) + QUESTIONS for seed in range(24)]
+    write_source([documents[:10], documents[10:20], documents[20:]])
+    RustBPETokenizer.train_from_iterator(documents, 320).save(tokenizer_dir())
+
+
+def make_base(**changes: Any) -> None:
+    """A base checkpoint, tagged m unless changes say otherwise."""
+    base_train.main(base_train.Settings(**{**BASE, **changes}))
