@@ -1,0 +1,253 @@
+"""Reinforcement learning: the model answers questions, and answers that earn more than the others get likelier.
+
+    python -m scripts.chat_rl --model-tag=d12
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl --task=GSM8K
+
+The method is in nanochat/rollouts.py; learning rates are those of the SFT run times --init-lr-frac.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from nanochat import checkpoint
+from nanochat import settings as settings_module
+from nanochat.chat_eval import evaluate_generative
+from nanochat.chat_train import RATES
+from nanochat.engine import Engine
+from nanochat.errors import UserError
+from nanochat.optim import lr_multiplier, muon_momentum
+from nanochat.paths import checkpoint_dir
+from nanochat.report import write_section
+from nanochat.rollouts import RolloutLoader, Sampling, row_width
+from nanochat.run_folder import Resume, step_to_resume
+from nanochat.runtime import DeviceType, compute_cleanup, compute_init, device_name, print0
+from nanochat.samples import make_chat_samples
+from nanochat.settings import real, whole
+from nanochat.tasks import make_task
+from nanochat.tasks.common import Task
+from nanochat.tracking import NO_WANDB, Tracker
+from nanochat.trainer import Evaluation, TrainingRun, resume, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Train a chat model by reinforcement on questions whose answers can be graded."""
+
+    task: str = "GSM8K"
+    """Questions to train on; its test items are what pass@k is measured on."""
+
+    # ---- the model to start from
+    source_stage: Literal["sft", "mid"] = "sft"
+    """Stage to start from."""
+    model_tag: str | None = None
+    """Run to start from, and to write to; default: the newest of that stage."""
+    model_step: Annotated[int | None, whole(gte=0)] = None
+    """Step of its checkpoint; default: the last."""
+    out_tag: str | None = None
+    """Another name for what is written."""
+
+    # ---- how long
+    num_epochs: Annotated[float, real(gte=0)] = 1.0
+    """Passes over the questions."""
+    num_iterations: Annotated[int, whole(gte=-1)] = -1
+    """Optimizer steps; -1: from num_epochs."""
+
+    # ---- the answers
+    questions_per_step: Annotated[int, whole(gte=1)] = 16
+    """Questions per optimizer step, over all devices."""
+    num_samples: Annotated[int, whole(gte=2)] = 16
+    """Answers to each question."""
+    max_new_tokens: Annotated[int, whole(gte=1)] = 256
+    """Tokens of an answer, at most."""
+    temperature: Annotated[float, real(gte=0.01)] = 1.0
+    """Sampling temperature; at 1 the answers are drawn from the very distribution that is trained."""
+    top_k: Annotated[int, whole(gte=0)] = 0
+    """Draw from the k likeliest tokens only; 0: from all."""
+
+    # ---- the optimizer
+    device_batch_size: Annotated[int, whole(gte=1)] = 16
+    """Answers per forward pass on each device."""
+    init_lr_frac: Annotated[float, real(gte=0)] = 0.05
+    """Factor on the learning rates of the stage before."""
+    grad_clip: Annotated[float, real(gte=0)] = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    warmdown_ratio: Annotated[float, real(gte=0, lte=1)] = 1.0
+    """Share of the steps over which the learning rate falls to 0 at the end."""
+    seed: Annotated[int, whole(gte=0)] = 42
+    """Seed of the order of the questions and of the answers."""
+
+    # ---- watching it
+    run: str = NO_WANDB
+    """Name of the run in Weights & Biases; dummy: no W&B."""
+    eval_every: Annotated[int, whole(gte=-1)] = 60
+    """Steps between measurements of pass@k on test questions; -1: only before and after."""
+    eval_questions: Annotated[int, whole(gte=1)] = 400
+    """Test questions in these."""
+    eval_samples: Annotated[int, whole(gte=1)] = 8
+    """Answers to each."""
+
+    # ---- checkpoints
+    save_every: Annotated[int, whole(gte=-1)] = 60
+    """Steps between checkpoints; -1: only the last."""
+    resume: Resume = "never"
+    """auto: continue the run of this tag where it stopped, if its settings are the same."""
+    device_type: DeviceType = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+def question_task(name: str, split: Literal["train", "test"], source: str | None) -> Task:
+    """The task. Raises UserError for one whose answers cannot be generated and graded."""
+    task = make_task(name, split, source)
+    if task.eval_type != "generative":
+        raise UserError(f"--task={name}: its answers are not generated; use GSM8K, Arithmetic, SpellingBee or the like")
+    return task
+
+
+def plan_steps(settings: Settings, questions: int) -> int:
+    """Optimizer steps. Raises UserError when there is nothing to do."""
+    if settings.num_iterations > 0:
+        return settings.num_iterations
+    if settings.num_epochs <= 0:
+        raise UserError("no horizon: give --num-iterations or --num-epochs above 0")
+    return max(1, round(settings.num_epochs * questions / settings.questions_per_step))
+
+
+def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int], dict[str, float]]:
+    """step -> share of test questions with a right answer among k samples, for k = 1, 2, 4, … eval_samples."""
+    wanted = {2**i for i in range(settings.eval_samples.bit_length())} | {settings.eval_samples}
+
+    def measure(step: int) -> dict[str, float]:
+        score = evaluate_generative(
+            engine,
+            engine.tokenizer,
+            task,
+            num_samples=settings.eval_samples,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k or None,
+            batch_size=max(1, settings.questions_per_step * settings.num_samples // settings.eval_samples),
+            max_problems=settings.eval_questions,
+            seed=settings.seed,
+        )
+        return {f"Eval/pass@{k}": value for k, value in score.pass_at.items() if k in wanted}
+
+    return measure
+
+
+def main(settings: Settings) -> None:
+    _, rank, _, world_size, device = compute_init(settings.device_type)
+    model, tokenizer, parent = checkpoint.load_model(
+        settings.source_stage, device, tag=settings.model_tag, step=settings.model_step
+    )
+    recipe = checkpoint.recipe(parent)
+    questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))
+    num_iterations = plan_steps(settings, len(questions))
+    width = row_width(tokenizer, questions, settings.max_new_tokens, model.config.sequence_len)
+    rows = settings.questions_per_step * settings.num_samples
+    print0(f"{questions.name}: {len(questions):,} questions ({questions.source}), {len(test):,} to test on")
+    print0(f"{num_iterations:,} steps of {settings.questions_per_step} questions x {settings.num_samples} answers, "
+           f"rows of {width} tokens")  # fmt: skip
+
+    rates = {name: recipe[name] * settings.init_lr_frac for name in RATES}
+    optimizer = model.setup_optimizer(**rates, weight_decay=0.0)
+
+    def schedule(step: int) -> tuple[float, float]:
+        return lr_multiplier(step, num_iterations, 0.0, settings.warmdown_ratio, 0.0), muon_momentum(step)
+
+    # ---- where it goes, and whether some of it is there already
+    meta = {
+        "stage": "rl",
+        "settings": {**settings_module.as_dict(settings), "source": recipe["source"]},
+        "model_config": asdict(model.config),
+        "tokenizer_hash": tokenizer.hash,
+        "recipe": recipe,
+        "parent": {name: parent[name] for name in ("stage", "tag", "step", "identity")},
+        "num_iterations": num_iterations,
+        "world_size": world_size,
+    }
+    folder = checkpoint_dir("rl", settings.out_tag or parent["tag"])
+    resume_step = step_to_resume(folder, settings.resume, meta)
+    earlier = checkpoint.read_meta(folder, resume_step) if resume_step is not None else None
+    engine = Engine(model, tokenizer)
+    sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.top_k or None)
+    loader = RolloutLoader(
+        engine,
+        questions,
+        sampling,
+        settings.questions_per_step,
+        settings.device_batch_size,
+        width,
+        rank,
+        world_size,
+        settings.seed,
+        state=earlier["loader"] if earlier else None,
+    )
+
+    # ---- train
+    measure = pass_at_k(settings, engine, test)
+    run = TrainingRun(
+        stage="rl",
+        folder=folder,
+        model=model.train(),
+        forward=model,
+        optimizer=optimizer,
+        loader=loader,
+        num_iterations=num_iterations,
+        tokens_per_step=rows * width,
+        schedule=schedule,
+        grad_clip=settings.grad_clip,
+        save_every=settings.save_every,
+        evaluations=[Evaluation(settings.eval_every, True, measure)],
+        tracker=Tracker("rl", settings.run, meta, resume_step),
+        meta=meta,
+        step_metrics=lambda: loader.metrics,
+    )
+    if earlier and resume_step is not None:
+        resume(run, resume_step, earlier)
+    meta["before"] = earlier["before"] if earlier else measure(0)
+    print0("before: " + ", ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
+    outcome = train(run)
+    run.tracker.close()
+    if outcome.finished and rank == 0:
+        samples = make_chat_samples(model.eval(), tokenizer)
+        write_section("chat_rl", "Reinforcement learning", describe(run, outcome.metrics, questions, test, samples))
+    compute_cleanup()
+
+
+def describe(
+    run: TrainingRun, figures: dict[str, float], questions: Task, test: Task, samples: list[dict[str, str]]
+) -> dict[str, Any]:
+    """The report's section."""
+    before, latest, settings = run.meta["before"], run.state.latest, run.meta["settings"]
+    rows = [[name.removeprefix("Eval/"), value, latest[name]] for name, value in before.items()]
+    items = min(settings["eval_questions"], len(test))
+    # a "token" of these is a place in a padded row, and the time is mostly that of sampling
+    speed = ("tokens", "tokens per second", "mfu", "peak FLOP/s per device", "training FLOPs", "final train_loss")
+    return {
+        "settings": settings,
+        "metrics": {
+            "device": device_name(run.model.get_device()),
+            "ranks": run.meta["world_size"],
+            "final reward": latest["RL/reward"],
+            **{name: value for name, value in figures.items() if name not in speed},
+        },
+        "tables": [
+            {
+                "title": f"Right answers on {items} test questions of {test.name} ({test.source})",
+                "columns": ["", "Before", "After"],
+                "rows": rows,
+            }
+        ],
+        "samples": samples,
+        "notes": [
+            f"pass@k: at least one of k answers drawn at temperature {settings['temperature']:g} is right, estimated "
+            f"from {settings['eval_samples']} answers to each question.",
+            f"Trained on {len(questions):,} other questions of the same task.",
+        ],
+        "synthetic": not questions.published,
+    }
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)
