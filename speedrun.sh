@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Raw text to a language model and a report of how good it is:
+# Raw text to a model that chats, and a report of how good it is:
 #
 #   bash speedrun.sh                 tiny without a GPU, full with one
-#   PROFILE=mini SOURCE=local:/my/text bash speedrun.sh
+#   RUN_RL=1 bash speedrun.sh        reinforcement learning too
+#   PROFILE=mini SOURCE=local:/my/text TASK_DATA=/my/tasks bash speedrun.sh
 #
 # Call it again to continue: stages that are done are skipped, training goes on from its last checkpoint.
 set -euo pipefail
@@ -12,7 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # ---------------------------------------------------------------------------------------------------------------------
 # Overrides: set any of these in the environment
 
-OVERRIDES=(PROFILE DEPTH SOURCE VOCAB_SIZE SHARDS NPROC_PER_NODE WANDB_RUN RUN_ID EVAL_BUNDLE NANOCHAT_BASE_DIR)
+OVERRIDES=(PROFILE DEPTH SOURCE VOCAB_SIZE SHARDS NPROC_PER_NODE WANDB_RUN RUN_ID EVAL_BUNDLE TASK_DATA
+  RUN_RL NANOCHAT_BASE_DIR)
 NANOCHAT_CONTINUE="bash speedrun.sh"
 for name in "${OVERRIDES[@]}"; do
   if [ -n "${!name:-}" ]; then NANOCHAT_CONTINUE="$name=$(printf %q "${!name}") $NANOCHAT_CONTINUE"; fi
@@ -28,6 +30,8 @@ NPROC_PER_NODE=${NPROC_PER_NODE:-}   # processes, one a GPU (default: all GPUs i
 WANDB_RUN=${WANDB_RUN:-dummy}        # name of the run in Weights & Biases; dummy: none
 RUN_ID=${RUN_ID:-}                   # folder of this run's ledger, logs and report below runs/
 EVAL_BUNDLE=${EVAL_BUNDLE:-}         # folder with a CORE bundle in the published layout; otherwise one is generated
+TASK_DATA=${TASK_DATA:-}             # folder with chat data sets (gsm8k/, mmlu/, ...) that need not be downloaded then
+RUN_RL=${RUN_RL:-0}                  # 1: reinforcement learning after SFT
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat} # where all artifacts live
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,6 +49,7 @@ if [ "$PROFILE" = auto ]; then
 fi
 export PROFILE
 
+case $RUN_RL in 0 | 1) ;; *) stop "RUN_RL=$RUN_RL: expected 0 or 1" ;; esac
 case $PROFILE in
   tiny) # the whole chain on 2 CPU cores, without network
     : "${DEPTH:=4}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=4096}" "${NPROC_PER_NODE:=1}" "${SHARDS:=1}"
@@ -57,6 +62,15 @@ case $PROFILE in
     fi
     BASE_LOSS=(--device-batch-size=16 --split-tokens=131072)
     BASE_EVAL=(--max-per-task=100)
+    # few worked arithmetic problems, so that reinforcement learning, which sees many more without answers, has a point
+    TASKS=SimpleSpelling,SpellingBee,Arithmetic,TextChoice,Identity
+    MID=(--tasks=Arithmetic:300,SimpleSpelling:4000,SpellingBee:500,TextChoice:1000,Identity*2
+      --num-iterations=70 --eval-every=-1 --eval-tokens=65536 --save-every=50)
+    SFT=(--tasks=Arithmetic:1000,SimpleSpelling:8000,SpellingBee:5000,TextChoice:1000,Identity
+      --num-iterations=100 --init-lr-frac=1 --eval-every=-1 --eval-tokens=65536 --save-every=50)
+    CHAT_EVAL=(-a Arithmetic,SimpleSpelling,SpellingBee,TextChoice -m 96 -b 64)
+    RL=(--task=Arithmetic --num-iterations=30 --num-samples=8 --device-batch-size=32 --max-new-tokens=48
+      --init-lr-frac=0.15 --eval-every=-1 --eval-questions=128 --eval-samples=4 --save-every=-1)
     ;;
   mini) # one GPU, about ten minutes
     : "${DEPTH:=12}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=32768}" "${NPROC_PER_NODE:=1}" "${SHARDS:=4}"
@@ -65,6 +79,19 @@ case $PROFILE in
       --core-metric-every=-1 --sample-every=-1)
     BASE_LOSS=(--split-tokens=2097152)
     BASE_EVAL=(--max-per-task=500)
+    TASKS=SimpleSpelling,SpellingBee,Arithmetic,TextChoice,Identity
+    RL=(--task=Arithmetic)
+    if [ -n "$TASK_DATA" ]; then
+      TASKS=GSM8K,$TASKS
+      RL=(--task=GSM8K)
+    fi
+    MID=(--tasks="${TASKS/GSM8K/GSM8K*2}" --num-iterations=100 --eval-every=-1 --eval-tokens=1048576
+      --save-every=-1)
+    SFT=(--tasks="${TASKS/GSM8K/GSM8K*2}" --num-iterations=80 --eval-every=-1 --eval-tokens=1048576
+      --save-every=-1)
+    CHAT_EVAL=(-a "${TASKS%,Identity}" -x 400 -m 256 -b 128)
+    RL+=(--num-iterations=30 --device-batch-size=64 --max-new-tokens=200 --init-lr-frac=0.1 --eval-every=-1
+      --eval-questions=128 --save-every=-1)
     ;;
   full) # the classic recipe, for a node of GPUs and hours
     : "${DEPTH:=20}" "${SOURCE:=fineweb-edu}" "${VOCAB_SIZE:=65536}" "${NPROC_PER_NODE:=$GPUS}" "${SHARDS:=240}"
@@ -72,6 +99,11 @@ case $PROFILE in
     BASE_TRAIN=()
     BASE_LOSS=(--split-tokens=10485760)
     BASE_EVAL=()
+    TASKS=SmolTalk,MMLU,GSM8K,ARC-Easy,ARC-Challenge,HumanEval,SimpleSpelling,SpellingBee,Identity
+    MID=() # the recipes stand in the scripts
+    SFT=()
+    CHAT_EVAL=(-a "ARC-Easy,ARC-Challenge,MMLU,GSM8K,HumanEval,SpellingBee")
+    RL=(--task=GSM8K)
     ;;
   *) stop "PROFILE=$PROFILE: expected auto, tiny, mini or full" ;;
 esac
@@ -157,8 +189,50 @@ stage base_loss --in "$DATA" --in "$CHECKPOINT" \
 stage base_eval --in eval_bundle --in "$CHECKPOINT" \
   -- "${launch[@]}" scripts.base_eval --model-tag="$TAG" ${BASE_EVAL[@]+"${BASE_EVAL[@]}"}
 
+# Conversations: data sets from TASK_DATA or the hub, and what is made from the run's own text
+FROM_DIR=()
+CHAT_DATA=(--in "task_data/$(slug "$SOURCE")")
+if [ -n "$TASK_DATA" ]; then
+  folder=$(cd "$TASK_DATA" 2>/dev/null && pwd -P) || stop "TASK_DATA=$TASK_DATA: no such folder"
+  FROM_DIR=(--from-dir="$folder")
+fi
+if [ "$PROFILE" = full ] || [ -n "$TASK_DATA" ]; then CHAT_DATA+=(--in task_data/hub); fi
+stage chat_data --in "$DATA" ${TASK_DATA:+--in "$folder"} --out task_data \
+  -- python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" ${FROM_DIR[@]+"${FROM_DIR[@]}"}
+
+# Mid-training: the base model meets conversations
+MID_CHECKPOINT=checkpoints/mid/$TAG
+stage mid_train --in "$CHECKPOINT" "${CHAT_DATA[@]}" --out "$MID_CHECKPOINT" --out "$MID_CHECKPOINT/COMPLETE" \
+  -- "${launch[@]}" scripts.mid_train --model-tag="$TAG" --resume=auto --run="$WANDB_RUN" ${MID[@]+"${MID[@]}"}
+stage chat_eval_mid --in "$MID_CHECKPOINT" "${CHAT_DATA[@]}" \
+  -- "${launch[@]}" scripts.chat_eval -i mid -g "$TAG" "${CHAT_EVAL[@]}"
+
+# Supervised fine-tuning: it learns to answer
+SFT_CHECKPOINT=checkpoints/sft/$TAG
+stage chat_sft --in "$MID_CHECKPOINT" "${CHAT_DATA[@]}" --out "$SFT_CHECKPOINT" --out "$SFT_CHECKPOINT/COMPLETE" \
+  -- "${launch[@]}" scripts.chat_sft --model-tag="$TAG" --resume=auto --run="$WANDB_RUN" ${SFT[@]+"${SFT[@]}"}
+stage chat_eval_sft --in "$SFT_CHECKPOINT" "${CHAT_DATA[@]}" \
+  -- "${launch[@]}" scripts.chat_eval -i sft -g "$TAG" "${CHAT_EVAL[@]}"
+
+# Reinforcement learning: it practises on questions that can be graded
+RL_CHECKPOINT=checkpoints/rl/$TAG
+if [ "$RUN_RL" = 1 ]; then
+  stage chat_rl --in "$SFT_CHECKPOINT" "${CHAT_DATA[@]}" --out "$RL_CHECKPOINT" --out "$RL_CHECKPOINT/COMPLETE" \
+    -- "${launch[@]}" scripts.chat_rl --model-tag="$TAG" --resume=auto --run="$WANDB_RUN" "${RL[@]}"
+  stage chat_eval_rl --in "$RL_CHECKPOINT" "${CHAT_DATA[@]}" \
+    -- "${launch[@]}" scripts.chat_eval -i rl -g "$TAG" "${CHAT_EVAL[@]}"
+else
+  stage chat_rl --skip="RUN_RL=1 bash speedrun.sh runs it"
+  stage chat_eval_rl --skip="RUN_RL=1 bash speedrun.sh runs it"
+fi
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 echo
 python -m nanochat.report generate
-echo "next: read report.md; make it larger (DEPTH=8 bash speedrun.sh) or train on your own text (SOURCE=local:DIR)"
+BEST=sft
+if [ "$RUN_RL" = 1 ]; then BEST=rl; fi
+STORE=
+if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then STORE="NANOCHAT_BASE_DIR=$(printf %q "$NANOCHAT_BASE_DIR") "; fi
+echo "talk to it:  source .venv/bin/activate && ${STORE}python -m scripts.chat_cli -i $BEST -g $TAG"
+echo "next:        read report.md; make it larger (DEPTH=8 bash speedrun.sh) or train on your own text (SOURCE=local:DIR)"

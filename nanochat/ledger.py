@@ -28,6 +28,13 @@ STAGES = (
     "base_train",
     "base_loss",
     "base_eval",
+    "chat_data",
+    "mid_train",
+    "chat_eval_mid",
+    "chat_sft",
+    "chat_eval_sft",
+    "chat_rl",
+    "chat_eval_rl",
 )
 # Only the full profile has it; where it did not run, nothing is pending.
 OPTIONAL_STAGES = frozenset({"dataset_rest"})

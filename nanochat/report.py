@@ -76,8 +76,10 @@ def generate(run_dir: Path, copy_to: Path) -> Path:
 
     Raises UserError when the run has left nothing to report.
     """
-    sections = read_sections(run_dir)
     records = ledger.read(run_dir)
+    skipped = {row["stage"] for row in ledger.summarize(records) if row["status"] == "skipped"}
+    # what a stage left in an earlier call does not belong to the models of this one
+    sections = [section for section in read_sections(run_dir) if section["stage"] not in skipped]
     if not sections and not records:
         raise UserError(f"nothing to report in {run_dir}: run a stage first (bash speedrun.sh), or set NANOCHAT_RUN_ID")
     report = collect(run_dir.name, sections, records)

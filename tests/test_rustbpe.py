@@ -161,8 +161,16 @@ def test_an_error_of_the_iterator_comes_through():
         rustbpe.Tokenizer().train_from_iterator(texts(), 300)
 
 
+@pytest.fixture
+def listening_to_ctrl_c():
+    """A shell that starts the tests in the background has them ignore SIGINT, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
-def test_ctrl_c_stops_training_within_a_second():
+def test_ctrl_c_stops_training_within_a_second(listening_to_ctrl_c):
     rng = random.Random(0)
     # Long chunks that hardly repeat: minutes of merging.
     texts = ["".join(rng.choices("abcdefghijklmnop", k=1_000_000)) for _ in range(10)]

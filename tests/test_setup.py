@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.ledger import STAGES
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("speedrun.sh", "runtests.sh", "dev/setup.sh", ".ci/run")
 
@@ -107,6 +109,7 @@ def test_a_machine_without_cargo_is_told_how_to_get_it_before_anything_is_instal
     [
         ({"PROFILE": "huge"}, "error: PROFILE=huge: expected auto, tiny, mini or full"),
         ({"PROFILE": "full"}, "error: PROFILE=full needs an NVIDIA GPU"),
+        ({"PROFILE": "tiny", "RUN_RL": "yes"}, "error: RUN_RL=yes: expected 0 or 1"),
         ({"PROFILE": "tiny", "SOURCE": "local:nowhere"}, "error: SOURCE=local:nowhere: no such folder"),
     ],
 )
@@ -126,10 +129,39 @@ def calls(tree, bare_path, **environment):
 def test_tiny_is_the_whole_chain_without_a_gpu(tree, bare_path):
     made = calls(tree, bare_path)
     stages = [line.split()[3] for line in made if "nanochat.pipeline run" in line]
-    assert stages == ["dataset", "tok_train", "tok_eval", "eval_bundle", "base_train", "base_loss", "base_eval"]
+    assert stages == [stage for stage in STAGES if stage != "dataset_rest"]
+    assert [line.split()[3] for line in made if "--skip=" in line] == ["chat_rl", "chat_eval_rl"]
     assert made[-1] == "-m nanochat.report generate"
     assert "--source=pydocs" in made[0] and "--depth=4" in made[4]
     assert not any("torchrun" in line for line in made)
+
+
+def test_the_chat_stages_hang_together(tree, bare_path):
+    made = calls(tree, bare_path, RUN_RL="1", RUN_ID="r")
+    lines = {line.split()[3]: line for line in made if "nanochat.pipeline run" in line}
+    assert not any("--skip" in line for line in made)
+    for stage, parent in (("mid_train", "base"), ("chat_sft", "mid"), ("chat_rl", "sft")):
+        assert f"--in checkpoints/{parent}/r --in task_data/pydocs" in lines[stage]
+        assert f"--out checkpoints/{lines[stage].split('checkpoints/')[2].split('/')[0]}/r/COMPLETE" in lines[stage]
+        assert "--model-tag=r --resume=auto" in lines[stage]
+    for stage in ("mid", "sft", "rl"):
+        assert f"scripts.chat_eval -i {stage} -g r" in lines[f"chat_eval_{stage}"]
+    assert "task_data/hub" not in "".join(made)
+
+
+def test_the_end_says_how_to_talk_to_the_model(tree, bare_path):
+    done = shell(tree, "speedrun.sh", path=str(bare_path), RUN_ID="r")
+    assert "python -m scripts.chat_cli -i sft -g r" in done.stdout
+    done = shell(tree, "speedrun.sh", path=str(bare_path), RUN_ID="r", RUN_RL="1")
+    assert "python -m scripts.chat_cli -i rl -g r" in done.stdout
+
+
+def test_task_data_comes_from_a_folder(tree, bare_path):
+    (tree / "my tasks").mkdir()
+    made = calls(tree, bare_path, TASK_DATA="my tasks")
+    data = next(line for line in made if "run chat_data" in line)
+    assert f"--from-dir={tree / 'my tasks'}" in data and f"--in {tree / 'my tasks'} --out" in data
+    assert "--in task_data/hub" in next(line for line in made if "run mid_train" in line)
 
 
 def test_overrides_reach_the_stages(tree, bare_path):
