@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -104,10 +105,14 @@ class TaskScore:
         """Chance that at least one of j samples is right, for j = 1 to num_samples; empty for categorical tasks."""
         if self.eval_type != "generative":
             return {}
-        right = [sum(record["samples_passed"]) for record in self.records]
-        return {
-            j: sum(pass_at_k(self.num_samples, c, j) for c in right) / self.n for j in range(1, self.num_samples + 1)
-        }
+        return {j: sum(self._chances(j)) / self.n for j in range(1, self.num_samples + 1)}
+
+    def pass_at_stderr(self, j: int) -> float:
+        """Standard error of pass_at[j] over the items."""
+        return statistics.pstdev(self._chances(j)) / math.sqrt(self.n)
+
+    def _chances(self, j: int) -> list[float]:
+        return [pass_at_k(self.num_samples, sum(record["samples_passed"]), j) for record in self.records]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ checkpoint unless a flag says otherwise.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -20,7 +21,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.paths import checkpoint_dir
 from nanochat.report import write_section
-from nanochat.run_folder import Resume, step_to_resume
+from nanochat.run_folder import Resume, describe_run, earlier_run
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, device_name, print0
 from nanochat.samples import make_chat_samples
 from nanochat.settings import real, whole
@@ -144,6 +145,14 @@ def held_out(spec: str, source: str | None) -> Task | None:
     return mixture if len(mixture) else None
 
 
+def task_rows(tasks: list[Task]) -> list[list[Any]]:
+    """[name, conversations, how often it is given, source, published] of each task."""
+    times = Counter(id(task) for task in tasks)
+    different = {id(task): task for task in tasks}
+    return [[task.name, len(task), times[key], task.source, "yes" if task.published else "no"]
+            for key, task in different.items()]  # fmt: skip
+
+
 def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, section: str, title: str) -> None:
     """Train `stage` (mid, sft) from the last checkpoint of `parent_stage`, and write the report's `section`."""
     _, rank, _, world_size, device = compute_init(settings.device_type)
@@ -161,8 +170,8 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
     packer = ChatPacker(tokenizer, TaskMixture(tasks), length, settings.packing, settings.loss_on, settings.seed)
     rows, trained_share, cut_share = packer.rows_per_epoch()
     num_iterations = plan_steps(settings, rows, batch // length)
-    for task in {task.name: task for task in tasks}.values():
-        print0(f"{task.name}: {sum(len(t) for t in tasks if t.name == task.name):,} conversations ({task.source})")
+    for name, conversations, times, origin, _ in task_rows(tasks):
+        print0(f"{name}: {conversations:,} conversations x {times} ({origin})")
     print0(
         f"{rows:,} rows of {length:,} tokens an epoch, {100 * trained_share:.1f} % of the positions trained on, "
         f"{100 * cut_share:.1f} % of the tokens cut off"
@@ -181,19 +190,10 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
     # ---- where it goes, and whether some of it is there already
     compiled = settings.compile if settings.compile is not None else device.type == "cuda"
     forward = torch.compile(model, dynamic=False) if compiled else model
-    meta = {
-        "stage": stage,
-        "settings": {**settings_module.as_dict(settings), "source": recipe["source"]},
-        "model_config": asdict(model.config),
-        "tokenizer_hash": tokenizer.hash,
-        "recipe": recipe,
-        "parent": {name: parent[name] for name in ("stage", "tag", "step", "identity")},
-        "num_iterations": num_iterations,
-        "world_size": world_size,
-    }
+    about = {**settings_module.as_dict(settings), "source": recipe["source"]}
+    meta = describe_run(stage, about, model.config, tokenizer.hash, recipe, num_iterations, parent)
     folder = checkpoint_dir(stage, settings.out_tag or parent["tag"])
-    resume_step = step_to_resume(folder, settings.resume, meta)
-    earlier = checkpoint.read_meta(folder, resume_step) if resume_step is not None else None
+    earlier = earlier_run(folder, settings.resume, meta)
     loader = ChatLoader(
         packer,
         rows_per_step=batch // length,
@@ -218,11 +218,11 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
         grad_clip=settings.grad_clip,
         save_every=settings.save_every,
         evaluations=held_out_bpb(settings, recipe, tokenizer, forward, device, rank, world_size),
-        tracker=Tracker(stage, settings.run, meta, resume_step),
+        tracker=Tracker(stage, settings.run, meta, earlier["step"] if earlier else None),
         meta=meta,
     )
-    if earlier and resume_step is not None:
-        resume(run, resume_step, earlier)
+    if earlier:
+        resume(run, earlier)
     outcome = train(run)
     run.tracker.close()
     if outcome.finished and rank == 0:
@@ -276,7 +276,6 @@ def describe(
     samples: list[dict[str, str]],
 ) -> dict[str, Any]:
     """The report's section."""
-    rows = [[task.name, len(task), task.source, "yes" if task.published else "no"] for task in tasks]
     spoken = "what the assistant says" if settings.loss_on == "assistant" else "all text"
     parent = meta["parent"]
     notes = [
@@ -290,8 +289,8 @@ def describe(
         "tables": [
             {
                 "title": "Conversations trained on",
-                "columns": ["Task", "Conversations", "Source", "Published data set"],
-                "rows": rows,
+                "columns": ["Task", "Conversations", "Times", "Source", "Published data set"],
+                "rows": task_rows(tasks),
             }
         ],
         "samples": samples,

@@ -1,10 +1,12 @@
 """Who may write into a checkpoint folder: a new run, or the one that was stopped there. Two runs never share one."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat import checkpoint
 from nanochat.errors import UserError
+from nanochat.gpt import GPTConfig
 from nanochat.runtime import barrier, get_dist_info, print0
 
 Resume = Literal["never", "auto"]
@@ -16,8 +18,33 @@ OBSERVERS = {"run", "eval_every", "eval_tokens", "core_metric_every", "core_metr
 ORIGINS = ("tokenizer_hash", "parent")
 
 
-def step_to_resume(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> int | None:
-    """Step to resume from, or None to start (every rank calls this).
+def describe_run(
+    stage: str,
+    settings: dict[str, Any],
+    config: GPTConfig,
+    tokenizer_hash: str,
+    recipe: dict[str, Any],
+    num_iterations: int,
+    parent: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What every checkpoint says of its run. parent: what load_model says of the checkpoint that training starts from;
+    recipe: see checkpoint.recipe."""
+    about = {
+        "stage": stage,
+        "settings": settings,
+        "model_config": asdict(config),
+        "tokenizer_hash": tokenizer_hash,
+        "recipe": recipe,
+        "num_iterations": num_iterations,
+        "world_size": get_dist_info().world_size,
+    }
+    if parent is not None:
+        about["parent"] = {name: parent[name] for name in ("stage", "tag", "step", "identity")}
+    return about
+
+
+def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[str, Any] | None:
+    """meta.json of the checkpoint to resume from, or None to start (every rank calls this).
 
     What another run left in `folder` is set aside (resume="auto"), or refused with a UserError ("never"). Another run:
     one that is complete, or differs from meta_now in its settings, its tokenizer or the model it started from.
@@ -35,7 +62,7 @@ def step_to_resume(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> in
                if key not in OBSERVERS and meta["settings"].get(key) != value]  # fmt: skip
     changed += [key.removesuffix("_hash") for key in ORIGINS if meta.get(key) != meta_now.get(key)]
     if not changed and not (folder / checkpoint.COMPLETE).exists():
-        return steps[-1]
+        return meta
     barrier()  # every rank has read what is there before it moves
     if get_dist_info().rank == 0:
         why = f"differs in {', '.join(changed)}" if changed else "is complete"

@@ -138,9 +138,10 @@ def accumulation_steps(total_batch_size: int, device_batch_size: int, max_seq_le
     return total_batch_size // tokens
 
 
-def resume(run: TrainingRun, step: int, meta: dict[str, Any]) -> None:
-    """Put model, optimizer, generators and counters where the checkpoint of `step` left them (not the loader, whose
-    state is given to its constructor)."""
+def resume(run: TrainingRun, meta: dict[str, Any]) -> None:
+    """Put model, optimizer, generators and counters where the checkpoint with this meta.json left them (not the loader,
+    whose state is given to its constructor)."""
+    step = meta["step"]
     checkpoint.load_weights(run.folder, step, run.model, run.model.get_device())
     checkpoint.load_optimizer(run.folder, step, run.optimizer, meta["optimizer_steps"])
     rank = get_dist_info().rank

@@ -7,12 +7,11 @@ One dial, --depth, sizes the model; width, heads, horizon and learning rates fol
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
-from nanochat import checkpoint
 from nanochat import settings as settings_module
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TrainLoader, fixed_rows, horizon_in_epochs, row_batches
@@ -24,7 +23,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import batch_lr_scale, lr_multiplier, muon_momentum
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
 from nanochat.report import write_section
-from nanochat.run_folder import Resume, step_to_resume
+from nanochat.run_folder import Resume, describe_run, earlier_run
 from nanochat.runtime import (
     DeviceType,
     compute_cleanup,
@@ -261,18 +260,10 @@ def main(settings: Settings) -> None:
         return lr_multiplier(step, num_iterations, *ratios), muon_momentum(step)
 
     # ---- where it goes, and whether some of it is there already
-    meta = {
-        "stage": "base",
-        "settings": settings_module.as_dict(settings),
-        "model_config": asdict(config),
-        "tokenizer_hash": tokenizer.hash,
-        "recipe": {**{name: getattr(settings, name) for name in INHERITED}, **rates},
-        "num_iterations": num_iterations,
-        "world_size": world_size,
-    }
+    recipe = {**{name: getattr(settings, name) for name in INHERITED}, **rates}
+    meta = describe_run("base", settings_module.as_dict(settings), config, tokenizer.hash, recipe, num_iterations)
     folder = checkpoint_dir("base", settings.model_tag or f"d{settings.depth}")
-    resume_step = step_to_resume(folder, settings.resume, meta)
-    earlier = checkpoint.read_meta(folder, resume_step) if resume_step is not None else None
+    earlier = earlier_run(folder, settings.resume, meta)
     loader = TrainLoader(
         tokenizer,
         settings.source,
@@ -301,11 +292,11 @@ def main(settings: Settings) -> None:
         grad_clip=settings.grad_clip,
         save_every=settings.save_every,
         evaluations=make_evaluations(settings, model, forward, tokenizer, rank, world_size, samples),
-        tracker=Tracker("base", settings.run, meta, resume_step),
+        tracker=Tracker("base", settings.run, meta, earlier["step"] if earlier else None),
         meta=meta,
     )
-    if earlier and resume_step is not None:
-        resume(run, resume_step, earlier)
+    if earlier:
+        resume(run, earlier)
     outcome = train(run)
     run.tracker.close()
     if outcome.finished:

@@ -7,7 +7,7 @@ The method is in nanochat/rollouts.py; learning rates are those of the SFT run t
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from nanochat import checkpoint
@@ -16,11 +16,12 @@ from nanochat.chat_eval import evaluate_generative
 from nanochat.chat_train import RATES
 from nanochat.engine import Engine
 from nanochat.errors import UserError
+from nanochat.formats import STDERR_SUFFIXES, metric_text
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.paths import checkpoint_dir
 from nanochat.report import write_section
 from nanochat.rollouts import RolloutLoader, Sampling, row_width
-from nanochat.run_folder import Resume, step_to_resume
+from nanochat.run_folder import Resume, describe_run, earlier_run
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, device_name, print0
 from nanochat.samples import make_chat_samples
 from nanochat.settings import real, whole
@@ -114,7 +115,8 @@ def plan_steps(settings: Settings, questions: int) -> int:
 
 
 def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int], dict[str, float]]:
-    """step -> share of test questions with a right answer among k samples, for k = 1, 2, 4, … eval_samples."""
+    """step -> share of test questions with a right answer among k samples, for k = 1, 2, 4, … eval_samples, with its
+    standard error over the questions."""
     wanted = {2**i for i in range(settings.eval_samples.bit_length())} | {settings.eval_samples}
 
     def measure(step: int) -> dict[str, float]:
@@ -130,7 +132,11 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
             max_problems=settings.eval_questions,
             seed=settings.seed,
         )
-        return {f"Eval/pass@{k}": value for k, value in score.pass_at.items() if k in wanted}
+        found: dict[str, float] = {}
+        for k in sorted(wanted):
+            found[f"Eval/pass@{k}"] = score.pass_at[k]
+            found[f"Eval/pass@{k} standard error"] = score.pass_at_stderr(k)
+        return found
 
     return measure
 
@@ -156,19 +162,10 @@ def main(settings: Settings) -> None:
         return lr_multiplier(step, num_iterations, 0.0, settings.warmdown_ratio, 0.0), muon_momentum(step)
 
     # ---- where it goes, and whether some of it is there already
-    meta = {
-        "stage": "rl",
-        "settings": {**settings_module.as_dict(settings), "source": recipe["source"]},
-        "model_config": asdict(model.config),
-        "tokenizer_hash": tokenizer.hash,
-        "recipe": recipe,
-        "parent": {name: parent[name] for name in ("stage", "tag", "step", "identity")},
-        "num_iterations": num_iterations,
-        "world_size": world_size,
-    }
+    about = {**settings_module.as_dict(settings), "source": recipe["source"]}
+    meta = describe_run("rl", about, model.config, tokenizer.hash, recipe, num_iterations, parent)
     folder = checkpoint_dir("rl", settings.out_tag or parent["tag"])
-    resume_step = step_to_resume(folder, settings.resume, meta)
-    earlier = checkpoint.read_meta(folder, resume_step) if resume_step is not None else None
+    earlier = earlier_run(folder, settings.resume, meta)
     engine = Engine(model, tokenizer)
     sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.top_k or None)
     loader = RolloutLoader(
@@ -199,14 +196,14 @@ def main(settings: Settings) -> None:
         grad_clip=settings.grad_clip,
         save_every=settings.save_every,
         evaluations=[Evaluation(settings.eval_every, True, measure)],
-        tracker=Tracker("rl", settings.run, meta, resume_step),
+        tracker=Tracker("rl", settings.run, meta, earlier["step"] if earlier else None),
         meta=meta,
         step_metrics=lambda: loader.metrics,
     )
-    if earlier and resume_step is not None:
-        resume(run, resume_step, earlier)
+    if earlier:
+        resume(run, earlier)
     meta["before"] = earlier["before"] if earlier else measure(0)
-    print0("before: " + ", ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
+    print0("before: " + " | ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
     outcome = train(run)
     run.tracker.close()
     if outcome.finished and rank == 0:
@@ -220,7 +217,8 @@ def describe(
 ) -> dict[str, Any]:
     """The report's section."""
     before, latest, settings = run.meta["before"], run.state.latest, run.meta["settings"]
-    rows = [[name.removeprefix("Eval/"), value, latest[name]] for name, value in before.items()]
+    names = [name for name in before if not name.endswith(STDERR_SUFFIXES)]
+    rows = [[name.removeprefix("Eval/"), metric_text(before, name), metric_text(latest, name)] for name in names]
     items = min(settings["eval_questions"], len(test))
     # a "token" of these is a place in a padded row, and the time is mostly that of sampling
     speed = ("tokens", "tokens per second", "mfu", "peak FLOP/s per device", "training FLOPs", "final train_loss")
@@ -229,7 +227,8 @@ def describe(
         "metrics": {
             "device": device_name(run.model.get_device()),
             "ranks": run.meta["world_size"],
-            "final reward": latest["RL/reward"],
+            "reward in the last step": latest["RL/reward"],
+            **{name.replace("Eval/", "first "): value for name, value in before.items()},
             **{name: value for name, value in figures.items() if name not in speed},
         },
         "tables": [

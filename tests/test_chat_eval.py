@@ -307,6 +307,8 @@ def test_pass_at_of_a_task():
                       records=records)  # fmt: skip
     assert score.pass_at == pytest.approx({1: (1 / 3 + 0 + 2 / 3) / 3, 2: (2 / 3 + 0 + 1) / 3, 3: 2 / 3})
     assert score.pass_at[3] == pytest.approx(score.accuracy)
+    assert score.pass_at_stderr(3) == pytest.approx(score.stderr)  # 0 or 1 an item: binomial
+    assert 0 < score.pass_at_stderr(1) < score.stderr  # the mean of several samples spreads less
 
 
 def test_composites_are_named_by_what_they_stand_on():

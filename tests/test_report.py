@@ -80,6 +80,15 @@ def test_report_holds_summary_stages_sections_and_samples(tmp_path):
     assert "Measured on pydocs." in text and "- depth: 4" in text
 
 
+def test_the_section_of_a_stage_that_was_skipped_since_is_left_out(tmp_path):
+    write_run()
+    report.write_section("chat_eval_rl", "Chat evaluation, rl", {"metrics": {"GSM8K": 0.5}})
+    assert "| GSM8K |" in generate(tmp_path) and "## Chat evaluation, rl" in generate(tmp_path)
+    ledger.append(paths.run_dir(), {"stage": "chat_eval_rl", "status": "skipped", "reason": "RUN_RL=1 runs it"})
+    text = generate(tmp_path)
+    assert "GSM8K" not in text and "| chat_eval_rl | **skipped** | - | - | RUN_RL=1 runs it |" in text
+
+
 def test_title_says_that_data_is_offline_or_synthetic(tmp_path):
     write_run()
     title = generate(tmp_path).splitlines()[0]

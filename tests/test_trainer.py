@@ -104,7 +104,7 @@ def start_again(folder, steps, **changes):
     meta = checkpoint.read_meta(folder, step)
     run = make_run(folder, steps, FakeLoader(step=meta["loader"]["step"]), tracker=Tracker("base", "dummy", {}, step))
     run = dataclasses.replace(run, **changes)
-    resume(run, step, meta)
+    resume(run, meta)
     return run
 
 

@@ -75,16 +75,17 @@ COUNT_QUESTIONS = (
 QUOTES = ("{}", "{}", "'{}'", '"{}"')  # around the word, and around the letter; mostly none
 
 
-class SimpleSpelling(Task):
-    """Spell a word."""
+class WordTask(Task):
+    """Questions about single words of a text source."""
 
-    name = "SimpleSpelling"
     eval_type = "generative"
 
     def __init__(self, split: Split, source: str, size: int | None = None, **kwargs: Any) -> None:
-        """`size` words (default 20,000 to train, 256 to test) of the text `source`. UserError before they are made."""
+        """`size` items (default 20,000 to train, 256 to test) on the text `source`. UserError before it is prepared."""
         super().__init__(**kwargs)
-        self.words = _shuffled_words(self.name, split, source)
+        self.words = load_words(source, split)
+        # in a fixed random order: few items are a fair sample, and no word comes twice soon
+        item_rng(self.name, split, "order").shuffle(self.words)
         self.split, self.source = split, f"generated from words of {source}"
         self.size = SIZES[split] if size is None else size
 
@@ -93,9 +94,21 @@ class SimpleSpelling(Task):
 
     def get_example(self, index: int) -> Conversation:
         word = self.words[index % len(self.words)]
-        rng = item_rng(self.name, self.split, index)
-        question = rng.choice(SPELL_QUESTIONS).format(word=rng.choice(QUOTES).format(word))
-        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": spelled(word)}]}
+        question, answer = self.ask(word, item_rng(self.name, self.split, index))
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
+        """A question about `word` and the content of its answer."""
+        raise NotImplementedError
+
+
+class SimpleSpelling(WordTask):
+    """Spell a word."""
+
+    name = "SimpleSpelling"
+
+    def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
+        return rng.choice(SPELL_QUESTIONS).format(word=rng.choice(QUOTES).format(word)), spelled(word)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether what stands after the last colon is exactly the letters, with white space between them."""
@@ -103,30 +116,16 @@ class SimpleSpelling(Task):
         return bool(colon) and letters.split() == conversation["messages"][-1]["content"].split()[1:]
 
 
-class SpellingBee(Task):
+class SpellingBee(WordTask):
     """How often a letter occurs in a word: spelled, counted along, and verified with the tool."""
 
     name = "SpellingBee"
-    eval_type = "generative"
 
-    def __init__(self, split: Split, source: str, size: int | None = None, **kwargs: Any) -> None:
-        """`size` questions (default 20,000 to train, 256 to test) on the text `source`. UserError before it is made."""
-        super().__init__(**kwargs)
-        self.words = _shuffled_words(self.name, split, source)
-        self.split, self.source = split, f"generated from words of {source}"
-        self.size = SIZES[split] if size is None else size
-
-    def num_examples(self) -> int:
-        return self.size
-
-    def get_example(self, index: int) -> Conversation:
-        word = self.words[index % len(self.words)]
-        rng = item_rng(self.name, self.split, index)
+    def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
         letter = _letter_to_count(word, rng)
-        question = _ask(word, letter, rng)
-        return {
-            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": _count(word, letter)}]
-        }
+        question = rng.choice(COUNT_QUESTIONS)
+        quoted = {name: rng.choice(QUOTES).format(text) for name, text in (("letter", letter), ("word", word))}
+        return question.format(**quoted), _count(word, letter)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return right_number(conversation, completion)
@@ -135,13 +134,6 @@ class SpellingBee(Task):
 def spelled(word: str) -> str:
     """`apple: a p p l e`."""
     return f"{word}: {' '.join(word)}"
-
-
-def _shuffled_words(task: str, split: Split, source: str) -> list[str]:
-    """The words of a split in a fixed random order: few items are a fair sample, and no word comes twice soon."""
-    words = load_words(source, split)
-    item_rng(task, split, "order").shuffle(words)
-    return words
 
 
 def _letter_to_count(word: str, rng: random.Random) -> str:
@@ -153,11 +145,6 @@ def _letter_to_count(word: str, rng: random.Random) -> str:
     if drawn < ABSENT_SHARE + REPEATED_SHARE and repeated:
         return rng.choice(repeated)
     return rng.choice(word)
-
-
-def _ask(word: str, letter: str, rng: random.Random) -> str:
-    question = rng.choice(COUNT_QUESTIONS)
-    return question.format(letter=rng.choice(QUOTES).format(letter), word=rng.choice(QUOTES).format(word))
 
 
 def _count(word: str, letter: str) -> list[dict[str, str]]:
