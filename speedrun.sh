@@ -5,6 +5,7 @@
 #   RUN_RL=1 bash speedrun.sh        reinforcement learning too
 #   PROFILE=mini SOURCE=local:/my/text TASK_DATA=/my/tasks bash speedrun.sh
 #
+# TASK_DATA is for mini and full: no task of tiny comes from there.
 # Call it again to continue: stages that are done are skipped, training goes on from its last checkpoint.
 set -euo pipefail
 shopt -s extglob
@@ -30,7 +31,7 @@ NPROC_PER_NODE=${NPROC_PER_NODE:-}   # processes, one a GPU (default: all GPUs i
 WANDB_RUN=${WANDB_RUN:-dummy}        # name of the run in Weights & Biases; dummy: none
 RUN_ID=${RUN_ID:-}                   # folder of this run's ledger, logs and report below runs/
 EVAL_BUNDLE=${EVAL_BUNDLE:-}         # folder with a CORE bundle in the published layout; otherwise one is generated
-TASK_DATA=${TASK_DATA:-}             # folder with chat data sets (gsm8k/, mmlu/, ...) that need not be downloaded then
+TASK_DATA=${TASK_DATA:-}             # mini, full: folder with chat data sets (gsm8k/, mmlu/, ...), not downloaded then
 RUN_RL=${RUN_RL:-0}                  # 1: reinforcement learning after SFT
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat} # where all artifacts live
 
@@ -62,6 +63,7 @@ case $PROFILE in
     fi
     BASE_LOSS=(--device-batch-size=16 --split-tokens=131072)
     BASE_EVAL=(--max-per-task=100)
+    TASK_DATA= # no task below comes from there
     # few worked arithmetic problems, so that reinforcement learning, which sees many more without answers, has a point
     TASKS=SimpleSpelling,SpellingBee,Arithmetic,TextChoice,Identity
     MID=(--tasks=Arithmetic:300,SimpleSpelling:4000,SpellingBee:500,TextChoice:1000,Identity*2
@@ -72,13 +74,13 @@ case $PROFILE in
     RL=(--task=Arithmetic --num-iterations=30 --num-samples=8 --device-batch-size=32 --max-new-tokens=48
       --init-lr-frac=0.15 --eval-every=-1 --eval-questions=128 --eval-samples=4 --save-every=-1)
     ;;
-  mini) # one GPU, about ten minutes
+  mini) # one GPU, about ten minutes with reinforcement learning
     : "${DEPTH:=12}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=32768}" "${NPROC_PER_NODE:=1}" "${SHARDS:=4}"
     TOK_TRAIN=(--max-chars=2e8)
-    BASE_TRAIN=(--total-batch-size=65536 --num-iterations=600 --eval-every=150 --eval-tokens=2097152
+    BASE_TRAIN=(--total-batch-size=65536 --num-iterations=600 --eval-every=300 --eval-tokens=2097152
       --core-metric-every=-1 --sample-every=-1)
     BASE_LOSS=(--split-tokens=2097152)
-    BASE_EVAL=(--max-per-task=500)
+    BASE_EVAL=(--max-per-task=300)
     TASKS=SimpleSpelling,SpellingBee,Arithmetic,TextChoice,Identity
     RL=(--task=Arithmetic)
     if [ -n "$TASK_DATA" ]; then
@@ -87,10 +89,10 @@ case $PROFILE in
     fi
     MID=(--tasks="${TASKS/GSM8K/GSM8K*2}" --num-iterations=100 --eval-every=-1 --eval-tokens=1048576
       --save-every=-1)
-    SFT=(--tasks="${TASKS/GSM8K/GSM8K*2}" --num-iterations=80 --eval-every=-1 --eval-tokens=1048576
+    SFT=(--tasks="${TASKS/GSM8K/GSM8K*2}" --num-iterations=60 --eval-every=-1 --eval-tokens=1048576
       --save-every=-1)
-    CHAT_EVAL=(-a "${TASKS%,Identity}" -x 400 -m 256 -b 128)
-    RL+=(--num-iterations=30 --device-batch-size=64 --max-new-tokens=200 --init-lr-frac=0.1 --eval-every=-1
+    CHAT_EVAL=(-a "${TASKS%,Identity}" -x 256 -m 200 -b 128)
+    RL+=(--num-iterations=20 --device-batch-size=64 --max-new-tokens=200 --init-lr-frac=0.1 --eval-every=-1
       --eval-questions=128 --save-every=-1)
     ;;
   full) # the classic recipe, for a node of GPUs and hours
@@ -101,7 +103,7 @@ case $PROFILE in
     BASE_EVAL=()
     TASKS=SmolTalk,MMLU,GSM8K,ARC-Easy,ARC-Challenge,HumanEval,SimpleSpelling,SpellingBee,Identity
     MID=() # the recipes stand in the scripts
-    SFT=()
+    SFT=(--total-batch-size=65536) # at the batch of pretraining an epoch would be 16 steps
     CHAT_EVAL=(-a "ARC-Easy,ARC-Challenge,MMLU,GSM8K,HumanEval,SpellingBee")
     RL=(--task=GSM8K)
     ;;
@@ -191,12 +193,23 @@ stage base_eval --in eval_bundle --in "$CHECKPOINT" \
 
 # Conversations: data sets from TASK_DATA or the hub, and what is made from the run's own text
 FROM_DIR=()
-CHAT_DATA=(--in "task_data/$(slug "$SOURCE")")
 if [ -n "$TASK_DATA" ]; then
   folder=$(cd "$TASK_DATA" 2>/dev/null && pwd -P) || stop "TASK_DATA=$TASK_DATA: no such folder"
   FROM_DIR=(--from-dir="$folder")
 fi
-if [ "$PROFILE" = full ] || [ -n "$TASK_DATA" ]; then CHAT_DATA+=(--in task_data/hub); fi
+# What the tasks read, and no more: data that another run gets later must not train this one anew. HumanEval, only graded
+# by, is left out: it has no folder when it comes from an installed package.
+CHAT_DATA=()
+MADE=task_data/$(slug "$SOURCE")
+for task in ${TASKS//,/ }; do
+  case $task in
+    SmolTalk | MMLU | GSM8K | ARC-Easy | ARC-Challenge) CHAT_DATA+=(--in "task_data/hub/$task") ;;
+    SimpleSpelling | SpellingBee) CHAT_DATA+=(--in "$MADE/words.txt" --in "$MADE/words.json") ;;
+    TextChoice) CHAT_DATA+=(--in "$MADE/text_choice*") ;;
+    HumanEval | Arithmetic | Identity) ;;
+    *) stop "TASKS: what does $task read?" ;;
+  esac
+done
 stage chat_data --in "$DATA" ${TASK_DATA:+--in "$folder"} --out task_data \
   -- python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" ${FROM_DIR[@]+"${FROM_DIR[@]}"}
 

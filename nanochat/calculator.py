@@ -36,9 +36,11 @@ class _NotComputable(Exception):
 def use_calculator(expression: str) -> str | None:
     """The value of an arithmetic expression (+ - * / // % ** and brackets; `1,000` is a thousand), or of
     'text'.count('part'), as the tool prints it. None for anything else, and for what is too long or too large."""
-    if len(expression) > MAX_LENGTH or not (_ARITHMETIC.fullmatch(expression) or _COUNTING.fullmatch(expression)):
+    text = expression.strip()
+    if len(expression) > MAX_LENGTH or not (_ARITHMETIC.fullmatch(text) or _COUNTING.fullmatch(text)):
         return None
-    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", expression.strip())
+    if _ARITHMETIC.fullmatch(text):
+        text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
     try:
         node = ast.parse(text, mode="eval").body
         return str(_count(node)) if isinstance(node, ast.Call) else _shown(_value(node))

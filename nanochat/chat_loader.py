@@ -6,6 +6,8 @@ r + W, … of every global batch. So every number of ranks sees the same batches
 and the state is two integers: the chunk, and the rows of it that have been used.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
@@ -23,6 +25,7 @@ from nanochat.tasks.common import Task
 Packing = Literal["bestfit", "stream"]
 LossOn = Literal["assistant", "all"]
 CHUNK = 512  # conversations packed at a time
+FINGERPRINTED = 200  # conversations hashed to know the data again
 SAMPLED_CHUNKS = 32  # packed to find out how many rows an epoch has; up to as many, the count is exact
 
 
@@ -40,6 +43,11 @@ class PackedChunk(NamedTuple):
     inputs: np.ndarray
     targets: np.ndarray
     cut: int
+
+
+def teaches(targets: np.ndarray) -> bool:
+    """Whether there is a single target in them."""
+    return bool((targets != IGNORED).any())
 
 
 class ChatPacker:
@@ -85,6 +93,15 @@ class ChatPacker:
             tokens, masks = stream_rows(rendered, row_len, pad=bos)
         return PackedChunk(tokens[:, :-1], np.where(masks[:, 1:] == 1, tokens[:, 1:], IGNORED), cut)
 
+    def fingerprint(self) -> str:
+        """16 hex digits over the number of conversations and the tokens of up to FINGERPRINTED of them, so that a run
+        is not resumed on other data."""
+        digest = hashlib.sha256(str(len(self.task)).encode())
+        for item in np.unique(np.linspace(0, len(self.task) - 1, FINGERPRINTED).astype(int)).tolist():
+            ids, mask = self.tokenizer.render_conversation(self.task[item], max_tokens=self.sequence_len)
+            digest.update(json.dumps([ids, mask]).encode())
+        return digest.hexdigest()[:16]
+
     def rows_per_epoch(self) -> tuple[int, float, float]:
         """(rows in an epoch, share of positions that carry a loss, share of tokens cut off), from up to SAMPLED_CHUNKS
         chunks of the first epoch."""
@@ -121,6 +138,7 @@ class ChatLoader:
         self._order = {"seed": packer.seed, "conversations": len(packer.task), "sequence_len": packer.sequence_len}
         self._chunk, self._taken = self._check(state)
         self._rows_of_chunk = 1
+        self.teaches = True  # whether the step of the batch given last has a target on any rank
         self._given = 0  # batches handed out of the current step
         self._ahead = Prefetcher(self._batches(), PREFETCH_BATCHES, "chat-loader")
 
@@ -141,20 +159,22 @@ class ChatLoader:
                 yield chunk.inputs[row], chunk.targets[row], (number, row + 1, len(chunk.inputs))
             number, taken = number + 1, 0
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, tuple[int, int, int]]]:
-        """This rank's micro-batches (inputs, targets), with the position after the step that each belongs to."""
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool, tuple[int, int, int]]]:
+        """This rank's micro-batches (inputs, targets), with what is said of the step that each belongs to: whether any
+        rank has a target in it, and the position after it."""
         rows = self._rows()
         while True:
             step = [next(rows) for _ in range(self.rows_per_step)]
+            teaching = any(teaches(row[1]) for row in step)
             mine = step[self.rank :: self.world_size]
             for first in range(0, len(mine), self.device_batch_size):
                 piece = mine[first : first + self.device_batch_size]
                 inputs, targets = (torch.from_numpy(np.stack([row[i] for row in piece])) for i in (0, 1))
-                yield inputs, targets, step[-1][2]
+                yield inputs, targets, teaching, step[-1][2]
 
     def next_batch(self) -> Batch:
         """The next (device_batch_size, sequence_len) micro-batch. Raises what the background thread ran into."""
-        inputs, targets, (self._chunk, self._taken, self._rows_of_chunk) = self._ahead.get()
+        inputs, targets, self.teaches, (self._chunk, self._taken, self._rows_of_chunk) = self._ahead.get()
         self._given = (self._given + 1) % self.batches_per_step
         return Batch(inputs.to(self.device).long(), targets.to(self.device).long())
 

@@ -17,6 +17,7 @@ from nanochat import settings as settings_module
 from nanochat.chat_loader import ChatLoader, ChatPacker, LossOn, Packing, evaluation_rows
 from nanochat.dataloader import target_batches
 from nanochat.errors import UserError
+from nanochat.loss import IGNORED
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.paths import checkpoint_dir
@@ -191,7 +192,9 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
     compiled = settings.compile if settings.compile is not None else device.type == "cuda"
     forward = torch.compile(model, dynamic=False) if compiled else model
     about = {**settings_module.as_dict(settings), "source": recipe["source"]}
-    meta = describe_run(stage, about, model.config, tokenizer.hash, recipe, num_iterations, parent)
+    data = packer.fingerprint()
+    meta = describe_run(stage, about, model.config, tokenizer.hash, recipe, num_iterations, parent, data)
+    evaluations = held_out_bpb(settings, recipe, tokenizer, forward, device, rank, world_size)
     folder = checkpoint_dir(stage, settings.out_tag or parent["tag"])
     earlier = earlier_run(folder, settings.resume, meta)
     loader = ChatLoader(
@@ -217,9 +220,11 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
         schedule=schedule,
         grad_clip=settings.grad_clip,
         save_every=settings.save_every,
-        evaluations=held_out_bpb(settings, recipe, tokenizer, forward, device, rank, world_size),
+        evaluations=evaluations,
         tracker=Tracker(stage, settings.run, meta, earlier["step"] if earlier else None),
         meta=meta,
+        teaches=lambda: loader.teaches,
+        flops_per_token=model.estimate_flops(length),
     )
     if earlier:
         resume(run, earlier)
@@ -254,11 +259,14 @@ def held_out_bpb(
     """Bits per byte of what is trained on, in held-out conversations of the same tasks."""
     task = held_out(settings.tasks, recipe["source"])
     if task is None:
-        print0("nothing is held out to measure on: the tasks have fewer than 20 conversations")
+        print0("nothing is measured on the way: the tasks hold no conversation out")
         return []
     packer = ChatPacker(tokenizer, task, recipe["max_seq_len"], settings.packing, settings.loss_on)
     inputs, targets = evaluation_rows(packer, settings.eval_tokens)
     token_bytes = get_token_bytes(device)
+    if not token_bytes.cpu().numpy()[targets[targets != IGNORED]].any():
+        print0("nothing is measured on the way: no held-out answer lies within a row")
+        return []
 
     def measure(step: int) -> dict[str, float]:
         batches = target_batches(inputs, targets, recipe["device_batch_size"], device, rank, world_size)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.paths import checkpoint_dir
+from nanochat.paths import checkpoint_dir, slug
 from nanochat.runtime import barrier, compute_dtype, print0
 from nanochat.shards import replacing
 
@@ -242,6 +242,7 @@ def recipe(meta: dict[str, Any]) -> dict[str, Any]:
 def _find_folder(stage: str, tag: str | None) -> Path:
     parent = checkpoint_dir(stage, "x").parent
     if tag is not None:
+        tag = slug(tag)  # as it was written
         if not committed_steps(parent / tag):
             raise UserError(f"no {stage} checkpoint tagged {tag} in {parent}; there are: {_present(parent)}")
         return parent / tag

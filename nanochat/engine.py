@@ -217,8 +217,8 @@ class Engine:
         """What generate_batch gives, for each of several prompts, from one batch of len(prompts) x num_samples rows.
         With keep_stop, the stop token that ended a row is its last.
 
-        Sample i of prompt p draws from a generator seeded with seeds[p] + i (default: 42 for every prompt), so that it
-        does not depend on what else is in the batch.
+        Sample i of prompt p draws from a generator seeded with seeds[p] + i (default: 42 for every prompt), so that
+        it does not depend, but for rounding, on what else is in the batch.
         """
         seeds = [42] * len(prompts) if seeds is None else seeds
         sequences = [list(prompt) for prompt in prompts for _ in range(num_samples)]
@@ -250,6 +250,8 @@ class Engine:
             raise UserError("empty prompt: give at least one token (the <|bos|> token starts a document)")
         if temperature < 0:
             raise UserError(f"temperature={temperature}: must be 0 (greedy) or more")
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k={top_k}: must be 1 or more, or None for all tokens")
         width = max(map(len, prompts))
         if max_tokens is None:
             max_tokens = max(0, self.model.config.sequence_len - width)

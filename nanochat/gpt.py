@@ -227,14 +227,16 @@ class GPT(nn.Module):
         """All parameters, embeddings included."""
         return sum(param.numel() for param in self.parameters())
 
-    def estimate_flops(self) -> float:
+    def estimate_flops(self, row_len: int | None = None) -> float:
         """FLOPs per token of forward and backward: 6 x matmul parameters (lm_head counted, the embedding look-up not)
-        + 12 x heads x head_dim x attention span of each layer. Causal attention is not halved (PaLM, appendix B)."""
+        + 12 x heads x head_dim x attention span of each layer, in rows of row_len tokens (default: sequence_len).
+        Causal attention is not halved (PaLM, appendix B)."""
+        row_len = self.config.sequence_len if row_len is None else row_len
         matmul_params = self.num_params() - self.transformer.wte.weight.numel()  # type: ignore[union-attr, operator]
         spans = 0
         for layer in range(self.config.n_layer):
             window = self.config.window(layer)
-            spans += self.config.sequence_len if window < 0 else min(window, self.config.sequence_len)
+            spans += row_len if window < 0 else min(window, row_len)
         return 6.0 * matmul_params + 12.0 * self.config.n_embd * spans
 
     def setup_optimizer(

@@ -39,6 +39,23 @@ STAGES = (
 # Only the full profile has it; where it did not run, nothing is pending.
 OPTIONAL_STAGES = frozenset({"dataset_rest"})
 
+# What each stage builds on. Numbers of a stage are stale once one of these, or what those build on, ran again after it.
+NEEDS = {
+    "tok_train": ("dataset",),
+    "tok_eval": ("tok_train",),
+    "eval_bundle": ("dataset", "dataset_rest"),
+    "base_train": ("dataset_rest", "tok_train"),
+    "base_loss": ("base_train",),
+    "base_eval": ("base_train", "eval_bundle"),
+    "chat_data": ("dataset", "dataset_rest"),
+    "mid_train": ("base_train", "chat_data"),
+    "chat_eval_mid": ("mid_train",),
+    "chat_sft": ("mid_train",),
+    "chat_eval_sft": ("chat_sft",),
+    "chat_rl": ("chat_sft",),
+    "chat_eval_rl": ("chat_rl",),
+}
+
 # Files up to this size are told apart by content, so that a stage that rewrites the same tokenizer does not cause a
 # new training; larger ones (shards, weights) by size and time of change. Hashing runs at about 1 GB/s.
 HASHED_BYTES = 16 * 2**20
@@ -87,14 +104,22 @@ def read(run_dir: Path) -> list[Record]:
     return records
 
 
-def last(records: Iterable[Record], stage: str) -> Record | None:
-    """The newest record of `stage`."""
-    return next((record for record in reversed(list(records)) if record["stage"] == stage), None)
+def last_run(records: Sequence[Record], stage: str) -> Record | None:
+    """The newest record of `stage` that does not just say that it was skipped."""
+    own = (record for record in reversed(records) if record["stage"] == stage)
+    return next((record for record in own if record["status"] != "skipped"), None)
+
+
+def status_of(records: Sequence[Record], stage: str) -> str:
+    """The status of `stage` as `summarize` gives it."""
+    return next((str(row["status"]) for row in summarize(records) if row["stage"] == stage), "pending")
 
 
 def summarize(records: Sequence[Record]) -> list[Record]:
     """One row a stage in the order of STAGES (unknown ones after them): its last record, with `seconds` over all
-    attempts that belong to the same piece of work, and `pending` rows for stages that have not been reached."""
+    attempts that belong to the same piece of work. The status is `pending` for stages that have not been reached, and
+    `stale` for finished ones where something that they build on ran again later."""
+    stale = _stale(records)
     names = list(STAGES) + sorted({record["stage"] for record in records} - set(STAGES))
     rows = []
     for name in names:
@@ -104,11 +129,35 @@ def summarize(records: Sequence[Record]) -> list[Record]:
                 rows.append({"stage": name, "status": "pending"})
             continue
         row = dict(own[-1])
-        attempts = [record for record in own if "seconds" in record and record.get("key") == row.get("key")]
+        if row["status"] == "finished" and name in stale:
+            row["status"] = "stale"
+        attempts = [
+            record
+            for record in own
+            if "seconds" in record and record.get("key") == row.get("key") and not record.get("copy")
+        ]
         if attempts:
             row["seconds"] = sum(record["seconds"] for record in attempts)
         rows.append(row)
     return rows
+
+
+def _stale(records: Sequence[Record]) -> set[str]:
+    """Stages whose last finish lies before the last work on something that they build on.
+
+    A copy (the runner looked and found a stage done) renews the finish and is no work.
+    """
+    worked: dict[str, int] = {}  # stage -> place of the last work on it or on what it builds on; -1: none
+    stale = set()
+    for stage in STAGES:
+        own = [(place, record) for place, record in enumerate(records) if record["stage"] == stage]
+        below = max((worked[need] for need in NEEDS.get(stage, ())), default=-1)
+        finished = max((place for place, record in own if record["status"] == "finished"), default=-1)
+        if finished < below:
+            stale.add(stage)
+        at_work = (place for place, record in own if record["status"] != "skipped" and not record.get("copy"))
+        worked[stage] = max(below, max(at_work, default=-1))
+    return stale
 
 
 def span_seconds(records: Sequence[Record]) -> float:
@@ -167,18 +216,22 @@ def stage_module(command: Sequence[str], root: Path = REPO) -> str | None:
 
 
 def code_version(module: str, root: Path = REPO) -> str:
-    """Hash of all code that `module` runs: itself, what it imports from nanochat/ and scripts/ however deep, and
-    the crate's sources when one of them uses it. Comments and layout do not count; imports by name at run time
-    are not seen."""
+    """Hash of all code that `module` runs: itself, what it imports from nanochat/ and scripts/ however deep, data in
+    a .jsonl file of a module's name beside it, and the crate's sources when one of them uses it. Comments and layout
+    do not count; imports by name at run time are not seen."""
     digest = hashlib.sha256()
     queue, seen, native = [module], {module}, False
     trees = {}
+    data_files: dict[str, bytes] = {}
     while queue:
         name = queue.pop()
         file = _module_file(name, root)
         if file is None:
             continue
         trees[name] = tree = ast.parse(file.read_bytes(), filename=str(file))
+        data = file.with_suffix(".jsonl")
+        if data.is_file():
+            data_files[name] = data.read_bytes()
         imported = set(_imports(tree, name))
         native = native or "rustbpe" in imported
         for other in imported - seen - DESCRIBING_MODULES:
@@ -186,6 +239,7 @@ def code_version(module: str, root: Path = REPO) -> str:
             queue.append(other)
     for name in sorted(trees):
         digest.update(f"{name}\n{ast.dump(trees[name])}\n".encode())
+        digest.update(data_files.get(name, b""))
     if native:
         for file in sorted((root / "rustbpe" / "src").rglob("*.rs")):
             digest.update(file.read_bytes())

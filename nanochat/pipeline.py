@@ -7,7 +7,8 @@
 
 The run is the one named by NANOCHAT_RUN_ID. Paths are relative to the artifact store and may be globs.
 A stage is done when it has finished with the same command, NANOCHAT_ settings, code and input artifacts, and all that
-it wrote still stands. How many processes ran it (torchrun) and `--run` (W&B) make no difference.
+it wrote still stands. How many processes ran it (torchrun), `--run` (W&B) and calls in between that skipped it make no
+difference.
 """
 
 import dataclasses
@@ -37,8 +38,11 @@ from nanochat.formats import duration
 UNFINISHED = 75  # EX_TEMPFAIL: the stage saved its state and left early; run it again to continue
 TAIL_LINES = 15
 
-# Settings that say where a run is kept, not what it computes.
-PLACE_VARIABLES = frozenset({"NANOCHAT_BASE_DIR", "NANOCHAT_RUN_ID", "NANOCHAT_CONTINUE"})
+# Settings that say where a run is kept or what it may do, not what it computes. Code of a model that may not be run
+# fails the stage, so permission given later cannot change what a finished one wrote.
+NEUTRAL_VARIABLES = frozenset(
+    {"NANOCHAT_BASE_DIR", "NANOCHAT_RUN_ID", "NANOCHAT_CONTINUE", "NANOCHAT_ALLOW_UNSAFE_CODE"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +92,13 @@ def run_stage(stage: str, command: list[str], inputs: list[str], outputs: list[s
         raise UserError(f"{stage} needs {absent}, which is not in {paths.get_base_dir()}: run the stage that writes it")
     basis = describe(command, inputs)
     key = _hash(basis)
-    before = ledger.last(ledger.read(run_dir), stage)
+    records = ledger.read(run_dir)
+    before = ledger.last_run(records, stage)
     reason = _why_again(before, basis, key)
     if reason is None:
         assert before is not None
+        if ledger.status_of(records, stage) != "finished":  # skipped since, or stale until it was looked at here
+            ledger.append(run_dir, {**before, "copy": True})
         done = time.strftime("%Y-%m-%d %H:%M", time.localtime(before["time"]))
         _say(f"{stage}: done on {done} in {duration(before['seconds'])}")
         return 0
@@ -134,7 +141,7 @@ def describe(command: Sequence[str], inputs: Sequence[str]) -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith("NANOCHAT_") and name not in PLACE_VARIABLES
+            if name.startswith("NANOCHAT_") and name not in NEUTRAL_VARIABLES
         },
         "code": ledger.code_version(module) if module else None,
         "inputs": ledger.fingerprint(inputs),
@@ -148,8 +155,6 @@ def _why_again(before: ledger.Record | None, basis: dict[str, Any], key: str) ->
     if before.get("key") != key:
         then = before.get("basis", {})
         changed = [part for part in basis if then.get(part) != basis[part]]
-        if before["status"] == "skipped" or not then:
-            return "skipped before"
         return f"{' and '.join(changed)} changed since it ran"
     if before["status"] != "finished":
         return "continues" if before["status"] in ("unfinished", "interrupted", "started") else "failed before"

@@ -37,6 +37,7 @@ COLUMNS = {
 BPB_METRICS = ("val_bpb", "train_bpb")
 EMPTY_SECTION = {"settings": {}, "metrics": {}, "tables": [], "samples": [], "notes": [], "synthetic": False}
 OFFLINE_SOURCES = frozenset({"pydocs"})
+COUNTING_STATUSES = frozenset({"finished", "pending"})  # those of stages whose sections are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +78,12 @@ def generate(run_dir: Path, copy_to: Path) -> Path:
     Raises UserError when the run has left nothing to report.
     """
     records = ledger.read(run_dir)
-    skipped = {row["stage"] for row in ledger.summarize(records) if row["status"] == "skipped"}
-    # what a stage left in an earlier call does not belong to the models of this one
-    sections = [section for section in read_sections(run_dir) if section["stage"] not in skipped]
+    status = {row["stage"]: row["status"] for row in ledger.summarize(records)}
+    # what a stage left in an earlier call may not belong to the models of this one; a stage without a record was
+    # started by hand
+    sections = [
+        section for section in read_sections(run_dir) if status.get(section["stage"], "pending") in COUNTING_STATUSES
+    ]
     if not sections and not records:
         raise UserError(f"nothing to report in {run_dir}: run a stage first (bash speedrun.sh), or set NANOCHAT_RUN_ID")
     report = collect(run_dir.name, sections, records)
@@ -115,7 +119,7 @@ def read_sections(run_dir: Path) -> list[dict[str, Any]]:
 
 def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Record]) -> dict[str, Any]:
     """Everything that the report shows, as plain data; this is report.json."""
-    newest: ledger.Record = records[-1] if records else {}
+    newest: ledger.Record = next((record for record in reversed(records) if record.get("profile")), {})
     stages = [_stage_row(row) for row in ledger.summarize(records)] if records else []
     stage_seconds = sum(row["seconds"] or 0.0 for row in stages)
     hardware = sysinfo.hardware()

@@ -19,7 +19,7 @@ from nanochat.loss import IGNORED
 from nanochat.tasks.common import Conversation, Task
 from nanochat.tokenizer import RustBPETokenizer
 
-MEASURED_PROMPTS = 64  # the longest questions by characters: the longest by tokens is among them
+ROWS_AT_ONCE = 256  # answers sampled together on a device: a d12 needs 4 GB of keys and values for 256 of 400 tokens
 
 
 class Sampling(NamedTuple):
@@ -57,8 +57,7 @@ def row_width(tokenizer: RustBPETokenizer, task: Task, max_new_tokens: int, sequ
 
     Raises UserError when the longest question does not leave room for an answer.
     """
-    conversations = sorted((task[i] for i in range(len(task))), key=_characters, reverse=True)[:MEASURED_PROMPTS]
-    longest = max(len(tokenizer.render_for_completion(conversation)) for conversation in conversations)
+    longest = max(len(tokenizer.render_for_completion(task[i])) for i in range(len(task)))
     if longest + max_new_tokens > sequence_len:
         raise UserError(
             f"--max-new-tokens={max_new_tokens}: the longest question of {task.name} has {longest} tokens, the model's "
@@ -67,8 +66,13 @@ def row_width(tokenizer: RustBPETokenizer, task: Task, max_new_tokens: int, sequ
     return min(-(-(longest + max_new_tokens) // 32) * 32, sequence_len)
 
 
-def _characters(conversation: Conversation) -> int:
-    return sum(len(message["content"]) for message in conversation["messages"] if message["role"] == "user")
+def check_division(questions: int, num_samples: int, device_batch_size: int, world_size: int) -> None:
+    """Raises UserError when the answers of a step cannot be dealt to ranks and device batches."""
+    if questions % world_size or (questions * num_samples // world_size) % device_batch_size:
+        raise UserError(
+            f"{questions} questions x {num_samples} samples a step do not divide into device batches of "
+            f"{device_batch_size} on {world_size} rank(s): change --questions-per-step or --device-batch-size"
+        )
 
 
 class RolloutLoader:
@@ -91,17 +95,11 @@ class RolloutLoader:
         seed: int = 0,
         state: dict[str, Any] | None = None,
     ) -> None:
-        rows = questions_per_step * sampling.num_samples
-        if questions_per_step % world_size or (rows // world_size) % device_batch_size:
-            raise UserError(
-                f"{questions_per_step} questions x {sampling.num_samples} samples a step do not divide into device "
-                f"batches of {device_batch_size} on {world_size} rank(s): change --questions-per-step or "
-                "--device-batch-size"
-            )
+        check_division(questions_per_step, sampling.num_samples, device_batch_size, world_size)
         self.engine, self.task, self.sampling, self.width = engine, task, sampling, width
         self.questions_per_step, self.device_batch_size = questions_per_step, device_batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.batches_per_step = rows // world_size // device_batch_size
+        self.batches_per_step = questions_per_step * sampling.num_samples // world_size // device_batch_size
         self.position = self._check(state)
         self.metrics: dict[str, float] = {}
         self._ready: list[RolloutBatch] = []
@@ -137,6 +135,15 @@ class RolloutLoader:
         return int(np.random.default_rng((self.seed, epoch)).permutation(len(self.task))[within])
 
     def _answer(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
+        """The answers to each question, with their rewards; ROWS_AT_ONCE at a time."""
+        step = max(1, ROWS_AT_ONCE // self.sampling.num_samples)
+        groups = []
+        for first in range(0, len(places), step):
+            part = slice(first, first + step)
+            groups += self._answer_some(conversations[part], places[part])
+        return groups
+
+    def _answer_some(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
         tokenizer, drawn = self.engine.tokenizer, self.sampling
         prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
         results = self.engine.generate_many(
@@ -163,9 +170,10 @@ class RolloutLoader:
         tokens = torch.full((len(answers), self.width + 1), pad, dtype=torch.long)
         sampled = torch.zeros(len(answers), self.width + 1, dtype=torch.bool)
         for row, answer in enumerate(answers):
-            length = min(len(answer.tokens), self.width + 1)
-            tokens[row, :length] = torch.tensor(answer.tokens[:length])
-            sampled[row, :length] = torch.tensor(answer.mask[:length], dtype=torch.bool)
+            length = len(answer.tokens)
+            assert length <= self.width + 1, f"an answer that ends at {length} in rows of {self.width}: see row_width"
+            tokens[row, :length] = torch.tensor(answer.tokens)
+            sampled[row, :length] = torch.tensor(answer.mask, dtype=torch.bool)
         targets = torch.where(sampled[:, 1:], tokens[:, 1:], IGNORED)
         factors = torch.from_numpy(weights).float().unsqueeze(1).expand(-1, self.width)
         device = self.engine.model.get_device()
@@ -186,6 +194,10 @@ class RolloutLoader:
             "RL/sampled_tokens": length / count,
             "RL/teaching_share": teaching / self.questions_per_step,
         }
+
+    def teaches(self) -> bool:
+        """Whether any question of the step has answers of different rewards."""
+        return self.metrics["RL/teaching_share"] > 0
 
     def state_dict(self) -> dict[str, Any]:
         assert not self._ready, "the state is taken between optimizer steps"

@@ -11,11 +11,13 @@ from nanochat.runtime import barrier, get_dist_info, print0
 
 Resume = Literal["never", "auto"]
 
-# Settings that change what is measured or where, but not what the weights become; the tags are the folder itself.
-OBSERVERS = {"run", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "sample_every",
-             "save_every", "resume", "device_type", "model_tag", "out_tag"}  # fmt: skip
+# Settings that change what is measured or where, but not (except for rounding) what the weights become; the tags are
+# the folder itself.
+OBSERVERS = {"run", "eval_every", "eval_tokens", "eval_questions", "eval_samples", "core_metric_every",
+             "core_metric_max_per_task", "sample_every", "save_every", "resume", "device_type", "device_batch_size",
+             "model_tag", "out_tag"}  # fmt: skip
 # What else must be the same for a run to be the same one.
-ORIGINS = ("tokenizer_hash", "parent")
+ORIGINS = ("tokenizer_hash", "parent", "data")
 
 
 def describe_run(
@@ -26,9 +28,10 @@ def describe_run(
     recipe: dict[str, Any],
     num_iterations: int,
     parent: dict[str, Any] | None = None,
+    data: str | None = None,
 ) -> dict[str, Any]:
     """What every checkpoint says of its run. parent: what load_model says of the checkpoint that training starts from;
-    recipe: see checkpoint.recipe."""
+    recipe: see checkpoint.recipe; data: a hash of what is trained on, where the settings do not tell."""
     about = {
         "stage": stage,
         "settings": settings,
@@ -38,6 +41,8 @@ def describe_run(
         "num_iterations": num_iterations,
         "world_size": get_dist_info().world_size,
     }
+    if data is not None:
+        about["data"] = data
     if parent is not None:
         about["parent"] = {name: parent[name] for name in ("stage", "tag", "step", "identity")}
     return about
@@ -52,16 +57,18 @@ def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[
     steps = checkpoint.committed_steps(folder)
     if not steps:
         return None
+    complete = (folder / checkpoint.COMPLETE).exists()
     if resume == "never":
+        tag = "--model-tag" if meta_now["stage"] == "base" else "--out-tag"
+        how, auto = (", complete", "sets it aside") if complete else ("", "continues it")
         raise UserError(
-            f"{folder} holds a run already (step {steps[-1]}): --resume=auto continues it, --model-tag=NAME starts "
-            "another"
+            f"{folder} holds a run already (step {steps[-1]}{how}): {tag}=NAME writes elsewhere, --resume=auto {auto}"
         )
     meta = checkpoint.read_meta(folder, steps[-1])
     changed = [key for key, value in meta_now["settings"].items()
                if key not in OBSERVERS and meta["settings"].get(key) != value]  # fmt: skip
     changed += [key.removesuffix("_hash") for key in ORIGINS if meta.get(key) != meta_now.get(key)]
-    if not changed and not (folder / checkpoint.COMPLETE).exists():
+    if not changed and not complete:
         return meta
     barrier()  # every rank has read what is there before it moves
     if get_dist_info().rank == 0:

@@ -3,6 +3,8 @@
 import datetime
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
@@ -131,6 +133,15 @@ def peak_flops(device: torch.device) -> float | None:
 def device_name(device: torch.device) -> str:
     """Name for humans and reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def out_of_memory_is_one_line(device: torch.device, advice: str) -> Iterator[None]:
+    """Running out of memory is the user's to mend: turn the stack trace into a UserError that says how."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"{device} is out of memory: {advice}") from None
 
 
 def synchronize(device: torch.device) -> None:

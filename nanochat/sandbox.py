@@ -97,23 +97,32 @@ def _probed() -> Isolation:
     return Isolation(**_supervised({"probe": True}, GRACE)[0])
 
 
-def execute_code(
-    code: str, timeout: float = 5.0, maximum_memory_bytes: int | None = 256 * 1024 * 1024
-) -> ExecutionResult:
-    """Run `code` as a main program of its own; from any thread, several at once.
+def require_isolation() -> Isolation:
+    """The layers in force, for those who run code; to be asked before long work that ends with running some.
 
-    `timeout` is wall-clock seconds. `maximum_memory_bytes` is address space, of which the interpreter takes 20 MB.
-    The standard library is there, other packages are not. Raises UserError where no layer keeps the program from
-    harm and NANOCHAT_ALLOW_UNSAFE_CODE=1 is not set, RuntimeError where a layer that was there is refused now.
+    Raises UserError off Linux, and where no layer keeps a program from harm unless NANOCHAT_ALLOW_UNSAFE_CODE=1 is set.
     """
-    if not 0 < timeout <= MAX_TIMEOUT:
-        raise UserError(f"timeout={timeout}: expected more than 0 and at most {MAX_TIMEOUT} seconds")
     level = isolation_level()
     if not (level.namespaces or level.landlock or level.seccomp) and os.environ.get(ALLOW_UNSAFE) != "1":
         raise UserError(
             "this kernel grants no namespaces, Landlock or seccomp, so model-written code could reach your files and "
             f"network: use another machine, or set {ALLOW_UNSAFE}=1 to run it all the same"
         )
+    return level
+
+
+def execute_code(
+    code: str, timeout: float = 5.0, maximum_memory_bytes: int | None = 256 * 1024 * 1024
+) -> ExecutionResult:
+    """Run `code` as a main program of its own; from any thread, several at once.
+
+    `timeout` is wall-clock seconds. `maximum_memory_bytes` is address space, of which the interpreter takes 20 MB.
+    The standard library is there, other packages are not. Raises UserError like require_isolation, RuntimeError
+    where a layer that was there is refused now.
+    """
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise UserError(f"timeout={timeout}: expected more than 0 and at most {MAX_TIMEOUT} seconds")
+    level = require_isolation()
     # lone surrogates, which model output can hold, become a SyntaxError or a replaced character, not a crash here
     text = code.encode("utf-8", errors="replace")
     job = {"code": text, "timeout": timeout, "memory": maximum_memory_bytes, **level._asdict()}

@@ -113,6 +113,13 @@ class TrainingRun:
     """What else a checkpoint says of the run: settings, model config, tokenizer."""
     step_metrics: Callable[[], dict[str, float]] = dict
     """Further metrics of the step just made, named `Group/name`; printed with the loss."""
+    teaches: Callable[[], bool] = lambda: True
+    """Whether there is anything to learn from the batches just taken; the same on every rank. Where there is not, the
+    weights stay: Muon would take a full step along old momentum, however small the gradient."""
+    flops_per_token: float | None = None
+    """Of forward and backward; None: time is not spent on training alone, so no MFU."""
+    memory_advice: str = "halve --device-batch-size (the total batch, and so the result, stays the same)"
+    """What to do when the device is out of memory."""
     state: LoopState = field(default_factory=LoopState)
 
 
@@ -185,8 +192,7 @@ def train(run: TrainingRun) -> Outcome:
     except torch.OutOfMemoryError:
         tokens = run.tokens_per_step // (run.loader.batches_per_step * get_dist_info().world_size)
         raise UserError(
-            f"{device} is out of memory at a device batch of {tokens:,} tokens: halve --device-batch-size (the total "
-            "batch, and so the result, stays the same)"
+            f"{device} is out of memory at a device batch of {tokens:,} tokens: {run.memory_advice}"
         ) from None
     finally:
         gc.unfreeze()
@@ -221,6 +227,8 @@ def _train_step(run: TrainingRun) -> tuple[Tensor, Tensor, float]:
     if world > 1:
         dist.all_reduce(total)
     multiplier, momentum = run.schedule(run.state.step)
+    if not run.teaches():
+        multiplier = 0.0
     set_schedule(run.optimizer, multiplier, momentum)
     norm = run.optimizer.step(max_norm=run.grad_clip if run.grad_clip > 0 else None)
     run.optimizer.zero_grad(set_to_none=True)
@@ -267,8 +275,8 @@ class _Console:
     def __init__(self, run: TrainingRun, device: torch.device) -> None:
         self.run, self.device = run, device
         self.world = get_dist_info().world_size
-        self.flops_per_token = run.model.estimate_flops()
-        self.peak = peak_flops(device)
+        self.flops_per_token = run.flops_per_token
+        self.peak = peak_flops(device) if run.flops_per_token else None
         self.pending: list[tuple[int, Tensor, Tensor, float, dict[str, float]]] = []
         self.seen = 0
         self.clock = time.perf_counter()
@@ -322,7 +330,7 @@ class _Console:
             self.clock = time.perf_counter()
 
     def _mfu(self, tokens_per_second: float) -> float:
-        assert self.peak is not None
+        assert self.peak is not None and self.flops_per_token is not None
         return self.flops_per_token * tokens_per_second / (self.peak * self.world)
 
     def _print(self, step: int, seconds: float, rate: float, further: dict[str, float]) -> None:
@@ -348,7 +356,8 @@ class _Console:
         )
         result.update({f"minimum {name.split('/')[1]}": value for name, value in state.best.items()})
         result["training minutes"] = state.seconds / 60
-        result["training FLOPs"] = self.flops_per_token * state.step * self.run.tokens_per_step
+        if self.flops_per_token:
+            result["training FLOPs"] = self.flops_per_token * state.step * self.run.tokens_per_step
         result["peak memory GiB"] = peak_memory_bytes(self.device) / 2**30
         if state.steady_steps:
             rate = state.steady_steps * self.run.tokens_per_step / state.steady_seconds

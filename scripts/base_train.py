@@ -294,6 +294,7 @@ def main(settings: Settings) -> None:
         evaluations=make_evaluations(settings, model, forward, tokenizer, rank, world_size, samples),
         tracker=Tracker("base", settings.run, meta, earlier["step"] if earlier else None),
         meta=meta,
+        flops_per_token=model.estimate_flops(),
     )
     if earlier:
         resume(run, earlier)

@@ -4,7 +4,8 @@
     python -m scripts.chat_data --tasks=GSM8K,SpellingBee --source=pydocs
     python -m scripts.chat_data --tasks=GSM8K --from-dir=/data    # from /data/gsm8k/, no network needed
 
-Data sets of the hub are fetched at a fixed commit; HF_ENDPOINT names a mirror. What is here already is kept.
+Data sets of the hub are fetched at a fixed commit; HF_ENDPOINT names a mirror. What is here already is kept, but for
+files copied from a folder: without --from-dir, or where DIR has them no more, they give way to the published ones.
 """
 
 from dataclasses import dataclass
@@ -56,10 +57,12 @@ def main(settings: Settings) -> None:
 def provide(name: str, source: str, from_dir: Path | None) -> None:
     """Put what a task reads into the store. Raises UserError where it cannot be had."""
     if name in hub_data.HUB_TASKS:
-        if from_dir is not None and not hub_data.take_local(name, from_dir):
+        taken = hub_data.take_local(name, from_dir) if from_dir is not None else []
+        if from_dir is not None and not taken:
             print(f"{name}: not in {from_dir}", flush=True)
-        if not stands(name):
-            hub_data.fetch(name, splits(name))
+        others = [split for split in splits(name) if split not in taken]
+        if not stands(name) or hub_data.has_local(name, others):
+            hub_data.fetch(name, others)
     elif name in ("SimpleSpelling", "SpellingBee"):
         from nanochat.tasks import words
 

@@ -4,7 +4,8 @@
     python -m scripts.chat_eval -i mid -a "ARC-Easy|GSM8K" -x 200
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i rl -a GSM8K -t 1.0 -n 8
 
-Scores go to chat_eval/<stage>_<tag>_<step>.csv, the answer to every item to the .jsonl beside it.
+Scores go to chat_eval/<stage>_<tag>_<step>.csv, the answer to every item to the .jsonl beside it. A run with tasks,
+items or sampling of its own has `_` and 8 hex digits of them behind the step, so that it overwrites no other.
 """
 
 import time
@@ -28,12 +29,15 @@ from nanochat.formats import duration
 from nanochat.paths import get_base_dir, slug
 from nanochat.report import write_section
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
+from nanochat.sandbox import isolation_level, require_isolation
 from nanochat.settings import real, short, whole
 from nanochat.tasks import TASK_NAMES, make_task, parse_tasks
 from nanochat.tasks.common import Task
+from nanochat.tasks.splits import stable_hash
 
 SAMPLES = 3  # conversations shown in the report
 UNGRADED = ("SmolTalk", "Identity")  # to train on: an answer is neither right nor wrong
+RUNS_CODE = "HumanEval"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,8 @@ def main(settings: Settings) -> None:
     tasks, left_out = pick_tasks(settings.task_name, meta["settings"].get("source"))
     if left_out:
         print0(f"left out: {'; '.join(left_out)}")
+    if any(task.name == RUNS_CODE for task in tasks):
+        print0(f"model-written code runs in this sandbox: {isolation_level().describe()}")
     engine = Engine(model, tokenizer)
     scores = []
     for task in tasks:
@@ -87,8 +93,7 @@ def main(settings: Settings) -> None:
     for group in composites:
         print0(f"{group.name}: {group.value:.4f} ± {group.stderr:.4f}")
     if rank == 0:
-        name = f"{settings.stage}_{slug(str(meta['tag']))}_{meta['step']:06d}"
-        path = write_results(scores, composites, get_base_dir() / "chat_eval", name)
+        path = write_results(scores, composites, get_base_dir() / "chat_eval", result_name(settings, meta, tasks))
         print0(f"wrote {path}")
         data = section(settings, meta, tasks, scores, composites, left_out)
         write_section(f"chat_eval_{settings.stage}", f"Chat evaluation, {settings.stage}", data)
@@ -96,10 +101,10 @@ def main(settings: Settings) -> None:
 
 
 def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[str]]:
-    """(tasks to score, `name: why` of those left out for want of data).
+    """(tasks to score, `name: why` of those left out for want of data or of a sandbox).
 
-    Raises UserError for a named task that is unknown, lacks data, cannot be graded or is named twice, and when nothing
-    is left.
+    Raises UserError for a named task that is unknown, lacks data or a sandbox, cannot be graded or is named twice, and
+    when nothing is left.
     """
     if names is not None:
         tasks = parse_tasks(names, "test", source)
@@ -108,18 +113,42 @@ def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[
                 raise UserError(f"--task-name={names}: {task.name} has no answers to grade; leave it out")
             if sum(task.name == other.name for other in tasks) > 1:
                 raise UserError(f"--task-name={names}: {task.name} is there twice; name it once")
+            _check_ready(task)
         return tasks, []
     tasks, left_out = [], []
     for name in (name for name in TASK_NAMES if name not in UNGRADED):
         try:
             task = make_task(name, "test", source)
-            len(task)  # so that absent data shows now, not in an hour
+            _check_ready(task)
             tasks.append(task)
         except UserError as error:
             left_out.append(f"{name}: {error}")
     if not tasks:
         raise UserError(f"no task to score: {'; '.join(left_out)}")
     return tasks, left_out
+
+
+def _check_ready(task: Task) -> None:
+    """Raises UserError where its data is absent or its answers may not be run: now, not in an hour."""
+    len(task)
+    if task.name == RUNS_CODE:
+        require_isolation()
+
+
+def result_name(settings: Settings, meta: dict[str, Any], tasks: list[Task]) -> str:
+    """Name of the files: stage, tag and step, and what tells this evaluation from one with the defaults."""
+    name = f"{settings.stage}_{slug(str(meta['tag']))}_{meta['step']:06d}"
+    # as parsed: the same tasks written in another way or order are the same evaluation
+    named = None if settings.task_name is None else tuple(sorted((task.name, len(task)) for task in tasks))
+    own, plain = _choices(settings, named), _choices(Settings(stage=settings.stage), None)
+    return name if own == plain else f"{name}_{stable_hash(*own):016x}"[:-8]
+
+
+def _choices(settings: Settings, named: tuple[tuple[str, int], ...] | None) -> tuple[object, ...]:
+    """The settings that answers depend on; without sampling, those of sampling do not matter."""
+    sampling = (settings.top_k, settings.seed) if settings.temperature else None
+    shared = (settings.max_problems, settings.num_samples, settings.temperature, settings.max_new_tokens)
+    return (named, *shared, sampling)
 
 
 def evaluate(settings: Settings, engine: Engine, tokenizer: Tokenizer, task: Task) -> TaskScore:
@@ -198,7 +227,9 @@ def samples(tasks: list[Task], scores: list[TaskScore]) -> list[dict[str, str]]:
             text = f"{record['chosen']} (right answer: {record['expected']})"
         else:
             text = record["completions"][0] if record["completions"] else f"({record['error']})"
-        question = " ".join(str(task[record["index"]]["messages"][-2]["content"]).split())
+        # not the last but one: some puzzles have no reference answer behind the question
+        asked = [message for message in task[record["index"]]["messages"] if message["role"] == "user"]
+        question = " ".join(str(asked[-1]["content"]).split())
         shown.append({"prompt": f"[{score.name}] {question}", "text": text})
     return shown[:SAMPLES]
 
@@ -220,9 +251,7 @@ def notes(settings: Settings, scores: list[TaskScore], composites: list[Composit
     for name, count in crowded.items():
         if count:
             found.append(f"{name}: {count} items counted as failed because their prompt left no room for an answer.")
-    if any(score.name == "HumanEval" for score in scores):
-        from nanochat.sandbox import isolation_level  # only where code was run
-
+    if any(score.name == RUNS_CODE for score in scores):
         found.append(f"Model-written code ran in this sandbox: {isolation_level().describe()}.")
     return found + [f"Left out: {why}" for why in left_out]
 

@@ -20,15 +20,24 @@ from nanochat.formats import STDERR_SUFFIXES, metric_text
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.paths import checkpoint_dir
 from nanochat.report import write_section
-from nanochat.rollouts import RolloutLoader, Sampling, row_width
+from nanochat.rollouts import ROWS_AT_ONCE, RolloutLoader, Sampling, check_division, row_width
 from nanochat.run_folder import Resume, describe_run, earlier_run
-from nanochat.runtime import DeviceType, compute_cleanup, compute_init, device_name, print0
+from nanochat.runtime import (
+    DeviceType,
+    compute_cleanup,
+    compute_init,
+    device_name,
+    out_of_memory_is_one_line,
+    print0,
+)
 from nanochat.samples import make_chat_samples
 from nanochat.settings import real, whole
 from nanochat.tasks import make_task
 from nanochat.tasks.common import Task
 from nanochat.tracking import NO_WANDB, Tracker
 from nanochat.trainer import Evaluation, TrainingRun, resume, train
+
+MEMORY_ADVICE = "lower --device-batch-size (the result stays the same), or --num-samples or --max-new-tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +137,7 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_k=settings.top_k or None,
-            batch_size=max(1, settings.questions_per_step * settings.num_samples // settings.eval_samples),
+            batch_size=max(1, ROWS_AT_ONCE // settings.eval_samples),
             max_problems=settings.eval_questions,
             seed=settings.seed,
         )
@@ -147,6 +156,7 @@ def main(settings: Settings) -> None:
         settings.source_stage, device, tag=settings.model_tag, step=settings.model_step
     )
     recipe = checkpoint.recipe(parent)
+    check_division(settings.questions_per_step, settings.num_samples, settings.device_batch_size, world_size)
     questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))
     num_iterations = plan_steps(settings, len(questions))
     width = row_width(tokenizer, questions, settings.max_new_tokens, model.config.sequence_len)
@@ -161,13 +171,15 @@ def main(settings: Settings) -> None:
     def schedule(step: int) -> tuple[float, float]:
         return lr_multiplier(step, num_iterations, 0.0, settings.warmdown_ratio, 0.0), muon_momentum(step)
 
+    engine = Engine(model, tokenizer)
+    sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.top_k or None)
+    measure = pass_at_k(settings, engine, test)
+
     # ---- where it goes, and whether some of it is there already
     about = {**settings_module.as_dict(settings), "source": recipe["source"]}
     meta = describe_run("rl", about, model.config, tokenizer.hash, recipe, num_iterations, parent)
     folder = checkpoint_dir("rl", settings.out_tag or parent["tag"])
     earlier = earlier_run(folder, settings.resume, meta)
-    engine = Engine(model, tokenizer)
-    sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.top_k or None)
     loader = RolloutLoader(
         engine,
         questions,
@@ -182,7 +194,6 @@ def main(settings: Settings) -> None:
     )
 
     # ---- train
-    measure = pass_at_k(settings, engine, test)
     run = TrainingRun(
         stage="rl",
         folder=folder,
@@ -199,10 +210,13 @@ def main(settings: Settings) -> None:
         tracker=Tracker("rl", settings.run, meta, earlier["step"] if earlier else None),
         meta=meta,
         step_metrics=lambda: loader.metrics,
+        teaches=loader.teaches,
+        memory_advice=MEMORY_ADVICE,
     )
     if earlier:
         resume(run, earlier)
-    meta["before"] = earlier["before"] if earlier else measure(0)
+    with out_of_memory_is_one_line(device, MEMORY_ADVICE):
+        meta["before"] = earlier["before"] if earlier else measure(0)
     print0("before: " + " | ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
     outcome = train(run)
     run.tracker.close()
@@ -221,7 +235,7 @@ def describe(
     rows = [[name.removeprefix("Eval/"), metric_text(before, name), metric_text(latest, name)] for name in names]
     items = min(settings["eval_questions"], len(test))
     # a "token" of these is a place in a padded row, and the time is mostly that of sampling
-    speed = ("tokens", "tokens per second", "mfu", "peak FLOP/s per device", "training FLOPs", "final train_loss")
+    speed = ("tokens", "tokens per second", "final train_loss")
     return {
         "settings": settings,
         "metrics": {

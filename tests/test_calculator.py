@@ -28,6 +28,7 @@ from nanochat.calculator import use_calculator
         (".5*.5", "0.25"),
         ("'strawberry'.count('r')", "3"),
         ('"strawberry".count("x")', "0"),
+        ("'1,000'.count(',')", "1"),
     ],
 )
 def test_what_it_computes(expression, value):

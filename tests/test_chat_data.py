@@ -67,6 +67,18 @@ def test_what_lies_in_the_folder_is_taken_and_the_rest_is_fetched(server, tmp_pa
     assert "not in" not in capsys.readouterr().out
 
 
+def test_without_the_folder_the_published_data_is_back(server, tmp_path):
+    path = tmp_path / "gsm8k" / "test-00000-of-00001.parquet"
+    path.parent.mkdir()
+    path.write_bytes(parquet_rows([gsm8k_row(7), gsm8k_row(8)]))
+    main(Settings(tasks="GSM8K", from_dir=tmp_path))
+    main(Settings(tasks="GSM8K", from_dir=tmp_path))
+    assert server.gets(FILES["test"]) == 0 and rows()[0][2] == 2
+    main(Settings(tasks="GSM8K"))
+    assert [server.gets(FILES[split]) for split in ("train", "test")] == [1, 1]
+    assert rows() == [["GSM8K", 5, 1, f"someone/problems at {COMMIT[:7]}", True]]
+
+
 def test_a_folder_with_everything_needs_no_network(tmp_path):
     for task, row in {"GSM8K": gsm8k_row, "MMLU": mmlu_row}.items():
         put(tmp_path, task, train=[row(1), row(2)], test=[row(3)])

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import random
+import re
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import checkpoint
+from nanochat import checkpoint, sandbox
 from nanochat import settings as settings_module
 from nanochat.chat_eval import (
     TaskScore,
@@ -440,7 +441,9 @@ def test_script_scores_what_has_data_and_reports(trained, monkeypatch, capsys):
     assert metrics["ChatCORE (1 of 5 tasks)"] == row["Centered"]
     assert metrics["ChatCORE-offline"] == metrics["Say"] and metrics["step"] == 7
     assert found["synthetic"] is True and found["settings"]["stage"] == "sft"
-    records = [json.loads(line) for line in (store / "chat_eval" / "sft_d2_000007.jsonl").read_text().splitlines()]
+    (path,) = (store / "chat_eval").glob("*.csv")
+    assert re.fullmatch(r"sft_d2_000007_[0-9a-f]{8}\.csv", path.name) and f"wrote {path}\n" in out
+    records = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     first = {name: next(r for r in records if r["task"] == name) for name in ("MMLU", "Say")}
     assert [sample["prompt"].split("]")[0] for sample in found["samples"]] == ["[Say", "[MMLU"]
     assert found["samples"][0]["text"] == first["Say"]["completions"][0]
@@ -449,7 +452,7 @@ def test_script_scores_what_has_data_and_reports(trained, monkeypatch, capsys):
     for words in ("MMLU (25 %)", "Say (0 %)", "binomial", "not comparable", "Left out: ARC-Easy"):
         assert words in notes
     assert "sandbox" not in notes and "At most" not in notes
-    assert [row[0] for row in csv.reader((store / "chat_eval" / "sft_d2_000007.csv").open())][1:] == [
+    assert [row[0] for row in csv.reader(path.open())][1:] == [
         "MMLU", "Say", "ChatCORE (1 of 5 tasks)", "ChatCORE-offline"]  # fmt: skip
 
 
@@ -473,16 +476,77 @@ def test_script_samples_named_tasks(trained, monkeypatch, capsys):
     assert "ChatCORE-offline" in found["metrics"]
 
 
-def test_script_says_where_code_ran(trained, monkeypatch):
-    class HumanEval(Say):
-        name, published = "HumanEval", True
+class Code(Say):
+    name, published = "HumanEval", True
 
-    sandbox = SimpleNamespace(isolation_level=lambda: SimpleNamespace(describe=lambda: "separate process"))
-    monkeypatch.setitem(sys.modules, "nanochat.sandbox", sandbox)
-    monkeypatch.setitem(TASKS, "HumanEval", lambda: HumanEval(3))
+
+@pytest.fixture
+def with_code(trained, monkeypatch):
+    """HumanEval, not graded by running anything, on a kernel without layers."""
+    monkeypatch.setitem(TASKS, "HumanEval", lambda: Code(3))
+    monkeypatch.setattr(script, "TASK_NAMES", tuple(TASKS))
+    monkeypatch.setattr(sandbox, "isolation_level", sandbox.Isolation)
+    monkeypatch.delenv(sandbox.ALLOW_UNSAFE, raising=False)
+    return trained
+
+
+def test_script_says_where_code_ran(with_code, monkeypatch, capsys):
+    for module in (sandbox, script):
+        monkeypatch.setattr(module, "isolation_level", lambda: sandbox.Isolation(seccomp=True))
     run_script(monkeypatch, "-i", "sft", "-a", "HumanEval", "-m", "4")
-    assert any("separate process" in note for note in section()["notes"])
+    console = capsys.readouterr().out.splitlines()
+    said = console.index("model-written code runs in this sandbox: process limits, seccomp")
+    assert console[said + 1].startswith("HumanEval (")  # before it does
+    assert "Model-written code ran in this sandbox: process limits, seccomp." in section()["notes"]
     assert section()["synthetic"] is False
+
+
+def test_without_a_sandbox_the_other_tasks_are_scored(with_code, monkeypatch, capsys):
+    run_script(monkeypatch, "-i", "sft", "-m", "4")
+    out = capsys.readouterr().out
+    assert "HumanEval: this kernel grants no namespaces, Landlock or seccomp" in out and "runs in this" not in out
+    assert [row[0] for row in section()["tables"][0]["rows"]] == ["MMLU", "Say"]
+    assert any(note.startswith("Left out: HumanEval: this kernel grants no") for note in section()["notes"])
+
+
+def test_without_a_sandbox_named_code_is_refused_before_anything_is_scored(with_code, monkeypatch, capsys):
+    monkeypatch.setattr(script, "evaluate", None)
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "-i", "sft", "-a", "MMLU|HumanEval")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: this kernel grants no namespaces") and "NANOCHAT_ALLOW_UNSAFE_CODE=1" in line
+
+
+def test_a_question_without_a_reference_answer_is_shown(trained, monkeypatch):
+    class Open(Say):
+        def get_example(self, index):
+            return {"messages": [{"role": "user", "content": f"which {index}?"}]}
+
+        def evaluate(self, conversation, completion):
+            return False
+
+    monkeypatch.setitem(TASKS, "Say", lambda: Open(2))
+    run_script(monkeypatch, "-i", "sft", "-a", "Say", "-m", "4")
+    assert section()["samples"][0]["prompt"] == "[Say] which 0?"
+
+
+def test_evaluations_with_other_settings_have_files_of_their_own():
+    meta = {"tag": "d2", "step": 7}
+
+    def name(tasks=(), **changes):
+        return script.result_name(script.Settings(stage="sft", **changes), meta, list(tasks))
+
+    assert name() == name(batch_size=3, device_type="cpu", model_tag="d2") == name(top_k=5, seed=1) == "sft_d2_000007"
+    changes = [{"max_problems": 9}, {"max_problems": 8}, {"max_new_tokens": 9}, {"temperature": 0.5}]
+    changes += [
+        {"temperature": 0.5, "seed": 1},
+        {"temperature": 0.5, "top_k": 1},
+        {"temperature": 0.5, "num_samples": 2},
+    ]
+    names = [name(**change) for change in changes]
+    names += [name([Say(9)], task_name="Say"), name([Say(8)], task_name="Say:8"), name([Pick(9)], task_name="Pick")]
+    assert all(re.fullmatch(r"sft_d2_000007_[0-9a-f]{8}", one) for one in names) and len(set(names)) == len(names)
+    assert name([Say(), Pick()], task_name="Say|Pick") == name([Pick(), Say()], task_name="Pick,Say")
 
 
 @pytest.mark.parametrize(
@@ -539,3 +603,11 @@ def test_nothing_to_score_is_one_line(trained, monkeypatch, capsys):
         run_script(monkeypatch, "-i", "sft")
     (line,) = capsys.readouterr().err.splitlines()
     assert "no task to score: ARC-Easy: no data" in line
+
+
+def test_the_default_evaluation_has_the_plain_name(trained, monkeypatch):
+    store, _ = trained
+    run_script(monkeypatch, "-i", "sft")
+    run_script(monkeypatch, "-i", "sft", "-x", "2")
+    names = sorted(path.name for path in (store / "chat_eval").glob("*.csv"))
+    assert len(names) == 2 and names[0] == "sft_d2_000007.csv"

@@ -159,3 +159,29 @@ def test_evaluation_rows_are_the_first_conversations():
     assert inputs.shape == targets.shape == (4, 16)
     everything, _ = evaluation_rows(packer(), 10**9)
     assert (everything[:4] == inputs).all() and len(everything) > 4
+
+
+def test_a_step_without_a_target_is_told_on_every_rank():
+    """Long questions whose answers lie behind the end of the row, and one short one."""
+
+    class Late(Identity):
+        def render_conversation(self, conversation, max_tokens):
+            ids = [BOS, *conversation]
+            return ids, [int(i > 30 or len(ids) < 10) for i in range(len(ids))]
+
+    def told(rank):
+        source = ChatPacker(Late(), Numbers([40] * 5 + [4]), 16, "bestfit", "assistant")
+        loader = ChatLoader(source, 2, 1, rank=rank, world_size=2)
+        found = [(loader.next_batch() and loader.teaches) for _ in range(6)]
+        loader.close()
+        return found
+
+    first = told(0)
+    assert first == told(1) and True in first and False in first
+
+
+def test_the_fingerprint_knows_other_conversations():
+    assert packer().fingerprint() == packer(seed=5).fingerprint()  # the order is another matter
+    assert packer().fingerprint() != packer(count=31).fingerprint()
+    other = Numbers([*task().lengths[:-1], task().lengths[-1] + 1])
+    assert packer().fingerprint() != packer(task=other).fingerprint()

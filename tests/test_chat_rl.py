@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from nanochat import chat_train, checkpoint
 from nanochat import settings as settings_module
+from nanochat.errors import UserError
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
 from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tokenizer import RustBPETokenizer
@@ -51,17 +52,58 @@ def test_writes_a_checkpoint_and_a_section(store):
     assert checkpoint.load_model("rl", torch.device("cpu"))[2]["tag"] == "m"
 
 
+class Lengths(Arithmetic):
+    """Even a model that has learnt nothing earns something here, and not always the same."""
+
+    def reward(self, conversation, completion):
+        return len(completion) % 7 / 7
+
+
+def practise(out_tag, **changes):
+    """A few steps of reinforcement learning on Lengths, on all ranks that there are."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(chat_rl, "make_task", lambda name, split, source: Lengths(split, size=200))
+    patch.setattr(chat_rl, "compute_cleanup", lambda: None)  # the process group is the test's
+    rl(**{"num_iterations": 2, "num_samples": 8, "out_tag": out_tag, **changes})
+    patch.undo()
+
+
+def saved(stage, tag, step):
+    return load_file(checkpoint_dir(stage, tag) / f"step_{step:06d}" / "model.safetensors")
+
+
 def test_a_stopped_run_continues_bit_for_bit(store):
-    rl(save_every=2, out_tag="whole")
-    rl(save_every=2, out_tag="parts", resume="auto")
+    practise("whole", num_iterations=4, save_every=2)
+    practise("parts", num_iterations=4, save_every=2, resume="auto")
     folder = checkpoint_dir("rl", "parts")
     (folder / "COMPLETE").unlink()
     (folder / "step_000004" / "COMMITTED").unlink()
-    rl(save_every=2, out_tag="parts", resume="auto")
-    whole, parts = (
-        load_file(checkpoint_dir("rl", tag) / "step_000004" / "model.safetensors") for tag in ("whole", "parts")
+    practise("parts", num_iterations=4, save_every=2, resume="auto")
+    before, half, whole, parts = (
+        saved("sft", "m", 2),
+        saved("rl", "whole", 2),
+        saved("rl", "whole", 4),
+        saved("rl", "parts", 4),
     )
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for name in whole:
+        assert torch.equal(whole[name], parts[name])
+        assert not torch.equal(whole[name], half[name]) and not torch.equal(half[name], before[name])
+
+
+def test_nothing_moves_where_there_is_nothing_to_learn(store):
+    """No answer of this model earns anything on Arithmetic, so there is no gradient to follow."""
+    rl()
+    before, after = saved("sft", "m", 2), saved("rl", "m", 4)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    lines = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+    assert {line["Optimization/lr_multiplier"] for line in lines if "RL/reward" in line} == {0.0}
+
+
+def test_a_run_that_cannot_start_leaves_the_earlier_one_in_place(store):
+    rl()
+    with pytest.raises(UserError, match="do not divide"):
+        rl(resume="auto", questions_per_step=3)
+    assert checkpoint.committed_steps(checkpoint_dir("rl", "m")) == [4]
 
 
 @pytest.mark.parametrize(
@@ -120,29 +162,10 @@ def spoken(conversation):
     return " ".join(c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents)
 
 
-class Lengths(Arithmetic):
-    """Even a model that has learnt nothing earns something here, and not always the same."""
-
-    def reward(self, conversation, completion):
-        return len(completion) % 7 / 7
-
-
-def practise(out_tag):
-    """Two steps of reinforcement learning on Lengths, on all ranks that there are."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(chat_rl, "make_task", lambda name, split, source: Lengths(split, size=200))
-    patch.setattr(chat_rl, "compute_cleanup", lambda: None)  # the process group is the test's
-    rl(num_iterations=2, num_samples=8, out_tag=out_tag)
-    patch.undo()
-
-
 def test_two_ranks_train_as_one(store):
     practise("one")
     run_processes(2, practise, "two")
-    before = load_file(checkpoint_dir("sft", "m") / "step_000002" / "model.safetensors")
-    single, double = (
-        load_file(checkpoint_dir("rl", tag) / "step_000002" / "model.safetensors") for tag in ("one", "two")
-    )
+    before, single, double = saved("sft", "m", 2), saved("rl", "one", 2), saved("rl", "two", 2)
     for name in single:
         moved = (single[name] - before[name]).abs().max()
         assert moved > 1e-4 and (double[name] - single[name]).abs().max() < 0.02 * moved, name

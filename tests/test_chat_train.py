@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint
+from nanochat import chat_train, checkpoint
 from nanochat import settings as settings_module
 from nanochat.chat_train import inherit, plan_steps
 from nanochat.errors import UserError
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
+from nanochat.tasks import parse_tasks
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_sft, mid_train
 from tests.chat_setup import make_base, make_text
@@ -101,7 +102,7 @@ def test_a_stopped_run_continues_bit_for_bit(store):
 
 def test_runs_never_share_a_folder(store, capsys):
     mid()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match=r"holds a run already .*, complete.: --out-tag=NAME writes elsewhere"):
         mid()
     make_base(model_tag="other")
     mid(model_tag="other")
@@ -225,3 +226,35 @@ def test_a_checkpoint_of_another_tokenizer(store):
 def test_no_parent(store):
     with pytest.raises(UserError, match=r"no mid checkpoint in .*: run `python -m scripts\.mid_train` first"):
         sft()
+
+
+def test_other_data_under_the_same_name_is_another_run(store, tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+
+    def write(answer):
+        talk = [{"role": "user", "content": "word1"}, {"role": "assistant", "content": answer}]
+        path.write_text(f"{json.dumps(talk)}\n")
+
+    options = {"tasks": str(path), "num_iterations": 2, "eval_every": -1, "resume": "auto"}
+    write("word2")
+    mid(**options)
+    (checkpoint_dir("mid", "m") / "COMPLETE").unlink()
+    write("word3")
+    mid(**options)
+    assert "differs in data: kept as m.1" in capsys.readouterr().out
+
+
+def test_held_out_answers_behind_the_end_of_the_row_do_not_stop_a_run(store, tmp_path, monkeypatch, capsys):
+    question = {"role": "user", "content": "word1 " * 200}
+    (tmp_path / "long.jsonl").write_text(json.dumps([question, {"role": "assistant", "content": "yes"}]))
+    monkeypatch.setattr(
+        chat_train, "held_out", lambda spec, source: parse_tasks(str(tmp_path / "long.jsonl"), "train")[0]
+    )
+    sft(source_stage="base", num_iterations=2)
+    assert "nothing is measured on the way: no held-out answer" in capsys.readouterr().out
+
+
+def test_a_tag_is_found_as_it_was_written(store):
+    make_base(model_tag="my run", num_iterations=1)
+    mid(model_tag="my run", num_iterations=1)
+    assert checkpoint.committed_steps(checkpoint_dir("mid", "my run")) == [1]

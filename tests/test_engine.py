@@ -223,5 +223,7 @@ def test_errors(engine):
         next(engine.generate([]))
     with pytest.raises(UserError, match="empty prompt"):
         engine.generate_many([[1], []])
+    with pytest.raises(UserError, match="top_k=0"):
+        next(engine.generate([1], top_k=0))
     with pytest.raises(UserError, match="full"):
         KVCache(1, 1, 2, 4, 1).insert(0, torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4))

@@ -96,6 +96,25 @@ def tree(tmp_path):
     return tmp_path
 
 
+def test_data_beside_a_module_counts_as_its_code(tree):
+    seen = [ledger.code_version("scripts.train", tree)]
+    for text in ("one\n", "two\n"):
+        (tree / "nanochat/deep.jsonl").write_text(text)
+        (tree / "nanochat/other.jsonl").write_text(text)  # of a module that is not imported
+        seen.append(ledger.code_version("scripts.train", tree))
+    assert len(set(seen)) == 3
+    (tree / "nanochat/other.jsonl").write_text("three\n")
+    assert ledger.code_version("scripts.train", tree) == seen[-1]
+
+
+def test_the_conversations_about_the_assistant_are_code_of_the_chat_stages(monkeypatch):
+    path = ledger.REPO / "nanochat" / "tasks" / "identity.jsonl"
+    read_bytes = Path.read_bytes
+    before = ledger.code_version("scripts.chat_sft")
+    monkeypatch.setattr(Path, "read_bytes", lambda file: b"{}" if file == path else read_bytes(file))
+    assert ledger.code_version("scripts.chat_sft") != before
+
+
 @pytest.mark.parametrize(
     ("file", "text", "counts"),
     [
@@ -149,3 +168,55 @@ def test_summary_orders_stages_adds_attempts_and_shows_what_is_pending():
     assert {row["stage"]: row["status"] for row in rows}["base_train"] == "pending"
     assert "dataset_rest" not in [row["stage"] for row in rows]
     assert ledger.span_seconds(found) == 40
+
+
+def history(*events):
+    """Records from `stage status` words, one a second; finished ones took a second."""
+    records = []
+    for place, event in enumerate(events):
+        stage, status, *copy = event.split()
+        record = {"stage": stage, "status": status, "time": place, "key": "k", **({"copy": True} if copy else {})}
+        records.append({**record, "seconds": 1} if status == "finished" else record)
+    return records
+
+
+CHAIN = [f"{stage} finished" for stage in ledger.STAGES]
+
+
+def stale(*events):
+    return [row["stage"] for row in ledger.summarize(history(*events)) if row["status"] == "stale"]
+
+
+def test_every_need_is_a_stage_before():
+    for stage, needs in ledger.NEEDS.items():
+        for need in needs:
+            assert ledger.STAGES.index(need) < ledger.STAGES.index(stage)
+
+
+def test_a_chain_in_order_has_nothing_stale():
+    assert stale(*CHAIN) == []
+    assert stale(*CHAIN, *CHAIN) == []
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        (["chat_sft started"], ["chat_eval_sft", "chat_rl", "chat_eval_rl"]),
+        (["mid_train finished", "chat_eval_mid finished", "chat_sft failed"],
+         ["chat_eval_sft", "chat_rl", "chat_eval_rl"]),
+        (["eval_bundle finished"], ["base_eval"]),
+        (["chat_data finished"], [stage for stage in ledger.STAGES if ledger.STAGES.index(stage) > 8]),
+        (["tok_eval finished", "base_loss finished", "base_eval finished", "chat_eval_mid failed"], []),
+        (["chat_rl skipped", "chat_eval_rl skipped"], []),
+        (["mid_train finished copy"], []),
+        (["chat_data finished", "mid_train finished copy", "chat_eval_mid finished copy"],
+         ["chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl"]),
+    ],
+)  # fmt: skip
+def test_stale_is_what_stands_on_work_done_again(events, expected):
+    assert stale(*CHAIN, *events) == expected
+
+
+def test_the_time_of_a_copy_is_not_counted_twice():
+    (row,) = [row for row in ledger.summarize(history("a finished", "a skipped", "a finished copy")) if "key" in row]
+    assert (row["status"], row["seconds"]) == ("finished", 1)

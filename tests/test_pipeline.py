@@ -69,6 +69,14 @@ def test_processes_and_tracking_do_not_make_it_other_work(monkeypatch):
     assert one == many != other
 
 
+def test_leave_to_run_model_written_code_does_not_make_it_other_work(store, monkeypatch):
+    monkeypatch.delenv("NANOCHAT_ALLOW_UNSAFE_CODE", raising=False)
+    run("a", WRITE, outputs=("out",))
+    monkeypatch.setenv("NANOCHAT_ALLOW_UNSAFE_CODE", "1")
+    run("a", WRITE, outputs=("out",))
+    assert times_run(store) == 1
+
+
 def test_output_goes_to_the_terminal_and_to_the_log(capfd):
     run("a", "echo to stdout; echo to stderr >&2; printf 'no newline'")
     log = (paths.run_dir() / "logs" / "a.log").read_text()
@@ -133,6 +141,61 @@ def test_skip_is_recorded_with_its_reason_and_can_be_taken_back(store):
     assert ledger.read(paths.run_dir())[-1]["reason"] == "no bundle"
     run("a", WRITE, outputs=("out",))
     assert statuses("a") == ["skipped", "started", "finished"]
+
+
+def skip(stage):
+    pipeline.main(pipeline.Settings("run", stage, skip="not now"), [])
+
+
+def row_of(stage):
+    return next(row for row in ledger.summarize(ledger.read(paths.run_dir())) if row["stage"] == stage)
+
+
+def test_a_stage_skipped_in_between_is_still_done(store, capfd):
+    run("a", WRITE, outputs=("out",))
+    before = row_of("a")
+    for _ in range(2):
+        skip("a")
+        assert row_of("a")["status"] == "skipped"
+        assert run("a", WRITE, outputs=("out",)) == 0
+    assert times_run(store) == 1
+    assert "done on" in capfd.readouterr().out
+    after = row_of("a")
+    assert after.pop("copy") and after == before  # finished, with the time that it took
+    run("a", WRITE, outputs=("out",))
+    assert statuses("a") == ["started", "finished", "skipped", "finished", "skipped", "finished"]
+
+
+@pytest.mark.parametrize("change", ["command", "output"])
+def test_a_stage_skipped_in_between_runs_again_when_something_changed(store, change):
+    run("a", WRITE, outputs=("out",))
+    skip("a")
+    if change == "output":
+        (store / "out").unlink()
+    run("a", WRITE + (" # other" if change == "command" else ""), outputs=("out",))
+    assert times_run(store) == 2
+
+
+def test_work_stopped_half_way_and_skipped_goes_on(store, capfd):
+    run("a", WRITE + "; exit 75", outputs=("out",))
+    skip("a")
+    run("a", WRITE + "; exit 75", outputs=("out",))
+    assert times_run(store) == 2
+    assert "continues" in capfd.readouterr().out
+
+
+def test_a_stage_is_no_longer_stale_once_it_was_found_done(store):
+    train = {"inputs": ("words",), "outputs": ("out",)}
+    words = 'echo a > "$NANOCHAT_BASE_DIR/words"'
+    run("chat_data", words, outputs=("words",))
+    run("mid_train", WRITE, **train)
+    run("chat_data", words + " # made anew, and the same", outputs=("words",))
+    assert row_of("mid_train")["status"] == "stale"
+    for _ in range(2):
+        run("mid_train", WRITE, **train)
+        assert row_of("mid_train")["status"] == "finished"
+    assert times_run(store) == 1
+    assert statuses("mid_train") == ["started", "finished", "finished"]
 
 
 def test_a_process_left_behind_does_not_hold_the_stage_up(store):

@@ -49,7 +49,7 @@ def write_run():
     run_dir = paths.run_dir()
     append(run_dir, {"stage": "base_train", "status": "started", "time": 1000.0, "key": "k"})
     append(run_dir, {"stage": "base_train", "status": "finished", "time": 1100.0, "key": "k", "seconds": 3600.0})
-    append(run_dir, {"stage": "base_loss", "status": "failed", "time": 4600.0, "seconds": 5.0, "exit_code": 3})
+    append(run_dir, {"stage": "chat_data", "status": "failed", "time": 4600.0, "seconds": 5.0, "exit_code": 3})
     append(run_dir, {"stage": "tok_eval", "status": "skipped", "time": 4700.0, "reason": "no text"})
 
 
@@ -70,7 +70,7 @@ def test_report_holds_summary_stages_sections_and_samples(tmp_path):
     assert "| Metric | BASE |\n|---|---:|\n| CORE | 0.1234 ± 0.0100 |\n| val bpb | 1.2500 ± 0.0625 |\n" in text
     assert "MID" not in text
     assert "| base_train | finished | 1 h 0 min |" in text
-    assert "| base_loss | **failed** | 5.0 s | - | exit code 3 |" in text
+    assert "| chat_data | **failed** | 5.0 s | - | exit code 3 |" in text
     assert "| tok_eval | **skipped** | - | - | no text |" in text
     assert "| dataset | **pending** |" in text
     assert "1 h 1 min from the first start to the last end, of which 1 h 0 min in stages" in text
@@ -87,6 +87,38 @@ def test_the_section_of_a_stage_that_was_skipped_since_is_left_out(tmp_path):
     ledger.append(paths.run_dir(), {"stage": "chat_eval_rl", "status": "skipped", "reason": "RUN_RL=1 runs it"})
     text = generate(tmp_path)
     assert "GSM8K" not in text and "| chat_eval_rl | **skipped** | - | - | RUN_RL=1 runs it |" in text
+
+
+def chat_run(*events):
+    """Sections of all chat stages, and a ledger in which they finished and then `events` (stage, status) happened."""
+    stages = ("mid_train", "chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl")
+    for stage in stages:
+        report.write_section(stage, f"Section of {stage}", {"metrics": {"GSM8K": 0.5}})
+    for stage, status in [*((stage, "finished") for stage in stages), *events]:
+        ledger.append(paths.run_dir(), {"stage": stage, "status": status, "key": "k", "seconds": 1.0})
+
+
+def test_numbers_of_models_that_were_trained_before_the_last_failure_are_left_out(tmp_path):
+    chat_run(("mid_train", "finished"), ("chat_eval_mid", "finished"), ("chat_sft", "started"), ("chat_sft", "failed"))
+    text = generate(tmp_path)
+    assert "| Metric | MID |\n" in text
+    assert "## Section of mid_train" in text and "## Section of chat_eval_mid" in text
+    assert "| chat_sft | **failed** |" in text and "## Section of chat_sft" not in text
+    for stage in ("chat_eval_sft", "chat_rl", "chat_eval_rl"):
+        assert f"| {stage} | **stale** |" in text and f"## Section of {stage}" not in text
+
+
+def test_grading_a_stage_again_leaves_later_stages_as_they_are(tmp_path):
+    chat_run(("chat_eval_mid", "started"), ("chat_eval_mid", "finished"))
+    text = generate(tmp_path)
+    assert "stale" not in text and "| Metric | MID | SFT | RL |\n" in text
+
+
+def test_stages_started_by_hand_are_reported(tmp_path):
+    report.write_section("chat_eval_sft", "By hand", {"metrics": {"GSM8K": 0.5}})
+    assert "## By hand" in generate(tmp_path)
+    ledger.append(paths.run_dir(), {"stage": "base_train", "status": "finished"})
+    assert "## By hand" in generate(tmp_path)
 
 
 def test_title_says_that_data_is_offline_or_synthetic(tmp_path):

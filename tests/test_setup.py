@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat import ledger
 from nanochat.ledger import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,8 @@ def tree(tmp_path):
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
-        '#!/bin/sh\ncase "$1" in --version) echo Python 3.11.0;; -c) ;; *) echo "$@" >> "$CALLS";; esac\n'
+        '#!/bin/sh\ncase "$1" in --version) echo Python 3.11.0;; '
+        '-c) case "$2" in *device_count*) echo 1;; esac;; *) echo "$@" >> "$CALLS";; esac\n'
     )
     python.chmod(0o755)
     stamp = "find requirements.lock rustbpe -type f | LC_ALL=C sort | xargs cksum; echo Python 3.11.0"
@@ -141,12 +143,21 @@ def test_the_chat_stages_hang_together(tree, bare_path):
     lines = {line.split()[3]: line for line in made if "nanochat.pipeline run" in line}
     assert not any("--skip" in line for line in made)
     for stage, parent in (("mid_train", "base"), ("chat_sft", "mid"), ("chat_rl", "sft")):
-        assert f"--in checkpoints/{parent}/r --in task_data/pydocs" in lines[stage]
+        assert f"--in checkpoints/{parent}/r --in task_data/pydocs/words.txt" in lines[stage]
         assert f"--out checkpoints/{lines[stage].split('checkpoints/')[2].split('/')[0]}/r/COMPLETE" in lines[stage]
         assert "--model-tag=r --resume=auto" in lines[stage]
     for stage in ("mid", "sft", "rl"):
         assert f"scripts.chat_eval -i {stage} -g r" in lines[f"chat_eval_{stage}"]
     assert "task_data/hub" not in "".join(made)
+
+
+CHAT_STAGES = ("mid_train", "chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl")
+
+
+def chat_data_read(made):
+    """For each chat stage, the patterns below task_data that it names with --in."""
+    lines = {line.split()[3]: line for line in made if "nanochat.pipeline run" in line}
+    return {stage: sorted(set(re.findall(r"--in (task_data\S*)", lines[stage]))) for stage in CHAT_STAGES}
 
 
 def test_the_end_says_how_to_talk_to_the_model(tree, bare_path):
@@ -156,12 +167,47 @@ def test_the_end_says_how_to_talk_to_the_model(tree, bare_path):
     assert "python -m scripts.chat_cli -i rl -g r" in done.stdout
 
 
+@pytest.fixture
+def gpu(bare_path):
+    """A driver; the python of `tree` sees one GPU where it is asked."""
+    driver = bare_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nexit 0\n")
+    driver.chmod(0o755)
+
+
+@pytest.mark.parametrize("environment", [{}, {"TASK_DATA": "my tasks"}, {"TASK_DATA": "nowhere"}])
+def test_the_chat_stages_of_tiny_find_what_chat_data_makes(tree, bare_path, store, environment):
+    from scripts import chat_data
+    from tests.tasks.test_words import documents, put_text
+
+    (tree / "my tasks").mkdir()
+    made = calls(tree, bare_path, RUN_RL="1", **environment)
+    tasks = re.search(r"scripts.chat_data --source=pydocs --tasks=(\S+)$", "\n".join(made), re.M).group(1)
+    put_text("pydocs", documents(150), documents(40, seed=1))
+    chat_data.main(chat_data.Settings(source="pydocs", tasks=tasks))
+    for patterns in chat_data_read(made).values():
+        assert patterns and ledger.missing(patterns) == []
+        assert ledger.fingerprint(patterns).keys() == ledger.fingerprint(["task_data"]).keys()
+
+
+@pytest.mark.usefixtures("gpu")
 def test_task_data_comes_from_a_folder(tree, bare_path):
     (tree / "my tasks").mkdir()
-    made = calls(tree, bare_path, TASK_DATA="my tasks")
+    made = calls(tree, bare_path, PROFILE="mini", RUN_RL="1", TASK_DATA="my tasks")
     data = next(line for line in made if "run chat_data" in line)
     assert f"--from-dir={tree / 'my tasks'}" in data and f"--in {tree / 'my tasks'} --out" in data
-    assert "--in task_data/hub" in next(line for line in made if "run mid_train" in line)
+    for patterns in chat_data_read(made).values():
+        assert [pattern for pattern in patterns if "hub" in pattern] == ["task_data/hub/GSM8K"]
+    assert "--task=GSM8K" in next(line for line in made if "run chat_rl" in line)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_full_profile_reads_the_data_sets_it_names(tree, bare_path):
+    made = calls(tree, bare_path, PROFILE="full", RUN_RL="1")
+    hub = [f"task_data/hub/{name}" for name in ("ARC-Challenge", "ARC-Easy", "GSM8K", "MMLU", "SmolTalk")]
+    words = [f"task_data/fineweb-edu/words.{suffix}" for suffix in ("json", "txt")]
+    for patterns in chat_data_read(made).values():
+        assert patterns == sorted(hub + words)
 
 
 def test_overrides_reach_the_stages(tree, bare_path):

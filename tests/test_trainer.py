@@ -69,6 +69,7 @@ def make_run(folder, steps, loader=None, **changes):
         "evaluations": [],
         "tracker": changes.get("tracker") or Tracker("base", "dummy", {}),
         "meta": {"tokenizer_hash": "x", "settings": {}, "model_config": dataclasses.asdict(CONFIG)},
+        "flops_per_token": model.estimate_flops(),
     }
     return TrainingRun(**{**values, **changes})
 
@@ -254,3 +255,27 @@ def test_losses_are_weighted_by_a_third_part_of_the_batch(folder):
 
 def losses_of(run):
     return run.state.latest["Loss/train_loss"]
+
+
+def test_a_step_that_teaches_nothing_leaves_the_weights(folder):
+    """Muon's direction has full length however small the gradient: old momentum alone would go on moving them."""
+    seen = []
+
+    class Silent(FakeLoader):
+        def next_batch(self):
+            inputs, targets = super().next_batch()
+            silent = self.given > 4 * self.batches_per_step  # all weights move from the third step on
+            return inputs, torch.full_like(targets, -1) if silent else targets
+
+    loader = Silent()
+
+    def remember(step):
+        seen.append(weights(run))
+        return {}
+
+    run = make_run(folder, 6, loader, evaluations=[Evaluation(1, True, remember)])
+    run.teaches = lambda: loader.given <= 4 * loader.batches_per_step
+    train(run)
+    for name in seen[0]:
+        assert not torch.equal(seen[2][name], seen[3][name])
+        assert torch.equal(seen[3][name], seen[4][name]) and torch.equal(seen[4][name], seen[5][name])

@@ -3,7 +3,7 @@
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small model."}]
     {"messages": [{"role": "system", "content": "..."}, {"role": "user", ...}, {"role": "assistant", ...}]}
 
-nanochat/conversation.py says what a conversation may look like. Each 20th conversation is kept to measure on.
+nanochat/conversation.py says what a conversation may look like. About one in 20 is kept to measure on.
 """
 
 import json
@@ -13,14 +13,16 @@ from typing import Any
 from nanochat.conversation import conversation_pieces
 from nanochat.errors import UserError
 from nanochat.tasks.common import Conversation, Split, Task
+from nanochat.tasks.splits import split_of
 
-HELD_OUT = 20  # one conversation in so many is for test
+TEST_SHARE = 0.05  # of the conversations
 
 
 class CustomJSON(Task):
     """The conversations of a file in its order. Raises UserError with file and line for what cannot be used.
 
-    Number 20, 40, … are the test split, all others the train split; a short file has no test split.
+    About one in 20, by the hash of its messages, is in the test split, the others in the train split: equal ones never
+    stand in both, and adding lines moves none. A short file may have no test split, but always a train split.
     """
 
     def __init__(self, filepath: str | Path, split: Split = "train", **kwargs: Any) -> None:
@@ -28,17 +30,21 @@ class CustomJSON(Task):
         path = Path(filepath).expanduser()
         self.name = path.name
         self.source = f"file {path.name}"
-        self._conversations = [
-            conversation
-            for number, conversation in enumerate(load_conversations(path), start=1)
-            if (number % HELD_OUT == 0) == (split == "test")
-        ]
+        conversations = load_conversations(path)
+        splits = [_split_of(each) for each in conversations]
+        if "train" not in splits:
+            splits = ["train"] * len(splits)
+        self._conversations = [each for each, its in zip(conversations, splits, strict=True) if its == split]
 
     def num_examples(self) -> int:
         return len(self._conversations)
 
     def get_example(self, index: int) -> Conversation:
         return self._conversations[index]
+
+
+def _split_of(conversation: Conversation) -> Split:
+    return split_of("customjson", json.dumps(conversation, sort_keys=True), test_share=TEST_SHARE)
 
 
 def load_conversations(path: Path) -> list[Conversation]:

@@ -221,20 +221,32 @@ def _read_file(path: Path) -> pa.Table:
 
 
 def fetch(task: str, splits: Iterable[str]) -> None:
-    """Download what is not here of `splits`. Raises UserError like hub.download, and for files of another form."""
+    """Download what is not here of `splits`; local files in their place are replaced.
+
+    Raises UserError like hub.download, and for files of another form; where the hub cannot be reached, local ones stay.
+    """
     data = HUB_TASKS[task]
     for split in splits:
-        if _standing(task, split):
+        local = has_local(task, [split])
+        if _standing(task, split) and not local:
             continue
         entries = {name: entry for name, entry in _entries(task, split).items() if _is_wanted(data, entry)}
         entries = {name: entry for name, entry in entries.items() if _stands(folder(task) / name, entry)}
         for path in data.files[split]:
             if Path(path).name not in entries:
-                entries[Path(path).name] = _download(task, split, path)
+                otherwise = f"have {task}/{Path(path).name} in a folder and give --from-dir=FOLDER"
+                if local:
+                    otherwise = "give --from-dir=FOLDER again to go on with the local files that are in use"
+                entries[Path(path).name] = _download(task, split, path, otherwise)
                 _record(task, split, entries)
 
 
-def _download(task: str, split: str, path: str) -> shards.Manifest:
+def has_local(task: str, splits: Iterable[str]) -> bool:
+    """Whether one of `splits` in the store was copied from a folder."""
+    return any(entry["origin"] == LOCAL for split in splits for entry in _entries(task, split).values())
+
+
+def _download(task: str, split: str, path: str, otherwise: str) -> shards.Manifest:
     from nanochat import hub  # huggingface_hub takes 0.5 s to import: only for those who download
 
     data, name = HUB_TASKS[task], Path(path).name
@@ -246,7 +258,7 @@ def _download(task: str, split: str, path: str) -> shards.Manifest:
             data.revision,
             folder(task) / name,
             verify=lambda temporary: entry.update(_describe(temporary, split, data, path)),
-            otherwise=f"have {task}/{name} in a folder and give --from-dir=FOLDER",
+            otherwise=otherwise,
         )
     except UserError as error:
         with contextlib.suppress(OSError):
@@ -257,7 +269,7 @@ def _download(task: str, split: str, path: str) -> shards.Manifest:
 
 
 def take_local(task: str, origin: Path) -> list[str]:
-    """Copy the splits of a task that lie in the folder `origin`; returns them. Files copied before are kept.
+    """Copy the splits of a task that lie in the folder `origin`; returns them. Equal files copied before are kept.
 
     They are looked for in folders named after the task or its repository, in any case: at the paths of the hub, else
     by file names that begin with the split, anywhere below. Raises UserError when files are missing, damaged or
@@ -300,17 +312,16 @@ def _copy(task: str, split: str, found: list[Path]) -> None:
     old, entries = _entries(task, split), {}
     for index, path in enumerate(found):
         name = f"{split}-{index:05d}-of-{len(found):05d}.parquet"
-        stat = path.stat()
-        copied = f"{path.resolve()}, {stat.st_size} bytes, {stat.st_mtime_ns} ns"
         target = folder(task) / name
-        if name in old and old[name].get("copied") == copied and _stands(target, old[name]):
-            entries[name] = old[name]
+        before = old.get(name, {})
+        if before.get("origin") == LOCAL and _stands(target, before) and before["sha256"] == _sha256(path):
+            entries[name] = before
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         with shards.replacing(target) as temporary:
             shutil.copyfile(path, temporary)
             entry = _describe(temporary, split, HUB_TASKS[task], str(path))
-        entries[name] = {**entry, "origin": LOCAL, "copied": copied}
+        entries[name] = {**entry, "origin": LOCAL}
     if entries != old:
         _record(task, split, entries)
 
@@ -340,6 +351,9 @@ def _describe(path: Path, split: str, data: HubTask, name: str) -> shards.Manife
         raise UserError(f"{name}: no column {', '.join(missing)}, found {', '.join(table.column_names)}")
     if not table.num_rows:
         raise UserError(f"{name}: no rows")
+    return {"split": split, "size": path.stat().st_size, "sha256": _sha256(path), "rows": table.num_rows}
+
+
+def _sha256(path: Path) -> str:
     with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"split": split, "size": path.stat().st_size, "sha256": digest, "rows": table.num_rows}
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,9 +1,11 @@
 """Material that tasks make from a text source, and the markers that say what it was made from.
 
-task_data/<source>/<name>.json     source and fingerprint of the material <name>; written last
+task_data/<source>/<name>.json     source and fingerprint of the material <name>, sha256 of its files; written last
 """
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +30,50 @@ def fingerprint(source: str, *about: object) -> str:
 
 
 def is_made(folder: Path, name: str, made_from: str) -> bool:
-    """Whether the material `name` stands in `folder` and was made from just this."""
-    return _marker(folder, name).get("fingerprint") == made_from
+    """Whether the material `name` stands in `folder`, as it was written, and was made from just this."""
+    marker = _marker(folder, name)
+    return marker.get("fingerprint") == made_from and not _damaged(folder, marker)
 
 
-def mark_made(folder: Path, name: str, source: str, made_from: str) -> None:
-    """Say so; to be called when all files of the material stand."""
-    marker = {"source": dataset.canonical(source), "fingerprint": made_from}
+def mark_made(folder: Path, name: str, source: str, made_from: str, files: Iterable[str]) -> None:
+    """Say so; to be called when all `files` (names in `folder`) of the material stand."""
+    digests = {file: _sha256(folder / file) for file in files}
+    marker = {"source": dataset.canonical(source), "fingerprint": made_from, "files": digests}
     with shards.replacing(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
 
 
 def require_made(source: str, name: str, task: str) -> Path:
-    """The folder of `source` with the material `name` in it. Raises UserError with the command that makes it."""
+    """The folder of `source` with the material `name` in it, whole.
+
+    Raises UserError with the command that makes it when it was not made, or a file of it is absent or was changed.
+    """
     folder = source_dir(source)
+    marker = _marker(folder, name)
+    command = f"python -m scripts.chat_data --source={source} --tasks={task}"
     # two sources can have the same slug (local:/a/b and local:/a-b); the marker says whose material this is
-    if _marker(folder, name).get("source") != dataset.canonical(source):
-        command = f"python -m scripts.chat_data --source={source} --tasks={task}"
+    if marker.get("source") != dataset.canonical(source):
         raise UserError(f"no {name} of {source} in {folder}: run `{command}`")
+    if damaged := _damaged(folder, marker):
+        raise UserError(f"{folder}: {', '.join(damaged)} absent or damaged: run `{command}`")
     return folder
+
+
+def _damaged(folder: Path, marker: dict[str, Any]) -> list[str]:
+    """Names of the files that are not as they were written."""
+    files = marker.get("files")
+    if not isinstance(files, dict):
+        return ["the list of files"]
+    return [name for name, digest in files.items() if _sha256(folder / name) != digest]
+
+
+def _sha256(path: Path) -> str | None:
+    """None where there is no such file."""
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def _marker(folder: Path, name: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class TextChoice(Task):
     baseline = 0.25
 
     def __init__(self, split: Split, source: str, **kwargs: Any) -> None:
-        """Items made from the text `source`. Raises UserError before they are made."""
+        """Items made from the text `source`. Raises UserError before they are made, or when they are damaged."""
         super().__init__(**kwargs)
         path = require_made(source, "text_choice", self.name) / f"text_choice_{split}.jsonl"
         self.source = f"generated from the {'train' if split == 'train' else 'validation'} text of {source}"
@@ -64,7 +64,7 @@ def prepare(source: str) -> None:
     for split, rows in items.items():
         with shards.replacing(folder / f"text_choice_{split}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    mark_made(folder, "text_choice", source, made_from)
+    mark_made(folder, "text_choice", source, made_from, [f"text_choice_{split}.jsonl" for split in items])
 
 
 def make_items(train: Iterable[str], held_out: Iterable[str], source: str) -> dict[Split, list[dict[str, Any]]]:

@@ -33,7 +33,7 @@ def prepare(source: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with shards.replacing(folder / "words.txt") as temporary:
         temporary.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
-    mark_made(folder, "words", source, made_from)
+    mark_made(folder, "words", source, made_from, ["words.txt"])
 
 
 def frequent_words(documents: Iterable[str]) -> list[str]:
@@ -59,7 +59,7 @@ def frequent_words(documents: Iterable[str]) -> list[str]:
 def load_words(source: str, split: Split) -> list[str]:
     """Words of one split, the most frequent first; about one in ten, by its hash, is for test.
 
-    Raises UserError when they were not made yet, or when the text has too few.
+    Raises UserError when they were not made yet or are damaged, or when the text has too few.
     """
     path = require_made(source, "words", "SpellingBee") / "words.txt"
     words = [word for word in path.read_text(encoding="utf-8").split() if split_of("word", word) == split]

@@ -25,12 +25,24 @@ def test_both_forms_of_a_line_are_read_and_blank_lines_are_ignored(tmp_path):
     assert len(CustomJSON(path, stop=1)) == 1
 
 
-def test_each_20th_conversation_is_held_out(tmp_path):
-    lines = [[{"role": "user", "content": str(number)}, ANSWER] for number in range(1, 46)]
+def asked(path, split):
+    task = CustomJSON(path, split)
+    return [task[i]["messages"][0]["content"] for i in range(len(task))]
+
+
+def test_about_one_in_20_conversations_is_held_out_by_what_it_says(tmp_path):
+    lines = [[{"role": "user", "content": str(number)}, ANSWER] for number in range(1000)]
     path = write(tmp_path, *lines)
-    train, test = ([task[i]["messages"][0]["content"] for i in range(len(task))]
-                   for task in (CustomJSON(path, "train"), CustomJSON(path, "test")))  # fmt: skip
-    assert test == ["20", "40"] and len(train) == 43 and not set(train) & set(test)
+    train, test = asked(path, "train"), asked(path, "test")
+    assert 30 <= len(test) <= 70 and sorted([*train, *test], key=int) == [str(number) for number in range(1000)]
+    path = write(tmp_path, *reversed(lines), *lines[::7])  # another order and repeats move nothing to the other side
+    assert (set(asked(path, "train")), set(asked(path, "test"))) == (set(train), set(test))
+
+
+def test_the_same_conversation_written_in_another_way_stays_on_its_side(tmp_path):
+    turned = [{"content": ASK["content"], "role": "user"}, {"content": ANSWER["content"], "role": "assistant"}]
+    path = write(tmp_path, [ASK, ANSWER], {"id": 1, "messages": turned}, json.dumps([ASK, ANSWER], indent=None))
+    assert sorted(len(CustomJSON(path, split)) for split in ("train", "test")) == [0, 3]
 
 
 def test_parts_with_a_calculator_are_allowed(tmp_path):
@@ -92,3 +104,9 @@ def test_any_text_comes_back_as_it_was_written(tmp_path_factory, texts):
         encoding="utf-8",
     )
     assert load_conversations(path) == conversations
+
+
+def test_the_only_conversation_of_a_file_is_trained_on(tmp_path):
+    for number in range(60):  # by its hash, some of these would be for test
+        path = write(tmp_path, [{"role": "user", "content": str(number)}, ANSWER])
+        assert (len(CustomJSON(path)), len(CustomJSON(path, "test"))) == (1, 0)

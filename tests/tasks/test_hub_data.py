@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -231,9 +232,39 @@ def test_files_are_copied_once_and_again_when_they_change(tmp_path, monkeypatch)
     assert len(load_rows("GSM8K", "train")) == 2
 
 
-def test_local_files_are_kept_and_only_what_they_lack_is_fetched(gsm8k, tmp_path):
-    put(tmp_path, "GSM8K", test=[gsm8k_row(1)])
+def test_a_folder_moved_or_touched_changes_nothing(tmp_path, monkeypatch):
+    put(tmp_path / "a", "GSM8K", train=[gsm8k_row(1)])
+    before = manifest("GSM8K")
+    assert str(tmp_path) not in json.dumps(before)
+    (tmp_path / "a").rename(tmp_path / "b")
+    os.utime(tmp_path / "b" / "GSM8K" / "train-00000-of-00001.parquet", (1, 1))
+    monkeypatch.setattr(shutil, "copyfile", None)  # nothing is copied again
+    assert hub_data.take_local("GSM8K", tmp_path / "b") == ["train"]
+    assert manifest("GSM8K") == before
+
+
+def test_fetching_puts_published_files_in_the_place_of_local_ones(gsm8k, tmp_path):
+    put(tmp_path, "GSM8K", train=[gsm8k_row(7)], test=[gsm8k_row(1)])
+    assert hub_data.has_local("GSM8K", ["train"]) and hub_data.has_local("GSM8K", ["test"])
     fetch("GSM8K", ["train", "test"])
+    assert load_rows("GSM8K", "train") == [gsm8k_row(i) for i in range(5)]
+    assert load_rows("GSM8K", "test") == [gsm8k_row(i) for i in range(100, 103)]
+    assert source_text("GSM8K") == f"someone/problems at {COMMIT[:7]}"
+    assert not hub_data.has_local("GSM8K", ["train", "test"])
+
+
+def test_local_files_stay_where_the_hub_cannot_be_reached(gsm8k, tmp_path):
+    put(tmp_path, "GSM8K", train=[gsm8k_row(7)])
+    before = manifest("GSM8K")
+    gsm8k.faults[TRAIN] = [500] * hub.ATTEMPTS
+    with pytest.raises(UserError, match=r"GSM8K: could not get .*give --from-dir=FOLDER again to go on with the local"):
+        fetch("GSM8K", ["train"])
+    assert manifest("GSM8K") == before and load_rows("GSM8K", "train") == [gsm8k_row(7)]
+
+
+def test_local_files_of_one_split_are_kept_while_another_is_fetched(gsm8k, tmp_path):
+    put(tmp_path, "GSM8K", test=[gsm8k_row(1)])
+    fetch("GSM8K", ["train"])
     assert (gsm8k.gets(TRAIN), gsm8k.gets(TEST)) == (1, 0)
     assert load_rows("GSM8K", "test") == [gsm8k_row(1)]
     assert re.fullmatch(

@@ -5,15 +5,18 @@ import json
 import random
 import re
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanochat.calculator import use_calculator
 from nanochat.conversation import conversation_pieces
+from nanochat.paths import task_data_dir
 from nanochat.tasks import text_choice, words
 from nanochat.tasks.arithmetic import TEMPLATES, Arithmetic
 from nanochat.tasks.common import Task
+from nanochat.tasks.customjson import CustomJSON
 from nanochat.tasks.identity import Identity
 from nanochat.tasks.reasoning_gym import ReasoningGym
 from nanochat.tasks.spelling import SimpleSpelling, SpellingBee
@@ -66,6 +69,16 @@ def own_words(conversation: dict[str, Any]) -> list[Hashable]:
     return [question_of(conversation)]
 
 
+def custom_file() -> Path:
+    """A user's file in which each conversation stands twice."""
+    path = task_data_dir() / "mine.jsonl"
+    turns = [[f"Say {number % 1000}.", f"It is {number % 1000}."] for number in range(2000)]
+    roles = ("user", "assistant")
+    lines = [[{"role": role, "content": text} for role, text in zip(roles, turn, strict=True)] for turn in turns]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 # name -> (the task of a split, what identifies an item of it)
 TASKS: dict[str, tuple[Callable[..., Task], Callable[[dict[str, Any]], list[Hashable]]]] = {
     "SimpleSpelling": (lambda split: SimpleSpelling(split, "pydocs", SIZE), spelled_word),
@@ -74,6 +87,7 @@ TASKS: dict[str, tuple[Callable[..., Task], Callable[[dict[str, Any]], list[Hash
     "Arithmetic, small": (lambda split: Arithmetic(split, SIZE, steps=1, largest=9), template_and_numbers),
     "TextChoice": (lambda split: TextChoice(split, "pydocs"), passage),
     "Identity": (Identity, all_questions),
+    "FILE.jsonl": (lambda split: CustomJSON(custom_file(), split), own_words),
     "reasoning-gym": (lambda split: ReasoningGym("few_sums", split, SIZE), own_words),
     "reasoning-gym, many": (lambda split: ReasoningGym("chain_sum", split, SIZE), own_words),
 }

@@ -4,12 +4,13 @@ import importlib.util
 import random
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from nanochat.conversation import conversation_pieces
 from nanochat.errors import UserError
-from nanochat.tasks.reasoning_gym import INSTALL, ReasoningGym
+from nanochat.tasks.reasoning_gym import HARMLESS, INSTALL, ReasoningGym
 
 
 class Sums:
@@ -48,6 +49,16 @@ class Open(Sums):
         return float(answer == "fine")
 
 
+class Evaluates(Sums):
+    """As the graders of some generators do."""
+
+    graded: ClassVar[list[str]] = []
+
+    def score_answer(self, answer: str, entry: dict) -> float:
+        self.graded.append(answer)
+        return float(eval(answer) == int(entry["answer"]))
+
+
 @pytest.fixture
 def package(monkeypatch) -> None:
     install_stand_in(monkeypatch)
@@ -55,6 +66,7 @@ def package(monkeypatch) -> None:
 
 def install_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     generators = {"chain_sum": Sums, "few_sums": FewSums, "one_sum": OneSum, "open": Open, "composite": Sums}
+    generators |= {"countdown": Evaluates, "codeio": Sums, "simple_integration": Evaluates}
     gym, factory = ModuleType("reasoning_gym"), ModuleType("reasoning_gym.factory")
     gym.create_dataset = lambda name, size, seed: generators[name](size, seed)  # type: ignore[attr-defined]
     factory.DATASETS = dict.fromkeys(generators, SimpleNamespace)  # type: ignore[attr-defined]
@@ -113,10 +125,39 @@ def test_puzzles_without_a_reference_answer(package):
     assert task.evaluate(conversation, "Well: #### fine") and not task.evaluate(conversation, "None")
 
 
+def test_what_a_grader_would_evaluate_must_be_plain_arithmetic(package):
+    task = ReasoningGym("countdown", "test")
+    conversation = task[0]
+    answer = conversation["entry"]["answer"]
+    Evaluates.graded.clear()
+    plain = [answer, f"({answer} + 4) - 2*2", f"{answer}.0 / 1"]
+    assert all(task.evaluate(conversation, f"#### {text}") for text in plain)
+    harmful = [f"int({answer})", f"{answer}+__import__('os').getpid()*0", f"{answer}*1**1", "9**9**9**9", f"{answer}j"]
+    harmful += [f"{answer}{'+0' * 100}", f"[{answer}][0]", f"{answer}\n", "\u0661", ""]
+    texts = [text for text in harmful if text.strip() != answer]
+    assert not any(task.evaluate(conversation, f"#### {text}") for text in texts)
+    assert Evaluates.graded == plain
+
+
+def test_no_number_of_a_billion_digits_is_computed(monkeypatch, package):
+    monkeypatch.setitem(HARMLESS, "countdown", HARMLESS["coin_flip"])
+    task = ReasoningGym("countdown", "test")
+    Evaluates.graded.clear()
+    for text in ("3/8", "0.25", "9.5e-07", "1e999999999", "1/1e999999999"):
+        task.evaluate(task[0], text)
+    assert Evaluates.graded == ["3/8", "0.25", "9.5e-07"]
+
+
+@pytest.mark.parametrize("generator", ["codeio", "simple_integration"])
+def test_generators_that_would_run_code_are_refused(package, generator):
+    with pytest.raises(UserError, match=f"^reasoning-gym/{generator} is refused: .* choose another generator$"):
+        ReasoningGym(generator, "train")
+
+
 def test_unknown_generators(package):
     with pytest.raises(UserError, match=r"no generator 'chainsum'; choose chain_sum"):
         ReasoningGym("chainsum", "train")
-    with pytest.raises(UserError, match=r"no generator 'zzz'; choose chain_sum, few_sums, one_sum, open$"):
+    with pytest.raises(UserError, match=r"no generator 'zzz'; choose chain_sum, countdown, few_sums, one_sum, open$"):
         ReasoningGym("zzz", "train")
     with pytest.raises(UserError, match="no generator 'composite'"):  # it cannot be made from its name
         ReasoningGym("composite", "train")
@@ -131,7 +172,7 @@ def test_absent_package(monkeypatch):
 @pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason=f"the optional package is absent: {INSTALL}"
 )
-@pytest.mark.parametrize("generator", ["leg_counting", "chain_sum", "letter_counting"])
+@pytest.mark.parametrize("generator", ["leg_counting", "chain_sum", "letter_counting", *HARMLESS])
 def test_the_real_package(generator):
     train, test = (ReasoningGym(generator, split, 50) for split in ("train", "test"))
     assert not set(questions(train)) & set(questions(test))

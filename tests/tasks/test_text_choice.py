@@ -90,13 +90,27 @@ def test_the_task(source):  # noqa: F811
 def test_made_once_for_the_same_text(source):  # noqa: F811
     prepare(source)
     path = task_data_dir() / "pydocs" / "text_choice_test.jsonl"
-    before = path.read_text()
-    path.write_text("")
+    before, made = path.read_text(), path.stat()
     prepare(source)
-    assert path.read_text() == ""
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
     put_text(source, documents(150), documents(30, seed=7))
     prepare(source)
-    assert path.read_text() not in ("", before)
+    assert path.read_text() != before
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_damaged_items_are_refused_and_made_again(source, split):  # noqa: F811
+    prepare(source)
+    path = task_data_dir() / "pydocs" / f"text_choice_{split}.jsonl"
+    whole = path.read_bytes()
+    for damage in (lambda: path.write_bytes(whole[:-20]), path.unlink):
+        damage()
+        command = r"`python -m scripts\.chat_data --source=pydocs --tasks=TextChoice`"
+        with pytest.raises(UserError, match=rf"text_choice_{split}\.jsonl absent or damaged: run {command}") as caught:
+            TextChoice(split, source)
+        assert "\n" not in str(caught.value)
+        prepare(source)
+        assert path.read_bytes() == whole
 
 
 def test_absent_items_name_the_command(store):

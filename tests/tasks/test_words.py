@@ -159,9 +159,9 @@ def test_words_are_given_to_one_split_each(source):
 def test_made_once_for_the_same_text(source):
     prepare(source)
     path = task_data_dir() / "pydocs" / "words.txt"
-    path.write_text("marked\n")
+    before = path.stat()
     prepare(source)
-    assert path.read_text() == "marked\n"
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     put_text(source, documents(80, seed=5), documents(1))
     prepare(source)
     assert len(path.read_text().split()) > 500
@@ -188,6 +188,31 @@ def test_unfinished_or_foreign_words_do_not_count(source):
             load_words(source, "train")
     prepare(source)
     assert load_words(source, "test")
+
+
+def test_damaged_words_are_refused_and_made_again(source):
+    prepare(source)
+    path = task_data_dir() / "pydocs" / "words.txt"
+    whole = path.read_bytes()
+    for damage in (lambda: path.write_bytes(whole[:-20]), path.unlink):
+        damage()
+        command = r"`python -m scripts\.chat_data --source=pydocs --tasks=SpellingBee`"
+        with pytest.raises(UserError, match=rf"words\.txt absent or damaged: run {command}") as caught:
+            load_words(source, "test")
+        assert "\n" not in str(caught.value)
+        prepare(source)
+        assert path.read_bytes() == whole
+
+
+def test_markers_that_list_no_files_do_not_count(source):
+    prepare(source)
+    path = task_data_dir() / "pydocs" / "words.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({key: value for key, value in json.loads(whole).items() if key != "files"}))
+    with pytest.raises(UserError, match=r"run `python -m scripts\.chat_data"):
+        load_words(source, "train")
+    prepare(source)
+    assert path.read_text() == whole
 
 
 def test_too_little_text(store):
