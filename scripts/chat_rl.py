@@ -20,7 +20,7 @@ from nanochat.formats import STDERR_SUFFIXES, metric_text
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.paths import checkpoint_dir
 from nanochat.report import write_section
-from nanochat.rollouts import ROWS_AT_ONCE, RolloutLoader, Sampling, check_division, row_width
+from nanochat.rollouts import RolloutLoader, Sampling, check_division, questions_at_once, row_width
 from nanochat.run_folder import Resume, describe_run, earlier_run
 from nanochat.runtime import (
     DeviceType,
@@ -37,7 +37,7 @@ from nanochat.tasks.common import Task
 from nanochat.tracking import NO_WANDB, Tracker
 from nanochat.trainer import Evaluation, TrainingRun, resume, train
 
-MEMORY_ADVICE = "lower --device-batch-size (the result stays the same), or --num-samples or --max-new-tokens"
+MEMORY_ADVICE = "halve --device-batch-size (but for rounding the result stays the same), or lower --max-new-tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Settings:
 
     # ---- the optimizer
     device_batch_size: Annotated[int, whole(gte=1)] = 16
-    """Answers per forward pass on each device."""
+    """Answers per forward and backward pass on each device; 16 times as many are sampled together."""
     init_lr_frac: Annotated[float, real(gte=0)] = 0.05
     """Factor on the learning rates of the stage before."""
     grad_clip: Annotated[float, real(gte=0)] = 1.0
@@ -137,7 +137,7 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_k=settings.top_k or None,
-            batch_size=max(1, ROWS_AT_ONCE // settings.eval_samples),
+            batch_size=questions_at_once(settings.device_batch_size, settings.eval_samples),
             max_problems=settings.eval_questions,
             seed=settings.seed,
         )

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat import rollouts
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -165,3 +166,12 @@ def test_batches_must_divide():
         make_loader(batch=5)
     with pytest.raises(UserError, match="do not divide"):
         make_loader(world=3)
+
+
+def test_answers_do_not_depend_on_how_many_are_sampled_together(monkeypatch):
+    together = steps(make_loader(), 2)
+    monkeypatch.setattr(rollouts, "SAMPLED_PER_ROW", 1)
+    assert rollouts.questions_at_once(4, 4) == 1
+    apart = steps(make_loader(), 2)
+    for one, other in zip(together, apart, strict=True):
+        assert np.allclose(one, other)
