@@ -1,6 +1,7 @@
 """What a task is: a list of conversations with a way to grade answers; slices, mixtures and sequences of them."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ Split = Literal["train", "test"]
 MIXTURE_SEED = 42
 
 
-class Task:
+class Task(ABC):
     """Conversations, by index: `task[i]` for 0 <= i < len(task). A slice of them with start, stop and step.
 
     Subclasses give `num_examples`, `get_example`, and, where answers can be graded, `eval_type` and `evaluate`.
@@ -33,17 +34,18 @@ class Task:
             raise UserError(f"task slice {start}:{stop}:{step}: expected 0 <= start <= stop and step >= 1")
         self.start, self.stop, self.step = start, stop, step
 
+    @abstractmethod
     def num_examples(self) -> int:
         """Items of the whole task, before slicing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_example(self, index: int) -> Conversation:
         """Item `index` of the whole task: the question and, as the last message, the right answer."""
-        raise NotImplementedError
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion`, what the model said (or the letter it chose), answers `conversation`."""
-        raise NotImplementedError
+        """Whether `completion`, what the model said (or the letter it chose), answers `conversation`. Raises UserError
+        for tasks that are only trained on."""
+        raise UserError(f"{self.name or type(self).__name__} has no answers to grade: choose another task")
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """What reinforcement learning is given for `completion`; 1 for a right answer and 0 otherwise."""

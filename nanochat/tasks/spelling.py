@@ -10,6 +10,7 @@ for some letters and not for others, as the text happens to have it, and the fir
 """
 
 import random
+from abc import abstractmethod
 from typing import Any
 
 from nanochat.tasks.arithmetic import call_calculator, right_number
@@ -97,9 +98,9 @@ class WordTask(Task):
         question, answer = self.ask(word, item_rng(self.name, self.split, index))
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
+    @abstractmethod
     def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
         """A question about `word` and the content of its answer."""
-        raise NotImplementedError
 
 
 class SimpleSpelling(WordTask):

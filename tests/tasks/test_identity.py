@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from nanochat.errors import UserError
 from nanochat.tasks.identity import DATA, Identity, own_questions
 
 LINES = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
@@ -77,5 +78,5 @@ def test_not_graded_but_sliceable():
     task = Identity("train")
     assert task.eval_type is None and not task.published and task.source == "written for this project"
     assert Identity("train", start=2, stop=10, step=4)[1] == task[6]
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(UserError, match="Identity has no answers to grade"):
         task.evaluate(task[0], "I am nanochat.")
