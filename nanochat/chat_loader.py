@@ -45,9 +45,10 @@ class PackedChunk(NamedTuple):
     cut: int
 
 
-def teaches(targets: np.ndarray) -> bool:
-    """Whether there is a single target in them."""
-    return bool((targets != IGNORED).any())
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order in which an epoch goes through `count` items."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class ChatPacker:
@@ -65,14 +66,12 @@ class ChatPacker:
         self.tokenizer, self.task, self.sequence_len = tokenizer, task, sequence_len
         self.packing, self.loss_on, self.seed = packing, loss_on, seed
         self.per_epoch = -(-len(task) // CHUNK)
-        self._order = lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng((self.seed, epoch)).permutation(len(self.task))
-        )
 
     def chunk(self, number: int) -> PackedChunk:
         """Chunk `number`, counted through all epochs."""
         epoch, within = divmod(number, self.per_epoch)
-        return self.pack(self._order(epoch)[within * CHUNK : (within + 1) * CHUNK].tolist(), number)
+        order = epoch_order(self.seed, epoch, len(self.task))
+        return self.pack(order[within * CHUNK : (within + 1) * CHUNK].tolist(), number)
 
     def pack(self, items: list[int], key: int = 0) -> PackedChunk:
         """These conversations of the task; best-fit rows in an order drawn from `key`."""
@@ -165,7 +164,7 @@ class ChatLoader:
         rows = self._rows()
         while True:
             step = [next(rows) for _ in range(self.rows_per_step)]
-            teaching = any(teaches(row[1]) for row in step)
+            teaching = any((row[1] != IGNORED).any() for row in step)
             mine = step[self.rank :: self.world_size]
             for first in range(0, len(mine), self.device_batch_size):
                 piece = mine[first : first + self.device_batch_size]

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 
@@ -130,8 +130,18 @@ def inherit(settings: ChatTrainSettings, recipe: dict[str, Any], world_size: int
     return new
 
 
-def plan_steps(settings: ChatTrainSettings, rows: int, rows_per_step: int) -> int:
-    """Optimizer steps. Raises UserError when there is nothing to do."""
+class Horizon(Protocol):
+    """The settings that say how long to train."""
+
+    @property
+    def num_epochs(self) -> float: ...
+
+    @property
+    def num_iterations(self) -> int: ...
+
+
+def plan_steps(settings: Horizon, rows: int, rows_per_step: int) -> int:
+    """Optimizer steps for data of so many rows (or questions). Raises UserError when there is nothing to do."""
     if settings.num_iterations > 0:
         return settings.num_iterations
     if settings.num_epochs <= 0:

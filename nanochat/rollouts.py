@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat.chat_loader import epoch_order
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.loss import IGNORED
@@ -139,7 +140,7 @@ class RolloutLoader:
 
     def _question(self, place: int) -> int:
         epoch, within = divmod(place, len(self.task))
-        return int(np.random.default_rng((self.seed, epoch)).permutation(len(self.task))[within])
+        return int(epoch_order(self.seed, epoch, len(self.task))[within])
 
     def _answer(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
         """The answers to each question, with their rewards; as many at a time as the device batch allows."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from nanochat import checkpoint
 from nanochat import settings as settings_module
 from nanochat.chat_eval import evaluate_generative
-from nanochat.chat_train import RATES
+from nanochat.chat_train import RATES, plan_steps
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.formats import STDERR_SUFFIXES, metric_text
@@ -114,15 +114,6 @@ def question_task(name: str, split: Literal["train", "test"], source: str | None
     return task
 
 
-def plan_steps(settings: Settings, questions: int) -> int:
-    """Optimizer steps. Raises UserError when there is nothing to do."""
-    if settings.num_iterations > 0:
-        return settings.num_iterations
-    if settings.num_epochs <= 0:
-        raise UserError("no horizon: give --num-iterations or --num-epochs above 0")
-    return max(1, round(settings.num_epochs * questions / settings.questions_per_step))
-
-
 def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int], dict[str, float]]:
     """step -> share of test questions with a right answer among k samples, for k = 1, 2, 4, … eval_samples, with its
     standard error over the questions."""
@@ -158,7 +149,7 @@ def main(settings: Settings) -> None:
     recipe = checkpoint.recipe(parent)
     check_division(settings.questions_per_step, settings.num_samples, settings.device_batch_size, world_size)
     questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))
-    num_iterations = plan_steps(settings, len(questions))
+    num_iterations = plan_steps(settings, len(questions), settings.questions_per_step)
     width = row_width(tokenizer, questions, settings.max_new_tokens, model.config.sequence_len)
     rows = settings.questions_per_step * settings.num_samples
     print0(f"{questions.name}: {len(questions):,} questions ({questions.source}), {len(test):,} to test on")
