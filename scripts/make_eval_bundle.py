@@ -43,8 +43,11 @@ def main(settings: Settings) -> None:
     print(f"{bundle.name}: {items:,} items in {target}")
     rows = [[task.label, task.kind, task.num_fewshot, len(task.items), task.baseline] for task in bundle.tasks]
     table = {"title": bundle.name, "columns": ["Task", "Kind", "Shots", "Items", "Guessing %"], "rows": rows}
+    recorded = settings_module.as_dict(settings)
+    if settings.from_dir is not None:
+        del recorded["source"]  # nothing was made from it, and the report's title names the sources that were used
     section = {
-        "settings": settings_module.as_dict(settings),
+        "settings": recorded,
         "metrics": {"tasks": len(rows), "items": items},
         "tables": [table],
         "synthetic": bundle.kind != "published",

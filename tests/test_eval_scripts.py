@@ -118,6 +118,7 @@ def test_a_published_bundle_is_never_replaced_by_a_generated_one(trained, tmp_pa
     (origin / "eval_data" / "copa.jsonl").write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n')
     make_eval_bundle.main(make_eval_bundle.Settings(from_dir=origin))
     assert load_bundle(tmp_path / "eval_bundle").kind == "published"
+    assert "source" not in section("eval_bundle")["settings"]  # the report's title would name it as used
     make_eval_bundle.main(make_eval_bundle.Settings(source=trained))
     assert load_bundle(tmp_path / "eval_bundle").kind == "published"
     assert "kept" in capsys.readouterr().out
