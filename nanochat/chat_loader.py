@@ -2,8 +2,9 @@
 
 The order. Each epoch shuffles the conversations by (seed, epoch) and takes them CHUNK at a time; every chunk is packed
 by itself into rows. The rows of all chunks, one after the other, are the global sequence; rank r of W takes rows r,
-r + W, … of every global batch. So every number of ranks sees the same batches, each conversation comes once an epoch,
-and the state is two integers: the chunk, and the rows of it that have been used.
+r + W, … of every global batch, and rows of filler where that does not come out even or leaves nothing (see
+batching.py). So every number of ranks sees the same batches, each conversation comes once an epoch, and the state is
+two integers: the chunk, and the rows of it that have been used.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from nanochat.batching import even_batches
 from nanochat.dataloader import PREFETCH_BATCHES, Batch
 from nanochat.errors import UserError
 from nanochat.loss import IGNORED
@@ -118,7 +120,11 @@ class ChatPacker:
 
 
 class ChatLoader:
-    """Endless micro-batches for one rank, prepared ahead in a thread. `state_dict()` between optimizer steps."""
+    """Endless micro-batches for one rank, prepared ahead in a thread. `state_dict()` between optimizer steps.
+
+    rows_per_step rows are dealt to world_size ranks, of any number, in batches_per_step micro-batches of at most
+    device_batch_size rows (the attribute says how many it came to); see batching.plan_batch.
+    """
 
     def __init__(
         self,
@@ -130,10 +136,10 @@ class ChatLoader:
         world_size: int = 1,
         state: dict[str, Any] | None = None,
     ) -> None:
-        assert rows_per_step % (device_batch_size * world_size) == 0, "see trainer.accumulation_steps"
-        self.packer, self.rows_per_step, self.device_batch_size = packer, rows_per_step, device_batch_size
+        self.packer, self.rows_per_step = packer, rows_per_step
         self.device, self.rank, self.world_size = torch.device(device), rank, world_size
-        self.batches_per_step = rows_per_step // (device_batch_size * world_size)
+        rows_of_first = -(-rows_per_step // world_size)  # no rank has more, and all make as many batches
+        self.batches_per_step, self.device_batch_size = even_batches(rows_of_first, device_batch_size)
         self._order = {"seed": packer.seed, "conversations": len(packer.task), "sequence_len": packer.sequence_len}
         self._chunk, self._taken = self._check(state)
         self._rows_of_chunk = 1
@@ -162,14 +168,25 @@ class ChatLoader:
         """This rank's micro-batches (inputs, targets), with what is said of the step that each belongs to: whether any
         rank has a target in it, and the position after it."""
         rows = self._rows()
+        size = self.device_batch_size
         while True:
             step = [next(rows) for _ in range(self.rows_per_step)]
             teaching = any((row[1] != IGNORED).any() for row in step)
             mine = step[self.rank :: self.world_size]
-            for first in range(0, len(mine), self.device_batch_size):
-                piece = mine[first : first + self.device_batch_size]
-                inputs, targets = (torch.from_numpy(np.stack([row[i] for row in piece])) for i in (0, 1))
+            for first in range(0, self.batches_per_step * size, size):
+                inputs, targets = self._fill(mine[first : first + size])
                 yield inputs, targets, teaching, step[-1][2]
+
+    def _fill(
+        self, rows: list[tuple[np.ndarray, np.ndarray, tuple[int, int, int]]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(inputs, targets) of a micro-batch: these rows, then filler."""
+        shape = (self.device_batch_size, self.packer.sequence_len)
+        inputs = torch.full(shape, self.packer.tokenizer.get_bos_token_id(), dtype=torch.int32)
+        targets = torch.full(shape, IGNORED, dtype=torch.int32)
+        for i, row in enumerate(rows):
+            inputs[i], targets[i] = torch.from_numpy(row[0]), torch.from_numpy(row[1])
+        return inputs, targets
 
     def next_batch(self) -> Batch:
         """The next (device_batch_size, sequence_len) micro-batch. Raises what the background thread ran into."""

@@ -3,10 +3,13 @@
 The order. Each epoch shuffles the row groups of all train shards by (seed, epoch) and cuts them into units of about
 128 documents. Unit number u, counted through all epochs, belongs to stream u mod S, where S is the number of rows in
 one global batch: row i of every batch comes from stream i. A stream packs each of its units by itself and hands out
-the rows one by one. Ranks own whole streams. So 1, 2 or 8 ranks see the same global batches, every document is read
-once per epoch by exactly one rank, and no rank can starve: the unit numbers never end.
+the rows one by one. Ranks own whole streams: rank r of W has streams r, r + W, …, and rows of filler where that does
+not come out even or leaves nothing (see batching.py). So 1, 7 or 1,024 ranks see the same global batches, every
+document is read once per epoch by exactly one rank, and no rank can starve: the unit numbers never end.
 
-The state is three small integers a stream: units begun, rows taken from the last one, and how many it has.
+The state is three small integers a stream: units begun, rows taken from the last one, and how many it has. The step
+alone would not do: how many rows a unit gives shows when it is packed, to its owner only, so whoever resumed would have
+to pack all that came before. Units of a fixed number of rows would make it do, but throw text away.
 """
 
 import os
@@ -21,8 +24,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat.batching import even_batches
 from nanochat.dataset import dataset_bytes, list_shards
 from nanochat.errors import UserError
+from nanochat.loss import IGNORED
 from nanochat.packing import pack_rows
 from nanochat.prefetch import Prefetcher
 from nanochat.shards import open_shard, read_texts
@@ -50,7 +55,7 @@ class Unit(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """inputs and targets (B, T) int64 on the device; targets are the inputs one position later."""
+    """inputs and targets (B, T) int64 on the device; targets are the inputs one position later, or -1 in filler."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -65,26 +70,29 @@ class UnitOrder:
         for path in shards:
             metadata = open_shard(path).metadata
             self.row_groups += [(path, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
-        documents = sum(count for _, _, count in self.row_groups)
+        counts = np.array([count for _, _, count in self.row_groups], dtype=np.int64)
+        documents = int(counts.sum())
         if not documents:
             raise UserError(f"no documents in {len(shards)} shard(s); get data with `python -m nanochat.dataset`")
         # Little data: smaller units, so that the streams share an epoch instead of one of them reading it all.
         self.unit_documents = int(np.clip(documents // (4 * streams), 16, UNIT_DOCUMENTS))
-        self.per_epoch = sum(-(-count // self.unit_documents) for _, _, count in self.row_groups)
+        self._units = -(-counts // self.unit_documents)  # in each row group
+        self.per_epoch = int(self._units.sum())
         self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
 
-    def _shuffled_epoch(self, epoch: int) -> list[Unit]:
+    def _shuffled_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(row groups in the order of this epoch, its units up to the end of each). The units themselves are made when
+        asked for: the two million of an epoch of 5,000 shards would cost each rank 9 s and 0.7 GB."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.row_groups))
-        units: list[Unit] = []
-        for index in order:
-            path, group, count = self.row_groups[index]
-            for start in range(0, count, self.unit_documents):
-                stop = min(start + self.unit_documents, count)
-                units.append(Unit(path, group, start, stop, (self.seed, epoch, len(units))))
-        return units
+        return order, np.cumsum(self._units[order])
 
     def __getitem__(self, number: int) -> Unit:
-        return self._epoch(number // self.per_epoch)[number % self.per_epoch]
+        epoch, within = divmod(number, self.per_epoch)
+        order, ends = self._epoch(epoch)
+        place = int(np.searchsorted(ends, within, side="right"))
+        path, group, count = self.row_groups[order[place]]
+        start = int(within - ends[place] + self._units[order[place]]) * self.unit_documents
+        return Unit(path, group, start, min(start + self.unit_documents, count), (self.seed, epoch, within))
 
 
 class _Packer:
@@ -114,9 +122,9 @@ class _Packer:
 class _Stream:
     """One row of every global batch: its units number s, s+S, s+2S, …, each packed ahead of its use."""
 
-    def __init__(self, loader: "TrainLoader", number: int, begun: int, taken: int) -> None:
+    def __init__(self, loader: "TrainLoader", number: int, begun: int, taken: int, count: int) -> None:
         self.loader, self.number = loader, number
-        self.begun, self.taken = begun, taken
+        self.begun, self.taken, self.count = begun, taken, count
         self.rows: np.ndarray | None = None
         self.resumed = self._submit(begun - 1) if begun else None  # not waited for here: all streams encode at once
         self.next_rows = self._submit(begun)
@@ -128,6 +136,11 @@ class _Stream:
     def next(self) -> np.ndarray:
         if self.resumed is not None:
             self.rows, self.resumed = self.resumed.result(), None
+            if len(self.rows) != self.count:
+                raise UserError(
+                    f"cannot resume the data order: documents that filled {self.count} rows now fill {len(self.rows)}; "
+                    "the text or the tokenizer has changed"
+                )
         empty = 0
         while self.rows is None or self.taken == len(self.rows):
             self.rows = self.next_rows.result()  # may be empty: a few short documents need not fill a row
@@ -135,10 +148,7 @@ class _Stream:
             self.next_rows = self._submit(self.begun)
             empty = empty + 1 if len(self.rows) == 0 else 0
             if empty > self.loader.order.per_epoch:
-                raise UserError(
-                    f"too little text: no {self.loader.order.unit_documents} documents fill a row of "
-                    f"{self.loader.sequence_len} tokens; get more data or lower --max-seq-len"
-                )
+                raise too_little_text(self.loader.order, self.loader.sequence_len)
         self.taken += 1
         return self.rows[self.taken - 1]
 
@@ -148,7 +158,11 @@ class _Stream:
 
 
 class TrainLoader:
-    """Endless micro-batches for one rank. Read with `next_batch()`; call `state_dict()` between optimizer steps."""
+    """Endless micro-batches for one rank. Read with `next_batch()`; call `state_dict()` between optimizer steps.
+
+    rows_per_step rows are dealt to world_size ranks, of any number, in batches_per_step micro-batches of at most
+    device_batch_size rows (the attribute says how many it came to); see batching.plan_batch.
+    """
 
     def __init__(
         self,
@@ -163,42 +177,45 @@ class TrainLoader:
         seed: int = 0,
         state: dict[str, Any] | None = None,
     ) -> None:
-        if rows_per_step % (device_batch_size * world_size):
-            raise UserError(
-                f"{rows_per_step} rows a step do not divide into device batches of {device_batch_size} on {world_size} "
-                f"rank(s); change --total-batch-size or --device-batch-size"
-            )
         self.streams, self.seed = rows_per_step, seed
-        self.sequence_len, self.device_batch_size, self.device = sequence_len, device_batch_size, torch.device(device)
+        self.sequence_len, self.device = sequence_len, torch.device(device)
         self.order = UnitOrder(list_shards(source, "train"), seed, rows_per_step)
         self.packer = _Packer(tokenizer, sequence_len + 1)
         threads = max(1, min(8, (os.cpu_count() or 2) // 2))
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self.mine = list(range(rank, rows_per_step, world_size))
-        self.batches_per_step = len(self.mine) // device_batch_size
+        rows_of_first = -(-rows_per_step // world_size)  # no rank has more, and all make as many batches
+        self.batches_per_step, self.device_batch_size = even_batches(rows_of_first, device_batch_size)
         positions = self._check(state)
         self._positions = {number: positions[number] for number in self.mine}
         self._given = 0  # batches handed out of the current step
         self._ahead = Prefetcher(self._batches(), PREFETCH_BATCHES, "dataloader")
 
+    def _expected(self) -> dict[str, int]:
+        """What must be the same for positions to mean the same."""
+        return {"seed": self.seed, "streams": self.streams, "sequence_len": self.sequence_len,
+                "units_per_epoch": self.order.per_epoch}  # fmt: skip
+
     def _check(self, state: dict[str, Any] | None) -> list[tuple[int, int, int]]:
         if state is None:
             return [(0, 0, 1)] * self.streams
-        expected = {"seed": self.seed, "streams": self.streams, "sequence_len": self.sequence_len,
-                    "units_per_epoch": self.order.per_epoch}  # fmt: skip
-        for key, value in expected.items():
+        for key, value in self._expected().items():
             if state[key] != value:
                 raise UserError(f"cannot resume the data order: {key} was {state[key]} and is now {value}")
         return [(begun, taken, rows) for begun, taken, rows in state["positions"]]
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, dict[int, tuple[int, int, int]]]]:
-        """(pinned micro-batch of this rank's streams, their positions after it), for ever."""
-        streams = {number: _Stream(self, number, *self._positions[number][:2]) for number in self.mine}
+        """(pinned micro-batch, first the rows of this rank's streams, then filler; their positions after it), for
+        ever."""
+        streams = {number: _Stream(self, number, *self._positions[number]) for number in self.mine}
         pin = self.device.type == "cuda"
+        shape = (self.device_batch_size, self.packer.row_len)
         while True:
-            for first in range(0, len(self.mine), self.device_batch_size):
+            for first in range(0, self.batches_per_step * self.device_batch_size, self.device_batch_size):
                 numbers = self.mine[first : first + self.device_batch_size]
-                rows = np.stack([streams[n].next() for n in numbers]).astype(np.int32)
+                rows = np.full(shape, self.packer.bos, dtype=np.int32)
+                for row, number in enumerate(numbers):
+                    rows[row] = streams[number].next()
                 batch = torch.from_numpy(rows)
                 yield batch.pin_memory() if pin else batch, {n: streams[n].position() for n in numbers}
 
@@ -209,7 +226,10 @@ class TrainLoader:
         self._given = (self._given + 1) % self.batches_per_step
         rows = rows.to(self.device, non_blocking=True).long()
         # contiguous, as batches of every other kind are: a compiled model is compiled once for each layout
-        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        inputs = rows[:, :-1].contiguous()
+        targets = rows[:, 1:].clone(memory_format=torch.contiguous_format)  # a single row would share its memory
+        targets[len(positions) :] = IGNORED
+        return Batch(inputs, targets)
 
     def state_dict(self) -> dict[str, Any]:
         """Where all streams of all ranks stand (a collective call when distributed)."""
@@ -219,18 +239,12 @@ class TrainLoader:
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, positions)
             positions = {number: position for part in gathered for number, position in part.items()}
-        return {
-            "seed": self.seed,
-            "streams": self.streams,
-            "sequence_len": self.sequence_len,
-            "units_per_epoch": self.order.per_epoch,
-            "positions": [list(positions[number]) for number in range(self.streams)],
-        }
+        return {**self._expected(), "positions": [list(positions[number]) for number in range(self.streams)]}
 
     def epoch(self) -> float:
-        """How often the data have been gone through, from this rank's streams."""
+        """How often the data have been gone through, from this rank's streams (0 where it has none)."""
         units = [begun - 1 + taken / rows for begun, taken, rows in self._positions.values() if begun]
-        return sum(units) / len(self._positions) * self.streams / self.order.per_epoch
+        return sum(units) / max(len(self._positions), 1) * self.streams / self.order.per_epoch
 
     def close(self) -> None:
         """Stop the threads; the loader is of no use afterwards."""
@@ -278,24 +292,49 @@ def target_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Inputs and targets (N, T) as batches, dealt to ranks row by row. The last batch is filled with masked rows
-    (targets -1), so that a compiled model sees one shape only."""
-    for first in range(rank, len(inputs), world_size * device_batch_size):
-        mine = slice(first, first + world_size * device_batch_size, world_size)
-        x = torch.zeros(device_batch_size, inputs.shape[1], dtype=torch.long)
-        y = torch.full_like(x, -1)
+    """Inputs and targets (N, T) as batches of at most device_batch_size rows, dealt to ranks row by row.
+
+    Every rank gives the same number of batches of the same shape, filled with masked rows (targets -1): under sharded
+    parameters a rank that made one forward pass less would leave the others waiting. One shape also means that a model
+    is compiled once.
+    """
+    batches, size = even_batches(-(-len(inputs) // world_size), device_batch_size)
+    for batch in range(batches):
+        first = rank + batch * size * world_size
+        mine = slice(first, first + size * world_size, world_size)
+        x = torch.zeros(size, inputs.shape[1], dtype=torch.long)
+        y = torch.full_like(x, IGNORED)
         count = len(inputs[mine])
         x[:count], y[:count] = (torch.from_numpy(part[mine].astype(np.int64)) for part in (inputs, targets))
         yield Batch(x.to(device), y.to(device))
 
 
-def horizon_in_epochs(tokenizer: Encoder, source: str, sequence_len: int, horizon_tokens: int) -> tuple[float, float]:
+def horizon_in_epochs(
+    tokenizer: Encoder, source: str, sequence_len: int, horizon_tokens: int, rows_per_step: int = 1
+) -> tuple[float, float]:
     """(epochs that a run over horizon_tokens will make, share of tokens cropped by packing), estimated from a sample of
-    up to eight units."""
-    order = UnitOrder(list_shards(source, "train"), seed=0, streams=1)
+    up to eight units.
+
+    Where an epoch has fewer units than a step has rows, the first step alone goes through it more than once, and that
+    is the least. Raises UserError when no row can be filled.
+    """
+    order = UnitOrder(list_shards(source, "train"), seed=0, streams=rows_per_step)
     packer = _Packer(tokenizer, sequence_len + 1)
-    for number in np.linspace(0, order.per_epoch - 1, min(8, order.per_epoch)).astype(int):
-        packer.rows(order[int(number)])
+    sample = np.linspace(0, order.per_epoch - 1, min(8, order.per_epoch)).astype(int).tolist()
+    for number in sample:
+        packer.rows(order[number])
+    if not packer.kept and not any(len(packer.rows(order[number])) for number in range(order.per_epoch)):
+        raise too_little_text(order, sequence_len)
     kept_per_byte = packer.kept / max(packer.text_bytes, 1)
     available = kept_per_byte * dataset_bytes(source, "train")
-    return horizon_tokens / max(available, 1.0), packer.cropped_share()
+    in_first_step = rows_per_step / order.per_epoch
+    epochs = max(horizon_tokens / max(available, 1.0), in_first_step if in_first_step > 1 else 0.0)
+    return epochs, packer.cropped_share()
+
+
+def too_little_text(order: UnitOrder, sequence_len: int) -> UserError:
+    """The error that says so."""
+    return UserError(
+        f"too little text: no {order.unit_documents} documents fill a row of {sequence_len} tokens; get more data or "
+        f"lower --max-seq-len"
+    )

@@ -1,4 +1,5 @@
 from collections import Counter
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from nanochat import chat_loader
 from nanochat.chat_loader import ChatLoader, ChatPacker, evaluation_rows
 from nanochat.errors import UserError
+from nanochat.loss import IGNORED
 from nanochat.tasks.common import Task
 
 BOS = 0
@@ -93,24 +95,77 @@ def test_long_conversations_are_cut_and_counted():
     assert packer("stream", task=Numbers([40, 3])).chunk(0).cut == 0
 
 
-@given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 6), st.sampled_from(["bestfit", "stream"]), st.integers(0, 3))
-@settings(max_examples=20, deadline=None)
-def test_any_number_of_ranks_sees_the_same_batches_and_resumes(world, before, packing, seed):
-    whole = take(ChatLoader(packer(packing, seed=seed), 8, 4), before + 3)
-    parts = []
+class Synchronous:
+    """In place of the Prefetcher: a thousand ranks in one process, one after the other, without a thread for each."""
+
+    def __init__(self, items, size, name):
+        self.items = items
+
+    def get(self):
+        return next(self.items)
+
+    def close(self):
+        pass
+
+
+def all_ranks(source, rows, device_batch, world, steps, state=None):
+    """((inputs, targets), each (steps, rows, T), of all ranks put together, and the state after them)."""
+    merged = [np.full((steps, rows, 16), -2) for _ in range(2)]
+    states = []
     for rank in range(world):
-        first = ChatLoader(packer(packing, seed=seed), 8, 8 // world, rank=rank, world_size=world)
-        for _ in range(before):
-            first.next_batch()
-        state = first.state_dict()
-        first.close()
-        again = ChatLoader(packer(packing, seed=seed), 8, 8 // world, rank=rank, world_size=world, state=state)
-        parts.append(take(again, 3))
-    for i in (0, 1):
-        merged = np.empty_like(whole[i][before:])
-        for rank in range(world):
-            merged[:, rank::world] = parts[rank][i]
-        assert (merged == whole[i][before:]).all()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chat_loader, "Prefetcher", Synchronous)
+            loader = ChatLoader(source, rows, device_batch, rank=rank, world_size=world, state=state)
+        assert loader.device_batch_size <= device_batch
+        for step in range(steps):
+            batches = [loader.next_batch() for _ in range(loader.batches_per_step)]
+            mine = len(range(rank, rows, world))
+            for part, name in zip(merged, ("inputs", "targets"), strict=True):
+                given_out = np.concatenate([getattr(batch, name).numpy() for batch in batches])
+                part[step, rank::world] = given_out[:mine]
+                assert (given_out[mine:] == (BOS if name == "inputs" else IGNORED)).all()
+        states.append((loader.state_dict(), loader.batches_per_step, loader.device_batch_size))
+    assert all(one == states[0] for one in states)
+    return merged, states[0][0]
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(0, 4),
+    st.sampled_from(["bestfit", "stream"]),
+)
+@settings(max_examples=15, deadline=None)
+def test_any_number_of_ranks_sees_the_same_batches_and_resumes(world, world_after, rows, device_batch, before, packing):
+    source = packer(packing)
+    expected, _ = all_ranks(source, rows, rows, 1, before + 2)
+    first, state = all_ranks(source, rows, device_batch, world, before)
+    rest, _ = all_ranks(source, rows, device_batch, world_after, 2, state)
+    for whole, *parts in zip(expected, first, rest, strict=True):
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("world", [3, 6, 7, 48, 56, 100, 127, 1000, 1024])
+def test_any_number_of_ranks_up_to_1024(world, monkeypatch):
+    source = packer()
+    monkeypatch.setattr(source, "chunk", lru_cache(source.chunk))  # each rank packs all of them
+    expected, _ = all_ranks(source, 40, 40, 1, 3)
+    first, state = all_ranks(source, 40, 4, world, 1)
+    rest, _ = all_ranks(source, 40, 4, world, 2, state)
+    for whole, *parts in zip(expected, first, rest, strict=True):
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_threads_give_what_a_plain_loop_gives():
+    expected, _ = all_ranks(packer(), 5, 5, 1, 4)
+    for rank in range(2):
+        inputs, targets = take(ChatLoader(packer(), 5, 2, rank=rank, world_size=2), 4)
+        assert inputs.shape == (4, 4, 16)  # two batches of two, where 3 and 2 rows are real
+        for given_out, whole in zip((inputs, targets), expected, strict=True):
+            np.testing.assert_array_equal(given_out[:, : 3 - rank], whole[:, rank::2])
+        assert (targets[:, 3 - rank :] == IGNORED).all() and (inputs[:, 3 - rank :] == BOS).all()
 
 
 def test_epochs_are_counted():

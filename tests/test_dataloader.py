@@ -6,12 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataset
+from nanochat import dataloader, dataset
 from nanochat.dataloader import TrainLoader, UnitOrder, fixed_rows, horizon_in_epochs
 from nanochat.errors import UserError
+from nanochat.loss import IGNORED
 from nanochat.paths import data_dir
 from tests.processes import run_processes
 
@@ -103,32 +105,127 @@ def test_within_an_epoch_no_token_comes_twice(source):
     data.close()
 
 
-@given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 4), st.integers(0, 3))
-@settings(max_examples=12, deadline=None)
-def test_any_world_size_sees_the_same_global_batches_and_resumes(shared_source, world, before, seed):
-    whole = loader(seed=seed)
-    expected = take_steps(whole, before + 2)
+class Synchronous:
+    """In place of the Prefetcher: a thousand ranks in one process, one after the other, without a thread for each."""
+
+    def __init__(self, items, size, name):
+        self.items = items
+
+    def get(self):
+        return next(self.items)
+
+    def close(self):
+        pass
+
+
+def real_rows(data, steps):
+    """Rows (steps, R, T + 1) of this rank, filler left out once it has been seen to be filler."""
+    out = []
+    for _ in range(steps):
+        kept = []
+        for _ in range(data.batches_per_step):
+            batch = data.next_batch()
+            filler = (batch.targets == IGNORED).all(dim=1)
+            assert batch.inputs.shape == (data.device_batch_size, data.sequence_len)
+            assert (batch.inputs[filler] == 0).all() and (batch.targets[~filler] != IGNORED).all()
+            kept.append(torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)[~filler])
+        out.append(torch.cat(kept))
+    return torch.stack(out).numpy() if out else None
+
+
+def all_ranks(world, steps, state=None, **options):
+    """(rows (steps, R, T + 1) of all ranks put together, the state after them, batches a step) at this world size."""
+    merged, positions, batches = {}, {}, set()
+    for rank in range(world):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dataloader, "Prefetcher", Synchronous)
+            data = loader(rank=rank, world_size=world, state=state, **options)
+        rows = real_rows(data, steps)
+        for i, number in enumerate(range(rank, data.streams, world)):
+            merged[number] = rows[:, i] if steps else None
+        assert not steps or rows.shape[1] == len(range(rank, data.streams, world))
+        positions.update(data._positions)
+        batches.add((data.batches_per_step, data.device_batch_size))
+        data.close()
+    assert sorted(merged) == list(range(data.streams)) and len(batches) == 1
+    state = {**data._expected(), "positions": [list(positions[n]) for n in range(data.streams)]}  # as gathered
+    rows = np.stack([merged[n] for n in range(data.streams)], axis=1) if steps else None
+    return rows, json.loads(json.dumps(state))
+
+
+@given(
+    st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 5), st.integers(0, 4), st.integers(0, 3)
+)
+@settings(max_examples=15, deadline=None)
+def test_any_world_size_sees_the_same_global_batches_and_resumes(
+    shared_source, world, world_after, rows, batch, before, seed
+):
+    expected, _ = all_ranks(1, before + 2, rows=rows, batch=rows, seed=seed)
+    first, state = all_ranks(world, before, rows=rows, batch=batch, seed=seed)
+    rest, _ = all_ranks(world_after, 2, state, rows=rows, batch=batch, seed=seed)
+    again, _ = all_ranks(world, 2, state, rows=rows, batch=batch, seed=seed)
+    if before:
+        np.testing.assert_array_equal(first, expected[:before])
+    np.testing.assert_array_equal(rest, expected[before:])
+    np.testing.assert_array_equal(again, expected[before:])
+
+
+@pytest.mark.parametrize("world", [3, 7, 12, 48, 56, 100, 127, 1000, 1024])
+def test_any_number_of_ranks_up_to_1024(shared_source, world):
+    """More ranks than row groups (there are 23), and than rows where there are more than 40 of them."""
+    expected, _ = all_ranks(1, 3, rows=40, batch=40)
+    first, state = all_ranks(world, 1, rows=40, batch=4)
+    rest, _ = all_ranks(world, 2, state, rows=40, batch=4)
+    np.testing.assert_array_equal(np.concatenate([first, rest]), expected)
+
+
+def test_ranks_of_a_thousand_that_own_a_stream_each(shared_source, synchronous):
+    whole = loader(rows=1024, batch=64)
+    expected = real_rows(whole, 2)
+    for world, rank in [(1024, 0), (1024, 1023), (1000, 3), (1000, 999), (127, 126)]:
+        data = loader(rows=1024, batch=64, rank=rank, world_size=world)
+        np.testing.assert_array_equal(real_rows(data, 2), expected[:, rank::world])
+        data.close()
     whole.close()
-    states, parts = [], []
-    for rank in range(world):
-        data = loader(batch=8 // world, rank=rank, world_size=world, seed=seed)
-        take_steps(data, before)
-        states.append(data.state_dict() if world == 1 else dict(data._positions))
+
+
+def test_threads_give_what_a_plain_loop_gives(shared_source):
+    """The real loader, of three ranks of which two have filler."""
+    whole = loader(rows=4, batch=4)
+    expected = real_rows(whole, 6)
+    whole.close()
+    for rank in range(3):
+        data = loader(rows=4, batch=1, rank=rank, world_size=3)
+        assert data.batches_per_step == 2
+        np.testing.assert_array_equal(real_rows(data, 6), expected[:, rank::3])
         data.close()
-    if world > 1:  # what state_dict gathers over ranks
-        positions = {n: p for part in states for n, p in part.items()}
-        state = {"seed": seed, "streams": 8, "sequence_len": 16, "units_per_epoch": data.order.per_epoch,
-                 "positions": [list(positions[n]) for n in range(8)]}  # fmt: skip
-    else:
-        state = json.loads(json.dumps(states[0]))
+
+
+@pytest.mark.parametrize("world", [1, 7, 64])
+def test_one_row_group_is_split_between_ranks_without_duplicates(tmp_path, monkeypatch, synchronous, world):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    documents = make_documents(1100)
+    write_source([documents[:1024], documents[1024:]], row_group=1024)
+    epoch, step = [], []  # what the ranks' units of the first epoch hold, and what the first step takes
     for rank in range(world):
-        data = loader(batch=8 // world, rank=rank, world_size=world, seed=seed, state=state)
-        parts.append(take_steps(data, 2))
+        data = loader(rows=64, batch=64, rank=rank, world_size=world)
+        assert len(data.order.row_groups) == 1 and data.order.per_epoch == 64  # a unit for each stream
+        for number in data.mine:
+            epoch += data.packer.rows(data.order[number]).ravel().tolist()
+        step += real_rows(data, 1).ravel().tolist()
         data.close()
-    merged = np.empty_like(expected[before:])
-    for rank, part in enumerate(parts):
-        merged[:, rank::world] = part
-    np.testing.assert_array_equal(merged, expected[before:])
+    for tokens in ([token for token in part if token] for part in (epoch, step)):
+        assert len(tokens) == len(set(tokens))
+    assert len(set(epoch)) > 0.8 * sum(map(len, documents[:1024])) and set(step) <= set(epoch)
+
+
+def test_a_rank_of_filler_only_has_a_state_and_an_epoch(shared_source):
+    data = loader(rows=2, batch=4, rank=5, world_size=6)
+    assert data.batches_per_step == data.device_batch_size == 1
+    batch = data.next_batch()
+    assert (batch.targets == IGNORED).all() and (batch.inputs == 0).all()
+    assert data.epoch() == 0 and data._positions == {}
+    data.close()
 
 
 @pytest.fixture(scope="module")
@@ -141,19 +238,24 @@ def shared_source(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture
+def synchronous(monkeypatch):
+    monkeypatch.setattr(dataloader, "Prefetcher", Synchronous)
+
+
 def two_rank_state():
     import torch.distributed as dist
 
-    data = loader(batch=2, rank=dist.get_rank(), world_size=2)
-    rows = take_steps(data, 3)
+    data = loader(rows=5, batch=2, rank=dist.get_rank(), world_size=2)
+    rows = real_rows(data, 3)
     state = data.state_dict()
     data.close()
     return rows, state
 
 
 def test_two_processes_gather_one_state(source):
-    whole = loader()
-    expected = take_steps(whole, 3)
+    whole = loader(rows=5)
+    expected = real_rows(whole, 3)
     (rows0, state0), (rows1, state1) = run_processes(2, two_rank_state)
     assert state0 == state1 == whole.state_dict()
     np.testing.assert_array_equal(rows0, expected[:, 0::2])
@@ -185,12 +287,25 @@ def test_horizon_is_about_right(source):
     assert epochs == pytest.approx(10 / (1 - cropped), rel=0.25)
 
 
-@pytest.mark.parametrize(
-    ("rows", "batch", "world", "message"), [(8, 3, 1, "device batches of 3"), (8, 8, 2, "2 rank")]
-)  # fmt: skip
-def test_rows_that_do_not_divide(source, rows, batch, world, message):
-    with pytest.raises(UserError, match=message):
-        loader(rows, batch, world_size=world)
+def test_horizon_says_when_the_first_step_repeats_documents(source):
+    epochs, _ = horizon_in_epochs(LetterTokenizer(), SOURCE, 16, 100, rows_per_step=8)
+    assert epochs < 0.1
+    units = UnitOrder(dataset.list_shards(SOURCE, "train"), seed=0, streams=64).per_epoch
+    epochs, _ = horizon_in_epochs(LetterTokenizer(), SOURCE, 16, 100, rows_per_step=64)
+    assert epochs == pytest.approx(64 / units) and epochs > 1
+
+
+def test_resume_with_text_that_packs_differently_is_refused(source):
+    data = loader()
+    for _ in range(3 * data.batches_per_step):
+        data.next_batch()
+    state = data.state_dict()
+    data.close()
+    state["positions"][1][2] += 1
+    data = loader(state=state)
+    with pytest.raises(UserError, match="cannot resume the data order: documents that filled"):
+        data.next_batch()
+    data.close()
 
 
 def test_resume_with_other_data_or_seed_is_refused(source):
@@ -220,5 +335,7 @@ def test_too_little_text_says_so_instead_of_spinning(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="too little text"):
         data.next_batch()
     data.close()
+    with pytest.raises(UserError, match="too little text"):  # before training starts
+        horizon_in_epochs(LetterTokenizer(), SOURCE, 16, 100, rows_per_step=8)
     with pytest.raises(UserError, match="val split"):
         fixed_rows(LetterTokenizer(), SOURCE, "val", 16)
