@@ -1,12 +1,16 @@
-"""Atomic checkpoints: weights, optimizer state and everything needed to go on exactly.
+"""Checkpoints on disk: what lies where, how it is read, exported and thrown away (nanochat.saver writes them).
 
-    checkpoints/<stage>/<tag>/step_000123/model.safetensors   weights, fp32, whole
-                                          state/              optimizer state (torch.distributed.checkpoint)
+    checkpoints/<stage>/<tag>/step_000123/state/              weights (fp32) and optimizer state, in parts
+                                                              (torch.distributed.checkpoint): model.<name>,
+                                                              optimizer.<name>.<kind>
+                                          model.safetensors   the weights in one file: of a run's last step, or exported
                                           meta.json           settings, model config, loop, loader and RNG state
                                           COMMITTED           written last: without it nothing here exists for a reader
     checkpoints/<stage>/<tag>/COMPLETE                        the run that writes here has reached its last step
 
-The optimizer state lies under parameter names, so any number of ranks can take it up.
+Every tensor lies under its name and its place in the whole, so any number of ranks can take it up, in any layout.
+
+    python -m nanochat.checkpoint export --stage=base --tag=d12 --out=d12.safetensors
 """
 
 import hashlib
@@ -14,24 +18,23 @@ import json
 import random
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import nn
 
+from nanochat import settings
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, slug
-from nanochat.runtime import barrier, compute_dtype, print0
+from nanochat.runtime import compute_dtype, print0
 from nanochat.shards import replacing
+from nanochat.tensor_files import damaged, read_file, read_parts, write_file
 
 if TYPE_CHECKING:
     from nanochat.tokenizer import RustBPETokenizer
@@ -44,7 +47,7 @@ STAGE_SCRIPTS = {
     "rl": "scripts.chat_rl",
 }
 COMPLETE = "COMPLETE"  # file beside the steps of a run that has reached its last one
-FORMAT = 1  # of meta.json and the layout; raised when old readers could not read new checkpoints
+FORMAT = 2  # of meta.json and the layout; raised when old readers could not read new checkpoints
 
 
 def step_dir(folder: Path, step: int) -> Path:
@@ -58,69 +61,16 @@ def committed_steps(folder: Path) -> list[int]:
 
 
 def save(folder: Path, step: int, model: GPT, optimizer: MuonAdamW | None, meta: dict[str, Any]) -> Path:
-    """Write the checkpoint of `step` (every rank calls this) and return its folder.
+    """Write one checkpoint, model.safetensors included, and wait for it (every rank calls this). Returns its folder."""
+    from nanochat.saver import Saver  # which builds on this module
 
-    It is written under another name and renamed when whole, so that a full disk or a kill leaves the earlier ones as
-    they were. meta must be JSON-able; the RNG state of every rank is added here.
-    """
-    distributed = dist.is_initialized() and dist.get_world_size() > 1
-    rank = dist.get_rank() if distributed else 0
-    target = step_dir(folder, step)
-    partial = folder / f".partial_{step:06d}"
-    rng: list[Any] = [rng_state()]
-    if distributed:
-        rng = [None] * dist.get_world_size()
-        dist.all_gather_object(rng, rng_state())
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
+    saver = Saver(folder, model, optimizer, keep_last=1_000_000)
     try:
-        _check_space(folder, model, optimizer)
-        if optimizer is not None:
-            import torch.distributed.checkpoint as dcp  # takes 3 s: only for those who train
-
-            with _no_lone_process_warning():
-                dcp.save(optimizer.named_state(), checkpoint_id=str(partial / "state"), no_dist=not distributed)
-        if rank == 0:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-            save_file(weights, partial / "model.safetensors")
-            steps = optimizer.num_steps if optimizer is not None else 0
-            document = {"format": FORMAT, "step": step, "optimizer_steps": steps, **meta, "rng": rng}
-            (partial / "meta.json").write_text(json.dumps(document, indent=1) + "\n")
-            (partial / "COMMITTED").touch()
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-    except SafetensorError as error:  # how a full disk shows from inside safetensors
-        raise UserError(f"cannot write {partial}: {error}; free some space and run again with --resume=auto") from None
+        saver.save(step, meta, last=True)
+        saver.wait()
     finally:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-    barrier()
-    return target
-
-
-def _check_space(folder: Path, model: GPT, optimizer: MuonAdamW | None) -> None:
-    """Raise UserError when the checkpoint will not fit: what a full disk raises from inside the writers is anything
-    from OSError to a RuntimeError about an archive."""
-    ranks = optimizer.world if optimizer is not None else 1
-    state = optimizer.named_state().values() if optimizer is not None else []
-    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in state]
-    needed = sum(tensor.nbytes for tensor in model.state_dict().values()) + ranks * sum(t.nbytes for t in local)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"disk full: the checkpoint needs {needed / 1e6:,.0f} MB and {folder} has {free / 1e6:,.0f} MB left; free "
-            "some space and run again with --resume=auto"
-        )
-
-
-@contextmanager
-def _no_lone_process_warning() -> Iterator[None]:
-    """torch warns at each save and load that it takes a process without a group for a lone one; here it is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        saver.close()
+    return step_dir(folder, step)
 
 
 def rng_state() -> dict[str, Any]:
@@ -157,51 +107,57 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
         meta = json.loads(path.read_text())
         newer = meta["format"] > FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     if newer:
         raise UserError(f"{path} has format {meta['format']}, this program reads {FORMAT}: update the program")
     return meta
 
 
-def _damaged(path: Path, error: BaseException) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return UserError(f"{path} is damaged ({reason}); delete the folder {path.parent} and use an earlier step")
+def load_weights(folder: Path, step: int, model: nn.Module) -> None:
+    """Fill `model` in place, on any device; where its weights are DTensors, each rank reads the rows that it holds.
 
-
-def load_weights(folder: Path, step: int, model: GPT, device: torch.device) -> None:
-    """Fill `model` in place. Raises UserError for files that are damaged or belong to another model."""
+    Ranks read on their own, without communication. Raises UserError for files that are damaged or belong to another
+    model.
+    """
     path = step_dir(folder, step) / "model.safetensors"
-    try:
-        weights = load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, tensor in weights.items():
-        if wanted.get(name) != tuple(tensor.shape):
-            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, the model has {wanted.get(name)}")
-    if missing := wanted.keys() - weights.keys():
-        raise UserError(f"{path} lacks {', '.join(sorted(missing)[:3])} of {len(missing)} weights")
-    model.load_state_dict(weights)
+    weights = model.state_dict()
+    if path.exists():
+        read_file(path, weights)
+    else:
+        read_parts(path.with_name("state"), "model.", weights)
 
 
 def load_optimizer(folder: Path, step: int, optimizer: MuonAdamW, num_steps: int) -> None:
-    """Fill the optimizer's state in place (every rank calls this; the number of ranks may differ from the writer's)."""
-    import torch.distributed.checkpoint as dcp
-
-    path = step_dir(folder, step) / "state"
-    no_dist = not (dist.is_initialized() and dist.get_world_size() > 1)
-    try:
-        with _no_lone_process_warning():
-            dcp.load(optimizer.named_state(), checkpoint_id=str(path), no_dist=no_dist)
-    except (OSError, RuntimeError, ValueError, EOFError, dcp.api.CheckpointException) as error:
-        raise _damaged(path, error) from None
+    """Fill the optimizer's state in place (the number of ranks and the layout may differ from the writer's)."""
+    read_parts(step_dir(folder, step) / "state", "optimizer.", optimizer.named_state(), leftover=True)
     optimizer.num_steps = num_steps
+
+
+def export(folder: Path, step: int, out: Path | None = None) -> Path:
+    """Write the weights of one checkpoint as a single safetensors file (default: into its folder); returns its path.
+
+    Holds one tensor at a time, on the CPU. Raises UserError when there is no such checkpoint or it is damaged.
+    """
+    read_meta(folder, step)
+    path = step_dir(folder, step)
+    out = out or path / "model.safetensors"
+    write_file(path / "state", out)
+    return out
 
 
 def load_model(
     stage: str, device: torch.device, tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, "RustBPETokenizer", dict[str, Any]]:
-    """(model in evaluation mode, its tokenizer, meta) of a training stage's checkpoint.
+    """(whole model in evaluation mode, its tokenizer, meta) of a training stage's checkpoint; see find_model."""
+    model, tokenizer, meta = find_model(stage, device, tag, step)
+    fill_model(model, device, meta)
+    return model.eval(), tokenizer, meta
+
+
+def find_model(
+    stage: str, device: torch.device, tag: str | None = None, step: int | None = None
+) -> tuple[GPT, "RustBPETokenizer", dict[str, Any]]:
+    """(model without memory yet, to be cut over ranks or not and then filled; its tokenizer; meta) of a checkpoint.
 
     Without a tag the stage's newest run, without a step its last checkpoint. Raises UserError when there is none, when
     files are damaged, or when the tokenizer in the store is not the one the model was trained with.
@@ -219,11 +175,16 @@ def load_model(
         )
     with torch.device("meta"):
         model = GPT(GPTConfig(**meta["model_config"]), compute_dtype(device))
+    return model, tokenizer, {**meta, "stage": stage, "step": step, "tag": folder.name, "identity": identity(folder, step)}
+
+
+def fill_model(model: GPT, device: torch.device, meta: dict[str, Any]) -> None:
+    """Give the model of find_model its memory and its weights; each rank reads what it holds of them."""
+    folder = checkpoint_dir(meta["stage"], meta["tag"])
     model.to_empty(device=device)
-    load_weights(folder, step, model, device)
+    load_weights(folder, meta["step"], model)
     model.init_buffers()
-    print0(f"loaded {step_dir(folder, step)}")
-    return model.eval(), tokenizer, {**meta, "tag": folder.name, "identity": identity(folder, step)}
+    print0(f"loaded {step_dir(folder, meta['step'])}")
 
 
 def identity(folder: Path, step: int) -> str:
@@ -265,13 +226,20 @@ def mark_complete(folder: Path) -> None:
         temporary.touch()
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (rank 0). COMMITTED goes first: half a folder is never read."""
+def prune(folder: Path, keep_last: int, keep_every: int = -1) -> None:
+    """Delete all checkpoints but the newest `keep_last` and those of every `keep_every`-th step (if > 0); rank 0."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return
-    for step in committed_steps(folder)[:-keep]:
-        (step_dir(folder, step) / "COMMITTED").unlink()
-        shutil.rmtree(step_dir(folder, step))
+    for step in committed_steps(folder)[:-keep_last]:
+        if keep_every <= 0 or step % keep_every:
+            discard(step_dir(folder, step))
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete one checkpoint, if it is there. COMMITTED goes first: half a folder is never read."""
+    (checkpoint / "COMMITTED").unlink(missing_ok=True)
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
 
 
 def set_aside(folder: Path) -> Path:
@@ -281,3 +249,32 @@ def set_aside(folder: Path) -> Path:
         number += 1
     folder.rename(target)
     return target
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Write the weights of a checkpoint as one safetensors file, for other programs."""
+
+    action: Literal["export"] = "export"
+    """export: the only one"""
+    _: KW_ONLY
+    stage: Literal["base", "mid", "sft", "rl"] = "base"
+    """training stage that made the checkpoint"""
+    tag: str | None = None
+    """run of that stage; by default the newest"""
+    step: Annotated[int, settings.whole(gte=-1)] = -1
+    """step of the checkpoint; -1: the last"""
+    out: Path | None = None
+    """file to write; by default model.safetensors in the folder of the checkpoint"""
+
+
+def main(asked: Settings) -> None:
+    """Export, and say where to."""
+    folder = _find_folder(asked.stage, asked.tag)
+    step = asked.step if asked.step >= 0 else committed_steps(folder)[-1]
+    out = export(folder, step, asked.out)
+    print(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
+
+
+if __name__ == "__main__":
+    settings.run(main, Settings)

@@ -1,5 +1,6 @@
 """Run a function in several gloo processes, for tests of what is distributed."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -16,7 +17,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _child(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results) -> None:
+def _child(
+    rank: int,
+    world_size: int,
+    port: int,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    results,
+) -> None:
+    os.environ.clear()  # it is that of the server, which may be older than the test
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -29,10 +40,17 @@ def _child(rank: int, world_size: int, port: int, function: Callable[..., Any], 
         dist.destroy_process_group()
 
 
+# The processes of a test are forked from one server that has imported what takes seconds, instead of each importing it.
+multiprocessing.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "nanochat.gpt"]
+)
+
+
 def run_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Results of `function(*args)` (a module-level function; plain Python or numpy results) by rank."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
     with context.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_child, (world_size, free_port(), function, args, results), nprocs=world_size, join=True)
+        about = (world_size, free_port(), dict(os.environ), function, args, results)
+        mp.start_processes(_child, about, nprocs=world_size, join=True, start_method="forkserver")
         return [results[rank] for rank in range(world_size)]

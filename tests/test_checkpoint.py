@@ -1,10 +1,13 @@
 import json
-import shutil
+import runpy
+import sys
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from nanochat import checkpoint
+from nanochat import checkpoint, tensor_files
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import checkpoint_dir, tokenizer_dir
@@ -73,7 +76,7 @@ def test_optimizer_state_returns_under_its_names(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("meta.json", b"{"), ("meta.json", b"[]"), ("model.safetensors", b"garbage"), ("model.safetensors", None)],
+    [("meta.json", b"{"), ("meta.json", b"[]"), ("model.safetensors", b"garbage"), ("meta.json", None)],
 )
 def test_damaged_files_are_one_line_errors(tokenizer, name, content):
     path = save("a", 3, small(), tokenizer) / name
@@ -83,9 +86,18 @@ def test_damaged_files_are_one_line_errors(tokenizer, name, content):
 
 
 def test_truncated_weights_and_state(tokenizer, tmp_path):
-    path = save("a", 3, small(), tokenizer) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(UserError, match="damaged"):
+    path = save("a", 3, small(), tokenizer)
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        checkpoint.load_model("base", torch.device("cpu"))
+    weights.unlink()
+    for file in (path / "state").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(UserError, match="state is damaged"):
+        checkpoint.load_model("base", torch.device("cpu"))
+    (path / "state" / ".metadata").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="state is damaged"):
         checkpoint.load_model("base", torch.device("cpu"))
     model = small()
     optimizer = model.setup_optimizer()
@@ -94,6 +106,93 @@ def test_truncated_weights_and_state(tokenizer, tmp_path):
         file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(UserError, match="state is damaged"):
         checkpoint.load_optimizer(tmp_path / "x", 1, optimizer, 1)
+
+
+def test_weights_come_from_the_parts_where_there_is_no_single_file(tokenizer):
+    model = small()
+    (save("a", 3, model, tokenizer) / "model.safetensors").unlink()
+    loaded, _, _ = checkpoint.load_model("base", torch.device("cpu"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+@pytest.mark.parametrize("single_file", [True, False])
+def test_weights_of_another_model_are_refused(tokenizer, tmp_path, single_file):
+    folder = tmp_path / "x"
+    path = checkpoint.save(folder, 1, small(), None, {})
+    if not single_file:
+        (path / "model.safetensors").unlink()
+    deeper, shallower = (
+        GPT(GPTConfig(sequence_len=16, vocab_size=270, n_layer=n, n_head=1, n_kv_head=1, n_embd=16)) for n in (2, 0)
+    )
+    with pytest.raises(UserError, match=r"lacks 6 tensors: .*, \.\.\."):
+        checkpoint.load_weights(folder, 1, deeper)
+    with pytest.raises(UserError, match=r"h\.0\..* is \(.*, 16\), the model has None"):
+        checkpoint.load_weights(folder, 1, shallower)
+    other = GPT(GPTConfig(sequence_len=16, vocab_size=270, n_layer=1, n_head=1, n_kv_head=1, n_embd=32))
+    with pytest.raises(UserError, match=r"weight is \(.*\), the model has \(.*32.*\)"):
+        checkpoint.load_weights(folder, 1, other)
+
+
+def test_state_of_another_optimizer_is_refused(tmp_path):
+    model = small()
+    checkpoint.save(tmp_path / "x", 1, model, None, {})
+    with pytest.raises(UserError, match=r"state lacks .* tensors: optimizer"):
+        checkpoint.load_optimizer(tmp_path / "x", 1, model.setup_optimizer(), 1)
+
+
+def test_export_equals_what_safetensors_itself_writes(tokenizer, tmp_path):
+    model = small()
+    path = save("a", 3, model, tokenizer)
+    written_at_once = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").unlink()
+    assert checkpoint.export(path.parent, 3) == path / "model.safetensors"
+    assert (path / "model.safetensors").read_bytes() == written_at_once
+    out = checkpoint.export(path.parent, 3, tmp_path / "out.safetensors")
+    save_file(dict(model.state_dict()), tmp_path / "reference.safetensors")
+    ours, reference = load_file(out), load_file(tmp_path / "reference.safetensors")
+    assert ours.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert ours[name].dtype == torch.float32 and torch.equal(ours[name], tensor)
+    with pytest.raises(UserError, match="there are: step 3"):
+        checkpoint.export(path.parent, 4)
+
+
+def test_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    model = torch.nn.ParameterList([torch.randn(128, 128) for _ in range(32)])
+    path = checkpoint.save(tmp_path / "x", 1, model, None, {})
+    alive, most = [], []
+    empty = torch.empty
+
+    def counted(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        alive.append(weakref.ref(tensor))
+        most.append(sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(tensor_files.torch, "empty", counted)
+    checkpoint.export(tmp_path / "x", 1, tmp_path / "out")
+    assert len(most) >= 32 and max(most) <= 2  # the next is made while the last still has its name
+    assert (tmp_path / "out").read_bytes() == (path / "model.safetensors").read_bytes()
+
+
+def command_line(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["checkpoint", *words])
+    monkeypatch.delitem(sys.modules, "nanochat.checkpoint", raising=False)  # which it would warn of
+    runpy.run_module("nanochat.checkpoint", run_name="__main__")
+
+
+def test_export_from_the_command_line(tokenizer, tmp_path, monkeypatch, capsys):
+    path = save("a", 3, small(), tokenizer)
+    save("a", 5, small(seed=2), tokenizer)
+    out = tmp_path / "out.safetensors"
+    command_line(monkeypatch, "export", "--stage=base", "--tag=a", "--step", "3", "--out", str(out))
+    assert out.read_bytes() == (path / "model.safetensors").read_bytes()
+    assert f"wrote {out}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        command_line(monkeypatch, "export", "--tag=zz")
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("error: no base checkpoint tagged zz")
 
 
 def test_newer_format_and_other_model(tokenizer):
@@ -130,27 +229,6 @@ def test_wrong_tag_or_step_lists_what_exists(tokenizer):
         checkpoint.load_model("base", torch.device("cpu"), tag="zz")
     with pytest.raises(UserError, match="there are: step 3"):
         checkpoint.load_model("base", torch.device("cpu"), step=4)
-
-
-def test_a_failed_save_leaves_the_earlier_checkpoint_and_no_litter(tokenizer, monkeypatch):
-    folder = save("a", 3, small(), tokenizer).parent
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        save("a", 4, small(), tokenizer)
-    assert [p.name for p in folder.iterdir()] == ["step_000003"]
-
-
-def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tokenizer, monkeypatch):
-    folder = save("a", 3, small(), tokenizer).parent
-    usage = shutil.disk_usage(folder)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    with pytest.raises(UserError, match="disk full: the checkpoint needs"):
-        save("a", 4, small(), tokenizer)
-    assert [p.name for p in folder.iterdir()] == ["step_000003"]
 
 
 def test_rng_state_round_trip():

@@ -1,0 +1,321 @@
+"""Saves checkpoints while training goes on.
+
+What becomes of one save, on every rank:
+
+  1. the training loop waits: an earlier save ends, the disk is checked, the tensors that this rank writes are copied to
+     the CPU (on a GPU the copies are only enqueued; what the loop enqueues later comes after them)
+  2. a thread waits for the copies, and all ranks write their parts of state/ together
+  3. rank 0's thread adds the other files, COMMITTED last, gives the folder its name and prunes older checkpoints
+
+Until the folder has its name it is called .partial_*, so a full disk or a kill leaves the earlier ones as they were.
+What several ranks hold alike is copied and written by one of them, each its share.
+
+Importing this module takes 3 s (torch.distributed.checkpoint): import it where training starts.
+"""
+
+import datetime
+import json
+import os
+import shutil
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from nanochat.checkpoint import FORMAT, discard, prune, rng_state, step_dir
+from nanochat.errors import UserError
+from nanochat.optim import MuonAdamW
+from nanochat.runtime import print0
+from nanochat.sharding import is_sharded, local, row_range
+from nanochat.tensor_files import write_file
+
+SLOWEST_DISK = datetime.timedelta(hours=2)  # how long ranks that have written their part wait for the last one
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a tensor, on the CPU, with their place in the whole."""
+
+    rows: Tensor
+    offsets: torch.Size
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the thread needs to know of one save; nothing in here changes while training goes on."""
+
+    step: int
+    last: bool
+    parts: dict[str, _Part]
+    copied: torch.cuda.Event | None
+    document: dict[str, Any]
+    rng: dict[str, Any]
+
+
+class Saver:
+    """Writes the checkpoints of one run; made, used and closed by all ranks together.
+
+    keep_last: newest checkpoints to keep; keep_every: also those whose step is a multiple of this; -1: none. On a GPU
+    it holds pinned memory for this rank's share from the start on, on the CPU only while a save is under way.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: MuonAdamW | None, keep_last: int = 2, keep_every: int = -1
+    ) -> None:
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.group: dist.ProcessGroup | None = None
+        self.rank = 0
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank = dist.get_rank()
+            self.group = dist.new_group(backend="gloo", timeout=SLOWEST_DISK)  # type: ignore[assignment]
+        self._agree(self._prepare_folder() if self.rank == 0 else None)
+        tensors = self._tensors()
+        self.mine = self._share(tensors)
+        self.device = local(next(iter(tensors.values()))).device
+        self.pinned: dict[str, Tensor] = {}
+        if self.device.type == "cuda":
+            for name in self.mine:
+                part = local(tensors[name])
+                self.pinned[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+
+    def save(self, step: int, meta: dict[str, Any], last: bool = False) -> float:
+        """Start saving the state as it is now (every rank calls this). Returns the seconds that this took.
+
+        meta must be JSON-able; last: write model.safetensors too. Raises UserError on every rank when the disk is too
+        small, or when the save before this one failed.
+        """
+        started = time.perf_counter()
+        self.wait()
+        self._agree(self._check_space(last) if self.rank == 0 else None)
+        # torch takes a process without a group for one that has lost it; here it is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        steps = self.optimizer.num_steps if self.optimizer is not None else 0
+        about = {"format": FORMAT, "step": step, "optimizer_steps": steps, **meta}
+        document = json.loads(json.dumps(about))  # a copy: the loop goes on changing what it gave
+        parts, copied = self._stage()
+        job = _Job(step, last, parts, copied, document, rng_state())
+        self.thread = threading.Thread(target=self._run, args=(job,), name=f"save step {step}", daemon=True)
+        self.thread.start()
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        """End the save under way (every rank calls this). Raises UserError on every rank when any of them failed."""
+        if self.thread is None:
+            return
+        self.thread.join()
+        self.thread = None
+        failure, self.failure = self.failure, None
+        self._agree(failure)
+
+    def close(self) -> None:
+        """Let the save under way end, and leave the process group. Call `wait` first to learn of failures: this asks
+        nothing of the other ranks, for they may be gone."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weights = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
+        state = self.optimizer.named_state() if self.optimizer is not None else {}
+        return weights | {f"optimizer.{name}": tensor for name, tensor in state.items()}
+
+    def _prepare_folder(self) -> BaseException | None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _clean(self.folder)
+        except OSError as error:
+            return _explained(error, self.folder)
+        return None
+
+    def _share(self, tensors: dict[str, Tensor]) -> list[str]:
+        """Names of the tensors whose parts this rank writes, so that each part is written once and every rank writes
+        about as many bytes. Also adds up what all ranks write."""
+        held = self._gather({name: tensor.nbytes for name, tensor in tensors.items() if not is_sharded(tensor)})
+        sizes = {name: size for rank in held for name, size in rank.items()}
+        cut = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+        self.model_bytes = sum(t.numel() * t.element_size() for n, t in tensors.items() if n.startswith("model."))
+        self.total_bytes = sum(sizes.values()) + sum(tensor.numel() * tensor.element_size() for tensor in cut.values())
+
+        holders = {name: [rank for rank, names in enumerate(held) if name in names] for name in sizes}
+        load = [0] * len(held)
+        mine = []
+        for name in sorted(sizes, key=lambda name: (len(holders[name]) > 1, -sizes[name], name)):
+            writer = min(holders[name], key=load.__getitem__)
+            load[writer] += sizes[name]
+            if writer == self.rank:
+                mine.append(name)
+        # Every rank holds rows of these; what its replicas hold alike goes to one of them.
+        loads: dict[int, list[int]] = {}
+        for name in sorted(cut, key=lambda name: (-cut[name].numel(), name)):
+            replica, replicas = _replica(cut[name])
+            written = loads.setdefault(replicas, [0] * replicas)
+            writer = written.index(min(written))
+            written[writer] += cut[name].numel()
+            if writer == replica and local(cut[name]).numel() > 0:
+                mine.append(name)
+        return mine
+
+    def _check_space(self, last: bool) -> BaseException | None:
+        """Why the checkpoint will not fit. Asked first, because what a full disk raises from inside the writers is
+        anything from OSError to a RuntimeError about an archive."""
+        needed = self.total_bytes + (self.model_bytes if last else 0)
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            return _explained(error, self.folder)
+        if free >= needed:
+            return None
+        return UserError(
+            f"disk full: the checkpoint needs {needed / 1e6:,.0f} MB and {self.folder} has {free / 1e6:,.0f} MB left; "
+            "free some space and run again with --resume=auto"
+        )
+
+    def _stage(self) -> tuple[dict[str, _Part], torch.cuda.Event | None]:
+        """Copy this rank's share to the CPU; on a GPU only enqueue that, and give an event that follows it."""
+        tensors = self._tensors()
+        parts = {}
+        for name in self.mine:
+            tensor = tensors[name]
+            rows = local(tensor)
+            if self.pinned:
+                copy = self.pinned[name].copy_(rows, non_blocking=True)
+            else:
+                copy = rows.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            offsets = (row_range(tensor)[0], *[0] * (tensor.ndim - 1)) if tensor.ndim > 0 else ()
+            parts[name] = _Part(copy, torch.Size(offsets), tensor.shape)
+        if not self.pinned:
+            return parts, None
+        copied = torch.cuda.Event(blocking=True)  # the waiting thread sleeps instead of taking a core from the loop
+        copied.record(torch.cuda.current_stream(self.device))
+        return parts, copied
+
+    def _run(self, job: _Job) -> None:
+        """The thread: write, and leave what went wrong in `failure`."""
+        partial = self.folder / f".partial_{job.step:06d}"
+        try:
+            self._write(partial, job)
+        except (Exception, CheckpointException) as error:
+            self.failure = _explained(error, partial)
+        finally:
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _write(self, partial: Path, job: _Job) -> None:
+        if job.copied is not None:
+            torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and would take memory there
+            job.copied.synchronize()
+        # copy-ahead is for tensors on a GPU, and would synchronise its stream
+        writer = dcp.FileSystemWriter(partial / "state", per_thread_copy_ahead=0)
+        dcp.save(
+            {name: part.rows for name, part in job.parts.items()},
+            storage_writer=writer,
+            planner=_PartsPlanner(job.parts),
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
+        rng = self._gather(job.rng, only_first=True)
+        if self.rank > 0:
+            return
+        if job.last:
+            write_file(partial / "state", partial / "model.safetensors")
+        with (partial / "meta.json").open("w") as file:
+            file.write(json.dumps({**job.document, "rng": rng}, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        (partial / "COMMITTED").touch()
+        target = step_dir(self.folder, job.step)
+        discard(target)
+        partial.rename(target)
+        print0(f"saved {target}")
+        prune(self.folder, self.keep_last, self.keep_every)
+
+    def _gather(self, value: Any, only_first: bool = False) -> list[Any]:
+        """`value` of every rank, in order; only_first: on rank 0, and nothing elsewhere."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        if not only_first:
+            dist.all_gather_object(values, value, group=self.group)
+            return values
+        dist.gather_object(value, values if self.rank == 0 else None, dst=0, group=self.group)
+        return values
+
+    def _agree(self, problem: BaseException | None) -> None:
+        """Raise on all ranks when one of them has a problem, so that none goes on alone."""
+        said = self._gather(problem and (isinstance(problem, UserError), str(problem)))
+        if problem is not None:
+            raise problem
+        for rank, answer in enumerate(said):
+            if answer is not None:
+                mendable, text = answer
+                raise UserError(text) if mendable else RuntimeError(f"rank {rank} cannot save: {text}")
+
+
+class _PartsPlanner(dcp.DefaultSavePlanner):
+    """Writes each part under its place in the whole tensor, as DCP does for DTensors; but those would need a mesh of
+    CPUs, with process groups that nothing else uses."""
+
+    def __init__(self, parts: dict[str, _Part]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.parts = parts
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(name, part) for name, part in self.parts.items()])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.parts[write_item.index.fqn].rows
+
+
+def _write_item(name: str, part: _Part) -> WriteItem:
+    chunk = ChunkStorageMetadata(offsets=part.offsets, sizes=part.rows.shape)
+    about = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=part.rows.dtype), size=part.shape)
+    return WriteItem(index=MetadataIndex(name, part.offsets), type=WriteItemType.SHARD, tensor_data=about)
+
+
+def _replica(tensor: Any) -> tuple[int, int]:
+    """(number of this rank among those that hold the same rows of a DTensor, how many these are)."""
+    mesh = tensor.device_mesh
+    index, count = 0, 1
+    for dim, placement in enumerate(tensor.placements):
+        if not placement.is_shard():
+            index = index * mesh.size(dim) + mesh.get_local_rank(dim)
+            count *= mesh.size(dim)
+    return index, count
+
+
+def _explained(error: BaseException, path: Path) -> BaseException:
+    """A disk that does not take the files is the user's to mend; everything else stays what it is."""
+    if isinstance(error, CheckpointException):  # no Exception itself, and the same on every rank
+        rank, (cause, _) = next(iter(error.failures.items()))
+        explained = _explained(cause, path)
+        return explained if isinstance(explained, UserError) else RuntimeError(f"rank {rank}: {cause!r}")
+    disk = isinstance(error, OSError) or (isinstance(error, RuntimeError) and "inline_container" in str(error))
+    if not disk:  # the archive writer turns what the file raised into a RuntimeError
+        return error
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"cannot write {path}: {reason}; free some space and run again with --resume=auto")
+
+
+def _clean(folder: Path) -> None:
+    """Delete what a killed run has left in `folder`: checkpoints half written or half deleted."""
+    for path in [*folder.glob(".partial_*"), *folder.glob("step_*")]:
+        if path.name.startswith(".partial_") or not (path / "COMMITTED").exists():
+            shutil.rmtree(path)
