@@ -151,7 +151,7 @@ stage() {
 # What starts a stage that runs as one process a GPU.
 launch=(python -m)
 if [ "$NPROC_PER_NODE" -gt 1 ]; then
-  launch=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m)
+  launch=(python -m nanochat.launch --nproc-per-node="$NPROC_PER_NODE" -- -m)
 fi
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -208,9 +208,9 @@ def _fingerprint_file(path: Path) -> str:
 
 
 def stage_module(command: Sequence[str], root: Path = REPO) -> str | None:
-    """The module of ours that `command` runs: the word after the first `-m` that names one."""
+    """The module of ours that `command` runs: the word after the first `-m` that names one, and not the launcher."""
     for flag, word in itertools.pairwise(command):
-        if flag == "-m" and _module_file(word, root) is not None:
+        if flag == "-m" and word != "nanochat.launch" and _module_file(word, root) is not None:
             return word
     return None
 

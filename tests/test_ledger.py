@@ -145,11 +145,13 @@ def test_the_crate_counts_only_for_stages_that_use_it(tree):
         ("python -m scripts.train --depth=4", "scripts.train"),
         ("torchrun --standalone --nproc_per_node=8 -m scripts.train -m nanochat.model", "scripts.train"),
         ("python -m torch.distributed.run -m scripts.train", "scripts.train"),
+        ("python -m nanochat.launch --nproc-per-node=8 -- -m scripts.train", "scripts.train"),
         ("python -m http.server", None),
         ("bash x.sh -m", None),
     ],
 )
 def test_the_module_of_a_command(tree, command, module):
+    (tree / "nanochat/launch.py").write_text("")
     assert ledger.stage_module(command.split(), tree) == module
 
 

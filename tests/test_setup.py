@@ -135,7 +135,7 @@ def test_tiny_is_the_whole_chain_without_a_gpu(tree, bare_path):
     assert [line.split()[3] for line in made if "--skip=" in line] == ["chat_rl", "chat_eval_rl"]
     assert made[-1] == "-m nanochat.report generate"
     assert "--source=pydocs" in made[0] and "--depth=4" in made[4]
-    assert not any("torchrun" in line for line in made)
+    assert not any("nanochat.launch" in line for line in made)
 
 
 def test_the_chat_stages_hang_together(tree, bare_path):
@@ -216,7 +216,7 @@ def test_overrides_reach_the_stages(tree, bare_path):
     train = next(line for line in made if "run base_train" in line)
     source = f"local:{tree / 'my text'}"
     assert f"--source={source}" in train and "--depth=6" in train and "--run=w" in train and "--model-tag=a-b" in train
-    assert "-- torchrun --standalone --nproc_per_node=2 -m scripts.base_train" in train
+    assert "-- python -m nanochat.launch --nproc-per-node=2 -- -m scripts.base_train" in train
     assert "--out checkpoints/base/a-b" in train
 
 

@@ -1,0 +1,367 @@
+"""Which cluster is this? -> the torchrun line that starts one process a GPU on every node.
+
+    python -m nanochat.launch                                                what was found here
+    python -m nanochat.launch -- -m scripts.base_train --depth=20            start it: the same command on every node
+    python -m nanochat.launch --dry-run -- -m scripts.base_train --depth=20  only print the line
+    python -m nanochat.launch --show=node_rank                               one fact, for scripts
+    python -m nanochat.launch plan --depth=48 --nodes=16                     what a size would cost (nanochat/plan.py)
+
+Where no scheduler says otherwise it is this machine alone. To say it by hand, set NNODES, NODE_RANK,
+MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE on every node.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Literal
+
+from nanochat import nodes, settings
+from nanochat.errors import UserError, exit_on_user_error
+from nanochat.settings import whole
+
+DEFAULT_PORT = 29500  # torchrun's own
+MAX_THREADS = 16  # a process of ours has no use for more
+SHUTDOWN_SECONDS = 110  # that torchrun leaves processes to save after a signal; schedulers warn 120 s before the end
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Names of the variables that hold each fact; of several names the first that is set counts."""
+
+    name: str
+    nodes: tuple[str, ...]  # the first of these is what a platform is known by
+    node_rank: tuple[str, ...]
+    address: tuple[str, ...]
+    port: tuple[str, ...]
+    gpus: tuple[str, ...]
+
+
+# From the surest sign to the weakest: Volcengine and Kubeflow also set RANK and WORLD_SIZE, SkyPilot may run on Slurm.
+# On Volcengine the rack rank numbers the nodes switch by switch, so that neighbours in rank are neighbours in the
+# network; the role index does not.
+PLATFORMS = (
+    Platform(
+        "Volcengine",
+        ("MLP_WORKER_NUM",),
+        ("MLP_WORKER_RACK_RANK_INDEX", "MLP_ROLE_INDEX"),
+        ("MLP_WORKER_0_HOST",),
+        ("MLP_WORKER_0_PORT",),
+        ("MLP_WORKER_GPU",),
+    ),
+    Platform(
+        "SkyPilot",
+        ("SKYPILOT_NUM_NODES",),
+        ("SKYPILOT_NODE_RANK",),
+        ("SKYPILOT_NODE_IPS",),
+        ("MASTER_PORT",),
+        ("SKYPILOT_NUM_GPUS_PER_NODE",),
+    ),
+    Platform(
+        "Slurm",
+        ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
+        ("SLURM_NODEID",),
+        ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"),
+        ("MASTER_PORT",),
+        ("SLURM_GPUS_ON_NODE",),
+    ),
+    Platform(
+        "Kubeflow Trainer",
+        ("PET_NNODES",),
+        ("PET_NODE_RANK",),
+        ("PET_MASTER_ADDR", "MASTER_ADDR"),
+        ("PET_MASTER_PORT", "MASTER_PORT"),
+        ("PET_NPROC_PER_NODE",),
+    ),
+    Platform(
+        "Kubernetes PyTorchJob",  # before torchrun, WORLD_SIZE and RANK count nodes here
+        ("WORLD_SIZE",),
+        ("RANK",),
+        ("MASTER_ADDR",),
+        ("MASTER_PORT",),
+        ("NPROC_PER_NODE",),
+    ),
+    Platform("plain", ("NNODES",), ("NODE_RANK",), ("MASTER_ADDR",), ("MASTER_PORT",), ("NPROC_PER_NODE",)),
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where this command runs."""
+
+    platform: str
+    nodes: int
+    node_rank: int
+    address: str  # of node 0
+    port: int
+    gpus_per_node: int  # 0: none, one process on the CPU
+
+    @property
+    def processes(self) -> int:
+        """Processes on each node."""
+        return max(1, self.gpus_per_node)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Detection
+
+
+def visible_gpus() -> int:
+    """GPUs that PyTorch can use here; asked only where there is a driver, because importing it takes seconds."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def detect(environment: Mapping[str, str], count_gpus: Callable[[], int] = visible_gpus) -> Cluster:
+    """The cluster that `environment` describes; `count_gpus` is called when no variable says how many a node has.
+
+    Raises UserError, naming the variable, for values that are missing, impossible or contradict each other.
+    """
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"):
+        if name in environment:
+            raise UserError(
+                f"{name}={environment[name]} says that torchrun runs already: start nanochat.launch once on each node, "
+                "outside torchrun (or unset it if it is left over)"
+            )
+    known = (platform for platform in PLATFORMS if any(environment.get(name) for name in platform.nodes))
+    platform = next(known, PLATFORMS[-1])
+    nodes = _whole(platform.nodes, environment, 1, least=1)
+    rank = _whole(platform.node_rank, environment, 0 if nodes == 1 else None)
+    if rank >= nodes:
+        raise UserError(
+            f"{_shown(platform.node_rank, environment)} does not fit {_shown(platform.nodes, environment, '1')}: "
+            f"nodes are numbered 0 to {nodes - 1}; correct one of the two"
+        )
+    if platform.name == "Slurm":
+        _check_slurm(environment, nodes)
+    address = _address(platform, environment) if nodes > 1 else "127.0.0.1"
+    port = _whole(platform.port, environment, _default_port(environment), least=1, most=65535)
+    return Cluster(platform.name, nodes, rank, address, port, _gpus(platform, environment, count_gpus))
+
+
+def _find(names: Sequence[str], environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """(name, value) of the first of `names` that is set and not empty."""
+    return next(((name, environment[name].strip()) for name in names if environment.get(name, "").strip()), None)
+
+
+def _shown(names: Sequence[str], environment: Mapping[str, str], otherwise: str = "") -> str:
+    name, value = _find(names, environment) or (names[0], otherwise)
+    return f"{name}={value}"
+
+
+def _whole(
+    names: Sequence[str], environment: Mapping[str, str], otherwise: int | None, least: int = 0, most: int = 10**6
+) -> int:
+    found = _find(names, environment)
+    if found is None:
+        if otherwise is None:
+            raise UserError(f"{' or '.join(names)} is not set: with several nodes each needs it; set it on every node")
+        return otherwise
+    name, value = found
+    if not re.fullmatch(r"[0-9]+", value) or not least <= int(value) <= most:
+        raise UserError(f"{name}={value}: expected a whole number from {least} to {most}; set it to one")
+    return int(value)
+
+
+def _address(platform: Platform, environment: Mapping[str, str]) -> str:
+    found = _find(platform.address, environment)
+    if found is None:
+        raise UserError(f"{platform.address[0]} is not set: set it to the address of node 0, the same on every node")
+    if platform.name == "Slurm":
+        return slurm_hosts(found[1])[0]
+    return found[1].split()[0]  # SkyPilot: one line a node
+
+
+def _gpus(platform: Platform, environment: Mapping[str, str], count_gpus: Callable[[], int]) -> int:
+    found = _find(platform.gpus, environment)
+    if found is None or found[1] in ("auto", "gpu"):  # what torchrun itself would ask for
+        return count_gpus()
+    return _whole(platform.gpus, environment, None, most=1024)
+
+
+def _default_port(environment: Mapping[str, str]) -> int:
+    """Slurm may put two jobs on one node, so that each needs its own; below where systems pick ports for clients."""
+    job = environment.get("SLURM_JOB_ID", "")
+    return 15000 + int(job) % 15000 if job.isdecimal() else DEFAULT_PORT
+
+
+def _check_slurm(environment: Mapping[str, str], nodes: int) -> None:
+    local = environment.get("SLURM_LOCALID", "0")
+    if local != "0":
+        raise UserError(f"SLURM_LOCALID={local}: start one launcher on each node, with --ntasks-per-node=1")
+    if nodes > 1 and "SLURM_STEP_ID" not in environment and "SLURM_STEPID" not in environment:
+        raise UserError(f"SLURM_NNODES={nodes} and no SLURM_STEP_ID: start it with srun, so that every node takes part")
+
+
+def slurm_hosts(nodelist: str) -> list[str]:
+    """Host names of a Slurm node list, by scontrol where there is one. Raises UserError when it holds none."""
+    hosts = _ask_scontrol(nodelist) or expand_hosts(nodelist)
+    if not hosts:
+        raise UserError(f"the Slurm node list {nodelist!r} names no host: set SLURM_JOB_NODELIST to a list of hosts")
+    return hosts
+
+
+def _ask_scontrol(nodelist: str) -> list[str]:
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []  # containers often have none
+    return done.stdout.split()
+
+
+def expand_hosts(nodelist: str) -> list[str]:
+    """`gpu[01-03,07],login1` -> gpu01, gpu02, gpu03, gpu07, login1. Raises UserError when brackets do not fit."""
+    hosts: list[str] = []
+    for item in re.split(r",(?![^\[]*\])", nodelist.strip()):  # commas outside brackets
+        parts = re.split(r"\[([^\[\]]*)\]", item)  # text and bracket contents in turn
+        if any(mark in text for text in parts[::2] for mark in "[]"):
+            raise UserError(f"the Slurm node list {nodelist!r} has an open bracket: set SLURM_JOB_NODELIST again")
+        choices = [[part] if place % 2 == 0 else _expand_ranges(part, nodelist) for place, part in enumerate(parts)]
+        hosts += ["".join(pieces) for pieces in product(*choices)]
+    return [host for host in hosts if host]
+
+
+def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
+    numbers: list[str] = []
+    for one in ranges.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", one)
+        if not match:
+            raise UserError(
+                f"the Slurm node list {nodelist!r} has {one!r} in brackets, not 1-3: set SLURM_JOB_NODELIST again"
+            )
+        first, last = match[1], match[2] or match[1]
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return numbers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def torchrun_words(cluster: Cluster, max_restarts: int = 0) -> list[str]:
+    """What comes before `-m scripts.base_train` on this node; empty where one plain process is enough."""
+    if cluster.nodes == 1:
+        if cluster.processes == 1 and not max_restarts:
+            return []
+        words = ["--standalone", f"--nproc_per_node={cluster.processes}"]
+    else:
+        words = [f"--nnodes={cluster.nodes}", f"--nproc_per_node={cluster.processes}"]
+        if max_restarts:
+            # The static rendezvous cannot form again after a failure; this one can, but numbers the nodes by host name.
+            # Said outright who serves it, because an address such as that of a Kubernetes service is no name that
+            # node 0 would know itself by.
+            words += ["--rdzv_backend=c10d", f"--rdzv_endpoint={cluster.address}:{cluster.port}", "--rdzv_id=nanochat"]
+            words += [f"--rdzv_conf=is_host={1 if cluster.node_rank == 0 else 0}"]
+        else:
+            words += [f"--node_rank={cluster.node_rank}"]
+            words += [f"--master_addr={cluster.address}", f"--master_port={cluster.port}"]
+    if max_restarts:
+        words += [f"--max_restarts={max_restarts}"]
+    return ["torchrun", *words]
+
+
+def command_line(
+    cluster: Cluster, command: Sequence[str], max_restarts: int, environment: Mapping[str, str], cores: int
+) -> tuple[dict[str, str], list[str]]:
+    """(variables to set, words) that start `command` (`-m module …` or `script.py …`) on this node of `cluster`."""
+    launcher = torchrun_words(cluster, max_restarts)
+    if not launcher:
+        return {}, ["python", *command]
+    added = {}
+    if cluster.processes > 1 and not environment.get("OMP_NUM_THREADS"):
+        # torchrun would set 1, with a warning; all cores for each process would be too many
+        added["OMP_NUM_THREADS"] = str(max(1, min(MAX_THREADS, cores // cluster.processes)))
+    if not environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        added["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)  # torchrun's 30 s are short for large models
+    if max_restarts:
+        # Otherwise torch 2.15 gives a second attempt the first one's store, full of addresses of dead processes: of
+        # five restarts two came through
+        added["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # `--`, because torchrun would take --run=NAME for the beginning of a flag of its own (--run-path)
+    module = ["-m"] if command[0] == "-m" else []
+    return added, [*launcher, *module, "--", *command[len(module) :]]
+
+
+def shell_line(added: Mapping[str, str], words: Sequence[str]) -> str:
+    """The same as one could type it."""
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(words)])
+
+
+def start(added: Mapping[str, str], words: Sequence[str]) -> None:
+    """Become that command: this process is replaced. Raises UserError when torchrun is not installed."""
+    # torchrun takes its defaults from PET_ variables; what its line says is to be all there is
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    program: str | None = sys.executable
+    if words[0] != "python":
+        program = shutil.which(words[0]) or shutil.which(words[0], path=os.path.dirname(sys.executable))
+    if program is None:
+        raise UserError(f"{words[0]} is not on PATH: activate the environment (source .venv/bin/activate)")
+    sys.stdout.flush()
+    os.execve(program, [program, *words[1:]], {**environment, **added})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Start a command (after `--`) on this node of whatever cluster this is, one process a GPU. First word `plan`:
+    predict instead what a model and a cluster would need."""
+
+    dry_run: bool = False
+    """Print the line instead of running it."""
+    max_restarts: Annotated[int, whole(gte=0)] = 0
+    """Times that torchrun starts all processes again after one of them died."""
+    nproc_per_node: Annotated[int | None, whole(gte=1)] = None
+    """Processes on each node; default: one a GPU, 1 without one."""
+    show: Literal["platform", "nodes", "node_rank", "address", "port", "processes"] | None = None
+    """Print one fact about this cluster and end."""
+
+
+def main(asked: Settings, command: Sequence[str]) -> None:
+    """Show, print or run. Raises UserError as `detect` and `start` do."""
+    given = asked.nproc_per_node
+    cluster = detect(os.environ, visible_gpus if given is None else lambda: given)
+    if given is not None:
+        cluster = settings.replace(cluster, gpus_per_node=given)
+    if asked.show:
+        print(getattr(cluster, asked.show))
+        return
+    if not command:
+        print(f"{cluster.platform}: node {cluster.node_rank} of {cluster.nodes}, {cluster.processes} processes on each")
+        print(f"node 0 at {cluster.address}, port {cluster.port}; write a command after `--` to start it")
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    added, words = command_line(cluster, command, asked.max_restarts, os.environ, cores)
+    line = shell_line(added, words)
+    if asked.dry_run:
+        print(line)
+        return
+    print(f"{cluster.platform}, node {cluster.node_rank} of {cluster.nodes}: {line}", flush=True)
+    nodes.announce(os.environ, sys.argv[1:])
+    start(added, words)
+
+
+def _run() -> None:
+    words = sys.argv[1:]
+    if words[:1] == ["plan"]:
+        from nanochat import plan
+
+        plan.main(settings.parse(plan.Settings, words[1:]))
+        return
+    cut = words.index("--") if "--" in words else len(words)
+    asked = settings.parse(Settings, words[:cut])
+    main(asked, words[cut + 1 :])
+
+
+if __name__ == "__main__":
+    exit_on_user_error(_run)

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Runs a command on nodes of Volcengine's machine learning platform:
+#
+#   NNODES=4 bash volc/volc_submit.sh bash pretrain.sh --depth=32
+#   NNODES=4 bash volc/volc_submit.sh --dry-run bash pretrain.sh --depth=32     only shows the task; needs no volc CLI
+#
+# Queue, flavor, image and storage come from volc/config (copy config.example) or the environment. WANDB_API_KEY,
+# HF_TOKEN and what VOLC_SECRETS names are passed on as private variables, shown as ***. The task is started again when it
+# fails or is reclaimed, and goes on from its last checkpoint.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stop() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+DRY_RUN=
+if [ "${1:-}" = --dry-run ]; then
+  DRY_RUN=1
+  shift
+fi
+case ${1:-} in -*) stop "$1: expected --dry-run or a command, as in: bash pretrain.sh --depth=32" ;; esac
+
+# Any Python with jinja2 will do: the machine that submits need not be able to train.
+for PYTHON in ${PYTHON:-.venv/bin/python python3 python}; do
+  if "$PYTHON" -c 'import jinja2' 2>/dev/null; then break; fi
+  PYTHON=
+done
+[ -n "$PYTHON" ] || stop "no Python with jinja2 here: \`bash dev/setup.sh\`, or \`pip install jinja2\`"
+
+if [ -n "$DRY_RUN" ]; then
+  exec "$PYTHON" volc/render.py "$@"
+fi
+command -v volc >/dev/null || stop "the volc CLI is not on PATH: install it and run \`volc configure\`, or use --dry-run"
+
+FOLDER=$(mktemp -d) # only we can look into it
+trap 'rm -rf "$FOLDER"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+"$PYTHON" volc/render.py --out="$FOLDER/task.yaml" "$@"
+volc ml_task submit --conf "$FOLDER/task.yaml"
