@@ -12,25 +12,27 @@ from typing import Annotated, Any, Protocol
 
 import torch
 
-from nanochat import checkpoint
+from nanochat import checkpoint, parallel
 from nanochat import settings as settings_module
+from nanochat.batching import plan_batch
 from nanochat.chat_loader import ChatLoader, ChatPacker, LossOn, Packing, evaluation_rows
 from nanochat.dataloader import target_batches
 from nanochat.errors import UserError
 from nanochat.loss import IGNORED
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.optim import lr_multiplier, muon_momentum
+from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir
 from nanochat.report import write_section
 from nanochat.run_folder import Resume, describe_run, earlier_run
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, device_name, print0
 from nanochat.samples import make_chat_samples
+from nanochat.schedule import lr_multiplier, muon_momentum
 from nanochat.settings import real, whole
 from nanochat.tasks import make_task, parse_spec, parse_tasks
 from nanochat.tasks.common import Task, TaskMixture
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
 from nanochat.tracking import NO_WANDB, Tracker
-from nanochat.trainer import Evaluation, TrainingRun, accumulation_steps, resume, train
+from nanochat.trainer import Evaluation, TrainingRun, resume, train
 
 RATES = ("matrix_lr", "embedding_lr", "unembedding_lr")
 
@@ -102,21 +104,28 @@ class ChatTrainSettings:
     # ---- checkpoints
     save_every: Annotated[int, whole(gte=-1)] = 1000
     """Steps between checkpoints; -1: only the last."""
+    keep_last: Annotated[int, whole(gte=1)] = 2
+    """Newest checkpoints to keep."""
+    keep_every: Annotated[int, whole(gte=-1)] = -1
+    """Keep also the checkpoints of steps that are multiples of this; -1: none."""
     resume: Resume = "never"
     """auto: continue the run of this tag where it stopped, if its settings are the same."""
 
-    # ---- the machine
+    # ---- the machines
+    parallel: Parallel = "auto"
+    """ddp: all weights on every GPU; fsdp: cut over all GPUs; hsdp: cut within each node; auto: by size and nodes."""
+    use_fsdp: bool = False
+    """The same as --parallel=fsdp."""
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
     compile: bool | None = None
     """torch.compile; default: on CUDA only."""
 
 
-def inherit(settings: ChatTrainSettings, recipe: dict[str, Any], world_size: int) -> dict[str, Any]:
+def inherit(settings: ChatTrainSettings, recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe of this stage: that of the stage before, with what the settings change.
 
-    The learning rates go with the square root of the batch. A device batch that is only inherited, and does not divide
-    the batch on this number of ranks, is lowered to one that does.
+    The learning rates go with the square root of the batch.
     """
     own = {name: getattr(settings, name, None) for name in recipe}
     new = {**recipe, **{name: value for name, value in own.items() if value is not None}}
@@ -124,9 +133,6 @@ def inherit(settings: ChatTrainSettings, recipe: dict[str, Any], world_size: int
     for name in RATES:
         if own[name] is None:
             new[name] *= factor
-    if settings.device_batch_size is None:
-        rows_per_rank = new["total_batch_size"] // (new["max_seq_len"] * world_size)
-        new["device_batch_size"] = math.gcd(new["device_batch_size"], rows_per_rank) or 1
     return new
 
 
@@ -167,20 +173,20 @@ def task_rows(tasks: list[Task]) -> list[list[Any]]:
 def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, section: str, title: str) -> None:
     """Train `stage` (mid, sft) from the last checkpoint of `parent_stage`, and write the report's `section`."""
     _, rank, _, world_size, device = compute_init(settings.device_type)
-    model, tokenizer, parent = checkpoint.load_model(
-        parent_stage, device, tag=settings.model_tag, step=settings.model_step
-    )
-    recipe = inherit(settings, checkpoint.recipe(parent), world_size)
+    model, tokenizer, parent = checkpoint.find_model(parent_stage, device, settings.model_tag, settings.model_step)
+    policy = parallel.spread(model, parallel.asked(settings.parallel, settings.use_fsdp), device)
+    checkpoint.fill_model(model, device, parent)
+    recipe = inherit(settings, checkpoint.recipe(parent))
     length, batch = recipe["max_seq_len"], recipe["total_batch_size"]
     if length > model.config.sequence_len:
         raise UserError(f"--max-seq-len={length}: the model was trained on rows of {model.config.sequence_len}")
-    accumulation_steps(batch, recipe["device_batch_size"], length, world_size)
+    plan = plan_batch(batch, recipe["device_batch_size"], length, world_size)
 
     # ---- the data
     tasks = parse_tasks(settings.tasks, "train", recipe["source"])
     packer = ChatPacker(tokenizer, TaskMixture(tasks), length, settings.packing, settings.loss_on, settings.seed)
     rows, trained_share, cut_share = packer.rows_per_epoch()
-    num_iterations = plan_steps(settings, rows, batch // length)
+    num_iterations = plan_steps(settings, rows, plan.rows_per_step)
     for name, conversations, times, origin, _ in task_rows(tasks):
         print0(f"{name}: {conversations:,} conversations x {times} ({origin})")
     print0(
@@ -188,6 +194,8 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
         f"{100 * cut_share:.1f} % of the tokens cut off"
     )
     print0(f"{num_iterations:,} steps of {batch:,} tokens = {num_iterations * batch / length / rows:.2f} epochs")
+    if plan.note:
+        print0(f"note: {plan.note}")
 
     # ---- the optimizer
     rates = {name: recipe[name] * settings.init_lr_frac for name in RATES}
@@ -200,21 +208,21 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
 
     # ---- where it goes, and whether some of it is there already
     compiled = settings.compile if settings.compile is not None else device.type == "cuda"
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    forward = parallel.compile_model(model, policy) if compiled else model
     about = {**settings_module.as_dict(settings), "source": recipe["source"]}
     data = packer.fingerprint()
     meta = describe_run(stage, about, model.config, tokenizer.hash, recipe, num_iterations, parent, data)
     evaluations = held_out_bpb(settings, recipe, tokenizer, forward, device, rank, world_size)
     folder = checkpoint_dir(stage, settings.out_tag or parent["tag"])
-    earlier = earlier_run(folder, settings.resume, meta)
+    earlier = earlier_run(folder, settings.resume, meta) or {}
     loader = ChatLoader(
         packer,
-        rows_per_step=batch // length,
+        rows_per_step=plan.rows_per_step,
         device_batch_size=recipe["device_batch_size"],
         device=device,
         rank=rank,
         world_size=world_size,
-        state=earlier["loader"] if earlier else None,
+        state=earlier.get("loader"),
     )
 
     # ---- train
@@ -231,8 +239,11 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
         grad_clip=settings.grad_clip,
         save_every=settings.save_every,
         evaluations=evaluations,
-        tracker=Tracker(stage, settings.run, meta, earlier["step"] if earlier else None),
+        tracker=Tracker(stage, settings.run, meta, earlier.get("step"), earlier.get("wandb_id")),
         meta=meta,
+        policy=policy,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
         teaches=lambda: loader.teaches,
         flops_per_token=model.estimate_flops(length),
     )
@@ -240,8 +251,11 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
         resume(run, earlier)
     outcome = train(run)
     run.tracker.close()
-    if outcome.finished and rank == 0:
-        samples = make_chat_samples(model.eval(), tokenizer)
+    samples = []
+    if outcome.finished:  # on all ranks alike; one that was told to stop has no time for this
+        with parallel.whole_weights(model.eval(), policy), torch.compiler.set_stance("force_eager"):
+            samples = make_chat_samples(model, tokenizer) if rank == 0 else []
+    if samples:
         for sample in samples:
             print0(f"--- {sample['prompt']}\n{sample['text']}")
         figures = {

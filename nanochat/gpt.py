@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanochat.attention import causal_attention
 from nanochat.errors import UserError
-from nanochat.loss import Reduction, head_loss, softcap
+from nanochat.loss import Reduction, fused_head_loss, head_loss, softcap
 
 if TYPE_CHECKING:  # the cache and the optimizer know the model, not the other way round
     from nanochat.engine import KVCache
@@ -98,6 +98,15 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class Head(Linear):
+    """The output projection: hidden states to logits, or straight to their loss."""
+
+    def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float) -> Tensor:
+        """Summed cross-entropy of softcapped logits, with gradients, see nanochat.loss. A method of its own, so that
+        what gathers sharded weights before a module's forward() can do so here."""
+        return fused_head_loss(hidden, self.weight, targets, weights, cap)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -159,7 +168,7 @@ class GPT(nn.Module):
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             }
         )
-        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.lm_head = Head(config.n_embd, config.vocab_size)
         cos, sin = rotary_tables(config.sequence_len * ROTARY_MARGIN, config.head_dim, self.lm_head.weight.device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -175,18 +184,23 @@ class GPT(nn.Module):
         values whatever else exists and in whatever order parameters are made.
         """
         for name, param in self.named_parameters():
-            generator = torch.Generator(device=param.device).manual_seed(seed ^ zlib.crc32(name.encode()))
-            if name == "transformer.wte.weight":
-                param.normal_(0.0, 1.0, generator=generator)
-            elif name == "lm_head.weight" or name.endswith("c_proj.weight"):
-                param.zero_()
-            elif init == "uniform":
-                bound = math.sqrt(3.0 / param.size(1))
-                param.uniform_(-bound, bound, generator=generator)
-            else:
-                fan_out, fan_in = param.shape
-                param.normal_(0.0, min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
+            self.init_parameter(name, param, init, seed)
         self.init_buffers()
+
+    @staticmethod
+    def init_parameter(name: str, values: Tensor, init: Init, seed: int) -> None:
+        """Fill the whole values of the parameter called `name` (see init_weights)."""
+        generator = torch.Generator(device=values.device).manual_seed(seed ^ zlib.crc32(name.encode()))
+        if name == "transformer.wte.weight":
+            values.normal_(0.0, 1.0, generator=generator)
+        elif name == "lm_head.weight" or name.endswith("c_proj.weight"):
+            values.zero_()
+        elif init == "uniform":
+            bound = math.sqrt(3.0 / values.size(1))
+            values.uniform_(-bound, bound, generator=generator)
+        else:
+            fan_out, fan_in = values.shape
+            values.normal_(0.0, min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
 
     def init_buffers(self) -> None:
         """Rotary tables again: `to_empty` leaves them undefined, and checkpoints do not hold them."""
@@ -245,8 +259,9 @@ class GPT(nn.Module):
         embedding_lr: float = 0.2,
         unembedding_lr: float = 0.004,
         weight_decay: float = 0.0,
+        use_muon: bool = True,
     ) -> "MuonAdamW":
         """One optimizer over all parameters: see nanochat.optim.gpt_optimizer."""
         from nanochat.optim import gpt_optimizer
 
-        return gpt_optimizer(self, matrix_lr, embedding_lr, unembedding_lr, weight_decay)
+        return gpt_optimizer(self, matrix_lr, embedding_lr, unembedding_lr, weight_decay, use_muon)

@@ -5,11 +5,11 @@ much again. Here they are made, used and dropped a chunk of rows at a time. When
 states and head are computed in the same visit, so that no logits have to be made twice.
 """
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
 IGNORED = -1  # target value of positions that carry no loss
@@ -21,6 +21,18 @@ CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**22}
 PLAIN_LOGITS = 2**22
 
 
+class Head(Protocol):
+    """What is needed of the output projection (gpt.Head). Its weight is only touched inside these two: elsewhere it may
+    be cut over ranks."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    def __call__(self, hidden: Tensor) -> Tensor: ...
+
+    def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float) -> Tensor: ...
+
+
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """cap * tanh(logits / cap): smooth, and never beyond ±cap."""
     return cap * torch.tanh(logits / cap)
@@ -28,7 +40,7 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 def head_loss(
     hidden: Tensor,
-    lm_head: nn.Linear,
+    lm_head: Head,
     targets: Tensor,
     cap: float,
     reduction: Reduction = "mean",
@@ -42,14 +54,14 @@ def head_loss(
     """
     counted = targets != IGNORED
     weights = counted.float() if weights is None else weights * counted
-    size = hidden.size(0) * lm_head.weight.size(0)
+    size = hidden.size(0) * lm_head.out_features
     if size <= PLAIN_LOGITS or (reduction == "none" and torch.is_grad_enabled()):
         losses = _row_losses(hidden, lm_head, targets, cap) * weights
         total = losses if reduction == "none" else losses.sum()
     elif torch.is_grad_enabled():
-        total, _, _ = _fused_head_loss(hidden, lm_head.weight, targets, weights, cap)
+        total = lm_head.summed_loss(hidden, targets, weights, cap)
     else:
-        chunks = _chunk_rows(lm_head.weight)
+        chunks = _chunk_rows(lm_head.out_features, hidden.device)
         pieces = zip(hidden.split(chunks), targets.split(chunks), strict=True)
         losses = torch.cat([_row_losses(h, lm_head, t, cap) for h, t in pieces]) * weights
         total = losses if reduction == "none" else losses.sum()
@@ -58,13 +70,19 @@ def head_loss(
     return total
 
 
-def _row_losses(hidden: Tensor, lm_head: nn.Linear, targets: Tensor, cap: float) -> Tensor:
+def fused_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: float) -> Tensor:
+    """Summed loss of hidden (N, C) against targets (N,), each times its weight (N,), by the head's weight (V, C)."""
+    total, _, _ = _fused_head_loss(hidden, weight, targets, weights, cap)
+    return total
+
+
+def _row_losses(hidden: Tensor, lm_head: Head, targets: Tensor, cap: float) -> Tensor:
     logits = softcap(lm_head(hidden).float(), cap)
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
 
-def _chunk_rows(weight: Tensor) -> int:
-    return max(64, CHUNK_LOGITS.get(weight.device.type, 2**26) // weight.size(0))
+def _chunk_rows(vocab_size: int, device: torch.device) -> int:
+    return max(64, CHUNK_LOGITS.get(device.type, 2**26) // vocab_size)
 
 
 @torch.library.custom_op("nanochat::head_loss", mutates_args=())
@@ -76,8 +94,8 @@ def _fused_head_loss(
     head = weight.to(hidden.dtype)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight)
-    rows = _chunk_rows(weight)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # summed over many chunks
+    rows = _chunk_rows(weight.size(0), weight.device)
     gradient = _compiled_chunk_gradient() if hidden.device.type == "cuda" else _chunk_gradient
     for start in range(0, hidden.size(0), rows):
         piece = slice(start, start + rows)
@@ -92,17 +110,23 @@ def _fused_head_loss(
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden), torch.empty_like(weight)
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        torch.empty_like(hidden),
+        torch.empty_like(weight, dtype=torch.float32),
+    )
 
 
 def _save_gradients(ctx, inputs, output) -> None:
     _, grad_hidden, grad_weight = output
     ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.weight_dtype = inputs[1].dtype
 
 
 def _scale_gradients(ctx, grad_total: Tensor, *_unused: Tensor):
     grad_hidden, grad_weight = ctx.saved_tensors
-    return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight * grad_total, None, None, None
+    grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+    return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, None, None, None
 
 
 _fused_head_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)

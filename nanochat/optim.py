@@ -1,21 +1,24 @@
-"""Muon for matrices and AdamW for the rest, as one optimizer whose state is sharded over the ranks.
+"""Muon for matrices and AdamW for the rest, as one optimizer over replicated or sharded parameters.
 
-Every rank holds all weights and its own gradients; the optimizer reduces the gradients itself, so there is no DDP
-wrapper. One step has three phases, so that communication and compute overlap:
+Where every rank holds all weights (DDP), the optimizer reduces the gradients itself, so there is no DDP wrapper: each
+rank receives only what it will update, and the new weights are gathered (ZeRO-2: gradients and state cost 1/N of the
+memory each, and the traffic equals an all-reduce). Where FSDP2 has sharded the weights, gradients arrive reduced, cut
+by rows; a matrix cannot be orthogonalised from some of its rows, so each is sent whole to one owner and comes back as
+the direction of its step: one all-to-all there and one back, in bf16, for all matrices of a shape together. On DTensors
+instead, every product of the iteration would redistribute.
 
-  1. start the reduction of every bucket's gradients; each rank receives only the shard that it will update
-  2. the global gradient norm, from the reduced shards (clipping before the reduction, each rank by a norm of its own,
-     would weigh the ranks differently); then update each shard and start gathering the new weights
-  3. wait for the gathered weights and put them in place
+Parameters are grouped into buckets; each knows how to reduce, update and save its own. One step has three phases:
 
-A bucket is either all Muon matrices of one shape, dealt whole to the ranks, or one AdamW parameter, dealt by rows
-(replicated where the rows do not divide). With one rank the same code runs without communication. This is ZeRO-2:
-gradients and state cost 1/N of the memory each, and the traffic equals an all-reduce.
+  1. start the reduction of all gradients, so that they overlap
+  2. the global gradient norm, from the reduced gradients (clipping before the reduction, each rank by a norm of its
+     own, would weigh the ranks differently)
+  3. update: buckets are generators that yield where they wait for a collective; two are in flight, so that one's
+     communication hides behind the other's arithmetic
 """
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -23,189 +26,341 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# Polar Express, arXiv 2505.16932: polynomials that push all singular values in (0, 1] to 1, each the best for the
-# interval that its predecessor left; computed for 5 iterations from l = 1e-3, with a safety factor of 1.02 for bf16.
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+from nanochat.sharding import is_sharded, local
+from nanochat.update_rules import POLAR_EXPRESS, adamw_update, muon_apply, muon_direction, nesterov
+
+IN_FLIGHT = 2  # buckets between the start of their update and its end
+BUCKET_ELEMENTS = 2**27  # of sharded matrices exchanged at a time: bounds the buffers, and leaves something to overlap
 
 
-def orthogonalize(G: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrices to G (K, m, n), roughly: singular values end near 1. bf16 on GPUs, else fp32."""
-    X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
-    wide = G.size(-2) <= G.size(-1)
-    if not wide:
-        X = X.mT  # the Gram matrix is taken on the short side
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        A = X @ X.mT
-        X = a * X + (b * A + c * (A @ A)) @ X
-    return X if wide else X.mT
+@functools.cache
+def _kernel(function: Any, on_gpu: bool) -> Any:
+    """Fused on GPUs; on a CPU the compile would take longer than a small run."""
+    return torch.compile(function, dynamic=False, fullgraph=True) if on_gpu else function
 
 
-def muon_update(
-    params: Tensor,
-    grads: Tensor,
-    momentum_buffer: Tensor,
-    second_moment: Tensor,
-    lr: Tensor,
-    momentum: Tensor,
-    beta2: Tensor,
-    weight_decay: Tensor,
-    ns_steps: int,
-) -> None:
-    """One Muon step in place on stacked matrices (K, m, n), all fp32; scalars are 0-D so that nothing recompiles.
-
-    Nesterov momentum; orthogonalised direction; NorMuon (arXiv 2510.05491): each row (column, if there are more of
-    those) is divided by the running RMS of its entries and the whole rescaled to its old norm, so that no neuron's
-    update dwarfs the others'; step lr · √max(1, m/n). Decay acts only where it agrees with the step ("cautious").
-    """
-    momentum_buffer.lerp_(grads, 1 - momentum)
-    direction = orthogonalize(grads.lerp(momentum_buffer, momentum), ns_steps).float()
-    reduce_dim = -1 if direction.size(-2) >= direction.size(-1) else -2
-    mean_square = direction.square().mean(dim=reduce_dim, keepdim=True)
-    second_moment.lerp_(mean_square, 1 - beta2)
-    before = direction.norm(dim=(-2, -1), keepdim=True)
-    direction = direction * second_moment.clamp(min=1e-10).rsqrt()
-    direction = direction * (before / direction.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
-    step = lr * math.sqrt(max(1.0, params.size(-2) / params.size(-1)))
-    decay = weight_decay * params * (direction * params >= 0)
-    params.sub_(step * direction + lr * decay)
-
-
-def adamw_update(
-    params: Tensor,
-    grads: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    eps: Tensor,
-    weight_decay: Tensor,
-) -> None:
-    """One AdamW step in place (arXiv 1711.05101), bias-corrected, fp32; all scalars 0-D."""
-    params.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grads, 1 - beta1)
-    exp_avg_sq.lerp_(grads.square(), 1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
-    params.sub_(lr / (1 - beta1**step) * exp_avg / denominator)
+# ---- buckets
 
 
 class _Bucket:
-    """Parameters that are reduced, updated and gathered together: `full` (W·s, ...) is dealt to W ranks as (s, ...)."""
+    """Parameters that are updated together. `grads` holds their reduced gradients between reduction and update."""
 
-    def __init__(self, group: dict[str, Any], params: list[nn.Parameter], names: list[str], world: int, rank: int):
+    copies = 1  # ranks that hold the same part of the gradient, for the norm
+
+    def __init__(self, group: dict[str, Any], params: list[nn.Parameter], names: list[str]) -> None:
         self.group, self.params, self.names = group, params, names
-        self.stacked = group["kind"] == "muon"
-        rows = len(params) if self.stacked else params[0].size(0)
-        self.sharded = world > 1 and (self.stacked or rows % world == 0)
-        self.rows = math.ceil(rows / world) if self.sharded else rows  # of this rank's shard
-        self.first = self.rows * rank if self.sharded else 0
-        self.world = world
-        item = params[0].shape if self.stacked else params[0].shape[1:]
-        shape = (self.rows, *item)
-        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=params[0].device)
-        if self.stacked:
-            short = (self.rows, item[0], 1) if item[0] >= item[1] else (self.rows, 1, item[1])
-            self.state = {"momentum": zeros(shape), "second_moment": zeros(short)}
-        else:
-            self.state = {"exp_avg": zeros(shape), "exp_avg_sq": zeros(shape)}
-        self.grad_shard: Tensor | None = None
-        self.work: dist.Work | None = None
-        self.full: Tensor | None = None
+        self.device = local(params[0]).device
+        self.zeros = functools.partial(torch.zeros, dtype=torch.float32, device=self.device)
+        self.state: dict[str, Tensor] = {}
+        self.grads: Tensor | None = None
 
-    def owned(self) -> list[tuple[int, int]]:
-        """(row of the shard, index of the parameter) of the stacked matrices that this rank updates."""
-        return [(i, self.first + i) for i in range(self.rows) if self.first + i < len(self.params)]
+    def kernel(self, function: Any) -> Any:
+        return _kernel(function, self.device.type == "cuda")
+
+    def scalars(self, *names: str) -> list[Tensor]:
+        """Numbers of the group as 0-D tensors on the CPU, which kernels take as arguments."""
+        return [torch.tensor(float(self.group[name])) for name in names]
+
+    def local_grads(self) -> list[Tensor]:
+        """This rank's gradients; a parameter without one counts as zero."""
+        return [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.params]
 
     def start_reduce(self) -> None:
-        """Begin summing the gradients over ranks; a parameter without a gradient counts as zero."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        if not self.stacked:
-            full = grads[0]
-        elif self.sharded:  # uneven counts are padded with zero matrices: their update is zero
-            padding = [torch.zeros_like(grads[0])] * (self.rows * self.world - len(grads))
-            full = torch.stack(grads + padding)
-        else:
-            full = torch.stack(grads)
-        if not self.sharded:
-            self.grad_shard = full
-            if self.world > 1:
-                self.work = dist.all_reduce(full, async_op=True)
+        """Begin averaging the gradients over the ranks."""
+        raise NotImplementedError
+
+    def finish_reduce(self) -> None:
+        """Wait for what start_reduce began."""
+
+    def square_norm(self) -> Tensor:
+        """This rank's part of the squared gradient norm; what several ranks hold counts once over all of them."""
+        assert self.grads is not None
+        return self.grads.float().square().sum() / self.copies
+
+    def scale(self, factor: Tensor) -> None:
+        """Clip. A gradient that was not reduced still is the parameter's own .grad: scale a copy."""
+        assert self.grads is not None
+        self.grads = self.grads * factor
+
+    def update(self, step: int) -> Generator[None]:
+        """Make the update; yields where a collective is in flight."""
+        raise NotImplementedError
+
+    def named_state(self) -> dict[str, Tensor]:
+        """State under `<parameter>.<kind>`, no copies; this rank's share of it."""
+        raise NotImplementedError
+
+
+class _Rows(_Bucket):
+    """One AdamW parameter: sharded by FSDP2, or dealt to the ranks by rows (replicated where those do not divide)."""
+
+    def __init__(self, group: dict[str, Any], param: nn.Parameter, name: str, mesh: DeviceMesh | None) -> None:
+        super().__init__(group, [param], [name])
+        self.sharded = is_sharded(param)
+        self.mesh = param.device_mesh if self.sharded else mesh  # type: ignore[attr-defined]
+        world = 1 if self.sharded or mesh is None else mesh.size()
+        self.dealt = world > 1 and param.size(0) % world == 0
+        self.world = world
+        if self.sharded:
+            self.copies = _replicas(param)
+        elif not self.dealt:
+            self.copies = world
+        self.rows = local(param).size(0) // (world if self.dealt else 1)
+        shape = (self.rows, *param.shape[1:])
+        self.state = {"exp_avg": self.zeros(shape), "exp_avg_sq": self.zeros(shape)}
+        self.work: dist.Work | None = None
+
+    def start_reduce(self) -> None:
+        (grad,) = self.local_grads()
+        self.grads = grad
+        if self.world == 1:
             return
-        self.grad_shard = torch.empty((self.rows, *full.shape[1:]), dtype=full.dtype, device=full.device)
-        self.work = dist.reduce_scatter_tensor(self.grad_shard, full.contiguous(), async_op=True)
-        self.full = full  # must live until the reduction has ended
+        if self.dealt:
+            self.grads = grad.new_empty((self.rows, *grad.shape[1:]))
+            self.work = dist.reduce_scatter_tensor(self.grads, grad.contiguous(), async_op=True)
+        else:
+            self.work = dist.all_reduce(grad, async_op=True)
 
     def finish_reduce(self) -> None:
         if self.work is not None:
             self.work.wait()
-        self.work = self.full = None
-        assert self.grad_shard is not None
-        if self.world > 1:
-            self.grad_shard /= self.world
+            self.work = None
+            assert self.grads is not None
+            self.grads /= self.world
 
-    def square_norm(self) -> Tensor:
-        """This rank's part of the squared gradient norm; a replicated gradient counts once over all ranks."""
-        assert self.grad_shard is not None
-        square = self.grad_shard.float().square().sum()
-        return square if self.sharded else square / self.world
+    def update(self, step: int) -> Generator[None]:
+        weights = local(self.params[0].data)
+        mine = weights
+        if self.dealt:
+            assert self.mesh is not None
+            mine = weights[self.rows * self.mesh.get_rank() :][: self.rows]
+        beta1, beta2 = (torch.tensor(beta) for beta in self.group["betas"])
+        lr, eps, weight_decay = self.scalars("lr", "eps", "weight_decay")
+        state = self.state["exp_avg"], self.state["exp_avg_sq"]
+        if mine.numel():
+            update = self.kernel(adamw_update)
+            update(mine, self.grads, *state, torch.tensor(float(step)), lr, beta1, beta2, eps, weight_decay)
+        self.grads = None
+        if self.dealt:
+            work = _gather(weights, mine.clone())
+            yield
+            work.wait()
 
-    def param_shard(self) -> Tensor:
-        """The weights this rank updates, as the update functions want them."""
-        if self.stacked:
-            mine = [self.params[i].data for _, i in self.owned()]
-            padding = [torch.zeros_like(self.params[0].data)] * (self.rows - len(mine))
-            return torch.stack(mine + padding)
-        return self.params[0].data[self.first : self.first + self.rows]
-
-    def start_gather(self, shard: Tensor) -> None:
-        """Send the updated shard to all ranks (or straight into place, where this rank has everything)."""
-        self.grad_shard = None
+    def named_state(self) -> dict[str, Tensor]:
         if self.sharded:
-            self.full = torch.empty((self.rows * self.world, *shard.shape[1:]), dtype=shard.dtype, device=shard.device)
-            self.work = dist.all_gather_into_tensor(self.full, shard.contiguous(), async_op=True)
-        elif self.stacked:
-            torch._foreach_copy_([p.data for p in self.params], list(shard.unbind(0)))
+            return {f"{self.names[0]}.{kind}": _like(self.params[0], part) for kind, part in self.state.items()}
+        if not self.dealt:
+            return {f"{self.names[0]}.{kind}": tensor for kind, tensor in self.state.items()}
+        from torch.distributed.tensor import DTensor, Shard  # takes 2.5 s: only where it is needed
 
-    def finish_gather(self) -> None:
+        assert self.mesh is not None
+        return {
+            f"{self.names[0]}.{kind}": DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False)
+            for kind, tensor in self.state.items()
+        }
+
+
+class _Matrices(_Bucket):
+    """Muon's matrices of one shape, replicated: dealt whole to the ranks, equally many each."""
+
+    def __init__(
+        self, group: dict[str, Any], params: list[nn.Parameter], names: list[str], world: int, rank: int
+    ) -> None:
+        super().__init__(group, params, names)
+        self.world = world
+        self.each = -(-len(params) // world)  # a last rank that has fewer gets zero matrices, whose update is zero
+        self.first = self.each * rank
+        m, n = params[0].shape
+        self.state = {"momentum": self.zeros((self.each, m, n)), "second_moment": self.zeros(_moment(self.each, m, n))}
+        self.full: Tensor | None = None
+        self.work: dist.Work | None = None
+
+    def owned(self) -> list[tuple[int, int]]:
+        """(row of the state, index of the parameter) of the matrices that this rank updates."""
+        return [(i, self.first + i) for i in range(self.each) if self.first + i < len(self.params)]
+
+    def start_reduce(self) -> None:
+        grads = self.local_grads()
+        padding = [torch.zeros_like(grads[0])] * (self.each * self.world - len(grads))
+        self.grads = torch.stack(grads + padding)
+        if self.world > 1:
+            self.full = self.grads  # must live until the reduction has ended
+            self.grads = self.full.new_empty((self.each, *self.full.shape[1:]))
+            self.work = dist.reduce_scatter_tensor(self.grads, self.full, async_op=True)
+
+    def finish_reduce(self) -> None:
         if self.work is not None:
             self.work.wait()
-            assert self.full is not None
-            if self.stacked:
-                torch._foreach_copy_([p.data for p in self.params], list(self.full[: len(self.params)].unbind(0)))
-            else:
-                self.params[0].data.copy_(self.full)
-        self.work = self.full = None
+            self.work = self.full = None
+            assert self.grads is not None
+            self.grads /= self.world
 
-    def named_state(self, mesh: DeviceMesh | None) -> dict[str, Tensor]:
-        """State under parameter names, so that any number of ranks can take it up: matrices whole with their owner,
-        rows as DTensors."""
-        named: dict[str, Tensor] = {}
-        for key, tensor in self.state.items():
-            if self.stacked:
-                for row, index in self.owned():
-                    named[f"{self.names[index]}.{key}"] = tensor[row]
-            elif self.sharded:
-                from torch.distributed.tensor import DTensor, Shard  # takes 2.5 s: only where it is needed
+    def update(self, step: int) -> Generator[None]:
+        lr, weight_decay, momentum, beta2 = self.scalars("lr", "weight_decay", "momentum", "beta2")
+        mine = [self.params[i].data for _, i in self.owned()]
+        shard = torch.stack(mine + [torch.zeros_like(self.params[0].data)] * (self.each - len(mine)))
+        direction = self.kernel(nesterov)(self.state["momentum"], self.grads, momentum, 0, self.each)
+        self.grads = None
+        direction = self.kernel(muon_direction)(direction, self.state["second_moment"], beta2, self.group["ns_steps"])
+        self.kernel(muon_apply)(shard, direction, lr, weight_decay, _stretch(self.params[0]))
+        if self.world > 1:
+            full = shard.new_empty((self.each * self.world, *shard.shape[1:]))
+            work = _gather(full, shard)
+            yield
+            work.wait()
+            shard = full
+        torch._foreach_copy_([p.data for p in self.params], list(shard[: len(self.params)].unbind(0)))
 
-                assert mesh is not None
-                named[f"{self.names[0]}.{key}"] = DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
-            else:
-                named[f"{self.names[0]}.{key}"] = tensor
+    def named_state(self) -> dict[str, Tensor]:
+        return {
+            f"{self.names[index]}.{kind}": tensor[row]
+            for kind, tensor in self.state.items()
+            for row, index in self.owned()
+        }
+
+
+class _ShardedMatrices(_Bucket):
+    """Muon's matrices of one shape, cut by rows over S ranks, and these again over R replicas (HSDP).
+
+    Momentum lies with the rows. Each matrix has one owner among all R·S ranks, `owners[k] = replica·S + shard`; the
+    owner's second moment is whole. A replica exchanges only what its own ranks orthogonalise, and the replicas then
+    share the directions, so nothing is computed twice. Shards may be uneven or empty, owners may have nothing.
+    """
+
+    def __init__(self, group: dict[str, Any], params: list[nn.Parameter], names: list[str], owners: list[int]) -> None:
+        order = sorted(range(len(params)), key=lambda k: owners[k])  # what goes to one owner lies together
+        super().__init__(group, [params[k] for k in order], [names[k] for k in order])
+        mesh, placements = params[0].device_mesh, params[0].placements  # type: ignore[attr-defined]
+        cut = next(dim for dim, placement in enumerate(placements) if placement.is_shard())
+        self.shards, self.copies = mesh.size(cut), _replicas(params[0])
+        self.group_of_shards = mesh.get_group(cut)
+        shard = mesh.get_local_rank(cut)
+        replica, self.group_of_replicas = 0, None
+        if mesh.ndim == 2:
+            replica, self.group_of_replicas = mesh.get_local_rank(1 - cut), mesh.get_group(1 - cut)
+        m, n = params[0].shape
+        self.per_rank = -(-m // self.shards)  # rows in a buffer; ranks with fewer fill up
+        counts = [owners.count(owner) for owner in range(self.shards * self.copies)]
+        self.by_replica = [sum(counts[r * self.shards : (r + 1) * self.shards]) for r in range(self.copies)]
+        self.first = sum(self.by_replica[:replica])
+        self.counts = counts[replica * self.shards : (replica + 1) * self.shards]  # by owner within this replica
+        self.replica, self.mine = replica, self.counts[shard]
+        self.first_mine = self.first + sum(self.counts[:shard])
+        rows = local(params[0]).size(0)
+        self.state = {
+            "momentum": self.zeros((len(params), rows, n)),
+            "second_moment": self.zeros(_moment(self.mine, m, n)),
+        }
+
+    def start_reduce(self) -> None:
+        self.grads = torch.stack(self.local_grads())  # FSDP2 has reduced them
+
+    def update(self, step: int) -> Generator[None]:
+        lr, weight_decay, momentum, beta2 = self.scalars("lr", "weight_decay", "momentum", "beta2")
+        m, n = self.params[0].shape
+        here = self.by_replica[self.replica]
+        part = self.kernel(nesterov)(self.state["momentum"], self.grads, momentum, self.first, self.first + here)
+        self.grads = None
+        rows = part.size(1)
+        sent = _pad_rows(part, self.per_rank)
+        gathered = part.new_empty((self.shards * self.mine, self.per_rank, n))
+        work = self._exchange(gathered, sent, [self.mine] * self.shards, self.counts)
+        yield
+        work.wait()
+        if self.mine:
+            parts = gathered.view(self.shards, self.mine, self.per_rank, n)
+            whole = parts.transpose(0, 1).reshape(self.mine, self.shards * self.per_rank, n)[:, :m]
+            moment = self.state["second_moment"]
+            whole = self.kernel(muon_direction)(whole, moment, beta2, self.group["ns_steps"]).to(part.dtype)
+            parts = _pad_rows(whole, self.shards * self.per_rank).view(self.mine, self.shards, self.per_rank, n)
+            gathered = parts.transpose(0, 1).reshape(-1, self.per_rank, n)
+        work = self._exchange(sent, gathered, self.counts, [self.mine] * self.shards)
+        yield
+        work.wait()
+        direction = sent
+        if self.group_of_replicas is not None:
+            most = max(self.by_replica)
+            everyone = sent.new_empty((self.copies, most, self.per_rank, n))
+            given = torch.cat([sent, sent.new_zeros((most - here, self.per_rank, n))])
+            work = _gather(everyone.flatten(0, 1), given, self.group_of_replicas)
+            yield
+            work.wait()
+            direction = torch.cat([everyone[r, :count] for r, count in enumerate(self.by_replica)])
+        if rows:
+            weights = [local(p.data) for p in self.params]
+            stacked = torch.stack(weights)
+            self.kernel(muon_apply)(stacked, direction[:, :rows], lr, weight_decay, _stretch(self.params[0]))
+            torch._foreach_copy_(weights, list(stacked.unbind(0)))
+
+    def _exchange(self, out: Tensor, given: Tensor, out_counts: list[int], counts: list[int]) -> dist.Work:
+        work = dist.all_to_all_single(
+            out, given.contiguous(), out_counts, counts, group=self.group_of_shards, async_op=True
+        )
+        assert work is not None
+        return work
+
+    def named_state(self) -> dict[str, Tensor]:
+        named = {f"{self.names[k]}.momentum": _like(p, self.state["momentum"][k]) for k, p in enumerate(self.params)}
+        for row in range(self.mine):
+            named[f"{self.names[self.first_mine + row]}.second_moment"] = self.state["second_moment"][row]
         return named
+
+
+def _gather(out: Tensor, given: Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
+    work = dist.all_gather_into_tensor(out, given, group=group, async_op=True)
+    assert work is not None
+    return work
+
+
+def _moment(count: int, m: int, n: int) -> tuple[int, int, int]:
+    """Shape of NorMuon's second moment of `count` matrices (m, n)."""
+    return (count, m, 1) if m >= n else (count, 1, n)
+
+
+def _stretch(param: Tensor) -> float:
+    return math.sqrt(max(1.0, param.size(-2) / param.size(-1)))
+
+
+def _replicas(param: Any) -> int:
+    return math.prod(param.device_mesh.size(i) for i, p in enumerate(param.placements) if not p.is_shard())
+
+
+def _pad_rows(stacked: Tensor, rows: int) -> Tensor:
+    """(K, rows, n) from (K, fewer, n), zeros at the end."""
+    return nn.functional.pad(stacked, (0, 0, 0, rows - stacked.size(1))) if stacked.size(1) < rows else stacked
+
+
+def _like(param: Any, part: Tensor) -> Tensor:
+    """This rank's `part` as a DTensor laid out like `param`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+def deal(costs: list[float], owners: int) -> list[int]:
+    """An owner for each job, longest first to whoever has least to do: nobody ends much later than the others.
+
+    Deterministic, so that all ranks agree without a word.
+    """
+    load = [0.0] * owners
+    owner = [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        owner[job] = min(range(owners), key=lambda rank: (load[rank], rank))
+        load[owner[job]] += costs[job]
+    return owner
+
+
+# ---- the optimizer
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """param_groups: dicts with `kind` and `params`, plus for kind="muon" lr, momentum, ns_steps, beta2, weight_decay
     and for kind="adamw" lr, betas, eps, weight_decay. `names` (one per param, in order) label the saved state. Learning
-    rates may be changed between steps through `param_groups`; each group keeps its first one as `initial_lr`."""
+    rates may be changed between steps through `param_groups`; each group keeps its first one as `initial_lr`.
+
+    Make it after the parameters have been sharded, if they are to be: state is created here, on all ranks."""
 
     def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
         groups = [dict(group) for group in param_groups]
@@ -221,19 +376,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self.num_steps = 0
         distributed = dist.is_initialized() and dist.get_world_size() > 1
         self.world = dist.get_world_size() if distributed else 1
-        rank = dist.get_rank() if distributed else 0
-        self.buckets = [
-            _Bucket(group, params, names, self.world, rank)
-            for group in self.param_groups
-            for params, names in _split_group(group)
-        ]
-        device = self.buckets[0].params[0].device
+        device = local(groups[0]["params"][0]).device
         self.mesh = init_device_mesh(device.type, (self.world,)) if distributed else None
-        # Fused kernels pay on the GPU only; on a CPU the compile would take longer than a small run.
-        self._muon = torch.compile(muon_update, dynamic=False, fullgraph=True) if device.type == "cuda" else muon_update
-        self._adamw = (
-            torch.compile(adamw_update, dynamic=False, fullgraph=True) if device.type == "cuda" else adamw_update
-        )
+        self.buckets: list[_Bucket] = []
+        for group in self.param_groups:
+            self.buckets += _muon_buckets(group) if group["kind"] == "muon" else _adamw_buckets(group, self.mesh)
 
     @torch.no_grad()
     def step(self, closure: None = None, max_norm: float | None = None) -> Tensor:  # type: ignore[override]
@@ -253,56 +400,75 @@ class MuonAdamW(torch.optim.Optimizer):
         if max_norm is not None:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for bucket in self.buckets:
-                assert bucket.grad_shard is not None
-                # a gradient that was not reduced still is the parameter's own .grad: scale a copy
-                bucket.grad_shard = bucket.grad_shard * scale
-        for bucket in self.buckets:
-            bucket.start_gather(self._update(bucket))
-        for bucket in self.buckets:
-            bucket.finish_gather()
+                bucket.scale(scale)
+        _overlap([bucket.update(self.num_steps) for bucket in self.buckets])
         return norm
 
-    def _update(self, bucket: _Bucket) -> Tensor:
-        group, grads, params = bucket.group, bucket.grad_shard, bucket.param_shard()
-        assert grads is not None
-        scalar = torch.tensor  # 0-D on the CPU: kernels take them as arguments, and changing them recompiles nothing
-        lr, weight_decay = scalar(group["lr"]), scalar(group["weight_decay"])
-        if group["kind"] == "muon":
-            momentum, beta2 = scalar(group["momentum"]), scalar(group["beta2"])
-            state = (bucket.state["momentum"], bucket.state["second_moment"])
-            self._muon(params, grads, *state, lr, momentum, beta2, weight_decay, group["ns_steps"])
-        else:
-            beta1, beta2 = scalar(group["betas"][0]), scalar(group["betas"][1])
-            state = (bucket.state["exp_avg"], bucket.state["exp_avg_sq"])
-            step, eps = scalar(float(self.num_steps)), scalar(group["eps"])
-            self._adamw(params, grads, *state, step, lr, beta1, beta2, eps, weight_decay)
-        return params
-
     def named_state(self) -> dict[str, Tensor]:
-        """State tensors (no copies) under `<parameter>.<kind of state>`; each rank gives what it owns."""
+        """State tensors (no copies) under `<parameter>.<kind of state>`; each rank gives what it holds: DTensors where
+        it is cut, whole tensors from their owner, so that any number of ranks can take it up."""
         named: dict[str, Tensor] = {}
         for bucket in self.buckets:
-            named.update(bucket.named_state(self.mesh))
+            named.update(bucket.named_state())
         return named
 
 
-def _split_group(group: dict[str, Any]) -> list[tuple[list[nn.Parameter], list[str]]]:
-    """Muon: by shape, to be stacked. AdamW: each parameter by itself."""
-    pairs = list(zip(group["params"], group["names"], strict=True))
-    if group["kind"] == "adamw":
-        return [([param], [name]) for param, name in pairs]
+def _overlap(updates: list[Generator[None]]) -> None:
+    """Run all updates, IN_FLIGHT at a time, in turns: each starts a collective, and the others compute meanwhile."""
+    waiting = iter(updates)
+    running: list[Generator[None]] = []
+    while True:
+        while len(running) < IN_FLIGHT and (update := next(waiting, None)) is not None:
+            if next(update, "done") is None:
+                running.append(update)
+        if not running:
+            return
+        running = [update for update in running if next(update, "done") is None]
+
+
+def _adamw_buckets(group: dict[str, Any], mesh: DeviceMesh | None) -> list[_Bucket]:
+    return [_Rows(group, param, name, mesh) for param, name in zip(group["params"], group["names"], strict=True)]
+
+
+def _muon_buckets(group: dict[str, Any]) -> list[_Bucket]:
+    """Matrices by shape; sharded ones also by size of the bucket, with owners balanced over all of them."""
     shapes: dict[torch.Size, list[tuple[nn.Parameter, str]]] = {}
-    for param, name in pairs:
+    for param, name in zip(group["params"], group["names"], strict=True):
         if param.ndim != 2:
             raise ValueError(f"{name} of shape {tuple(param.shape)}: Muon takes matrices only; give it to AdamW")
         shapes.setdefault(param.shape, []).append((param, name))
-    return [([p for p, _ in same], [n for _, n in same]) for same in shapes.values()]
+    same = [([p for p, _ in pairs], [n for _, n in pairs]) for pairs in shapes.values()]
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    world, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
+    if not is_sharded(group["params"][0]):
+        return [_Matrices(group, params, names, world, rank) for params, names in same]
+    pieces = []
+    for params, names in same:
+        size = max(world, BUCKET_ELEMENTS // params[0].numel())
+        pieces += [(params[i : i + size], names[i : i + size]) for i in range(0, len(params), size)]
+    owners = iter(deal([_cost(p) for params, _ in pieces for p in params], world))
+    return [_ShardedMatrices(group, params, names, [next(owners) for _ in params]) for params, names in pieces]
+
+
+def _cost(param: Tensor) -> float:
+    """Of orthogonalising it, up to a factor: products on the short side s of a matrix of length l, s²·(2l + s)."""
+    short, long = sorted(param.shape)
+    return float(short * short * (2 * long + short))
+
+
+ADAMW_FOR_MATRICES = {"betas": (0.9, 0.95), "eps": 1e-8}
+ADAMW_MATRIX_LR = 0.05  # times Muon's rate: 0.02 becomes 1e-3 at width 768, and goes with 1/width
 
 
 def gpt_optimizer(
-    model: nn.Module, matrix_lr: float, embedding_lr: float, unembedding_lr: float, weight_decay: float
+    model: nn.Module,
+    matrix_lr: float,
+    embedding_lr: float,
+    unembedding_lr: float,
+    weight_decay: float,
+    use_muon: bool = True,
 ) -> MuonAdamW:
-    """Muon for the matrices inside blocks, AdamW for wte and lm_head.
+    """Muon for the matrices inside blocks (AdamW with use_muon=False), AdamW for wte and lm_head.
 
     AdamW's rates are tuned at width 768 and scaled by (width/768)^-0.5. Weight decay acts on the matrices alone:
     rows of the embedding are seen rarely, and would decay at the same rate as those seen always.
@@ -311,59 +477,16 @@ def gpt_optimizer(
     wte, head = names.pop("transformer.wte.weight"), names.pop("lm_head.weight")
     width_factor = (wte.size(1) / 768) ** -0.5
     adamw = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-    muon = {
-        "kind": "muon",
-        "lr": matrix_lr,
-        "momentum": 0.95,
-        "ns_steps": 5,
-        "beta2": 0.95,
-        "weight_decay": weight_decay,
-    }
+    matrices: dict[str, Any] = {"params": list(names.values()), "names": list(names), "weight_decay": weight_decay}
+    if use_muon:
+        matrices |= {"kind": "muon", "lr": matrix_lr, "momentum": 0.95, "ns_steps": 5, "beta2": 0.95}
+    else:
+        lr = matrix_lr * ADAMW_MATRIX_LR * width_factor**2
+        matrices |= {"kind": "adamw", "lr": lr, **ADAMW_FOR_MATRICES}
     return MuonAdamW(
         [
             {**adamw, "params": [head], "names": ["lm_head.weight"], "lr": unembedding_lr * width_factor},
             {**adamw, "params": [wte], "names": ["transformer.wte.weight"], "lr": embedding_lr * width_factor},
-            {**muon, "params": list(names.values()), "names": list(names)},
+            matrices,
         ]
     )
-
-
-def lr_multiplier(step: int, num_iterations: int, warmup: float, warmdown: float, final: float) -> float:
-    """Trapezoid: linear up over the first `warmup` share of the steps, 1, then linear to `final` over the last
-    `warmdown` share. Never 0 on the first step; `final` is what a step after the last one would get."""
-    warmup_steps, warmdown_steps = round(warmup * num_iterations), round(warmdown * num_iterations)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    left = num_iterations - step
-    if left > warmdown_steps:
-        return 1.0
-    progress = left / warmdown_steps
-    return progress + (1 - progress) * final
-
-
-def muon_momentum(step: int, start: float = 0.85, end: float = 0.95, steps: int = 300) -> float:
-    """Momentum ramp: the first gradients are poor guides, so the memory is short at first."""
-    return start + (end - start) * min(step / steps, 1.0)
-
-
-def set_schedule(optimizer: MuonAdamW, multiplier: float, momentum: float) -> None:
-    """Put this step's learning-rate multiplier and Muon momentum into the parameter groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * multiplier
-        if group["kind"] == "muon":
-            group["momentum"] = momentum
-
-
-REFERENCE_BATCH, REFERENCE_HORIZON = 2**19, 11.2e9  # tokens: the classic d20 run, which the default rates are tuned on
-
-
-def batch_lr_scale(batch_tokens: int, horizon_tokens: float) -> float:
-    """Factor on all learning rates: √(batch / B*), where B* is the batch that the horizon calls for.
-
-    In a batch of B tokens the gradient noise goes with 1/√B, and so does the step that it allows (arXiv 2205.10287).
-    But noise only matters beside the gradient itself, which is larger early on: B* grows with the length of the run,
-    as horizon^0.383 (arXiv 2505.13738). Scaling by the batch alone, √(B/2^19), left a d12 after 300 steps of 65,536
-    tokens at 1.540 bits per byte; this rule gives the rates that reached 1.325 (docs/decisions.md).
-    """
-    best_batch = REFERENCE_BATCH * (horizon_tokens / REFERENCE_HORIZON) ** 0.383
-    return math.sqrt(batch_tokens / best_batch)

@@ -7,12 +7,15 @@ Williams 1992). Every token counts the same, long answers or short. The answers 
 updated, so there is no ratio to old probabilities and nothing to clip; there is no KL term.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat.batching import even_batches
 from nanochat.chat_loader import epoch_order
 from nanochat.engine import Engine
 from nanochat.errors import UserError
@@ -69,15 +72,6 @@ def row_width(tokenizer: RustBPETokenizer, task: Task, max_new_tokens: int, sequ
     return min(-(-(longest + max_new_tokens) // 32) * 32, sequence_len)
 
 
-def check_division(questions: int, num_samples: int, device_batch_size: int, world_size: int) -> None:
-    """Raises UserError when the answers of a step cannot be dealt to ranks and device batches."""
-    if questions % world_size or (questions * num_samples // world_size) % device_batch_size:
-        raise UserError(
-            f"{questions} questions x {num_samples} samples a step do not divide into device batches of "
-            f"{device_batch_size} on {world_size} rank(s): change --questions-per-step or --device-batch-size"
-        )
-
-
 def questions_at_once(device_batch_size: int, num_samples: int) -> int:
     """Questions answered in one batch, so that memory follows the device batch."""
     return max(1, SAMPLED_PER_ROW * device_batch_size // num_samples)
@@ -86,8 +80,10 @@ def questions_at_once(device_batch_size: int, num_samples: int) -> int:
 class RolloutLoader:
     """The trainer's loader: each optimizer step is questions_per_step new questions, num_samples answers to each.
 
-    Questions come in an order drawn from the seed and are dealt to ranks one by one; answers are drawn with seeds that
-    follow from the position in that order, so that a resumed run repeats the one that was stopped.
+    Questions come in an order drawn from the seed and are dealt to ranks one by one, of any number: a rank with fewer
+    questions than others has rows of filler, without targets, so that all make the same micro-batches. Answers are
+    drawn with seeds that follow from the position in that order, so that a resumed run repeats the one that
+    was stopped. `whole` is entered by all ranks to sample, and gives each all weights where they are cut over ranks.
     """
 
     def __init__(
@@ -102,12 +98,15 @@ class RolloutLoader:
         world_size: int = 1,
         seed: int = 0,
         state: dict[str, Any] | None = None,
+        whole: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        check_division(questions_per_step, sampling.num_samples, device_batch_size, world_size)
         self.engine, self.task, self.sampling, self.width = engine, task, sampling, width
-        self.questions_per_step, self.device_batch_size = questions_per_step, device_batch_size
+        self.whole = whole
+        self.questions_per_step = questions_per_step
+        self.answered_at_once = questions_at_once(device_batch_size, sampling.num_samples)
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.batches_per_step = questions_per_step * sampling.num_samples // world_size // device_batch_size
+        rows_of_first = -(-questions_per_step // world_size) * sampling.num_samples  # no rank has more
+        self.batches_per_step, self.device_batch_size = even_batches(rows_of_first, device_batch_size)
         self.position = self._check(state)
         self.metrics: dict[str, float] = {}
         self._ready: list[RolloutBatch] = []
@@ -129,9 +128,11 @@ class RolloutLoader:
     def _roll_out(self) -> list[RolloutBatch]:
         places = range(self.position, self.position + self.questions_per_step)[self.rank :: self.world_size]
         conversations = [self.task[self._question(place)] for place in places]
-        answers = self._answer(conversations, list(places))
+        with self.whole():
+            answers = self._answer(conversations, list(places))
         self.position += self.questions_per_step
-        rewards = np.array([[answer.reward for answer in group] for group in answers])
+        rewards = np.array([answer.reward for group in answers for answer in group])
+        rewards = rewards.reshape(-1, self.sampling.num_samples)  # of no questions, on some of very many ranks
         self._measure(answers, rewards)
         flat = [answer for group in answers for answer in group]
         rows = self._rows(flat, advantages(rewards).ravel())
@@ -144,7 +145,7 @@ class RolloutLoader:
 
     def _answer(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
         """The answers to each question, with their rewards; as many at a time as the device batch allows."""
-        step = questions_at_once(self.device_batch_size, self.sampling.num_samples)
+        step = self.answered_at_once
         groups = []
         for first in range(0, len(places), step):
             part = slice(first, first + step)
@@ -173,17 +174,19 @@ class RolloutLoader:
         return groups
 
     def _rows(self, answers: list[Answer], weights: np.ndarray) -> RolloutBatch:
-        """All answers as rows of self.width positions, padded with the stop token and no targets."""
+        """All answers as rows of self.width positions, padded with the stop token and no targets; then filler."""
+        count = self.batches_per_step * self.device_batch_size
         pad = self.engine.specials["<|assistant_end|>"]
-        tokens = torch.full((len(answers), self.width + 1), pad, dtype=torch.long)
-        sampled = torch.zeros(len(answers), self.width + 1, dtype=torch.bool)
+        tokens = torch.full((count, self.width + 1), pad, dtype=torch.long)
+        sampled = torch.zeros(count, self.width + 1, dtype=torch.bool)
         for row, answer in enumerate(answers):
             length = len(answer.tokens)
             assert length <= self.width + 1, f"an answer that ends at {length} in rows of {self.width}: see row_width"
             tokens[row, :length] = torch.tensor(answer.tokens)
             sampled[row, :length] = torch.tensor(answer.mask, dtype=torch.bool)
         targets = torch.where(sampled[:, 1:], tokens[:, 1:], IGNORED)
-        factors = torch.from_numpy(weights).float().unsqueeze(1).expand(-1, self.width)
+        factors = torch.zeros(count, self.width)
+        factors[: len(answers)] = torch.from_numpy(weights).float().unsqueeze(1)
         device = self.engine.model.get_device()
         return RolloutBatch(tokens[:, :-1].to(device), targets.to(device), factors.to(device))
 

@@ -1,5 +1,6 @@
 """Who may write into a checkpoint folder: a new run, or the one that was stopped there. Two runs never share one."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ Resume = Literal["never", "auto"]
 # the folder itself.
 OBSERVERS = {"run", "eval_every", "eval_tokens", "eval_questions", "eval_samples", "core_metric_every",
              "core_metric_max_per_task", "sample_every", "save_every", "resume", "device_type", "device_batch_size",
-             "model_tag", "out_tag"}  # fmt: skip
+             "model_tag", "out_tag", "parallel", "use_fsdp", "keep_last", "keep_every"}  # fmt: skip
 # What else must be the same for a run to be the same one.
 ORIGINS = ("tokenizer_hash", "parent", "data")
 
@@ -57,6 +58,8 @@ def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[
     steps = checkpoint.committed_steps(folder)
     if not steps:
         return None
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        resume = "auto"  # torchrun started all ranks again (--max-restarts): what is there is this run's own
     complete = (folder / checkpoint.COMPLETE).exists()
     if resume == "never":
         tag = "--model-tag" if meta_now["stage"] == "base" else "--out-tag"

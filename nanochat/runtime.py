@@ -55,6 +55,11 @@ def get_dist_info() -> DistInfo:
     return DistInfo(True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
+def ranks_per_node() -> int:
+    """Ranks on each host, as torchrun says; a lone process is one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", get_dist_info().world_size))
+
+
 def print0(*values: object, **options: Any) -> None:
     """print on rank 0 only, flushed so that logs follow the run."""
     if get_dist_info().rank == 0:
@@ -167,6 +172,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._asked: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # at the last call
         self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
@@ -178,9 +184,28 @@ class StopSignal:
             signal.signal(number, handler)
 
     def agreed(self, device: torch.device) -> bool:
-        """True on every rank as soon as any rank was signalled (one small all-reduce when distributed)."""
+        """True on every rank at the same call, the one after some rank was signalled, or the next.
+
+        The flags are added up while the next step is prepared, and read at the following call: reading them at once
+        would make the host wait for the device at every step, and the device then for the host.
+        """
         if not dist.is_initialized():
             return self.received is not None
-        flag = torch.tensor(float(self.received is not None), device=device)
+        before, self._asked = self._asked, self._ask(device)
+        if before is None:
+            return False
+        flag, copied = before
+        if copied is not None:
+            copied.synchronize()
+        return bool(flag)
+
+    def _ask(self, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """(whether any rank was signalled, when that is known)."""
+        flag = torch.tensor(float(self.received is not None)).to(device, non_blocking=True)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        if device.type != "cuda":
+            return flag, None
+        flag = flag.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return flag, copied

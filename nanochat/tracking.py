@@ -16,13 +16,22 @@ NO_WANDB = "dummy"
 class Tracker:
     """Writes records `{"stage": …, "step": …, "tokens": …, metric: value}` to runs/<run id>/metrics.jsonl, on rank 0.
 
-    A record may come in several parts (training metrics, then an evaluation at the same step).
+    A record may come in several parts (training metrics, then an evaluation at the same step). resume_step, wandb_id:
+    of the checkpoint that is resumed from; the same W&B run goes on.
     """
 
-    def __init__(self, stage: str, run: str, settings: dict[str, Any], resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        stage: str,
+        run: str,
+        settings: dict[str, Any],
+        resume_step: int | None = None,
+        wandb_id: str | None = None,
+    ) -> None:
         self.stage = stage
         self.active = get_dist_info().rank == 0
         self.wandb: Any = None
+        self.wandb_id: str | None = None
         if not self.active:
             return
         self.path = run_dir() / "metrics.jsonl"
@@ -32,7 +41,16 @@ class Tracker:
         if run != NO_WANDB:
             import wandb  # 0.7 s to import: only for those who use it
 
-            self.wandb = wandb.init(project="nanochat", name=run, group=stage, config=settings)
+            # a resumed run goes on in the same W&B run, whose id its checkpoint knows
+            self.wandb = wandb.init(
+                project="nanochat",
+                name=run,
+                group=stage,
+                config=settings,
+                id=wandb_id,
+                resume="allow" if wandb_id else None,
+            )
+            self.wandb_id = self.wandb.id
             self.wandb.define_metric("*", step_metric="step")
 
     def _drop_after(self, step: int | None) -> None:

@@ -2,29 +2,46 @@
 
 A script builds the parts (model, optimizer, loader, schedule, evaluations), puts them into a TrainingRun and calls
 `train`. What happens at each step boundary, in this order: evaluations that are due, checkpoint, stop if asked, step.
+How the model is spread over ranks is run.policy's business (nanochat.parallel), and makes no difference here.
 """
 
 import gc
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat import checkpoint
+from nanochat import checkpoint, parallel, preflight
+from nanochat.collector import scheduled
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.loss import IGNORED
-from nanochat.optim import MuonAdamW, set_schedule
-from nanochat.runtime import StopSignal, get_dist_info, peak_flops, peak_memory_bytes, print0, synchronize
+from nanochat.optim import MuonAdamW
+from nanochat.paths import get_base_dir
+from nanochat.runtime import (
+    StopSignal,
+    get_dist_info,
+    peak_flops,
+    peak_memory_bytes,
+    print0,
+    ranks_per_node,
+    synchronize,
+)
+from nanochat.schedule import set_schedule
+from nanochat.stragglers import StragglerReport
 from nanochat.tracking import Tracker
+from nanochat.watchdog import Watchdog, lower_timeout
 
-KEEP_LAST = 2  # checkpoints on disk: should the newest turn out damaged, there is one before it
+if TYPE_CHECKING:
+    from nanochat.saver import Saver
+
 WARMUP_STEPS = 5  # left out of tokens/s and MFU: they compile, tune kernels and fill the allocator
 SMOOTHING = 0.9  # of the printed loss
 
@@ -36,6 +53,9 @@ class Loader(Protocol):
     """
 
     batches_per_step: int
+    """Micro-batches of one optimizer step; the same number on every rank."""
+    device_batch_size: int
+    """Rows of each: at most what was asked for."""
 
     def next_batch(self) -> tuple[Tensor, ...]: ...
 
@@ -111,6 +131,12 @@ class TrainingRun:
     tracker: Tracker
     meta: dict[str, Any]
     """What else a checkpoint says of the run: settings, model config, tokenizer."""
+    policy: parallel.Policy = field(default_factory=lambda: parallel.Policy("ddp", torch.float32))
+    """How the model is spread over the ranks."""
+    keep_last: int = 2
+    """Newest checkpoints to keep: should the last turn out damaged, there is one before it."""
+    keep_every: int = -1
+    """Keep also the checkpoints of steps that are multiples of this; 0 or less: none."""
     step_metrics: Callable[[], dict[str, float]] = dict
     """Further metrics of the step just made, named `Group/name`; printed with the loss."""
     teaches: Callable[[], bool] = lambda: True
@@ -133,23 +159,11 @@ class Outcome:
     """Final figures for the report."""
 
 
-def accumulation_steps(total_batch_size: int, device_batch_size: int, max_seq_len: int, world_size: int) -> int:
-    """Micro-batches per optimizer step on each rank. Raises UserError when they do not divide the batch."""
-    tokens = device_batch_size * max_seq_len * world_size
-    if total_batch_size % tokens:
-        below = max(total_batch_size // tokens, 1) * tokens
-        raise UserError(
-            f"--total-batch-size={total_batch_size} is no multiple of {tokens} = device batch "
-            f"{device_batch_size} x length {max_seq_len} x {world_size} rank(s); {below} would be"
-        )
-    return total_batch_size // tokens
-
-
 def resume(run: TrainingRun, meta: dict[str, Any]) -> None:
     """Put model, optimizer, generators and counters where the checkpoint with this meta.json left them (not the loader,
     whose state is given to its constructor)."""
     step = meta["step"]
-    checkpoint.load_weights(run.folder, step, run.model, run.model.get_device())
+    checkpoint.load_weights(run.folder, step, run.model)
     checkpoint.load_optimizer(run.folder, step, run.optimizer, meta["optimizer_steps"])
     rank = get_dist_info().rank
     if rank < len(meta["rng"]):
@@ -158,78 +172,114 @@ def resume(run: TrainingRun, meta: dict[str, Any]) -> None:
     print0(f"resumed from step {step:,} in {run.folder}")
 
 
+@dataclass
+class _Companions:
+    """What goes along with the loop."""
+
+    stop: StopSignal
+    console: "_Console"
+    saver: "Saver"
+    watchdog: Watchdog
+    stragglers: StragglerReport
+
+
 def train(run: TrainingRun) -> Outcome:
     """Train to the last step, or until a signal asks to stop; the state is saved in both cases."""
-    stop = StopSignal()
+    from nanochat.saver import Saver  # takes 3 s: only for those who train
+
     device = run.model.get_device()
-    console = _Console(run, device)
-    saved_step = run.state.step if run.state.step > 0 else -1
-    started_at = run.state.step
+    if get_dist_info().world_size > ranks_per_node():
+        preflight.check(device, get_base_dir())  # on several hosts one slow one sets the pace: name it now
+    saver = Saver(run.folder, run.model, run.optimizer, run.keep_last, run.keep_every)
+    with_ = _Companions(StopSignal(), _Console(run, device), saver, Watchdog(), StragglerReport(device))
     try:
-        while True:
-            state = run.state
-            last = state.step == run.num_iterations
-            stopping = stop.agreed(device)
-            if state.step != state.evaluated_step and not stopping:
-                if due := [evaluation for evaluation in run.evaluations if evaluation.due(state.step, last)]:
-                    console.flush()
-                    _evaluate(run, due)
-                    console.restart()
-                state.evaluated_step = state.step
-            save_due = run.save_every > 0 and state.step % run.save_every == 0 and state.step > 0
-            if state.step != saved_step and (last or stopping or save_due):
-                console.flush()
-                saved_step = _save(run)
-                console.restart()
-            if last or stopping:
-                break
-            console.step(_train_step(run), synced=state.step - started_at == WARMUP_STEPS)
-            if state.step == started_at + 1:
-                # Python's collector walks all objects every so often: half a second on all ranks in turn. What exists
-                # after the first step lives for the whole run.
-                gc.collect()
-                gc.freeze()
+        with scheduled() as collect:
+            finished = _loop(run, with_, collect)
+        with_.watchdog.mark(run.state.step, "save")
+        saver.wait()
     except torch.OutOfMemoryError:
-        tokens = run.tokens_per_step // (run.loader.batches_per_step * get_dist_info().world_size)
         raise UserError(
-            f"{device} is out of memory at a device batch of {tokens:,} tokens: {run.memory_advice}"
+            f"{device} is out of memory at a device batch of {run.loader.device_batch_size} rows: {run.memory_advice}"
         ) from None
     finally:
-        gc.unfreeze()
+        saver.close()
         run.loader.close()
-        stop.restore()
-    if stopping and not last:
-        print0(
-            f"stopped by {stop.received or 'another rank'} at step {state.step:,}, saved; run again with --resume=auto"
-        )
-        return Outcome(False, console.summary())
-    if get_dist_info().rank == 0:
+        with_.stop.restore()
+        with_.watchdog.close()
+    if not finished:
+        who = with_.stop.received or "another rank"
+        print0(f"stopped by {who} at step {run.state.step:,}, saved; run again with --resume=auto")
+    elif get_dist_info().rank == 0:
         checkpoint.mark_complete(run.folder)
-    return Outcome(True, console.summary())
+    return Outcome(finished, with_.console.summary())
 
 
-def _train_step(run: TrainingRun) -> tuple[Tensor, Tensor, float]:
+def _loop(run: TrainingRun, with_: _Companions, collect: Callable[[int], None]) -> bool:
+    """All steps. True at the last one, False when a signal came before."""
+    device = run.model.get_device()
+    console, watchdog = with_.console, with_.watchdog
+    saved_step = run.state.step if run.state.step > 0 else -1
+    started_at = run.state.step
+    while True:
+        state = run.state
+        last = state.step == run.num_iterations
+        stopping = with_.stop.agreed(device)
+        if state.step != state.evaluated_step and not stopping:
+            if due := [evaluation for evaluation in run.evaluations if evaluation.due(state.step, last)]:
+                console.flush()
+                watchdog.mark(state.step, "evaluate")
+                _evaluate(run, due)
+                console.restart()
+            state.evaluated_step = state.step
+        save_due = run.save_every > 0 and state.step % run.save_every == 0 and state.step > 0
+        if state.step != saved_step and (last or stopping or save_due):
+            console.flush()
+            watchdog.mark(state.step, "save")
+            _save(run, with_.saver, last)
+            saved_step = state.step
+            console.restart()
+        if last or stopping:
+            return last
+        result = _train_step(run, watchdog, with_.stragglers)
+        console.step(result, synced=state.step - started_at == WARMUP_STEPS)
+        if state.step == started_at + 1:
+            lower_timeout(device=device)  # all ranks have compiled: from here on a long wait is a fault
+        if slow := with_.stragglers.report(state.step):
+            run.tracker.log(state.step, state.step * run.tokens_per_step, slow)
+        collect(state.step)
+
+
+def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerReport) -> tuple[Tensor, Tensor, float]:
     """One optimizer step. Returns (mean loss over all ranks, gradient norm, learning-rate multiplier), unread."""
     world = get_dist_info().world_size
+    step = run.state.step
+    watchdog.mark(step, "data")
+    started = time.perf_counter()
     batches = [run.loader.next_batch() for _ in range(run.loader.batches_per_step)]
+    waited = time.perf_counter() - started
     # Each target weighs the same wherever it lies: divide by the global count, not by each micro-batch's own (which
     # may be zero, when everything in it is masked).
     count = torch.stack([(targets != IGNORED).sum() for _, targets, *_ in batches]).sum().float()
+    stragglers.record(time.perf_counter() - started, waited)
     if world > 1:
         dist.all_reduce(count)
     count = count.clamp(min=1)
     total = torch.zeros((), device=count.device)
-    for inputs, targets, *weights in batches:
+    for index, (inputs, targets, *weights) in enumerate(batches):
+        watchdog.mark(step, "forward")  # of every micro-batch: a sign of life
+        parallel.before_micro_batch(run.model, run.policy, last=index == len(batches) - 1)
         weighted = {"loss_weights": weights[0]} if weights else {}
-        loss = run.forward(inputs, targets, loss_reduction="sum", **weighted)
-        (loss * (world / count)).backward()  # the optimizer averages over ranks
+        with stragglers.forward() if index == 0 else nullcontext():
+            loss = run.forward(inputs, targets, loss_reduction="sum", **weighted)
+        (loss * (world / count)).backward()  # gradients are averaged over ranks
         total += loss.detach()
     if world > 1:
         dist.all_reduce(total)
-    multiplier, momentum = run.schedule(run.state.step)
+    multiplier, momentum = run.schedule(step)
     if not run.teaches():
         multiplier = 0.0
-    set_schedule(run.optimizer, multiplier, momentum)
+    set_schedule(run.optimizer.param_groups, multiplier, momentum)
+    watchdog.mark(step, "update")
     norm = run.optimizer.step(max_norm=run.grad_clip if run.grad_clip > 0 else None)
     run.optimizer.zero_grad(set_to_none=True)
     run.state.step += 1
@@ -241,7 +291,7 @@ def _evaluate(run: TrainingRun, due: list[Evaluation]) -> None:
     state = run.state
     run.model.eval()
     metrics: dict[str, float] = {}
-    with torch.no_grad():
+    with torch.no_grad(), parallel.whole_weights(run.model, run.policy):
         for evaluation in due:
             metrics.update(evaluation.run(state.step))
     run.model.train()
@@ -253,17 +303,16 @@ def _evaluate(run: TrainingRun, due: list[Evaluation]) -> None:
             state.best[name] = min(value, state.best.get(name, math.inf))
     run.tracker.log(state.step, state.step * run.tokens_per_step, metrics)
     print0(f"step {state.step:05d} | " + " | ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    gc.collect()
+    gc.collect()  # the schedule of the loop only looks at young objects
 
 
-def _save(run: TrainingRun) -> int:
-    """Write a checkpoint and drop the ones before the last KEEP_LAST."""
+def _save(run: TrainingRun, saver: "Saver", last: bool) -> None:
+    """Start writing a checkpoint; training goes on meanwhile."""
     meta = {**run.meta, "loop": asdict(run.state), "loader": run.loader.state_dict()}
     meta["val_bpb"] = run.state.latest.get("Loss/val_bpb")
-    path = checkpoint.save(run.folder, run.state.step, run.model, run.optimizer, meta)
-    print0(f"saved {path}")
-    checkpoint.prune(run.folder, KEEP_LAST)
-    return run.state.step
+    meta["wandb_id"] = run.tracker.wandb_id
+    seconds = saver.save(run.state.step, meta, last)  # that the loop was held up
+    run.tracker.log(run.state.step, run.state.step * run.tokens_per_step, {"Time/save_seconds": seconds})
 
 
 class _Console:

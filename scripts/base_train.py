@@ -12,7 +12,9 @@ from typing import Annotated
 
 import torch
 
+from nanochat import parallel
 from nanochat import settings as settings_module
+from nanochat.batching import BatchPlan, plan_batch
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TrainLoader, fixed_rows, horizon_in_epochs, row_batches
 from nanochat.dataset import canonical
@@ -20,7 +22,7 @@ from nanochat.errors import UserError
 from nanochat.eval_bundle import load_bundle
 from nanochat.gpt import GPT, GPTConfig, Init
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.optim import batch_lr_scale, lr_multiplier, muon_momentum
+from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
 from nanochat.report import write_section
 from nanochat.run_folder import Resume, describe_run, earlier_run
@@ -33,10 +35,11 @@ from nanochat.runtime import (
     print0,
 )
 from nanochat.samples import make_samples
+from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum
 from nanochat.settings import real, whole
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
 from nanochat.tracking import NO_WANDB, Tracker
-from nanochat.trainer import Evaluation, Outcome, TrainingRun, accumulation_steps, resume, train
+from nanochat.trainer import Evaluation, Outcome, TrainingRun, resume, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +76,9 @@ class Settings:
 
     # ---- the batch
     device_batch_size: Annotated[int, whole(gte=1)] = 32
-    """Rows per forward pass on each device; lower it when memory runs out, the result stays the same."""
+    """Rows per forward pass on each device, at most; lower it when memory runs out, the result stays the same."""
     total_batch_size: Annotated[int, whole(gte=1)] = 524_288
-    """Tokens per optimizer step over all devices."""
+    """Tokens per optimizer step over all devices, a multiple of max_seq_len."""
 
     # ---- the optimizer
     matrix_lr: Annotated[float, real(gte=0)] = 0.02
@@ -84,6 +87,8 @@ class Settings:
     """AdamW learning rate of the embedding at width 768; goes with width^-0.5."""
     unembedding_lr: Annotated[float, real(gte=0)] = 0.004
     """AdamW learning rate of the head at width 768; goes with width^-0.5."""
+    use_muon: bool = True
+    """False: AdamW for the matrices too, at matrix_lr x 0.05 x 768/width."""
     weight_decay: Annotated[float, real(gte=0)] = 0.0
     """Cautious weight decay of the matrices, times their learning rate."""
     grad_clip: Annotated[float, real(gte=0)] = 1.0
@@ -114,10 +119,18 @@ class Settings:
     """Steps between checkpoints; -1: only the last."""
     resume: Resume = "never"
     """auto: continue the run of this tag where it stopped, if its settings are the same."""
+    keep_last: Annotated[int, whole(gte=1)] = 2
+    """Newest checkpoints to keep."""
+    keep_every: Annotated[int, whole(gte=-1)] = -1
+    """Keep also the checkpoints of steps that are multiples of this; -1: none."""
     model_tag: str | None = None
     """Name of the checkpoint folder; default d<depth>."""
 
-    # ---- the machine
+    # ---- the machines
+    parallel: Parallel = "auto"
+    """ddp: all weights on every GPU; fsdp: cut over all GPUs; hsdp: cut within each node; auto: by size and nodes."""
+    use_fsdp: bool = False
+    """The same as --parallel=fsdp."""
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
     compile: bool | None = None
@@ -181,20 +194,22 @@ def make_evaluations(
 
     def core(step: int) -> dict[str, float]:
         assert bundle is not None, "never due without an interval"
-        result = evaluate_core(
-            model,
-            tokenizer,
-            bundle,
-            device,
-            sequence_len=length,
-            device_batch_size=max(1, settings.device_batch_size // 4),
-            max_per_task=settings.core_metric_max_per_task,
-        )
+        with torch.compiler.set_stance("force_eager"):  # prompts of many shapes: not to be compiled for each
+            result = evaluate_core(
+                model,
+                tokenizer,
+                bundle,
+                device,
+                sequence_len=length,
+                device_batch_size=max(1, settings.device_batch_size // 4),
+                max_per_task=settings.core_metric_max_per_task,
+            )
         return {f"Eval/{result.name}": result.core}
 
     def show_samples(step: int) -> dict[str, float]:
         if rank == 0:
-            samples[:] = make_samples(model, tokenizer)
+            with torch.compiler.set_stance("force_eager"):
+                samples[:] = make_samples(model, tokenizer)
             for sample in samples:
                 print0(f"--- {sample['text']}")
         return {}
@@ -211,6 +226,7 @@ def announce(
     model: GPT,
     tokenizer: RustBPETokenizer,
     world_size: int,
+    plan: BatchPlan,
     num_iterations: int,
     why: str,
     compiled: bool,
@@ -221,7 +237,9 @@ def announce(
     print0(f"{model.config}")
     print0(f"{model.num_params():,} parameters, {model.estimate_flops():.4e} FLOPs per token")
     print0(f"{num_iterations:,} steps of {settings.total_batch_size:,} tokens = {horizon:,} tokens ({why})")
-    epochs, cropped = horizon_in_epochs(tokenizer, settings.source, settings.max_seq_len, horizon)
+    if plan.note:
+        print0(f"note: {plan.note}")
+    epochs, cropped = horizon_in_epochs(tokenizer, settings.source, settings.max_seq_len, horizon, plan.rows_per_step)
     print0(f"data: {settings.source}, {epochs:.2f} epochs, {100 * cropped:.1f} % of tokens cropped by packing")
     if epochs > 1:
         print0(f"warning: too little data: this horizon repeats it {epochs:.1f} times; get more of it, or train less")
@@ -231,18 +249,19 @@ def main(settings: Settings) -> None:
     settings = settings_module.replace(settings, source=canonical(settings.source))
     _, rank, _, world_size, device = compute_init(settings.device_type)
     tokenizer = get_tokenizer()
-    accumulation_steps(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
+    plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
 
     # ---- the model: shapes first (an impossible horizon costs no memory), memory second, values last
     config = model_config(settings, tokenizer.get_vocab_size())
     with torch.device("meta"):
         model = GPT(config, compute_dtype(device))
     num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
+    policy = parallel.spread(model, parallel.asked(settings.parallel, settings.use_fsdp), device)
     model.to_empty(device=device)
-    model.init_weights(settings.init, settings.seed)
+    parallel.init_weights(model, settings.init, settings.seed)
     compiled = settings.compile if settings.compile is not None else device.type == "cuda"
-    forward = torch.compile(model, dynamic=False) if compiled else model
-    announce(settings, model, tokenizer, world_size, num_iterations, why, compiled)
+    forward = parallel.compile_model(model, policy) if compiled else model
+    announce(settings, model, tokenizer, world_size, plan, num_iterations, why, compiled)
 
     # ---- the optimizer; its rates and the batch are what later stages go on with
     lr_scale = batch_lr_scale(settings.total_batch_size, num_iterations * settings.total_batch_size)
@@ -253,7 +272,7 @@ def main(settings: Settings) -> None:
         "unembedding_lr": settings.unembedding_lr * lr_scale,
         "weight_decay": settings.weight_decay,
     }
-    optimizer = model.setup_optimizer(**rates)
+    optimizer = model.setup_optimizer(**rates, use_muon=settings.use_muon)
 
     def schedule(step: int) -> tuple[float, float]:
         ratios = settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac
@@ -263,18 +282,18 @@ def main(settings: Settings) -> None:
     recipe = {**{name: getattr(settings, name) for name in INHERITED}, **rates}
     meta = describe_run("base", settings_module.as_dict(settings), config, tokenizer.hash, recipe, num_iterations)
     folder = checkpoint_dir("base", settings.model_tag or f"d{settings.depth}")
-    earlier = earlier_run(folder, settings.resume, meta)
+    earlier = earlier_run(folder, settings.resume, meta) or {}
     loader = TrainLoader(
         tokenizer,
         settings.source,
-        rows_per_step=settings.total_batch_size // settings.max_seq_len,
+        rows_per_step=plan.rows_per_step,
         sequence_len=settings.max_seq_len,
         device_batch_size=settings.device_batch_size,
         device=device,
         rank=rank,
         world_size=world_size,
         seed=settings.seed,
-        state=earlier["loader"] if earlier else None,
+        state=earlier.get("loader"),
     )
 
     # ---- train
@@ -292,8 +311,11 @@ def main(settings: Settings) -> None:
         grad_clip=settings.grad_clip,
         save_every=settings.save_every,
         evaluations=make_evaluations(settings, model, forward, tokenizer, rank, world_size, samples),
-        tracker=Tracker("base", settings.run, meta, earlier["step"] if earlier else None),
+        tracker=Tracker("base", settings.run, meta, earlier.get("step"), earlier.get("wandb_id")),
         meta=meta,
+        policy=policy,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
         flops_per_token=model.estimate_flops(),
     )
     if earlier:

@@ -10,17 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanochat import checkpoint
+from nanochat import checkpoint, parallel
 from nanochat import settings as settings_module
 from nanochat.chat_eval import evaluate_generative
 from nanochat.chat_train import RATES, plan_steps
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.formats import STDERR_SUFFIXES, metric_text
-from nanochat.optim import lr_multiplier, muon_momentum
+from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir
 from nanochat.report import write_section
-from nanochat.rollouts import RolloutLoader, Sampling, check_division, questions_at_once, row_width
+from nanochat.rollouts import RolloutLoader, Sampling, questions_at_once, row_width
 from nanochat.run_folder import Resume, describe_run, earlier_run
 from nanochat.runtime import (
     DeviceType,
@@ -31,6 +31,7 @@ from nanochat.runtime import (
     print0,
 )
 from nanochat.samples import make_chat_samples
+from nanochat.schedule import lr_multiplier, muon_momentum
 from nanochat.settings import real, whole
 from nanochat.tasks import make_task
 from nanochat.tasks.common import Task
@@ -100,8 +101,18 @@ class Settings:
     # ---- checkpoints
     save_every: Annotated[int, whole(gte=-1)] = 60
     """Steps between checkpoints; -1: only the last."""
+    keep_last: Annotated[int, whole(gte=1)] = 2
+    """Newest checkpoints to keep."""
+    keep_every: Annotated[int, whole(gte=-1)] = -1
+    """Keep also the checkpoints of steps that are multiples of this; -1: none."""
     resume: Resume = "never"
     """auto: continue the run of this tag where it stopped, if its settings are the same."""
+
+    # ---- the machines
+    parallel: Parallel = "auto"
+    """ddp: all weights on every GPU; fsdp: cut over all GPUs; hsdp: cut within each node; auto: by size and nodes."""
+    use_fsdp: bool = False
+    """The same as --parallel=fsdp."""
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -143,11 +154,12 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
 
 def main(settings: Settings) -> None:
     _, rank, _, world_size, device = compute_init(settings.device_type)
-    model, tokenizer, parent = checkpoint.load_model(
-        settings.source_stage, device, tag=settings.model_tag, step=settings.model_step
+    model, tokenizer, parent = checkpoint.find_model(
+        settings.source_stage, device, settings.model_tag, settings.model_step
     )
+    policy = parallel.spread(model, parallel.asked(settings.parallel, settings.use_fsdp), device)
+    checkpoint.fill_model(model, device, parent)
     recipe = checkpoint.recipe(parent)
-    check_division(settings.questions_per_step, settings.num_samples, settings.device_batch_size, world_size)
     questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))
     num_iterations = plan_steps(settings, len(questions), settings.questions_per_step)
     width = row_width(tokenizer, questions, settings.max_new_tokens, model.config.sequence_len)
@@ -170,7 +182,7 @@ def main(settings: Settings) -> None:
     about = {**settings_module.as_dict(settings), "source": recipe["source"]}
     meta = describe_run("rl", about, model.config, tokenizer.hash, recipe, num_iterations, parent)
     folder = checkpoint_dir("rl", settings.out_tag or parent["tag"])
-    earlier = earlier_run(folder, settings.resume, meta)
+    earlier = earlier_run(folder, settings.resume, meta) or {}
     loader = RolloutLoader(
         engine,
         questions,
@@ -181,7 +193,8 @@ def main(settings: Settings) -> None:
         rank,
         world_size,
         settings.seed,
-        state=earlier["loader"] if earlier else None,
+        state=earlier.get("loader"),
+        whole=lambda: parallel.whole_weights(model, policy),
     )
 
     # ---- train
@@ -198,21 +211,27 @@ def main(settings: Settings) -> None:
         grad_clip=settings.grad_clip,
         save_every=settings.save_every,
         evaluations=[Evaluation(settings.eval_every, True, measure)],
-        tracker=Tracker("rl", settings.run, meta, earlier["step"] if earlier else None),
+        tracker=Tracker("rl", settings.run, meta, earlier.get("step"), earlier.get("wandb_id")),
         meta=meta,
+        policy=policy,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
         step_metrics=lambda: loader.metrics,
         teaches=loader.teaches,
         memory_advice=MEMORY_ADVICE,
     )
     if earlier:
         resume(run, earlier)
-    with out_of_memory_is_one_line(device, MEMORY_ADVICE):
+    with out_of_memory_is_one_line(device, MEMORY_ADVICE), parallel.whole_weights(model, policy):
         meta["before"] = earlier["before"] if earlier else measure(0)
     print0("before: " + " | ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
     outcome = train(run)
     run.tracker.close()
-    if outcome.finished and rank == 0:
-        samples = make_chat_samples(model.eval(), tokenizer)
+    samples = []
+    if outcome.finished:  # on all ranks alike; one that was told to stop has no time for this
+        with parallel.whole_weights(model.eval(), policy):
+            samples = make_chat_samples(model, tokenizer) if rank == 0 else []
+    if samples:
         write_section("chat_rl", "Reinforcement learning", describe(run, outcome.metrics, questions, test, samples))
     compute_cleanup()
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import loss
-from nanochat.gpt import Linear
+from nanochat.gpt import Head
 
 
 def reference(hidden, head, targets, cap):
@@ -13,7 +13,7 @@ def reference(hidden, head, targets, cap):
 
 
 def problem(rows=50, width=16, vocab=37, masked=True):
-    head = Linear(width, vocab)
+    head = Head(width, vocab)
     hidden = (3 * torch.randn(rows, width)).requires_grad_()
     targets = torch.randint(vocab, (rows,))
     if masked:
@@ -26,7 +26,7 @@ def path(request, monkeypatch):
     """Both ways through head_loss on the same small problem; the chunks do not divide the rows."""
     if request.param == "chunked":
         monkeypatch.setattr(loss, "PLAIN_LOGITS", 0)
-        monkeypatch.setattr(loss, "_chunk_rows", lambda weight: 7)
+        monkeypatch.setattr(loss, "_chunk_rows", lambda *_: 7)
     return request.param
 
 

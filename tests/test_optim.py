@@ -7,7 +7,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.optim import MuonAdamW, adamw_update, batch_lr_scale, lr_multiplier, muon_momentum, orthogonalize
+from nanochat.optim import MuonAdamW
+from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum
+from nanochat.update_rules import adamw_update, orthogonalize
 from tests.processes import run_processes
 
 SHAPES = {"a": (8, 6), "b": (8, 6), "c": (8, 6), "d": (4, 12), "emb": (10, 6), "odd": (7, 3), "gain": (5,)}

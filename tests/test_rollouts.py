@@ -131,26 +131,29 @@ def test_a_resumed_loader_repeats_and_answers_differ_between_steps():
         make_loader(seed=4, state=first.state_dict())
 
 
-def _rank_rows():
+def _rank_rows(batch):
     import torch.distributed as dist
 
-    loader = make_loader(dist.get_rank(), dist.get_world_size())
+    loader = make_loader(dist.get_rank(), dist.get_world_size(), batch=batch)
     return steps(loader, 2), loader.metrics
 
 
-def test_two_ranks_share_the_questions_of_one():
+@pytest.mark.parametrize(("world", "batch"), [(2, 4), (3, 3), (5, 4)])
+def test_ranks_share_the_questions_of_one(world, batch):
+    """Four questions; of five ranks one has none."""
     loader = make_loader()
     whole = steps(loader, 2)
-    results = run_processes(2, _rank_rows)
-    for part in range(3):
-        merged = np.empty_like(whole[part])
-        for rank, (rows, _) in enumerate(results):
-            for question in range(2):
-                place = 4 * (2 * question + rank)
-                merged[:, place : place + 4] = rows[part][:, 4 * question : 4 * question + 4]
-        assert np.allclose(merged, whole[part])
-    for _, metrics in results:
+    results = run_processes(world, _rank_rows, batch)
+    assert len({rows[0].shape for rows, _ in results}) == 1
+    merged = [np.full_like(part, -2) for part in whole]
+    for rank, (rows, metrics) in enumerate(results):
+        mine = [4 * question + answer for question in range(rank, 4, world) for answer in range(4)]
+        for part, given_out in zip(merged, rows, strict=True):
+            part[:, mine] = given_out[:, : len(mine)]
+        assert (rows[1][:, len(mine) :] == -1).all() and (rows[2][:, len(mine) :] == 0).all()
         assert metrics == pytest.approx(loader.metrics)
+    for part, expected in zip(merged, whole, strict=True):
+        assert np.allclose(part, expected)
 
 
 def test_width_has_room_for_the_longest_question():
@@ -159,13 +162,6 @@ def test_width_has_room_for_the_longest_question():
     assert row_width(tokenizer, task, 20, 40) == 40
     with pytest.raises(UserError, match=r"--max-new-tokens=20: the longest question of characters has 14 tokens"):
         row_width(tokenizer, task, 20, 33)
-
-
-def test_batches_must_divide():
-    with pytest.raises(UserError, match="do not divide"):
-        make_loader(batch=5)
-    with pytest.raises(UserError, match="do not divide"):
-        make_loader(world=3)
 
 
 def test_answers_do_not_depend_on_how_many_are_sampled_together(monkeypatch):

@@ -57,3 +57,6 @@ def test_wandb_gets_the_same_records_when_asked(monkeypatch):
     tracker.log(2, 50, {"Loss/train_loss": 1.0})
     tracker.close()
     assert logged == [{"step": 2, "tokens": 50, "Loss/train_loss": 1.0}]
+    resumed = Tracker("base", "name-of-run", {"depth": 1}, resume_step=2, wandb_id=tracker.wandb_id)
+    resumed.close()
+    assert tracker.wandb_id is not None and resumed.wandb_id == tracker.wandb_id

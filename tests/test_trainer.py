@@ -12,8 +12,8 @@ import torch.distributed as dist
 from nanochat import checkpoint
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.paths import run_dir
+from nanochat.schedule import lr_multiplier, muon_momentum
 from nanochat.tracking import Tracker
 from nanochat.trainer import Evaluation, LoopState, TrainingRun, resume, train
 from tests.processes import run_processes
@@ -27,6 +27,7 @@ class FakeLoader:
 
     def __init__(self, batch=4, rank=0, world=1, step=0, repeat=False, masked=()):
         self.batches_per_step = ROWS // (batch * world)
+        self.device_batch_size = batch
         self.batch, self.rank, self.world, self.repeat, self.masked = batch, rank, world, repeat, masked
         self.given = step * self.batches_per_step
 
@@ -209,7 +210,7 @@ def test_running_out_of_memory_names_the_flag(folder):
     def too_much(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(UserError, match=r"out of memory at a device batch of 64 tokens: halve --device-batch-size"):
+    with pytest.raises(UserError, match=r"out of memory at a device batch of 4 rows: halve --device-batch-size"):
         train(make_run(folder, 3, forward=too_much))
 
 

@@ -1,0 +1,195 @@
+"""How a model is spread over ranks: ddp, fsdp or hsdp, and the only place that knows of it beside the optimizer.
+
+    ddp    every rank holds all weights; gradients and optimizer state are dealt out (nanochat.optim)
+    fsdp   weights, gradients and state are cut by rows over all ranks (FSDP2), and gathered unit by unit in bf16
+    hsdp   the same inside each node, replicated across nodes, so that only gradients cross the network
+
+Order: build on meta, `parallelize`, `to_empty`, `init_weights`, then the optimizer.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, Init
+from nanochat.runtime import get_dist_info, print0, ranks_per_node
+from nanochat.sharding import is_sharded, local, row_range
+
+Strategy = Literal["ddp", "fsdp", "hsdp"]
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
+
+# Up to this many parameters the weights of a whole model and their gradients are small beside a GPU of 80 GB (24 GB in
+# fp32): there is nothing to gain by cutting them, and nothing is gathered twice.
+SMALL = 3e9
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What `parallelize` does."""
+
+    strategy: Strategy
+    """ddp, fsdp or hsdp."""
+    param_dtype: torch.dtype
+    """What gathered weights are cast to, and computed with; the shards stay fp32."""
+    reduce_dtype: torch.dtype = torch.float32
+    """What gradients are summed over ranks in."""
+    reshard_after_forward: bool = False
+    """Free gathered weights after the forward pass and gather them again for the backward pass: half as much traffic
+    again, and only one block's weights in memory at a time."""
+    accumulate_whole: bool = True
+    """Keep the gradients of all but the last micro-batch whole on each rank (4 bytes a parameter) rather than reduce
+    each micro-batch's."""
+
+
+def asked(parallel: Parallel, use_fsdp: bool) -> Parallel:
+    """What --parallel and --use-fsdp say together. Raises UserError where they contradict each other."""
+    if use_fsdp and parallel not in ("auto", "fsdp"):
+        raise UserError(f"--use-fsdp and --parallel={parallel} contradict each other: give one of them")
+    return "fsdp" if use_fsdp else parallel
+
+
+def choose(num_params: float, world_size: int, ranks_per_node: int) -> tuple[Strategy, str]:
+    """(strategy, why) for a model of so many parameters."""
+    if world_size == 1:
+        return "ddp", "one rank"
+    if world_size > ranks_per_node:
+        return "hsdp", f"{world_size // ranks_per_node} nodes: weights are gathered inside each, gradients cross"
+    size = f"{num_params / 1e9:.2g} billion parameters"
+    if num_params <= SMALL:
+        return "ddp", f"one node, and {size} fit on every rank"
+    return "fsdp", f"one node, and {size} are too many for every rank"
+
+
+def make_policy(
+    parallel: Parallel, num_params: float, param_dtype: torch.dtype, world_size: int, ranks_per_node: int
+) -> tuple[Policy, str]:
+    """(policy, why). Raises UserError for hsdp where the ranks do not make whole nodes."""
+    strategy, why = choose(num_params, world_size, ranks_per_node)
+    if parallel != "auto":
+        strategy, why = parallel, f"--parallel={parallel}"
+    if world_size == 1 and strategy != "ddp":
+        strategy, why = "ddp", f"{why}, but there is one rank only"
+    if strategy == "hsdp" and world_size % ranks_per_node:
+        raise UserError(
+            f"--parallel=hsdp: {world_size} ranks are no whole number of nodes of {ranks_per_node}; start as many on "
+            "every node, or use --parallel=fsdp"
+        )
+    large = num_params > SMALL
+    return Policy(strategy, param_dtype, reshard_after_forward=large, accumulate_whole=not large), why
+
+
+def make_mesh(policy: Policy, device_type: str, ranks_per_node: int) -> DeviceMesh | None:
+    """(shard,) for fsdp, (replicate, shard) for hsdp, None for ddp."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if policy.strategy == "ddp":
+        return None
+    if policy.strategy == "fsdp":
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    shape = (world // ranks_per_node, ranks_per_node)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(model: GPT, mesh: DeviceMesh | None, policy: Policy) -> GPT:
+    """Cut the parameters of `model` in place, as `policy` says; ddp leaves it as it is. Returns the model.
+
+    Units that are gathered together: the embedding, each block, the head. In a unit of their own, embedding and head
+    travel while the first and last blocks compute, which one root unit could not.
+    """
+    if policy.strategy == "ddp":
+        return model
+    assert mesh is not None
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    precision = MixedPrecisionPolicy(
+        param_dtype=policy.param_dtype,
+        reduce_dtype=policy.reduce_dtype,
+        cast_forward_inputs=False,  # the rotary tables stay fp32; the model casts what it wants cast
+    )
+    shard: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
+    fully_shard(model.transformer["wte"], **shard, reshard_after_forward=policy.reshard_after_forward)
+    for block in model.transformer.h:  # type: ignore[union-attr]
+        fully_shard(block, **shard, reshard_after_forward=policy.reshard_after_forward)
+    fully_shard(model.lm_head, **shard, reshard_after_forward=False)  # its backward pass comes at once
+    fully_shard(model, **shard, reshard_after_forward=False)
+    # The loss is taken by a method of the head that is not forward(), which alone would gather its weight.
+    register_fsdp_forward_method(model.lm_head, "summed_loss")
+    if mesh.device_type == "cpu":
+        for unit in _units(model):
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has no average
+    return model
+
+
+def spread(model: GPT, parallel: Parallel, device: torch.device) -> Policy:
+    """Choose a policy for a model on the meta device, say why, and apply it. To be followed by to_empty(device)."""
+    world, per_node = get_dist_info().world_size, ranks_per_node()
+    policy, why = make_policy(parallel, model.num_params(), model.compute_dtype, world, per_node)
+    parallelize(model, make_mesh(policy, device.type, per_node), policy)
+    if world > 1:
+        print0(f"parallel: {policy.strategy} ({why})")
+    return policy
+
+
+def _units(model: nn.Module) -> list[Any]:
+    """The parts of the model that are gathered together, outermost first; none where it is not sharded."""
+    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+
+
+@torch.no_grad()
+def init_weights(model: GPT, init: Init, seed: int) -> None:
+    """GPT.init_weights for any layout: each parameter is drawn whole, by its name, and this rank's rows of it kept. So
+    all layouts and world sizes begin with the same bits."""
+    for name, param in model.named_parameters():
+        if is_sharded(param):
+            whole = torch.empty(param.shape, dtype=param.dtype, device=local(param).device)
+            model.init_parameter(name, whole, init, seed)
+            local(param).copy_(whole[slice(*row_range(param))])
+        else:
+            model.init_parameter(name, param, init, seed)
+    model.init_buffers()
+
+
+def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
+    """What to train with, compiled: the whole model (ddp), or each block between its hooks."""
+    if policy.strategy == "ddp":
+        return torch.compile(model, dynamic=False)
+    for block in model.transformer.h:  # type: ignore[union-attr]
+        block.forward = torch.compile(block.forward, dynamic=False)
+    return model
+
+
+def before_micro_batch(model: GPT, policy: Policy, last: bool) -> None:
+    """Say whether this is the last micro-batch of a step: only then must gradients be summed over all ranks."""
+    if policy.strategy == "ddp":
+        return  # the optimizer reduces
+    root: Any = model
+    root.set_is_last_backward(last)
+    root.set_requires_gradient_sync(last or not policy.accumulate_whole)
+    root.set_requires_all_reduce(last)
+    root.set_reshard_after_backward(last or policy.reshard_after_forward)
+
+
+@contextmanager
+def whole_weights(model: GPT, policy: Policy) -> Iterator[None]:
+    """Every rank holds all weights (in param_dtype), for evaluating and sampling: no forward pass communicates, so
+    ranks may make as many of them as they like, in any shapes, and nobody waits for anybody. 2 bytes a parameter in
+    bf16. Every rank enters and leaves together."""
+    units = _units(model)
+    try:
+        if units:
+            model.set_reshard_after_forward(False)  # type: ignore[operator]
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                model(torch.zeros(1, 1, dtype=torch.long, device=model.get_device()))  # gathers, and nothing is freed
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+        if policy.reshard_after_forward:
+            for unit in units:
+                unit.set_reshard_after_forward(unit not in (model, model.lm_head), recurse=False)
