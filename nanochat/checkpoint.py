@@ -175,7 +175,11 @@ def find_model(
         )
     with torch.device("meta"):
         model = GPT(GPTConfig(**meta["model_config"]), compute_dtype(device))
-    return model, tokenizer, {**meta, "stage": stage, "step": step, "tag": folder.name, "identity": identity(folder, step)}
+    return (
+        model,
+        tokenizer,
+        {**meta, "stage": stage, "step": step, "tag": folder.name, "identity": identity(folder, step)},
+    )
 
 
 def fill_model(model: GPT, device: torch.device, meta: dict[str, Any]) -> None:

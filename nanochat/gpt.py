@@ -261,7 +261,7 @@ class GPT(nn.Module):
         weight_decay: float = 0.0,
         use_muon: bool = True,
     ) -> "MuonAdamW":
-        """One optimizer over all parameters: see nanochat.optim.gpt_optimizer."""
-        from nanochat.optim import gpt_optimizer
+        """One optimizer over all parameters: see nanochat.param_groups.gpt_optimizer."""
+        from nanochat.param_groups import gpt_optimizer
 
         return gpt_optimizer(self, matrix_lr, embedding_lr, unembedding_lr, weight_decay, use_muon)

@@ -28,33 +28,43 @@ MATMUL_FLOPS = 790e12  # bf16 8192³ on random data; measured on one H200
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured run on one GPU."""
+    """One measured training step, per GPU."""
 
     depth: int
     vocab_size: int
     device_batch_size: int  # rows of 2048 tokens
-    tokens_per_step: int
+    tokens_per_step: int  # of the run, over all its GPUs
     tokens_per_second: float
-    mfu: float
+    mfu: float  # of forward and backward alone, the optimizer left out
     peak_bytes: float
     where: str
 
 
-# By depth. Add rows as they are measured: between two the MFU is interpolated, beyond them the nearest counts.
-MEASURED = (Measurement(12, 32768, 32, 524_288, 538_348, 0.483, 23.7 * 2**30, "one H200, torch 2.11, 2026-11-22"),)
+# By depth. Add rows as they are measured: between two the MFU is interpolated, beyond them the nearest counts. The last
+# three are benchmarks/results/parallel_h200.jsonl.
+TWO = "two H200 of one host, torch 2.11, 2026-11-22"
+MEASURED = (
+    Measurement(12, 32768, 32, 524_288, 538_348, 0.483, 23.7 * 2**30, "one H200, torch 2.11, 2026-11-22"),
+    Measurement(20, 65536, 16, 524_288, 151_912, 0.548, 36.8 * 2**30, f"ddp, {TWO}"),
+    Measurement(26, 65536, 8, 524_288, 77_534, 0.554, 38.3 * 2**30, f"ddp, {TWO}"),
+    Measurement(32, 65536, 8, 524_288, 47_439, 0.592, 56.4 * 2**30, f"fsdp, {TWO}"),
+)
 
 # Measured on two H200 of one host, d12: 1.97 times the tokens/s of one
 TWO_GPU_EFFICIENCY = 0.98
+# There: bus bandwidth of an fp32 all-reduce (python -m nanochat.preflight)
+NVLINK_BYTES_PER_SECOND = 258e9
+# There, under fsdp: the whole optimizer step (both all-to-alls, AdamW, clipping) against its Newton-Schulz products at
+# MATMUL_FLOPS: 0.34 at d20 (24 ms), 0.41 at d26 (55 ms), 0.46 at d32 (114 ms)
+OPTIMIZER_EFFICIENCY = 0.41
 
 # Bytes kept for the backward pass for each token, layer and unit of width. From d12 above: its peak less weights,
 # gradients, optimizer state and bf16 copies, over 65,536 tokens x 12 layers x 768.
 ACTIVATION_BYTES = 38.7
 
 # Assumptions, none of them measured here
-NVLINK_BYTES_PER_SECOND = 350e9  # what NCCL collectives reach inside a node of H100 or H200
 NETWORK_GBPS = 200.0  # of each GPU's share of its node's network cards
 NETWORK_EFFICIENCY = 0.8  # of that, what collectives reach
-MUON_EFFICIENCY = 0.5  # of MATMUL_FLOPS: batches of matrices, symmetric products
 OVERLAP = 0.9  # of the computing time, what traffic of FSDP and HSDP can hide behind
 
 
@@ -202,7 +212,7 @@ def _others(parts: int) -> float:
 
 
 def one_gpu_mfu(depth: int, measured: Sequence[Measurement] = MEASURED) -> tuple[float, str]:
-    """(MFU of one GPU at that depth, where it comes from)."""
+    """(MFU of a GPU in forward and backward at that depth, where it comes from)."""
     rows = sorted(measured, key=lambda row: row.depth)
     place = bisect.bisect_left([row.depth for row in rows], depth)
     if place < len(rows) and rows[place].depth == depth:
@@ -216,9 +226,9 @@ def one_gpu_mfu(depth: int, measured: Sequence[Measurement] = MEASURED) -> tuple
 
 
 def muon_seconds(model: Shapes, ranks: int) -> float:
-    """Orthogonalisation of 4 square matrices and 2 of width x 4 width a layer, spread over `ranks` without repetition:
-    five steps with symmetric products take 156 width³ FLOP a layer."""
-    return 156.0 * model.width**3 * model.depth / ranks / (MUON_EFFICIENCY * MATMUL_FLOPS)
+    """The optimizer step: orthogonalisation of 4 square matrices and 2 of width x 4 width a layer, spread over `ranks`
+    without repetition (five iterations take 300 width³ FLOP a layer), and what goes with it."""
+    return 300.0 * model.width**3 * model.depth / ranks / (OPTIMIZER_EFFICIENCY * MATMUL_FLOPS)
 
 
 @dataclass(frozen=True)
@@ -304,15 +314,18 @@ def print_constants(asked: Settings) -> None:
     """What the prediction rests on."""
     print("\nMeasured")
     mfu, origin = one_gpu_mfu(asked.depth)
-    print(f"  MFU of one GPU           {100 * mfu:.1f} %, {origin}; peak {PEAK_FLOPS / 1e12:g} TFLOP/s")
+    print(
+        f"  MFU of a GPU             {100 * mfu:.1f} % of {PEAK_FLOPS / 1e12:g} TFLOP/s without the optimizer, {origin}"
+    )
     print(f"  matmul, bf16             {MATMUL_FLOPS / 1e12:g} TFLOP/s, one H200, 8192³")
     print(f"  activations              {ACTIVATION_BYTES:g} bytes a token, layer and unit of width, d12 on one H200")
+    print(f"  inside a node            {NVLINK_BYTES_PER_SECOND / GB:g} GB/s a GPU, two H200 of one host")
+    print(f"  optimizer                its products at {100 * OPTIMIZER_EFFICIENCY:g} % of the matmul rate, two H200")
     print(f"  (two H200 of one host reached {100 * TWO_GPU_EFFICIENCY:g} % of twice one at d12)")
     print("Assumed")
     used = f"used at {100 * NETWORK_EFFICIENCY:g} %"
     print(f"  network                  {asked.network_gbps:g} Gb/s a GPU (--network-gbps), {used}")
-    print(f"  inside a node            {NVLINK_BYTES_PER_SECOND / GB:g} GB/s a GPU")
-    print(f"  Muon                     at {100 * MUON_EFFICIENCY:g} % of the matmul rate, spread over all GPUs")
+    print("  more GPUs                as fast as two, the optimizer's work spread over all of them")
     print(
         f"  traffic of FSDP, HSDP    hides behind {100 * OVERLAP:g} % of forward and backward; of DDP, behind nothing"
     )

@@ -166,3 +166,15 @@ def test_plan_is_a_word_of_launch():
     assert done.returncode == 0 and "16 x 8 GPUs, fsdp" in done.stdout
     wrong = subprocess.run([*command, "--depth=0"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("depth", "strategy", "rows"), [(20, "ddp", 16), (26, "ddp", 8), (32, "fsdp", 8)])
+def test_what_was_measured_on_two_gpus_is_predicted(depth, strategy, rows):
+    measured = next(row for row in plan.MEASURED if row.depth == depth)
+    asked = plan.Settings(depth=depth, gpus_per_node=2, parallel=strategy, device_batch_size=rows, gpu_memory_gb=150)
+    model = plan.shapes(depth, asked.vocab_size)
+    policy, _ = plan.make_policy(strategy, model.params, torch.bfloat16, 2, 2)
+    step = plan.predict(model, policy, asked, plan.passes_per_step(asked, rows))
+    assert asked.total_batch_size / step.seconds == pytest.approx(2 * measured.tokens_per_second, rel=0.02)
+    used = sum(plan.memory(model, policy, asked, rows).values())
+    assert 0.9 * measured.peak_bytes < used < 1.25 * measured.peak_bytes
