@@ -268,6 +268,8 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
             **outcome.metrics,
         }
         write_section(section, title, describe(settings, recipe, meta, tasks, figures, samples))
+    if outcome.finished:
+        checkpoint.mark_complete(folder)
     compute_cleanup()
 
 

@@ -32,7 +32,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, slug
-from nanochat.runtime import compute_dtype, print0
+from nanochat.runtime import compute_dtype, get_dist_info, print0
 from nanochat.shards import replacing
 from nanochat.tensor_files import damaged, read_file, read_parts, write_file
 
@@ -224,8 +224,17 @@ def _present(folder: Path) -> str:
     return ", ".join(names) or "none"
 
 
+def update_meta(folder: Path, step: int, known: dict[str, Any]) -> None:
+    """Add to meta.json what came to be known after the checkpoint was saved (rank 0)."""
+    path = step_dir(folder, step) / "meta.json"
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({**json.loads(path.read_text()), **known}, indent=1) + "\n")
+
+
 def mark_complete(folder: Path) -> None:
-    """Say that the run writing into `folder` has reached its last step."""
+    """Say that the run writing into `folder` is done, its section of the report included: rank 0's last deed."""
+    if get_dist_info().rank != 0:
+        return
     with replacing(folder / COMPLETE) as temporary:
         temporary.touch()
 

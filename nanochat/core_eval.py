@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.eval_bundle import Bundle, Task
+from nanochat.watchdog import sign_of_life
 
 _WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
 _CHUNK_ITEMS = 512  # items rendered and encoded at a time: bounds memory on the tasks with 10,000 items
@@ -177,6 +178,7 @@ def score_rows(
     means = np.zeros(len(rows))
     exact = np.zeros(len(rows), dtype=bool)
     for numbers, width in _batches(rows, tokens_per_forward, max_tokens):
+        sign_of_life()
         idx = torch.full((len(numbers), width), pad, dtype=torch.long)
         for i, number in enumerate(numbers):
             idx[i, : len(rows[number].tokens)] = torch.tensor(rows[number].tokens)

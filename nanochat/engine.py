@@ -11,6 +11,7 @@ from torch import Tensor
 from nanochat.calculator import use_calculator
 from nanochat.conversation import without_oldest_turn
 from nanochat.errors import UserError
+from nanochat.watchdog import sign_of_life
 
 CHAT_TOKENS = (
     "<|bos|>",
@@ -262,6 +263,7 @@ class Engine:
         cache, logits = self._prefill(prompts, num_samples, width + max_tokens)
         alive = list(range(len(rows)))  # the row that each row of the batch stands for
         for step in range(max_tokens):
+            sign_of_life()
             sampled = sample_next(logits, uniforms[alive, step], temperature, top_k).tolist()
             tokens, masks = [self.specials["<|assistant_end|>"]] * len(rows), [1] * len(rows)
             for number, token in zip(alive, sampled, strict=True):

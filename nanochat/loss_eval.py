@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
+from nanochat.watchdog import sign_of_life
 
 
 class BpbResult(NamedTuple):
@@ -51,6 +52,7 @@ def measure_bpb(
     precise = torch.float32 if device.type == "mps" else torch.float64
     row_nats, row_bytes, row_tokens = [], [], []
     for x, y in batches:
+        sign_of_life()
         losses = model(x, y, loss_reduction="none").view(y.shape)
         weights = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
         counted = weights > 0

@@ -36,6 +36,10 @@ BUCKET_ELEMENTS = 2**27  # of sharded matrices exchanged at a time: bounds the b
 @functools.cache
 def _kernel(function: Any, on_gpu: bool) -> Any:
     """Fused on GPUs; on a CPU the compile would take longer than a small run."""
+    if on_gpu:
+        # nesterov() has a variant for each number of matrices and place of this replica's among them: 15 have been
+        # counted (hsdp on 3 nodes), and torch gives up after 8.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False, fullgraph=True) if on_gpu else function
 
 
@@ -446,7 +450,11 @@ def _muon_buckets(group: dict[str, Any]) -> list[_Bucket]:
     for params, names in same:
         size = max(world, BUCKET_ELEMENTS // params[0].numel())
         pieces += [(params[i : i + size], names[i : i + size]) for i in range(0, len(params), size)]
-    owners = iter(deal([_cost(p) for params, _ in pieces for p in params], world))
+    # The first jobs go to different replicas: what one of them orthogonalises all others receive, padded to the most.
+    replicas = _replicas(group["params"][0])
+    shards = world // replicas
+    dealt = deal([_cost(p) for params, _ in pieces for p in params], world)
+    owners = iter([(owner % replicas) * shards + owner // replicas for owner in dealt])
     return [_ShardedMatrices(group, params, names, [next(owners) for _ in params]) for params, names in pieces]
 
 

@@ -164,6 +164,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+GO, STOP, BROKEN = 0, 1, 2  # what ranks tell each other at every step
+
+
 class StopSignal:
     """Remembers SIGTERM and SIGUSR1 so that the training loop can finish its step, save and leave.
 
@@ -183,29 +186,31 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self, device: torch.device) -> bool:
-        """True on every rank at the same call, the one after some rank was signalled, or the next.
+    def agreed(self, device: torch.device, broken: bool = False) -> int:
+        """GO, STOP (some rank was signalled) or BROKEN (some rank says so), the same on every rank at the same call:
+        the one after that happened, or the next.
 
-        The flags are added up while the next step is prepared, and read at the following call: reading them at once
-        would make the host wait for the device at every step, and the device then for the host.
+        The ranks' answers are brought together while the next step is prepared, and read at the following call:
+        reading them at once would make the host wait for the device at every step, and the device then for the host.
         """
+        mine = BROKEN if broken else STOP if self.received is not None else GO
         if not dist.is_initialized():
-            return self.received is not None
-        before, self._asked = self._asked, self._ask(device)
+            return mine
+        before, self._asked = self._asked, self._ask(mine, device)
         if before is None:
-            return False
-        flag, copied = before
+            return GO
+        answer, copied = before
         if copied is not None:
             copied.synchronize()
-        return bool(flag)
+        return int(answer)
 
-    def _ask(self, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """(whether any rank was signalled, when that is known)."""
-        flag = torch.tensor(float(self.received is not None)).to(device, non_blocking=True)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    def _ask(self, mine: int, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """(the gravest answer of all ranks, when that is known)."""
+        answer = torch.tensor(float(mine)).to(device, non_blocking=True)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         if device.type != "cuda":
-            return flag, None
-        flag = flag.to("cpu", non_blocking=True)
+            return answer, None
+        answer = answer.to("cpu", non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return flag, copied
+        return answer, copied

@@ -38,7 +38,9 @@ from nanochat.optim import MuonAdamW
 from nanochat.runtime import print0
 from nanochat.sharding import is_sharded, local, row_range
 from nanochat.tensor_files import write_file
+from nanochat.watchdog import sign_of_life
 
+ALIVE_SECONDS = 30.0  # between two signs of life while waiting for the disk
 SLOWEST_DISK = datetime.timedelta(hours=2)  # how long ranks that have written their part wait for the last one
 
 
@@ -116,7 +118,9 @@ class Saver:
         """End the save under way (every rank calls this). Raises UserError on every rank when any of them failed."""
         if self.thread is None:
             return
-        self.thread.join()
+        while self.thread.is_alive():
+            self.thread.join(ALIVE_SECONDS)
+            sign_of_life()
         self.thread = None
         failure, self.failure = self.failure, None
         self._agree(failure)

@@ -54,7 +54,8 @@ class Tracker:
             self.wandb.define_metric("*", step_metric="step")
 
     def _drop_after(self, step: int | None) -> None:
-        """A run that starts again, or resumes, repeats steps: its earlier records of them go (None: all of them)."""
+        """A run that starts again, or resumes, repeats steps: its earlier records of them go (None: all of them). So do
+        the evaluations of the step itself, which come after its checkpoint."""
         if not self.path.exists():
             return
         kept = []
@@ -63,7 +64,9 @@ class Tracker:
                 record = json.loads(line)
             except ValueError:  # cut short by a kill
                 continue
-            if record.get("stage") != self.stage or (step is not None and record["step"] <= step):
+            trained = "Loss/train_loss" in record
+            stays = step is not None and (record["step"] < step or (record["step"] == step and trained))
+            if record.get("stage") != self.stage or stays:
                 kept.append(line + "\n")
         with replacing(self.path) as temporary:
             temporary.write_text("".join(kept))

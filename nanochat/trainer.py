@@ -26,6 +26,8 @@ from nanochat.loss import IGNORED
 from nanochat.optim import MuonAdamW
 from nanochat.paths import get_base_dir
 from nanochat.runtime import (
+    BROKEN,
+    STOP,
     StopSignal,
     get_dist_info,
     peak_flops,
@@ -195,8 +197,8 @@ def train(run: TrainingRun) -> Outcome:
     try:
         with scheduled() as collect:
             finished = _loop(run, with_, collect)
-        with_.watchdog.mark(run.state.step, "save")
-        saver.wait()
+        if not finished:
+            saver.wait()
     except torch.OutOfMemoryError:
         raise UserError(
             f"{device} is out of memory at a device batch of {run.loader.device_batch_size} rows: {run.memory_advice}"
@@ -209,41 +211,53 @@ def train(run: TrainingRun) -> Outcome:
     if not finished:
         who = with_.stop.received or "another rank"
         print0(f"stopped by {who} at step {run.state.step:,}, saved; run again with --resume=auto")
-    elif get_dist_info().rank == 0:
-        checkpoint.mark_complete(run.folder)
     return Outcome(finished, with_.console.summary())
 
 
 def _loop(run: TrainingRun, with_: _Companions, collect: Callable[[int], None]) -> bool:
-    """All steps. True at the last one, False when a signal came before."""
+    """All steps. True when all is done, False when a signal came before that."""
     device = run.model.get_device()
-    console, watchdog = with_.console, with_.watchdog
-    saved_step = run.state.step if run.state.step > 0 else -1
-    started_at = run.state.step
+    console, watchdog, state = with_.console, with_.watchdog, run.state
+    saved_step = state.step if state.step > 0 else -1
+    started_at = state.step
     while True:
-        state = run.state
         last = state.step == run.num_iterations
-        stopping = with_.stop.agreed(device)
-        if state.step != state.evaluated_step and not stopping:
-            if due := [evaluation for evaluation in run.evaluations if evaluation.due(state.step, last)]:
-                console.flush()
-                watchdog.mark(state.step, "evaluate")
-                _evaluate(run, due)
-                console.restart()
-            state.evaluated_step = state.step
-        save_due = run.save_every > 0 and state.step % run.save_every == 0 and state.step > 0
-        if state.step != saved_step and (last or stopping or save_due):
+        asked = with_.stop.agreed(device, broken=console.failure is not None)
+        if asked == BROKEN:
             console.flush()
+            raise UserError(console.failure or "another rank has found that the loss or a gradient is not finite")
+        stopping = asked == STOP
+        due = [] if stopping or state.step == state.evaluated_step else run.evaluations
+        due = [evaluation for evaluation in due if evaluation.due(state.step, last)]
+        save_due = run.save_every > 0 and state.step % run.save_every == 0 and state.step > 0
+        # Saved before it is evaluated: evaluations are long, and may run out of memory.
+        if state.step != saved_step and (last or stopping or save_due):
+            console.check()
             watchdog.mark(state.step, "save")
             _save(run, with_.saver, last)
             saved_step = state.step
             console.restart()
-        if last or stopping:
-            return last
+        if due:
+            console.check()
+            _evaluate(run, due, watchdog)
+            console.restart()
+        if not stopping:
+            state.evaluated_step = state.step
+        if stopping:
+            return False
+        if last:
+            watchdog.mark(state.step, "save")
+            with_.saver.wait()
+            if get_dist_info().rank == 0:
+                known = {"loop": asdict(state), "val_bpb": state.latest.get("Loss/val_bpb")}
+                checkpoint.update_meta(run.folder, state.step, known)
+            return True
         result = _train_step(run, watchdog, with_.stragglers)
         console.step(result, synced=state.step - started_at == WARMUP_STEPS)
         if state.step == started_at + 1:
-            lower_timeout(device=device)  # all ranks have compiled: from here on a long wait is a fault
+            lower_timeout(
+                device=device, leave=with_.saver.group
+            )  # all ranks have compiled: from here on a long wait is a fault
         if slow := with_.stragglers.report(state.step):
             run.tracker.log(state.step, state.step * run.tokens_per_step, slow)
         collect(state.step)
@@ -286,13 +300,14 @@ def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerRepor
     return total / count, norm, multiplier
 
 
-def _evaluate(run: TrainingRun, due: list[Evaluation]) -> None:
+def _evaluate(run: TrainingRun, due: list[Evaluation], watchdog: Watchdog) -> None:
     """Make these evaluations and record what they say."""
     state = run.state
     run.model.eval()
     metrics: dict[str, float] = {}
     with torch.no_grad(), parallel.whole_weights(run.model, run.policy):
         for evaluation in due:
+            watchdog.mark(state.step, "evaluate")
             metrics.update(evaluation.run(state.step))
     run.model.train()
     if not metrics:
@@ -309,7 +324,6 @@ def _evaluate(run: TrainingRun, due: list[Evaluation]) -> None:
 def _save(run: TrainingRun, saver: "Saver", last: bool) -> None:
     """Start writing a checkpoint; training goes on meanwhile."""
     meta = {**run.meta, "loop": asdict(run.state), "loader": run.loader.state_dict()}
-    meta["val_bpb"] = run.state.latest.get("Loss/val_bpb")
     meta["wandb_id"] = run.tracker.wandb_id
     seconds = saver.save(run.state.step, meta, last)  # that the loop was held up
     run.tracker.log(run.state.step, run.state.step * run.tokens_per_step, {"Time/save_seconds": seconds})
@@ -329,6 +343,13 @@ class _Console:
         self.pending: list[tuple[int, Tensor, Tensor, float, dict[str, float]]] = []
         self.seen = 0
         self.clock = time.perf_counter()
+        self.failure: str | None = None  # why training cannot go on
+
+    def check(self) -> None:
+        """Flush, on all ranks; they see the same values. Raises UserError when training cannot go on."""
+        self.flush()
+        if self.failure is not None:
+            raise UserError(self.failure)
 
     def step(self, result: tuple[Tensor, Tensor, float], synced: bool) -> None:
         self.pending.append((self.run.state.step, *result, self.run.step_metrics()))
@@ -351,16 +372,19 @@ class _Console:
         self.seen += count
         rate = self.run.tokens_per_step / seconds
         for step, loss_tensor, norm_tensor, multiplier, further in self.pending:
-            loss = loss_tensor.item()
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {step}: lower --matrix-lr and --embedding-lr; the checkpoints before "
-                    "this step stand"
+            loss, norm = loss_tensor.item(), norm_tensor.item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                # A norm that is not finite has spoilt the weights, though the loss shows it only at the next step.
+                name, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
+                self.failure = (
+                    f"the {name} is {value} at step {step}: lower --matrix-lr and --embedding-lr; the checkpoints "
+                    "before this step stand"
                 )
+                break
             state.smoothed_loss = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * loss
             metrics = {
                 "Loss/train_loss": loss,
-                "Optimization/grad_norm": norm_tensor.item(),
+                "Optimization/grad_norm": norm,
                 "Optimization/lr_multiplier": multiplier,
                 "Time/step_seconds": seconds,
                 "Time/tokens_per_second": rate,
@@ -371,7 +395,8 @@ class _Console:
             state.latest.update(metrics)
             self.run.tracker.log(step, step * self.run.tokens_per_step, metrics)
         self.pending.clear()
-        self._print(step, seconds, rate, further)
+        if self.failure is None:
+            self._print(step, seconds, rate, further)
 
     def restart(self) -> None:
         """Leave what has just been done (an evaluation, a checkpoint) out of the time of the next step."""

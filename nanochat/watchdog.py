@@ -36,6 +36,16 @@ STACK_LETTERS = 20_000  # per rank in the store
 NAMED = 8  # ranks, at most, that a verdict tells of one by one: a host full of them
 
 
+_watching: list["Watchdog"] = []  # of this process
+
+
+def sign_of_life() -> None:
+    """A sign of life from within long work (an evaluation's batches, sampled tokens, a disk), where the training loop
+    cannot mark anything. Nothing happens where nobody watches."""
+    if _watching:
+        _watching[-1].marks += 1
+
+
 @dataclass
 class Place:
     """Where a rank is."""
@@ -80,6 +90,7 @@ class Watchdog:
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self.thread.start()
+        _watching.append(self)
 
     def mark(self, step: int, phase: str) -> None:
         """The loop has come to `phase` of `step`. Costs a microsecond; call it often, within long work too.
@@ -96,6 +107,8 @@ class Watchdog:
 
     def close(self) -> None:
         """Stop watching. Returns at once."""
+        if _watching and _watching[-1] is self:
+            _watching.pop()
         self.closed.set()
         self.thread.join(timeout=5)  # it may hang in the store of a rank 0 that has gone
         faulthandler.cancel_dump_traceback_later()
@@ -278,8 +291,11 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank {shown}" if len(ranks) <= NAMED else f"rank {shown} and {len(ranks) - NAMED} more"
 
 
-def lower_timeout(seconds: float = GROUP_SECONDS, device: torch.device | None = None) -> None:
-    """Let collectives of all process groups fail after this time, from now on. Collective; call it after step 1.
+def lower_timeout(
+    seconds: float = GROUP_SECONDS, device: torch.device | None = None, leave: dist.ProcessGroup | None = None
+) -> None:
+    """Let collectives of all process groups but `leave` fail after this time, from now on. Collective; call it after
+    step 1.
 
     The ranks meet first: one that is still compiling must not be timed out by one that is not. Groups made later have
     the timeout they are made with. gloo and NCCL both honour it (gloo: an exception in the waiting rank; NCCL: its own
@@ -293,4 +309,6 @@ def lower_timeout(seconds: float = GROUP_SECONDS, device: torch.device | None = 
     # torch 2.11 has only the private name, 2.15 has both and warns at the private one.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in list(distributed_c10d._world.pg_map):
+        if group is leave:
+            continue
         set_timeout(datetime.timedelta(seconds=seconds), group)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import torch
 
-from nanochat import parallel
+from nanochat import checkpoint, parallel
 from nanochat import settings as settings_module
 from nanochat.batching import BatchPlan, plan_batch
 from nanochat.core_eval import evaluate_core
@@ -324,6 +324,7 @@ def main(settings: Settings) -> None:
     run.tracker.close()
     if outcome.finished:
         write_report(run, outcome, samples, loader)
+        checkpoint.mark_complete(folder)
     compute_cleanup()
 
 

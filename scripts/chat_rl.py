@@ -233,6 +233,8 @@ def main(settings: Settings) -> None:
             samples = make_chat_samples(model, tokenizer) if rank == 0 else []
     if samples:
         write_section("chat_rl", "Reinforcement learning", describe(run, outcome.metrics, questions, test, samples))
+    if outcome.finished:
+        checkpoint.mark_complete(folder)
     compute_cleanup()
 
 

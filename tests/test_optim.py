@@ -7,7 +7,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, deal
 from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum
 from nanochat.update_rules import adamw_update, orthogonalize
 from tests.processes import run_processes
@@ -163,3 +163,14 @@ def test_bad_groups(change, message):
              "ns_steps": 5, "beta2": 0.9, "weight_decay": 0.0}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         MuonAdamW([{**group, **change}])
+
+
+@given(st.lists(st.floats(0.1, 100), max_size=60), st.integers(1, 64))
+@settings(max_examples=100, deadline=None)
+def test_work_is_dealt_evenly(costs, owners):
+    owner = deal(costs, owners)
+    load = [sum(cost for cost, who in zip(costs, owner, strict=True) if who == rank) for rank in range(owners)]
+    assert len(owner) == len(costs) and all(0 <= who < owners for who in owner)
+    # longest first to whoever has least: nobody has more than the mean and one job more (Graham 1969)
+    assert max(load) <= sum(costs) / owners + max(costs, default=0) + 1e-9
+    assert deal(costs, owners) == owner

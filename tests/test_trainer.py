@@ -97,7 +97,7 @@ def test_overfitting_one_batch_drives_the_loss_to_zero(folder):
     seen = losses()
     assert seen[1] == pytest.approx(math.log(64), abs=1e-5)
     assert seen[150] < 0.02
-    assert outcome.finished and outcome.metrics["steps"] == 150 and (folder / "COMPLETE").exists()
+    assert outcome.finished and outcome.metrics["steps"] == 150
 
 
 def start_again(folder, steps, **changes):
@@ -126,7 +126,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(folder):
     evaluations = [Evaluation(1, True, stop_at_five)]
     first = make_run(folder / "parts", 8, evaluations=evaluations)
     outcome = train(first)
-    assert not outcome.finished and not (folder / "parts" / "COMPLETE").exists()
+    assert not outcome.finished
     stopped_at = checkpoint.committed_steps(folder / "parts")[-1]
     assert 5 <= stopped_at < 8
 
@@ -195,6 +195,38 @@ def test_two_ranks_equal_one_and_their_checkpoint_resumes_on_one(folder, tmp_pat
 def test_checkpoints_come_at_their_interval_and_old_ones_go(folder):
     train(make_run(folder, 7, save_every=2))
     assert checkpoint.committed_steps(folder) == [6, 7]
+
+
+def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_next_start(folder):
+    evaluated = []
+    evaluations = [Evaluation(3, True, lambda step: evaluated.append(step) or {"Loss/val_bpb": 1.0})]
+
+    class Stopping(FakeLoader):
+        def next_batch(self):
+            if self.given // self.batches_per_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().next_batch()
+
+    assert not train(make_run(folder, 3, Stopping(), evaluations=evaluations)).finished
+    assert checkpoint.committed_steps(folder) == [3] and evaluated == []
+    assert train(start_again(folder, 3, evaluations=evaluations)).finished
+    assert evaluated == [3] and checkpoint.read_meta(folder, 3)["val_bpb"] == 1.0
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(folder):
+    """The loss of that step is still finite: it was taken before the weights were spoilt."""
+    run = make_run(folder, 3)
+
+    def spoil(*args, **kwargs):
+        loss = run.model(*args, **kwargs)
+        if run.state.step == 2:
+            loss.register_hook(lambda grad: grad * float("nan"))
+        return loss
+
+    run.forward = spoil
+    with pytest.raises(UserError, match="gradient norm is nan at step 3"):
+        train(run)
+    assert checkpoint.committed_steps(folder) == []
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line(folder):
