@@ -10,10 +10,12 @@ Where no scheduler says otherwise it is this machine alone. To say it by hand, s
 MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE on every node.
 """
 
+import ipaddress
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,9 @@ from nanochat.settings import whole
 
 DEFAULT_PORT = 29500  # torchrun's own
 MAX_THREADS = 16  # a process of ours has no use for more
+# What torchrun hands on to its processes. Of SIGUSR1, by which Slurm and others announce the end, it would otherwise
+# die, and leave them behind.
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SHUTDOWN_SECONDS = 110  # that torchrun leaves processes to save after a signal; schedulers warn 120 s before the end
 
 
@@ -246,8 +251,21 @@ def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
 # The command
 
 
-def torchrun_words(cluster: Cluster, max_restarts: int = 0) -> list[str]:
-    """What comes before `-m scripts.base_train` on this node; empty where one plain process is enough."""
+def own_address(address: str) -> str | None:
+    """The address under which a node that reaches `address` can itself be reached; None where it cannot be told."""
+    try:
+        family, *_, target = socket.getaddrinfo(address, DEFAULT_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing: it only chooses the way
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    return None if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
+
+
+def torchrun_words(cluster: Cluster, max_restarts: int = 0, own: str | None = None) -> list[str]:
+    """What comes before `-m scripts.base_train` on this node; empty where one plain process is enough. own: its address
+    for the others, where names do not tell."""
     if cluster.nodes == 1:
         if cluster.processes == 1 and not max_restarts:
             return []
@@ -255,24 +273,33 @@ def torchrun_words(cluster: Cluster, max_restarts: int = 0) -> list[str]:
     else:
         words = [f"--nnodes={cluster.nodes}", f"--nproc_per_node={cluster.processes}"]
         if max_restarts:
-            # The static rendezvous cannot form again after a failure; this one can, but numbers the nodes by host name.
+            # The static rendezvous cannot form again after a failure; this one can, but numbers the nodes by address.
             # Said outright who serves it, because an address such as that of a Kubernetes service is no name that
             # node 0 would know itself by.
             words += ["--rdzv_backend=c10d", f"--rdzv_endpoint={cluster.address}:{cluster.port}", "--rdzv_id=nanochat"]
             words += [f"--rdzv_conf=is_host={1 if cluster.node_rank == 0 else 0}"]
+            # Otherwise the others look for rank 0 under its host name, which in containers often only itself knows
+            words += [f"--local_addr={own}"] if own else []
         else:
             words += [f"--node_rank={cluster.node_rank}"]
             words += [f"--master_addr={cluster.address}", f"--master_port={cluster.port}"]
+    words += [f"--signals_to_handle={SIGNALS}"]
     if max_restarts:
         words += [f"--max_restarts={max_restarts}"]
     return ["torchrun", *words]
 
 
 def command_line(
-    cluster: Cluster, command: Sequence[str], max_restarts: int, environment: Mapping[str, str], cores: int
+    cluster: Cluster,
+    command: Sequence[str],
+    max_restarts: int,
+    environment: Mapping[str, str],
+    cores: int,
+    own: str | None = None,
 ) -> tuple[dict[str, str], list[str]]:
-    """(variables to set, words) that start `command` (`-m module …` or `script.py …`) on this node of `cluster`."""
-    launcher = torchrun_words(cluster, max_restarts)
+    """(variables to set, words) that start `command` (`-m module …` or `script.py …`) on this node of `cluster`, whose
+    address for the others is `own`."""
+    launcher = torchrun_words(cluster, max_restarts, own)
     if not launcher:
         return {}, ["python", *command]
     added = {}
@@ -341,7 +368,8 @@ def main(asked: Settings, command: Sequence[str]) -> None:
         print(f"node 0 at {cluster.address}, port {cluster.port}; write a command after `--` to start it")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    added, words = command_line(cluster, command, asked.max_restarts, os.environ, cores)
+    own = own_address(cluster.address) if cluster.nodes > 1 and asked.max_restarts else None
+    added, words = command_line(cluster, command, asked.max_restarts, os.environ, cores, own)
     line = shell_line(added, words)
     if asked.dry_run:
         print(line)

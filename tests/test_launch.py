@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 def no_count():
     raise AssertionError("a variable says how many GPUs there are")
 
+
+SIGNALS = f"--signals_to_handle={launch.SIGNALS}"
 
 # One fake environment a platform: node 1 of 2 nodes with 8 GPUs, node 0 at host0, port 3333.
 ENVIRONMENTS = {
@@ -77,9 +80,9 @@ def _no_slurm(monkeypatch):
 def test_every_platform_gives_the_same_cluster_and_line(platform):
     cluster = detect(ENVIRONMENTS[platform], no_count)
     assert cluster == Cluster(platform, 2, 1, "host0", 3333, 8)
-    line = "torchrun --nnodes=2 --nproc_per_node=8 --node_rank=1 --master_addr=host0 --master_port=3333 -m -- x"
+    line = "torchrun --nnodes=2 --nproc_per_node=8 --node_rank=1 --master_addr=host0 --master_port=3333"
     added, words = command_line(cluster, ["-m", "x"], 0, {}, cores=64)
-    assert shell_line(added, words) == f"OMP_NUM_THREADS=8 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 {line}"
+    assert shell_line(added, words) == f"OMP_NUM_THREADS=8 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 {line} {SIGNALS} -m -- x"
 
 
 @pytest.mark.parametrize("platform", ENVIRONMENTS)
@@ -182,10 +185,10 @@ def test_damaged_node_lists_are_one_line(nodelist):
 def test_the_line_on_one_node():
     assert torchrun_words(Cluster("plain", 1, 0, "", 1, 0)) == torchrun_words(Cluster("plain", 1, 0, "", 1, 1)) == []
     eight = Cluster("plain", 1, 0, "", 1, 8)
-    assert torchrun_words(eight) == ["torchrun", "--standalone", "--nproc_per_node=8"]
-    assert torchrun_words(eight, 3) == ["torchrun", "--standalone", "--nproc_per_node=8", "--max_restarts=3"]
+    assert torchrun_words(eight) == ["torchrun", "--standalone", "--nproc_per_node=8", SIGNALS]
+    assert torchrun_words(eight, 3) == ["torchrun", "--standalone", "--nproc_per_node=8", SIGNALS, "--max_restarts=3"]
     one = Cluster("plain", 1, 0, "", 1, 1)
-    assert torchrun_words(one, 2) == ["torchrun", "--standalone", "--nproc_per_node=1", "--max_restarts=2"]
+    assert torchrun_words(one, 2) == ["torchrun", "--standalone", "--nproc_per_node=1", SIGNALS, "--max_restarts=2"]
 
 
 def test_restarts_over_nodes_take_the_rendezvous_that_can_form_again():
@@ -283,3 +286,36 @@ def test_two_nodes_of_one_host_meet(tmp_path, flags):
     assert [agent.returncode for agent in agents] == [0, 0]
     lines = sorted(line for line in out.splitlines() if line.startswith("at "))
     assert lines == [f"at {rank} 4 --run=x -m a b" for rank in range(4)]
+
+
+WORKER = """
+import signal, sys, time
+
+def save(*_):
+    print("saved", flush=True)
+    sys.exit(0)
+
+signal.signal(signal.SIGUSR1, save)
+print("ready", flush=True)
+time.sleep(120)
+"""
+
+
+def test_processes_hear_of_the_signal_that_announces_the_end(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "nanochat.launch", "--nproc-per-node=2", "--", str(tmp_path / "worker.py")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    seen = ""
+    try:
+        while seen.count("ready") < 2 and (line := job.stdout.readline()):
+            seen += line
+        job.send_signal(signal.SIGUSR1)
+        seen += job.communicate(timeout=60)[0]
+    finally:
+        job.kill()
+    assert seen.count("saved") == 2
+
+
+def test_own_address_is_one_that_others_can_use():
+    assert launch.own_address("127.0.0.1") is None  # of no use to anybody else
+    assert launch.own_address("no such host") is None
