@@ -53,6 +53,7 @@ if command -v flock >/dev/null; then
 else
   source dev/setup.sh
 fi
+source dev/stages.sh
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What was asked for
@@ -131,13 +132,6 @@ if [ -z "$DEVICE_BATCH" ]; then
   DEVICE_BATCH=$((most >= 1 && most < rows ? most : rows))
 fi
 
-# A safe folder name, as nanochat/paths.py makes it.
-slug() {
-  local name=${1//+([^A-Za-z0-9._])/-}
-  name=${name#-}
-  printf %s "${name%-}"
-}
-
 if [[ $SOURCE == local:* ]]; then
   folder=$(cd "${SOURCE#local:}" 2>/dev/null && pwd -P) || stop "SOURCE=$SOURCE: no such folder"
   SOURCE=local:$folder
@@ -199,29 +193,9 @@ if [ "$NODES" -gt 1 ]; then
 fi
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The stage runner
+# How stages run
 
-# Runs one stage unless it is done (see nanochat/pipeline.py). In the background, because bash answers signals only
-# between commands: the runner hands them to the stage, which saves its state before it leaves. Slurm sends USR1 to all
-# of us at once; the runner does not know it, so it is kept from it and told TERM.
-STOPPED=
-stage() {
-  local runner code=0
-  (
-    trap '' USR1
-    exec python -m nanochat.pipeline run "$@"
-  ) &
-  runner=$!
-  trap ':' INT
-  trap 'STOPPED=1; kill -TERM "$runner" 2>/dev/null || true' TERM HUP USR1
-  while kill -0 "$runner" 2>/dev/null; do
-    code=0
-    wait "$runner" || code=$?
-  done
-  trap - INT TERM HUP USR1
-  [ -z "$STOPPED" ] || exit 75 # whatever torchrun made of it: call again to continue
-  [ "$code" -eq 0 ] || exit "$code"
-}
+STOPPED_CODE=75 # what this script ends with after a signal, whatever torchrun made of it: call again to continue
 
 # What starts a stage that runs as one process a GPU, on all nodes.
 launch=(python -m nanochat.launch)

@@ -39,6 +39,7 @@ export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat} # where all
 # Set-up: uv, .venv, locked dependencies, the Rust tokenizer; nothing to do the second time
 
 source dev/setup.sh
+source dev/stages.sh
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Profiles: all numbers that differ between them
@@ -114,14 +115,7 @@ if [ "$PROFILE" != tiny ] && [ "$GPUS" -eq 0 ]; then
 fi
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Names and the stage runner
-
-# A safe folder name, as nanochat/paths.py makes it.
-slug() {
-  local name=${1//+([^A-Za-z0-9._])/-}
-  name=${name#-}
-  printf %s "${name%-}"
-}
+# Names
 
 if [[ $SOURCE == local:* ]]; then
   folder=$(cd "${SOURCE#local:}" 2>/dev/null && pwd -P) || stop "SOURCE=$SOURCE: no such folder"
@@ -131,22 +125,6 @@ DATA=base_data/$(slug "$SOURCE")
 TAG=$(slug "${RUN_ID:-$PROFILE-d$DEPTH-$SOURCE}")
 export NANOCHAT_RUN_ID=$TAG
 CHECKPOINT=checkpoints/base/$TAG
-
-# Runs one stage unless it is done (see nanochat/pipeline.py). In the background, because bash answers signals only
-# between commands: the runner hands them to the stage, which saves its state before it leaves.
-stage() {
-  local runner code=0
-  python -m nanochat.pipeline run "$@" &
-  runner=$!
-  trap ':' INT
-  trap 'kill -TERM "$runner" 2>/dev/null || true' TERM HUP
-  while kill -0 "$runner" 2>/dev/null; do
-    code=0
-    wait "$runner" || code=$?
-  done
-  trap - INT TERM HUP
-  [ "$code" -eq 0 ] || exit "$code"
-}
 
 # What starts a stage that runs as one process a GPU.
 launch=(python -m)

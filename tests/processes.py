@@ -46,11 +46,15 @@ multiprocessing.set_forkserver_preload(
 )
 
 
-def run_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Results of `function(*args)` (a module-level function; plain Python or numpy results) by rank."""
-    context = mp.get_context("forkserver")
+def run_processes(world_size: int, function: Callable[..., Any], *args: Any, heard: bool = False) -> list[Any]:
+    """Results of `function(*args)` (a module-level function; plain Python or numpy results) by rank.
+
+    heard: what they print must reach capfd, which a server that is older than the test writes past.
+    """
+    method = "spawn" if heard else "forkserver"
+    context = mp.get_context(method)
     with context.Manager() as manager:
         results = manager.dict()
         about = (world_size, free_port(), dict(os.environ), function, args, results)
-        mp.start_processes(_child, about, nprocs=world_size, join=True, start_method="forkserver")
+        mp.start_processes(_child, about, nprocs=world_size, join=True, start_method=method)
         return [results[rank] for rank in range(world_size)]

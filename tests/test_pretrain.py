@@ -41,6 +41,7 @@ def tree(tmp_path):
     """pretrain.sh in a folder of its own, with stand-ins for all that takes time."""
     shutil.copy(ROOT / "pretrain.sh", tmp_path)
     (tmp_path / "dev").mkdir()
+    shutil.copy(ROOT / "dev/stages.sh", tmp_path / "dev")
     (tmp_path / "dev" / "setup.sh").write_text('stop() { echo "error: $*" >&2; exit 1; }\nPATH=$PWD/bin:$PATH\n')
     (tmp_path / "bin").mkdir()
     for name, text in (("python", PYTHON), ("torchrun", TORCHRUN)):

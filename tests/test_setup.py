@@ -11,7 +11,7 @@ from nanochat import ledger
 from nanochat.ledger import STAGES
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("speedrun.sh", "runtests.sh", "dev/setup.sh", ".ci/run")
+SCRIPTS = ("speedrun.sh", "runtests.sh", "dev/setup.sh", "dev/stages.sh", ".ci/run")
 
 
 def lock_entries():
@@ -47,7 +47,7 @@ def test_shell_scripts_are_strict_and_parse(script):
 @pytest.fixture
 def tree(tmp_path):
     """The scripts in a folder of their own, with an environment that looks finished and a python that only logs."""
-    for name in SCRIPTS[:3]:
+    for name in SCRIPTS[:4]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "requirements.lock").write_text("x==1\n")

@@ -34,7 +34,7 @@ def steps_with_stragglers():
 
 
 def test_slow_ranks_are_named(capfd):
-    results = run_processes(3, steps_with_stragglers)
+    results = run_processes(3, steps_with_stragglers, heard=True)
     assert results[0] == results[1] == results[2]
     assert [result is not None for result in results[0]] == [False, False, False, True] * 2
     waiting, computing = results[0][3], results[0][7]
