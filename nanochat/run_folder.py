@@ -60,13 +60,17 @@ def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[
     What another run left in `folder` is set aside (resume="auto"), or refused with a UserError ("never"). Another run:
     one that is complete, or differs from meta_now in its settings, its tokenizer or the model it started from.
     """
+    started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if not dist.is_initialized():
-        return _look(folder, resume, meta_now)
+        return _look(folder, resume, meta_now, started_again)
+    # torchrun counts on each node for itself, and only where a process died
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, started_again)
     # Rank 0 alone looks: on a shared disk the others may see the newest checkpoint only a minute later.
     answer: list[Any] = [None, None]  # meta, the user's mistake
     if get_dist_info().rank == 0:
         try:
-            answer[0] = _look(folder, resume, meta_now)
+            answer[0] = _look(folder, resume, meta_now, any(counts))
         except UserError as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer)
@@ -91,12 +95,12 @@ def _await_everywhere(path: Path) -> None:
         )
 
 
-def _look(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[str, Any] | None:
+def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again: bool) -> dict[str, Any] | None:
     steps = checkpoint.committed_steps(folder)
     if not steps:
         return None
     complete = (folder / checkpoint.COMPLETE).exists()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    if started_again:
         resume = "auto"  # torchrun started all ranks again (--max-restarts): what is there is this run's own
         complete = False
     if resume == "never":

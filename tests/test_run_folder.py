@@ -58,3 +58,14 @@ def test_all_ranks_resume_from_the_checkpoint_that_rank_0_sees(tmp_path):
     assert all("must be one folder that all share" in said[1] for said in results)
     assert all("holds a run already" in said[2] for said in results)
     assert os.listdir(tmp_path / "mine1") == ["step_000010"]
+
+
+def look_after_a_restart_of_node_1(base):
+    """torchrun counts a restart only on the node where a process died."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(dist.get_rank())
+    return run_folder.earlier_run(base / "run", "never", NOW)["step"]
+
+
+def test_a_restart_on_another_node_counts_too(tmp_path):
+    put(tmp_path / "run", 10)
+    assert run_processes(2, look_after_a_restart_of_node_1, tmp_path) == [10, 10]
