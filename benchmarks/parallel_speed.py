@@ -17,7 +17,9 @@ import torch
 
 from nanochat import parallel
 from nanochat import settings as settings_module
+from nanochat.arch import model_config
 from nanochat.gpt import GPT
+from nanochat.model_config import InitSpec
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Parallel, Policy
 from nanochat.runtime import (
@@ -32,7 +34,6 @@ from nanochat.runtime import (
 )
 from nanochat.settings import whole
 from scripts.base_train import Settings as TrainSettings
-from scripts.base_train import model_config
 
 WARM_UP = 2
 
@@ -130,7 +131,7 @@ def main(settings: Settings) -> None:
     print0(f"{policy} ({why})")
     parallel.parallelize(model, parallel.make_mesh(policy, "cuda", node), policy)
     model.to_empty(device=device)
-    parallel.init_weights(model, "uniform", 42)
+    parallel.init_weights(model, InitSpec())
     step = Step(model, policy, settings, world, device)
     started = time.perf_counter()
     for _ in range(WARM_UP):

@@ -17,11 +17,11 @@ from torch.nn.attention import SDPBackend
 
 from nanochat import attention
 from nanochat import settings as settings_module
+from nanochat.arch import model_config
 from nanochat.gpt import GPT
 from nanochat.runtime import compute_dtype, compute_init, device_name, peak_flops, peak_memory_bytes, synchronize
 from nanochat.settings import whole
 from scripts.base_train import Settings as TrainSettings
-from scripts.base_train import model_config
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

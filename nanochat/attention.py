@@ -1,12 +1,18 @@
-"""Causal attention: one function, several kernels behind it.
+"""Causal attention: over all of the past or a window (causal_attention), and by a mask of documents and windows that is
+made once for all layers (make_masks, masked_attention); several kernels behind each.
 
 Everything here takes (B, T, H, D) tensors, as the projections make them and as the KV cache stores them.
 """
+
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+Mask: TypeAlias = Tensor | BlockMask
 
 # cuDNN's kernel first: on an H200 a d12 training step (B=32, T=2048, H=6, D=128, bf16) runs at 539k tokens/s with it
 # and at 486k with the FlashAttention-2 that torch picks by itself (benchmarks/train_speed.py). The others follow for
@@ -22,33 +28,44 @@ GPU_KERNELS = [
 PLANNED_LENGTHS = 64
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = -1, starts: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int = -1,
+    starts: Tensor | None = None,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Softmax attention where query i sees keys at most at its own position and at most `window` positions back.
 
     q is (B, Tq, H, D), k and v are (B, Tk, Hkv, D) with Tk >= Tq and H a multiple of Hkv; the queries are the last
     Tq of the Tk positions (Tk > Tq happens with a KV cache). window = -1 means all of the past; window = w means the
-    position itself and the w before it. `starts` (B,) hides the positions before a row's start (padding on the left).
-    Returns (B, Tq, H, D).
+    position itself and the w before it. `starts` (B,) hides the positions before a row's start (padding on the left),
+    `documents` (B, Tk) those of other documents. scale: on the logits, 1/√D by default. Returns (B, Tq, H, D).
     """
     queries, keys = q.size(1), k.size(1)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), as SDPA wants them
     windowed = 0 <= window < keys - 1
-    if starts is not None:
-        mask = visible(queries, keys, window if windowed else -1, q.device)
-        key_position = torch.arange(keys, device=q.device)
-        # padding sees itself: a query without any key would give NaN, and NaN spreads even where its weight is 0
-        itself = key_position == torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
-        mask = (mask & (key_position >= starts[:, None, None])) | itself  # (B, Tq, Tk)
-        return _sdpa(q, k, v, mask.unsqueeze(1), is_causal=False).transpose(1, 2)
+    if starts is not None or documents is not None:
+        mask = visible(queries, keys, window if windowed else -1, q.device).unsqueeze(0)  # (1, Tq, Tk)
+        if documents is not None:
+            mask = mask & (documents[:, keys - queries :, None] == documents[:, None, :])
+        if starts is not None:
+            key_position = torch.arange(keys, device=q.device)
+            # padding sees itself: a query without any key would give NaN, and NaN spreads even where its weight is 0
+            itself = key_position == torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
+            mask = (mask & (key_position >= starts[:, None, None])) | itself
+        return _sdpa(q, k, v, mask.unsqueeze(1), is_causal=False, scale=scale).transpose(1, 2)
     if queries == 1 and windowed:  # decoding: cutting the keys says the same as a mask, and costs nothing
         k, v = k[:, :, -(window + 1) :], v[:, :, -(window + 1) :]
     if queries == keys and not windowed:
-        out = _sdpa(q, k, v, None, is_causal=True)
+        out = _sdpa(q, k, v, None, is_causal=True, scale=scale)
     elif queries == 1:
-        out = _sdpa(q, k, v, None, is_causal=False)
+        out = _sdpa(q, k, v, None, is_causal=False, scale=scale)
     else:
         mask = visible(queries, keys, window if windowed else -1, q.device)
-        out = _sdpa(q, k, v, mask, is_causal=False)
+        out = _sdpa(q, k, v, mask, is_causal=False, scale=scale)
     return out.transpose(1, 2)
 
 
@@ -62,10 +79,82 @@ def visible(queries: int, keys: int, window: int, device: torch.device) -> Tenso
     return mask
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     grouped = q.size(1) != k.size(1)
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "enable_gqa": grouped, "scale": scale}
     if q.device.type != "cuda":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, **options)
     planned = q.size(2) == k.size(2) and q.size(2) % PLANNED_LENGTHS == 0
     with sdpa_kernel(GPU_KERNELS if planned else GPU_KERNELS[1:], set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+# ---- masks of documents and windows
+
+BLOCK = 128  # FlexAttention skips what lies outside a mask by blocks of so many queries and keys
+
+
+def make_masks(documents: Tensor | None, windows: Tensor, idx: Tensor, blocks: bool) -> tuple[Mask, Mask]:
+    """One mask for each of windows (2,), fp32: query i sees the keys of its own document, at most at its own position
+    and at most windows[w] before it. documents (B, T) int, rising along the row; None: all of a row is one document.
+
+    blocks: made for FlexAttention, else (B or 1, 1, T, T) bool. The windows are read on the device, so that other
+    values compile nothing again.
+    """
+    if documents is None:
+        documents = torch.zeros(1, idx.size(1), dtype=torch.long, device=idx.device)
+    make = block_mask if blocks else dense_mask
+    return make(documents, windows[0]), make(documents, windows[1])
+
+
+def dense_mask(documents: Tensor, window: Tensor) -> Tensor:
+    """(B, 1, T, T) bool, see make_masks."""
+    position = torch.arange(documents.size(1), device=documents.device)
+    distance = position.unsqueeze(1) - position
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return (same & (distance >= 0) & (distance <= window)).unsqueeze(1)
+
+
+def block_mask(documents: Tensor, window: Tensor) -> BlockMask:
+    """The same as dense_mask for FlexAttention: which blocks of 128 x 128 have something to see (the others are never
+    touched), and which are seen whole.
+
+    Made from the documents' numbers at both ends of each block, since they rise: 150 thousand numbers for a row of
+    49,152 tokens, where torch's create_block_mask evaluates all 2.4 billion pairs at each step.
+    """
+    B, T = documents.shape
+    count = -(-T // BLOCK)
+    first = documents[:, ::BLOCK]
+    ends = torch.arange(1, count + 1, device=documents.device) * BLOCK - 1
+    last = documents[:, ends.clamp(max=T - 1)]
+    number = torch.arange(count, device=documents.device)
+    apart = (number.unsqueeze(1) - number) * BLOCK  # of query block i and key block j, first position to first
+    some = (apart >= 0) & (apart - (BLOCK - 1) <= window) & (last.unsqueeze(1) >= first.unsqueeze(2))
+    whole = (apart > 0) & (apart + (BLOCK - 1) <= window) & (first.unsqueeze(1) == last.unsqueeze(2))
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = (query >= key) & (query - key <= window)
+        row = b if B > 1 else 0
+        return near & (documents[row, query] == documents[row, key])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(T, T)
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(how many key blocks each query block has (B, 1, n), their numbers first in each row (B, 1, n, n)), int32."""
+    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32).unsqueeze(1), order.to(torch.int32).unsqueeze(1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Softmax attention where the mask lets it look: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if isinstance(mask, BlockMask):
+        grouped = q.size(1) != k.size(1)
+        out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+        assert isinstance(out, Tensor)
+    else:
+        out = _sdpa(q, k, v, mask, is_causal=False, scale=scale)
+    return out.transpose(1, 2)

@@ -14,6 +14,7 @@ import torch
 
 from nanochat import checkpoint, parallel
 from nanochat import settings as settings_module
+from nanochat.arch import RATES
 from nanochat.batching import plan_batch
 from nanochat.chat_loader import ChatLoader, ChatPacker, LossOn, Packing, evaluation_rows
 from nanochat.dataloader import target_batches
@@ -34,7 +35,6 @@ from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
 from nanochat.tracking import NO_WANDB, Tracker
 from nanochat.trainer import Evaluation, TrainingRun, resume, train
 
-RATES = ("matrix_lr", "embedding_lr", "unembedding_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,11 @@ class ChatTrainSettings:
     """torch.compile; default: on CUDA only."""
 
 
+def present(recipe: dict[str, Any]) -> list[str]:
+    """The learning rates that a recipe gives; older ones lack some, for parameters which their models lack."""
+    return [name for name in RATES if name in recipe]
+
+
 def inherit(settings: ChatTrainSettings, recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe of this stage: that of the stage before, with what the settings change.
 
@@ -130,7 +135,7 @@ def inherit(settings: ChatTrainSettings, recipe: dict[str, Any]) -> dict[str, An
     own = {name: getattr(settings, name, None) for name in recipe}
     new = {**recipe, **{name: value for name, value in own.items() if value is not None}}
     factor = math.sqrt(new["total_batch_size"] / recipe["total_batch_size"])
-    for name in RATES:
+    for name in present(recipe):
         if own[name] is None:
             new[name] *= factor
     return new
@@ -198,7 +203,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
         print0(f"note: {plan.note}")
 
     # ---- the optimizer
-    rates = {name: recipe[name] * settings.init_lr_frac for name in RATES}
+    rates = {name: recipe[name] * settings.init_lr_frac for name in present(recipe)}
     print0("learning rates: " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
     optimizer = model.setup_optimizer(**rates, weight_decay=recipe["weight_decay"])
 

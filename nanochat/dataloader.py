@@ -246,6 +246,10 @@ class TrainLoader:
         units = [begun - 1 + taken / rows for begun, taken, rows in self._positions.values() if begun]
         return sum(units) / max(len(self._positions), 1) * self.streams / self.order.per_epoch
 
+    def cropped_share(self) -> float:
+        """Share of this rank's tokens so far that are in no row."""
+        return self.packer.cropped_share()
+
     def close(self) -> None:
         """Stop the threads; the loader is of no use afterwards."""
         self._ahead.close()

@@ -39,6 +39,7 @@ class KVCache:
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
+        self.tokens = torch.zeros(batch_size, seq_len, device=device, dtype=torch.long)  # what was read so far
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.starts: Tensor | None = None  # (B,) first position of each row that counts; None: all of them do
         self.max_seq_len = seq_len
@@ -64,13 +65,23 @@ class KVCache:
 
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, Tq, H, D) behind what this layer holds; returns its keys and values (B, pos + Tq, H, D)."""
-        end = self._position + k.size(1)
-        if end > self.max_seq_len:
-            raise UserError(f"KV cache of {self.max_seq_len} positions is full: {end} are needed; make it longer")
+        end = self._end(k.size(1))
         keys, values = self.get_layer_cache(layer)
         keys[:, self._position : end] = k
         values[:, self._position : end] = v
         return keys[:, :end], values[:, :end]
+
+    def insert_tokens(self, idx: Tensor) -> Tensor:
+        """Put tokens (B, Tq) behind those read so far; returns all of them (B, pos + Tq)."""
+        end = self._end(idx.size(1))
+        self.tokens[:, self._position : end] = idx
+        return self.tokens[:, :end]
+
+    def _end(self, more: int) -> int:
+        end = self._position + more
+        if end > self.max_seq_len:
+            raise UserError(f"KV cache of {self.max_seq_len} positions is full: {end} are needed; make it longer")
+        return end
 
     def prefill(self, other: "KVCache") -> None:
         """Take over the contents of `other`, each row of it repeated the same number of times. Must be empty before."""
@@ -81,6 +92,7 @@ class KVCache:
         assert length <= self.max_seq_len, f"{length} positions do not fit into {self.max_seq_len}"
         for mine, theirs in ((self.k_cache, other.k_cache), (self.v_cache, other.v_cache)):
             mine[:, :, :length] = theirs[:, :, :length].repeat_interleave(rows // given, dim=1)
+        self.tokens[:, :length] = other.tokens[:, :length].repeat_interleave(rows // given, dim=0)
         self.advance(length)
 
     def select(self, rows: Sequence[int]) -> "KVCache":
@@ -88,7 +100,7 @@ class KVCache:
         index = torch.tensor(rows, device=self.k_cache.device)
         smaller = copy.copy(self)
         smaller.k_cache, smaller.v_cache = self.k_cache[:, index], self.v_cache[:, index]
-        smaller.cache_seqlens = self.cache_seqlens[index]
+        smaller.cache_seqlens, smaller.tokens = self.cache_seqlens[index], self.tokens[index]
         smaller.starts = None if self.starts is None else self.starts[index]
         return smaller
 

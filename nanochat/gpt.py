@@ -1,72 +1,31 @@
 """The model: a decoder-only transformer, and nothing about devices, meshes or optimizers.
 
-The classic nanochat architecture: rotary positions, QK-norm, untied embeddings, squared ReLU, RMSNorm without
-parameters (also right after the embedding), softcapped logits, no biases, grouped key/value heads and a pattern of
-attention windows. Weights are kept in fp32 and cast to `compute_dtype` where they are used.
+With the defaults of GPTConfig, the classic nanochat architecture: rotary positions, QK-norm, untied embeddings, squared
+ReLU, RMSNorm without parameters (also right after the embedding), softcapped logits, no biases, grouped key/value heads
+and a pattern of attention windows. What the speedrun architecture adds is one setting each (nanochat.arch has the
+whole of it). Weights are kept in fp32 and cast to `compute_dtype` where they are used.
 """
 
-import math
-import zlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.attention import causal_attention
+from nanochat.activation_stats import summarize
+from nanochat.attention import Mask, causal_attention, make_masks, masked_attention
 from nanochat.errors import UserError
+from nanochat.fp8 import fp8_linear
 from nanochat.loss import Reduction, fused_head_loss, head_loss, softcap
+from nanochat.model_config import GATE_CHANNELS, Init, InitSpec, init_parameter
+from nanochat.model_config import GPTConfig as GPTConfig
 
 if TYPE_CHECKING:  # the cache and the optimizer know the model, not the other way round
     from nanochat.engine import KVCache
     from nanochat.optim import MuonAdamW
 
-Init = Literal["uniform", "spectral"]
 LOGIT_CAP = 15.0
-ROTARY_BASE = 10_000.0
 ROTARY_MARGIN = 10  # the rotary table covers this many times sequence_len, so that generation may run past it
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Everything that fixes the shapes and the function of the model."""
-
-    sequence_len: int = 2048
-    """Longest training row, in tokens."""
-    vocab_size: int = 65536
-    """Entries of the embedding and the head."""
-    n_layer: int = 20
-    """Transformer blocks."""
-    n_head: int = 10
-    """Query heads."""
-    n_kv_head: int = 10
-    """Key/value heads; n_head must be a multiple."""
-    n_embd: int = 1280
-    """Width of the residual stream; n_head must divide it."""
-    window_pattern: str = "L"
-    """Attention window of each layer, tiled over the layers: L = all of the past, S = a quarter of sequence_len."""
-
-    def __post_init__(self) -> None:
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
-        if self.n_head % self.n_kv_head:
-            raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
-        if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise UserError(
-                f"window_pattern={self.window_pattern!r}: use the letters S (short) and L (long), as in SSSL"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
-    def window(self, layer: int) -> int:
-        """How many positions before its own a query of this layer sees; -1 = all. The last layer always sees all."""
-        letter = self.window_pattern[layer % len(self.window_pattern)]
-        if letter == "L" or layer == self.n_layer - 1:
-            return -1
-        return min(self.sequence_len, math.ceil(self.sequence_len / 4 / 128) * 128)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -74,11 +33,17 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotary_tables(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    length: int, head_dim: int, device: torch.device, base: float = 10_000.0, half: bool = False
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, each (1, length, 1, head_dim/2), fp32 (bf16 tables alone move fp32 logits
-    by 2e-3)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), ROTARY_BASE**-exponent)
+    by 2e-3). Frequencies go from 1 down to about 1/base; with `half`, half as many do, and the others are 0."""
+    if half:
+        exponent = torch.linspace(0, 1, head_dim // 4, dtype=torch.float32, device=device)
+        frequency = torch.cat([base**-exponent, torch.zeros_like(exponent)])
+    else:
+        frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
     return angle.cos()[None, :, None, :], angle.sin()[None, :, None, :]
 
 
@@ -88,47 +53,92 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1).to(x.dtype)
 
 
+class Surroundings(NamedTuple):
+    """What all blocks of one forward pass share."""
+
+    cos: Tensor
+    sin: Tensor
+    masks: tuple[Mask, Mask] | None
+    """For layers with short and long windows; None: plain causal attention."""
+    documents: Tensor | None
+    """(B, Tk) number of the document that each cached position belongs to."""
+    kv_cache: "KVCache | None"
+
+
 class Linear(nn.Linear):
     """Bias-free linear map with an fp32 weight that multiplies in the dtype of its input."""
+
+    fp8 = False  # nanochat.fp8.apply_fp8 sets it
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and self.training and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class Head(Linear):
     """The output projection: hidden states to logits, or straight to their loss."""
 
-    def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float) -> Tensor:
-        """Summed cross-entropy of softcapped logits, with gradients, see nanochat.loss. A method of its own, so that
-        what gathers sharded weights before a module's forward() can do so here."""
-        return fused_head_loss(hidden, self.weight, targets, weights, cap)
+    def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float, scale: float) -> Tensor:
+        """Summed cross-entropy of scaled and softcapped logits, with gradients, see nanochat.loss. A method of its own,
+        so that what gathers sharded weights before a module's forward() can do so here."""
+        return fused_head_loss(hidden, self.weight, targets, weights, cap, scale, fp8=self.fp8 and self.training)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.window = config.window(layer)
+        self.window, self.is_long = config.window(layer), config.is_long(layer)
         self.head_dim = config.head_dim
+        self.scale = config.attn_scale or config.head_dim**-0.5
         self.c_q = Linear(config.n_embd, config.n_head * config.head_dim)
         self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        embedded = config.value_table(layer) is not None
+        if embedded and config.value_embeds == "ends":
+            self.value_lambdas = nn.Parameter(torch.empty(2))
+        if embedded and config.value_embeds == "gated":
+            self.value_gate = Linear(GATE_CHANNELS, config.n_kv_head)
+        if config.attn_gate:
+            self.gate = Linear(GATE_CHANNELS, config.n_head)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: "KVCache | None") -> Tensor:
+    def forward(self, x: Tensor, value_embed: Tensor | None, around: Surroundings) -> Tensor:
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, -1, self.head_dim)
         k = self.c_k(x).view(B, T, -1, self.head_dim)
         v = self.c_v(x).view(B, T, -1, self.head_dim)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK-norm keeps the attention logits bounded
-        starts = None
-        if kv_cache is not None:
-            k, v = kv_cache.insert(self.layer, k, v)
-            starts = kv_cache.starts
-        return self.c_proj(causal_attention(q, k, v, self.window, starts).reshape(B, T, C))
+        if value_embed is not None:
+            v = self.join(v, value_embed.view(v.shape), x)
+        # QK-norm keeps the attention logits bounded
+        q, k = norm(rotate(q, around.cos, around.sin)), norm(rotate(k, around.cos, around.sin))
+        if around.masks is not None:
+            y = masked_attention(q, k, v, around.masks[self.is_long], self.scale)
+        else:
+            starts = None
+            if around.kv_cache is not None:
+                k, v = around.kv_cache.insert(self.layer, k, v)
+                starts = around.kv_cache.starts
+            y = causal_attention(q, k, v, self.window, starts, around.documents, self.scale)
+        if hasattr(self, "gate"):
+            y = y * _gate(self.gate, x)
+        return self.c_proj(y.reshape(B, T, C))
+
+    def join(self, v: Tensor, embed: Tensor, x: Tensor) -> Tensor:
+        """Values (B, T, Hkv, D) and value embeddings of the same shape, mixed."""
+        if hasattr(self, "value_gate"):
+            return v + _gate(self.value_gate, x) * embed
+        return self.value_lambdas[0] * v + self.value_lambdas[1] * embed
+
+
+def _gate(linear: Linear, x: Tensor) -> Tensor:
+    """(B, T, H, 1) in (0, 2), from the first channels of x (B, T, C); 1 where the gate's weights are zero, as they are
+    at first."""
+    return 2 * torch.sigmoid(linear(x[..., :GATE_CHANNELS])).unsqueeze(-1)
 
 
 class MLP(nn.Module):
@@ -142,14 +152,25 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    stats: Tensor | None = None
+    """(2, 6) fp32: where statistics of what attention and MLP add are written to; None: not taken (nanochat.monitor)"""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attn = CausalSelfAttention(config, layer)
+        self.multiplier = config.branch_multiplier
+        if layer != config.attention_free_layer:
+            self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: "KVCache | None") -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, kv_cache)
-        return x + self.mlp(norm(x))
+    def forward(self, x: Tensor, value_embed: Tensor | None, around: Surroundings) -> Tensor:
+        if hasattr(self, "attn"):
+            x = self.add(x, self.attn(norm(x), value_embed, around), 0)
+        return self.add(x, self.mlp(norm(x)), 1)
+
+    def add(self, x: Tensor, branch: Tensor, which: int) -> Tensor:
+        if self.stats is not None:
+            self.stats[which].copy_(summarize(branch))
+        return x + branch if self.multiplier == 1.0 else x + self.multiplier * branch
 
 
 class GPT(nn.Module):
@@ -157,6 +178,8 @@ class GPT(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    windows: Tensor
+    block_masks = False  # whether masks are made for FlexAttention; parallel.compile_model sets it
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -169,43 +192,66 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Head(config.n_embd, config.vocab_size)
-        cos, sin = rotary_tables(config.sequence_len * ROTARY_MARGIN, config.head_dim, self.lm_head.weight.device)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        tables = {config.value_table(layer) for layer in range(config.n_layer)} - {None}
+        if tables:
+            width = config.n_kv_head * config.head_dim
+            self.transformer["value_embeds"] = nn.ModuleList(nn.Embedding(config.vocab_size, width) for _ in tables)
+        if config.x0_shortcut:
+            self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        if config.unet:
+            self.skip_weights = nn.Parameter(torch.empty(config.n_layer // 2))
+        if config.smear:
+            self.smear_gate = Linear(GATE_CHANNELS, 1)
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+        for name, buffer in self._buffers_now().items():
+            self.register_buffer(name, buffer, persistent=False)
 
     @torch.no_grad()
-    def init_weights(self, init: Init = "uniform", seed: int = 42) -> None:
-        """Fill every parameter and buffer.
-
-        wte: normal, std 1. Projections back into the residual stream (c_proj) and lm_head: zero, so that every block
-        starts as the identity and the first loss is ln(vocab_size) exactly. All other matrices: std = 1/√fan_in
-        ("uniform": drawn from ±√3·std, no outliers) or 1/√fan_in · min(1, √(fan_out/fan_in)) ("spectral": normal;
-        arXiv 2310.17813). Each parameter has a generator of its own, seeded by its name, so that it gets the same
-        values whatever else exists and in whatever order parameters are made.
-        """
+    def init_weights(
+        self,
+        init: Init = "uniform",
+        seed: int = 42,
+        head_std: float = 0.001,
+        zero_proj: bool = True,
+        gain: float = 1.0,
+    ) -> None:
+        """Fill every parameter and buffer; see InitSpec and init_parameter."""
+        spec = InitSpec(init, seed, head_std, zero_proj, gain)
         for name, param in self.named_parameters():
-            self.init_parameter(name, param, init, seed)
+            init_parameter(name, param, spec)
         self.init_buffers()
 
-    @staticmethod
-    def init_parameter(name: str, values: Tensor, init: Init, seed: int) -> None:
-        """Fill the whole values of the parameter called `name` (see init_weights)."""
-        generator = torch.Generator(device=values.device).manual_seed(seed ^ zlib.crc32(name.encode()))
-        if name == "transformer.wte.weight":
-            values.normal_(0.0, 1.0, generator=generator)
-        elif name == "lm_head.weight" or name.endswith("c_proj.weight"):
-            values.zero_()
-        elif init == "uniform":
-            bound = math.sqrt(3.0 / values.size(1))
-            values.uniform_(-bound, bound, generator=generator)
-        else:
-            fan_out, fan_in = values.shape
-            values.normal_(0.0, min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in), generator=generator)
-
     def init_buffers(self) -> None:
-        """Rotary tables again: `to_empty` leaves them undefined, and checkpoints do not hold them."""
-        length = self.config.sequence_len * ROTARY_MARGIN
-        self.cos, self.sin = rotary_tables(length, self.config.head_dim, self.lm_head.weight.device)
+        """Rotary tables and windows again: `to_empty` leaves them undefined, and checkpoints do not hold them."""
+        for name, buffer in self._buffers_now().items():
+            setattr(self, name, buffer)
+
+    def _buffers_now(self) -> dict[str, Tensor]:
+        config, device = self.config, self.lm_head.weight.device
+        length = config.sequence_len * ROTARY_MARGIN
+        cos, sin = rotary_tables(length, config.head_dim, device, config.rotary_base, config.rotary_half)
+        return {
+            "cos": cos,
+            "sin": sin,
+            "windows": torch.tensor(self._full_windows(), dtype=torch.float32, device=device),
+        }
+
+    def _full_windows(self) -> list[int]:
+        """Of layers with short and long windows, in tokens, at the end of training."""
+        config, everything = self.config, self.config.sequence_len * ROTARY_MARGIN
+        short = next((config.window(i) for i in range(config.n_layer) if not config.is_long(i)), -1)
+        return [window if window >= 0 else everything for window in (short, config.long_window)]
+
+    def set_window(self, long: int) -> None:
+        """Let long windows reach `long` tokens back for now, and short ones in proportion, in steps of 128. A tensor:
+        nothing is compiled again."""
+        assert self.config.long_window > 0, "only windows that end somewhere can grow"
+        short_full, long_full = self._full_windows()
+        short = short_full if long >= long_full else max(128, round(long * short_full / long_full / 128) * 128)
+        self.windows.copy_(torch.tensor([min(short, short_full), min(long, long_full)]))
 
     def forward(
         self,
@@ -218,21 +264,66 @@ class GPT(nn.Module):
         """Logits (B, T, V) in fp32 for idx (B, T); with targets (B, T; -1 = no loss) the cross-entropy in nats instead,
         a scalar, or (B*T,) for loss_reduction="none", each loss times its weight in loss_weights (B, T) if given. With
         a KV cache, idx continues what the cache holds."""
+        config, T = self.config, idx.size(1)
+        x = self.embed(idx, kv_cache)
+        around = self.surroundings(idx, kv_cache)
+        x = self.run_blocks(x, idx, around)
+        if kv_cache is not None:
+            kv_cache.advance(T)
+        x = norm(x)
+        scale = config.logit_multiplier
+        if targets is not None:
+            weights = loss_weights.flatten() if loss_weights is not None else None
+            flat = x.flatten(0, 1), self.lm_head, targets.flatten()
+            return head_loss(*flat, LOGIT_CAP, loss_reduction, weights, scale)
+        return softcap(self.lm_head(x).float() * scale, LOGIT_CAP)
+
+    def embed(self, idx: Tensor, kv_cache: "KVCache | None") -> Tensor:
+        """(B, T, C), normed, in the compute dtype; with `smear` each takes up some of the one before it."""
+        wte = self.transformer.wte
+        x = norm(wte(idx).to(self.compute_dtype))  # type: ignore[operator]
+        if not self.config.smear:
+            return x
+        before, exists = _tokens_before(idx, kv_cache)
+        if self.config.document_token >= 0:
+            exists = exists & (idx != self.config.document_token)
+        share = self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., :GATE_CHANNELS]).float())
+        share = (share * exists.unsqueeze(-1)).to(x.dtype)
+        return norm(x + share * norm(wte(before).to(self.compute_dtype)))  # type: ignore[operator]
+
+    def surroundings(self, idx: Tensor, kv_cache: "KVCache | None") -> Surroundings:
+        """Positions and masks of this forward pass; notes the tokens in the cache."""
         T = idx.size(1)
         start = kv_cache.get_pos() if kv_cache is not None else 0
         if start + T > self.cos.size(1):
             raise UserError(f"{start + T} tokens are more than the {self.cos.size(1)} positions of the rotary table")
-        cos, sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
-        x = norm(self.transformer.wte(idx).to(self.compute_dtype))  # type: ignore[operator]
-        for block in self.transformer.h:  # type: ignore[union-attr]
-            x = block(x, cos, sin, kv_cache)
+        tokens = idx
         if kv_cache is not None:
-            kv_cache.advance(T)
-        x = norm(x)
-        if targets is not None:
-            weights = loss_weights.flatten() if loss_weights is not None else None
-            return head_loss(x.flatten(0, 1), self.lm_head, targets.flatten(), LOGIT_CAP, loss_reduction, weights)
-        return softcap(self.lm_head(x).float(), LOGIT_CAP)
+            tokens = kv_cache.insert_tokens(idx)
+        documents = masks = None
+        if self.config.document_token >= 0:
+            documents = (tokens == self.config.document_token).cumsum(1)
+        if kv_cache is None and self.config.masked:
+            masks = make_masks(documents, self.windows, idx, blocks=self.block_masks)
+        return Surroundings(self.cos[:, start : start + T], self.sin[:, start : start + T], masks, documents, kv_cache)
+
+    def run_blocks(self, x: Tensor, idx: Tensor, around: Surroundings) -> Tensor:
+        """The stream (B, T, C) behind the last block, and what runs beside the blocks: skips, shortcut, backout."""
+        config, n, x0 = self.config, self.config.n_layer, x
+        values: list[Tensor] = []
+        if "value_embeds" in self.transformer:
+            tables: Any = self.transformer["value_embeds"]
+            values = [table(idx).to(self.compute_dtype) for table in tables]
+        outputs: list[Tensor] = []
+        for layer, block in enumerate(self.transformer.h):  # type: ignore[arg-type]
+            if config.unet and layer >= n - n // 2:
+                x = x + self.skip_weights[layer - (n - n // 2)] * outputs[n - 1 - layer]
+            if config.x0_shortcut:
+                x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
+            table = config.value_table(layer)
+            x = block(x, values[table] if table is not None else None, around)
+            outputs.append(x)
+        return x - self.backout_lambda.to(x.dtype) * outputs[2 * n // 3 - 1] if config.backout and n > 1 else x
 
     def get_device(self) -> torch.device:
         return self.lm_head.weight.device
@@ -242,16 +333,22 @@ class GPT(nn.Module):
         return sum(param.numel() for param in self.parameters())
 
     def estimate_flops(self, row_len: int | None = None) -> float:
-        """FLOPs per token of forward and backward: 6 x matmul parameters (lm_head counted, the embedding look-up not)
+        """FLOPs per token of forward and backward: 6 x matmul parameters (lm_head counted, looking up embeddings not)
         + 12 x heads x head_dim x attention span of each layer, in rows of row_len tokens (default: sequence_len).
         Causal attention is not halved (PaLM, appendix B)."""
-        row_len = self.config.sequence_len if row_len is None else row_len
-        matmul_params = self.num_params() - self.transformer.wte.weight.numel()  # type: ignore[union-attr, operator]
+        config = self.config
+        row_len = config.sequence_len if row_len is None else row_len
+        matmul_params = sum(
+            param.numel()
+            for name, param in self.named_parameters()
+            if param.ndim == 2 and name != "transformer.wte.weight" and "value_embeds" not in name
+        )
         spans = 0
-        for layer in range(self.config.n_layer):
-            window = self.config.window(layer)
-            spans += row_len if window < 0 else min(window, row_len)
-        return 6.0 * matmul_params + 12.0 * self.config.n_embd * spans
+        for layer in range(config.n_layer):
+            window = config.window(layer)
+            if layer != config.attention_free_layer:
+                spans += row_len if window < 0 else min(window, row_len)
+        return 6.0 * matmul_params + 12.0 * config.n_embd * spans
 
     def setup_optimizer(
         self,
@@ -260,8 +357,36 @@ class GPT(nn.Module):
         unembedding_lr: float = 0.004,
         weight_decay: float = 0.0,
         use_muon: bool = True,
+        scalar_lr: float = 0.04,
+        value_embedding_lr: float | None = None,
+        use_mup: bool | None = None,
+        base_width: int | None = None,
     ) -> "MuonAdamW":
         """One optimizer over all parameters: see nanochat.param_groups.gpt_optimizer."""
         from nanochat.param_groups import gpt_optimizer
 
-        return gpt_optimizer(self, matrix_lr, embedding_lr, unembedding_lr, weight_decay, use_muon)
+        return gpt_optimizer(
+            self,
+            matrix_lr,
+            embedding_lr,
+            unembedding_lr,
+            weight_decay,
+            use_muon,
+            scalar_lr,
+            value_embedding_lr,
+            use_mup,
+            base_width,
+        )
+
+
+def _tokens_before(idx: Tensor, kv_cache: "KVCache | None") -> tuple[Tensor, Tensor]:
+    """(token before each of idx (B, T), whether there is one)."""
+    before = torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
+    position = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
+    if kv_cache is None:
+        return before, position > 0
+    start = kv_cache.get_pos()
+    if start > 0:
+        before = torch.cat([kv_cache.tokens[:, start - 1 : start], idx[:, :-1]], dim=1)
+    first = kv_cache.starts.unsqueeze(1) if kv_cache.starts is not None else 0
+    return before, position + start > first

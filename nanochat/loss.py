@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.fp8 import E4M3, E5M2, MULTIPLE, Scaled, kernel, matmul, quantize, scale_of, to_format, transposed
+
 Reduction = Literal["mean", "sum", "none"]
 IGNORED = -1  # target value of positions that carry no loss
 
@@ -30,7 +32,7 @@ class Head(Protocol):
 
     def __call__(self, hidden: Tensor) -> Tensor: ...
 
-    def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float) -> Tensor: ...
+    def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float, scale: float) -> Tensor: ...
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -45,8 +47,9 @@ def head_loss(
     cap: float,
     reduction: Reduction = "mean",
     weights: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Cross-entropy in nats of softcapped logits `lm_head(hidden)` against `targets`.
+    """Cross-entropy in nats of softcapped logits `scale * lm_head(hidden)` against `targets`.
 
     hidden (N, C), targets (N,) int64 with IGNORED where there is no loss, weights (N,) fp32 factors of the losses (1).
     Returns (N,) fp32 for "none" (0 where ignored), else a scalar; "mean" is over the targets that count, whatever they
@@ -56,28 +59,31 @@ def head_loss(
     weights = counted.float() if weights is None else weights * counted
     size = hidden.size(0) * lm_head.out_features
     if size <= PLAIN_LOGITS or (reduction == "none" and torch.is_grad_enabled()):
-        losses = _row_losses(hidden, lm_head, targets, cap) * weights
+        losses = _row_losses(hidden, lm_head, targets, cap, scale) * weights
         total = losses if reduction == "none" else losses.sum()
     elif torch.is_grad_enabled():
-        total = lm_head.summed_loss(hidden, targets, weights, cap)
+        total = lm_head.summed_loss(hidden, targets, weights, cap, scale)
     else:
         chunks = _chunk_rows(lm_head.out_features, hidden.device)
         pieces = zip(hidden.split(chunks), targets.split(chunks), strict=True)
-        losses = torch.cat([_row_losses(h, lm_head, t, cap) for h, t in pieces]) * weights
+        losses = torch.cat([_row_losses(h, lm_head, t, cap, scale) for h, t in pieces]) * weights
         total = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         return total / counted.sum().clamp(min=1)
     return total
 
 
-def fused_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: float) -> Tensor:
-    """Summed loss of hidden (N, C) against targets (N,), each times its weight (N,), by the head's weight (V, C)."""
-    total, _, _ = _fused_head_loss(hidden, weight, targets, weights, cap)
+def fused_head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: float, scale: float = 1.0, fp8: bool = False
+) -> Tensor:
+    """Summed loss of hidden (N, C) against targets (N,), each times its weight (N,), by the head's weight (V, C). fp8:
+    with 8-bit matmuls (nanochat.fp8), forward and backward."""
+    total, _, _ = _fused_head_loss(hidden, weight, targets, weights, cap, scale, fp8)
     return total
 
 
-def _row_losses(hidden: Tensor, lm_head: Head, targets: Tensor, cap: float) -> Tensor:
-    logits = softcap(lm_head(hidden).float(), cap)
+def _row_losses(hidden: Tensor, lm_head: Head, targets: Tensor, cap: float, scale: float) -> Tensor:
+    logits = softcap(lm_head(hidden).float() * scale, cap)
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
 
@@ -87,10 +93,12 @@ def _chunk_rows(vocab_size: int, device: torch.device) -> int:
 
 @torch.library.custom_op("nanochat::head_loss", mutates_args=())
 def _fused_head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float, fp8: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(summed loss, d loss/d hidden, d loss/d weight). One opaque operator, so that the compiler cannot decide to
     keep the logits for the backward pass, which is what this file is there to avoid."""
+    if fp8:
+        return _fp8_head_loss(hidden, weight, targets, loss_weights, cap, scale)
     head = weight.to(hidden.dtype)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden)
@@ -99,16 +107,43 @@ def _fused_head_loss(
     gradient = _compiled_chunk_gradient() if hidden.device.type == "cuda" else _chunk_gradient
     for start in range(0, hidden.size(0), rows):
         piece = slice(start, start + rows)
-        loss, grad_logits = gradient(hidden[piece] @ head.T, targets[piece], loss_weights[piece], cap)
+        loss, grad_logits = gradient(hidden[piece] @ head.T, targets[piece], loss_weights[piece], cap, scale)
         total += loss
         torch.mm(grad_logits, head, out=grad_hidden[piece])
         grad_weight += grad_logits.T @ hidden[piece]
     return total, grad_hidden, grad_weight
 
 
+def _fp8_head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """_fused_head_loss with its three products in 8 bits: head and hidden in e4m3, gradients of the logits in e5m2."""
+    head = quantize(weight, E4M3)
+    head_transposed = transposed(head)
+    # No entry of a logit's gradient is larger than this (|p - 1| <= 1, tanh' <= 1), and the one of the target comes
+    # near it: the scale is known before the gradients are, so they are written in 8 bits at once and never in 16.
+    grad_scale = scale_of(loss_weights.abs().amax() * abs(scale), E5M2)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    rows = max(1, _chunk_rows(weight.size(0), weight.device) // MULTIPLE) * MULTIPLE
+    gradient = kernel(_fp8_chunk_gradient, hidden.is_cuda)
+    for start in range(0, hidden.size(0), rows):
+        piece = slice(start, start + rows)
+        hidden8 = quantize(hidden[piece], E4M3)
+        logits = matmul(hidden8, head, hidden.dtype, fast=True)
+        loss, grad = gradient(logits, targets[piece], loss_weights[piece], cap, scale, grad_scale)
+        total += loss
+        grad8 = Scaled(grad, grad_scale)
+        grad_hidden[piece] = matmul(grad8, head_transposed, hidden.dtype, fast=False)
+        columns = transposed(grad8), transposed(hidden8)
+        grad_weight += matmul(*columns, torch.float32, fast=False)
+    return total, grad_hidden, grad_weight
+
+
 @_fused_head_loss.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float, fp8: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty((), dtype=torch.float32),
@@ -126,23 +161,40 @@ def _save_gradients(ctx, inputs, output) -> None:
 def _scale_gradients(ctx, grad_total: Tensor, *_unused: Tensor):
     grad_hidden, grad_weight = ctx.saved_tensors
     grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-    return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, None, None, None
+    return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, None, None, None, None, None
 
 
 _fused_head_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-def _chunk_gradient(logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def _chunk_gradient(
+    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
+) -> tuple[Tensor, Tensor]:
     """Summed loss of one chunk and its gradient with respect to the raw logits, in their dtype."""
-    capped = softcap(logits.float(), cap)
+    loss, grad = _chunk_gradient_fp32(logits, targets, loss_weights, cap, scale)
+    return loss, grad.to(logits.dtype)
+
+
+def _fp8_chunk_gradient(
+    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float, grad_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same with the gradient / grad_scale in e5m2."""
+    loss, grad = _chunk_gradient_fp32(logits, targets, loss_weights, cap, scale)
+    return loss, to_format(grad, grad_scale, E5M2)
+
+
+def _chunk_gradient_fp32(
+    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    capped = softcap(logits.float() * scale, cap)
     log_normaliser = torch.logsumexp(capped, dim=1, keepdim=True)
     weights = loss_weights.unsqueeze(1)  # 0 where there is no target
     index = targets.clamp(min=0).unsqueeze(1)
     loss = ((log_normaliser - capped.gather(1, index)) * weights).sum()
     is_target = torch.arange(logits.size(1), device=logits.device).unsqueeze(0) == index
     grad_capped = torch.exp(capped - log_normaliser) - is_target.float()
-    grad = grad_capped * (1 - (capped / cap) ** 2) * weights  # d softcap / d logit = 1 - tanh²
-    return loss, grad.to(logits.dtype)
+    grad = grad_capped * (1 - (capped / cap) ** 2) * (weights * scale)  # d softcap / d logit = 1 - tanh²
+    return loss, grad
 
 
 _compiled = None

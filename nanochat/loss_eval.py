@@ -12,7 +12,11 @@ import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
+from nanochat.metrics import metric
 from nanochat.watchdog import sign_of_life
+
+VAL_BPB = metric("Loss/val_bpb", "bits per byte of held-out text", "bits")
+VAL_LOSS = metric("Loss/val_loss", "mean cross-entropy of held-out tokens", "nats")
 
 
 class BpbResult(NamedTuple):
@@ -32,6 +36,17 @@ def evaluate_bpb(
 ) -> float:
     """Bits per byte of `batches`; see measure_bpb."""
     return measure_bpb(model, batches, token_bytes).bpb
+
+
+def evaluate_loss(
+    model: Callable[..., torch.Tensor],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    vocab_size: int,
+    device: torch.device,
+) -> float:
+    """Mean cross-entropy of `batches` in nats per token, for tokens that nobody can say the bytes of."""
+    each_counts_one = torch.ones(vocab_size, dtype=torch.long, device=device)
+    return measure_bpb(model, batches, each_counts_one).bpb * math.log(2)
 
 
 @torch.no_grad()

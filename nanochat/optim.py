@@ -361,8 +361,9 @@ def deal(costs: list[float], owners: int) -> list[int]:
 
 class MuonAdamW(torch.optim.Optimizer):
     """param_groups: dicts with `kind` and `params`, plus for kind="muon" lr, momentum, ns_steps, beta2, weight_decay
-    and for kind="adamw" lr, betas, eps, weight_decay. `names` (one per param, in order) label the saved state. Learning
-    rates may be changed between steps through `param_groups`; each group keeps its first one as `initial_lr`.
+    and for kind="adamw" lr, betas, eps, weight_decay. `names` (one per param, in order) label the saved state, `label`
+    the group in metrics. Learning rates may be changed between steps through `param_groups`; each group keeps its first
+    one as `initial_lr`.
 
     Make it after the parameters have been sharded, if they are to be: state is created here, on all ranks."""
 
@@ -374,10 +375,12 @@ class MuonAdamW(torch.optim.Optimizer):
             group["params"] = list(group["params"])
             group.setdefault("names", [f"group{index}.{i}" for i in range(len(group["params"]))])
             group["initial_lr"] = group["lr"]
+            group.setdefault("label", f"{group['kind']}_{index}")
             if group["kind"] == "muon" and not 1 <= group["ns_steps"] <= len(POLAR_EXPRESS):
                 raise ValueError(f"ns_steps={group['ns_steps']}: must be 1 to {len(POLAR_EXPRESS)}")
         super().__init__(groups, defaults={})
         self.num_steps = 0
+        self._squares: Tensor | None = None  # of the last step's gradients, by bucket
         distributed = dist.is_initialized() and dist.get_world_size() > 1
         self.world = dist.get_world_size() if distributed else 1
         device = local(groups[0]["params"][0]).device
@@ -397,16 +400,27 @@ class MuonAdamW(torch.optim.Optimizer):
             bucket.start_reduce()
         for bucket in self.buckets:
             bucket.finish_reduce()
-        square = torch.stack([bucket.square_norm() for bucket in self.buckets]).sum()
+        squares = torch.stack([bucket.square_norm() for bucket in self.buckets])
+        # The total is not taken from the reduced parts: clipping must not change by a bit for what is only watched.
+        squares = torch.cat([squares.sum()[None], squares])
         if self.world > 1:
-            dist.all_reduce(square)
-        norm = square.sqrt()
+            dist.all_reduce(squares)
+        norm, self._squares = squares[0].sqrt(), squares[1:]
         if max_norm is not None:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for bucket in self.buckets:
                 bucket.scale(scale)
         _overlap([bucket.update(self.num_steps) for bucket in self.buckets])
         return norm
+
+    def bucket_norms(self) -> dict[str, Tensor]:
+        """Gradient norm of the last step over all ranks, before clipping, by label of the groups; 0-D, unread."""
+        if self._squares is None:
+            return {}
+        parts: dict[str, list[Tensor]] = {}
+        for bucket, square in zip(self.buckets, self._squares.unbind(0), strict=True):
+            parts.setdefault(bucket.group["label"], []).append(square)
+        return {label: torch.stack(squares).sum().sqrt() for label, squares in parts.items()}
 
     def named_state(self) -> dict[str, Tensor]:
         """State tensors (no copies) under `<parameter>.<kind of state>`; each rank gives what it holds: DTensors where

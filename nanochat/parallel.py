@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, Init
+from nanochat.gpt import GPT
+from nanochat.model_config import InitSpec, init_parameter
 from nanochat.runtime import get_dist_info, print0, ranks_per_node
 from nanochat.sharding import is_sharded, local, row_range
 
@@ -114,6 +115,10 @@ def parallelize(model: GPT, mesh: DeviceMesh | None, policy: Policy) -> GPT:
     )
     shard: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
     fully_shard(model.transformer["wte"], **shard, reshard_after_forward=policy.reshard_after_forward)
+    if "value_embeds" in model.transformer:
+        tables: Any = model.transformer["value_embeds"]
+        for table in tables:
+            fully_shard(table, **shard, reshard_after_forward=policy.reshard_after_forward)
     for block in model.transformer.h:  # type: ignore[union-attr]
         fully_shard(block, **shard, reshard_after_forward=policy.reshard_after_forward)
     fully_shard(model.lm_head, **shard, reshard_after_forward=False)  # its backward pass comes at once
@@ -142,21 +147,22 @@ def _units(model: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def init_weights(model: GPT, init: Init, seed: int) -> None:
+def init_weights(model: GPT, spec: InitSpec) -> None:
     """GPT.init_weights for any layout: each parameter is drawn whole, by its name, and this rank's rows of it kept. So
     all layouts and world sizes begin with the same bits."""
     for name, param in model.named_parameters():
         if is_sharded(param):
             whole = torch.empty(param.shape, dtype=param.dtype, device=local(param).device)
-            model.init_parameter(name, whole, init, seed)
+            init_parameter(name, whole, spec)
             local(param).copy_(whole[slice(*row_range(param))])
         else:
-            model.init_parameter(name, param, init, seed)
+            init_parameter(name, param, spec)
     model.init_buffers()
 
 
 def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
     """What to train with, compiled: the whole model (ddp), or each block between its hooks."""
+    model.block_masks = model.get_device().type == "cuda"  # compiled, FlexAttention skips what is masked
     if policy.strategy == "ddp":
         return torch.compile(model, dynamic=False)
     for block in model.transformer.h:  # type: ignore[union-attr]

@@ -2,41 +2,100 @@
 
 from typing import Any
 
-from torch import nn
-
+from nanochat import mup
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 
-ADAMW_FOR_MATRICES = {"betas": (0.9, 0.95), "eps": 1e-8}
+TUNED_WIDTH = 768  # where the rates of AdamW were tuned; elsewhere they go with 1/√width
+ADAMW = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+MUON = {"kind": "muon", "momentum": 0.95, "ns_steps": 5, "beta2": 0.95}
+ADAMW_FOR_MATRICES = {"kind": "adamw", "betas": (0.9, 0.95), "eps": 1e-8}
 ADAMW_MATRIX_LR = 0.05  # times Muon's rate: 0.02 becomes 1e-3 at width 768, and goes with 1/width
+SCALAR_LR = 0.04
+GATE_LR = 0.2  # times the rate of scalars: all 12 inputs of a gate move it, 0.1 a step together at 0.04
+
+FAMILIES = ("head", "embedding", "value embeddings", "gates", "scalars", "matrices")
 
 
 def gpt_optimizer(
-    model: nn.Module,
+    model: GPT,
     matrix_lr: float,
     embedding_lr: float,
     unembedding_lr: float,
     weight_decay: float,
     use_muon: bool = True,
+    scalar_lr: float = SCALAR_LR,
+    value_embedding_lr: float | None = None,
+    use_mup: bool | None = None,
+    base_width: int | None = None,
 ) -> MuonAdamW:
-    """Muon for the matrices inside blocks (AdamW with use_muon=False), AdamW for wte and lm_head.
+    """Muon for the matrices inside blocks (AdamW with use_muon=False), AdamW for the rest.
 
-    AdamW's rates are tuned at width 768 and scaled by (width/768)^-0.5. Weight decay acts on the matrices alone:
-    rows of the embedding are seen rarely, and would decay at the same rate as those seen always.
+    Rates of head and embeddings (and of matrices under AdamW) are tuned at width 768 and scaled by (width/768)^-0.5
+    (the last by its square). Under muP all of that is taken at the base width, and nanochat.mup says how it goes on
+    from there. Scalars have the rate scalar_lr at every width, gates a fifth of it. Weight decay acts on the matrices
+    alone: rows of an embedding are seen rarely, and would decay at the same rate as those seen always.
+
+    value_embedding_lr: default embedding_lr. use_mup, base_width: as the model was built (None), or UserError.
     """
-    names = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    wte, head = names.pop("transformer.wte.weight"), names.pop("lm_head.weight")
-    width_factor = (wte.size(1) / 768) ** -0.5
-    adamw = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-    matrices: dict[str, Any] = {"params": list(names.values()), "names": list(names), "weight_decay": weight_decay}
-    if use_muon:
-        matrices |= {"kind": "muon", "lr": matrix_lr, "momentum": 0.95, "ns_steps": 5, "beta2": 0.95}
-    else:
-        lr = matrix_lr * ADAMW_MATRIX_LR * width_factor**2
-        matrices |= {"kind": "adamw", "lr": lr, **ADAMW_FOR_MATRICES}
-    return MuonAdamW(
-        [
-            {**adamw, "params": [head], "names": ["lm_head.weight"], "lr": unembedding_lr * width_factor},
-            {**adamw, "params": [wte], "names": ["transformer.wte.weight"], "lr": embedding_lr * width_factor},
-            matrices,
-        ]
-    )
+    _check_parametrisation(model.config, use_mup, base_width)
+    table = mup.mup_table(model.config, use_muon)
+    width_factor = ((model.config.mup_base_width or model.config.n_embd) / TUNED_WIDTH) ** -0.5
+    matrices = {**MUON, "lr": matrix_lr}
+    if not use_muon:
+        matrices = {**ADAMW_FOR_MATRICES, "lr": matrix_lr * ADAMW_MATRIX_LR * width_factor**2}
+    if value_embedding_lr is None:
+        value_embedding_lr = embedding_lr
+    at_base: dict[str, dict[str, Any]] = {
+        "head": {**ADAMW, "lr": unembedding_lr * width_factor},
+        "embedding": {**ADAMW, "lr": embedding_lr * width_factor},
+        "value embeddings": {**ADAMW, "lr": value_embedding_lr * width_factor},
+        "gates": {**ADAMW, "lr": scalar_lr * GATE_LR},
+        "scalars": {**ADAMW, "lr": scalar_lr},
+        "matrices": {**matrices, "weight_decay": weight_decay},
+    }
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        if name not in table:
+            raise ValueError(f"{name}: nanochat.mup has no shape for it, so no rule says how it is to be trained")
+        rule = table[name]
+        family = _family(name, rule, param.ndim)
+        key = (FAMILIES.index(family), rule.lr, rule.eps, rule.weight_decay)
+        group = groups.setdefault(key, {**_scaled(at_base[family], rule), "params": [], "names": []})
+        group["params"].append(param)
+        group["names"].append(name)
+    return MuonAdamW([groups[key] for key in sorted(groups)])
+
+
+def _check_parametrisation(config: GPTConfig, use_mup: bool | None, base_width: int | None) -> None:
+    """Forward pass and rates follow one rule: half of muP is worse than none."""
+    built = config.mup_base_width
+    if use_mup is False and built:
+        raise UserError(f"use_mup=False, but the model was built with mup_base_width={built}: build it with 0")
+    if use_mup and not built:
+        raise UserError(f"use_mup=True, but the model was built without muP: give it mup_base_width={base_width}")
+    if built and base_width is not None and base_width != built:
+        raise UserError(f"base_width={base_width}, but the model was built with mup_base_width={built}")
+
+
+def _family(name: str, rule: mup.ParamScaling, ndim: int) -> str:
+    if rule.kind == "hidden":
+        return "matrices"
+    if rule.kind == "output":
+        return "head"
+    if name == "transformer.wte.weight":
+        return "embedding"
+    if name.startswith("transformer.value_embeds."):
+        return "value embeddings"
+    return "scalars" if ndim == 1 else "gates"
+
+
+def _scaled(group: dict[str, Any], rule: mup.ParamScaling) -> dict[str, Any]:
+    """The group as it is at the base width, with the factors of this width."""
+    scaled = {**group, "lr": group["lr"] * rule.lr, "weight_decay": group["weight_decay"] * rule.weight_decay}
+    if "eps" in group:
+        scaled["eps"] = group["eps"] * rule.eps
+    return scaled

@@ -20,7 +20,8 @@ Resume = Literal["never", "auto"]
 # the folder itself.
 OBSERVERS = {"run", "eval_every", "eval_tokens", "eval_questions", "eval_samples", "core_metric_every",
              "core_metric_max_per_task", "sample_every", "save_every", "resume", "device_type", "device_batch_size",
-             "model_tag", "out_tag", "parallel", "use_fsdp", "keep_last", "keep_every"}  # fmt: skip
+             "model_tag", "out_tag", "parallel", "use_fsdp", "keep_last", "keep_every", "monitor_interval",
+             "coord_check", "coord_check_every", "warm_kernels"}  # fmt: skip
 VISIBLE_SECONDS = 90.0  # directories of network file systems are cached for up to a minute
 # What else must be the same for a run to be the same one.
 ORIGINS = ("tokenizer_hash", "parent", "data")

@@ -1,9 +1,10 @@
 """Where a program runs: process group, device, compute dtype, peak FLOPs, printing once, and signals."""
 
 import datetime
+import io
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -12,27 +13,34 @@ import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
+from nanochat.metrics import metric
+
+PEAK_ALLOCATED = metric("Hardware/peak_memory_gib", "most memory held by tensors so far; on a CPU peak RSS", "GiB")
+PEAK_RESERVED = metric("Hardware/peak_reserved_gib", "most memory taken by the allocator so far", "GiB")
 
 DeviceType = Literal["auto", "cpu", "cuda", "mps"]
 
-# Dense bf16 peak in FLOP/s, by a substring of the device name; datasheets of the vendors (no sparsity).
+# Dense bf16 peak in FLOP/s with fp32 accumulation, by a substring of the device name; the first that fits counts.
+# Vendors print sparse figures in large type: where a datasheet gives only those, half of them.
 PEAK_BF16_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
+    "GB200": 2500e12,  # NVIDIA GB200 NVL72 datasheet: 360 PFLOPS sparse over 72 GPUs
+    "B200": 2250e12,  # NVIDIA HGX B200 datasheet: 36 PFLOPS sparse over 8 GPUs
+    "GH200": 989e12,  # NVIDIA GH200 datasheet: 1,979 TFLOPS sparse
+    "H200 NVL": 835e12,  # NVIDIA H200 datasheet, NVL column: 1,671 TFLOPS sparse
+    "H200": 989e12,  # NVIDIA H200 datasheet, SXM column: 1,979 TFLOPS sparse
+    "H100 NVL": 835e12,  # NVIDIA H100 datasheet, NVL column: 1,671 TFLOPS sparse
+    "H100 PCIe": 756e12,  # NVIDIA H100 PCIe product brief: 1,513 TFLOPS sparse
+    "H100": 989e12,  # NVIDIA H100 datasheet, SXM column: 1,979 TFLOPS sparse
+    "H800": 989e12,  # H100 SXM with slower links
+    "A100": 312e12,  # NVIDIA A100 datasheet: 312 TFLOPS, 624 sparse
+    "A800": 312e12,  # A100 with slower links
+    "A10G": 70e12,  # NVIDIA A10G figures of Amazon EC2 G5: 70 TFLOPS, 140 sparse
+    "L40S": 362e12,  # NVIDIA L40S datasheet: 362.05 TFLOPS, 733 sparse
+    "L40": 181e12,  # NVIDIA L40 datasheet: 181.05 TFLOPS, 362.1 sparse
+    "L4": 121e12,  # NVIDIA L4 datasheet: 242 TFLOPS sparse
+    "RTX 5090": 209.5e12,  # NVIDIA RTX Blackwell GPU architecture paper: 209.5, 419 sparse
+    "RTX 4090": 165.2e12,  # NVIDIA Ada GPU architecture paper: 165.2, 330.4 sparse
+    "RTX 3090": 71e12,  # NVIDIA GA102 GPU architecture paper: 71, 142 sparse
 }
 
 
@@ -60,10 +68,19 @@ def ranks_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", get_dist_info().world_size))
 
 
+listeners: list[Callable[[str], object]] = []  # hear all that print0 prints (nanochat.run_log)
+
+
 def print0(*values: object, **options: Any) -> None:
     """print on rank 0 only, flushed so that logs follow the run."""
-    if get_dist_info().rank == 0:
-        print(*values, flush=True, **options)
+    if get_dist_info().rank != 0:
+        return
+    print(*values, flush=True, **options)
+    if listeners:
+        text = io.StringIO()
+        print(*values, **{**options, "file": text})
+        for listener in listeners:
+            listener(text.getvalue())
 
 
 def pick_device_type(asked: DeviceType = "auto") -> str:
@@ -162,6 +179,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource  # Unix only; nothing else here needs it
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Peaks so far in GiB: of what tensors held, and on a GPU of what the allocator has taken for them (the difference
+    is fragmentation, and what others cannot have). Counters of the host: nothing waits for the device."""
+    metrics = {PEAK_ALLOCATED: peak_memory_bytes(device) / 2**30}
+    if device.type == "cuda":
+        metrics[PEAK_RESERVED] = torch.cuda.max_memory_reserved(device) / 2**30
+    return metrics
 
 
 GO, STOP, BROKEN = 0, 1, 2  # what ranks tell each other at every step

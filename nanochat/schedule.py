@@ -30,16 +30,29 @@ def set_schedule(param_groups: Iterable[dict[str, Any]], multiplier: float, mome
             group["momentum"] = momentum
 
 
+def window_length(step: int, num_iterations: int, full: int, first: int = 128) -> int:
+    """How far long attention windows reach at this step, in tokens: from `first` in steps of it to `full`, linear over
+    the run. Short windows cost less, and what is near is learnt first."""
+    grown = full * step / max(num_iterations - 1, 1)
+    return min(full, max(1, math.ceil(grown / first)) * first)
+
+
 REFERENCE_BATCH, REFERENCE_HORIZON = 2**19, 11.2e9  # tokens: the classic d20 run, which the default rates are tuned on
 
 
-def batch_lr_scale(batch_tokens: int, horizon_tokens: float) -> float:
-    """Factor on all learning rates: √(batch / B*), where B* is the batch that the horizon calls for.
+def batch_lr_scale(
+    batch_tokens: int,
+    horizon_tokens: float,
+    tuned_batch: int = REFERENCE_BATCH,
+    tuned_horizon: float = REFERENCE_HORIZON,
+) -> float:
+    """Factor on all learning rates that were tuned at tuned_batch over tuned_horizon: √(batch / B*), where B* is the
+    batch that the horizon calls for.
 
     In a batch of B tokens the gradient noise goes with 1/√B, and so does the step that it allows (arXiv 2205.10287).
     But noise only matters beside the gradient itself, which is larger early on: B* grows with the length of the run,
     as horizon^0.383 (arXiv 2505.13738). Scaling by the batch alone, √(B/2^19), left a d12 after 300 steps of 65,536
     tokens at 1.540 bits per byte; this rule gives the rates that reached 1.325 (docs/decisions.md).
     """
-    best_batch = REFERENCE_BATCH * (horizon_tokens / REFERENCE_HORIZON) ** 0.383
+    best_batch = tuned_batch * (horizon_tokens / tuned_horizon) ** 0.383
     return math.sqrt(batch_tokens / best_batch)

@@ -1,23 +1,37 @@
 """Metrics of a training run: JSONL always, the console, and Weights & Biases when asked.
 
-Names come in groups, `Group/name`: Loss/, Time/, Optimization/, Hardware/, Eval/. W&B makes a panel of each group.
+Names come in groups (nanochat.metrics), of each of which W&B makes a panel.
 """
 
 import json
 from typing import Any
 
+from nanochat import metrics as metric_names
 from nanochat.paths import run_dir
+from nanochat.run_log import RunLog
 from nanochat.runtime import get_dist_info
 from nanochat.shards import replacing
 
 NO_WANDB = "dummy"
+AUTO = "auto"  # as a name: one is made of what the run is
+PROJECT = "nanochat"
+
+
+def wandb_project(arch: str, mup: bool, group: bool = False) -> str:
+    """W&B project of a run. group: one of several widths that are compared, under muP or not."""
+    if arch != "speedrun":
+        return PROJECT
+    if group:
+        return "speedrun-mup-group"
+    return "speedrun-mup" if mup else "speedrun-basic"
 
 
 class Tracker:
     """Writes records `{"stage": …, "step": …, "tokens": …, metric: value}` to runs/<run id>/metrics.jsonl, on rank 0.
 
     A record may come in several parts (training metrics, then an evaluation at the same step). resume_step, wandb_id:
-    of the checkpoint that is resumed from; the same W&B run goes on.
+    of the checkpoint that is resumed from; the same W&B run goes on. project: of W&B. log: gets every record too, and
+    is closed with the tracker.
     """
 
     def __init__(
@@ -27,8 +41,10 @@ class Tracker:
         settings: dict[str, Any],
         resume_step: int | None = None,
         wandb_id: str | None = None,
+        project: str = PROJECT,
+        log: RunLog | None = None,
     ) -> None:
-        self.stage = stage
+        self.stage, self.run_log = stage, log
         self.active = get_dist_info().rank == 0
         self.wandb: Any = None
         self.wandb_id: str | None = None
@@ -43,7 +59,7 @@ class Tracker:
 
             # a resumed run goes on in the same W&B run, whose id its checkpoint knows
             self.wandb = wandb.init(
-                project="nanochat",
+                project=project,
                 name=run,
                 group=stage,
                 config=settings,
@@ -51,7 +67,8 @@ class Tracker:
                 resume="allow" if wandb_id else None,
             )
             self.wandb_id = self.wandb.id
-            self.wandb.define_metric("*", step_metric="step")
+            for group in metric_names.GROUPS:
+                self.wandb.define_metric(f"{group}/*", step_metric="step")
 
     def _drop_after(self, step: int | None) -> None:
         """A run that starts again, or resumes, repeats steps: its earlier records of them go (None: all of them). So do
@@ -72,14 +89,20 @@ class Tracker:
             temporary.write_text("".join(kept))
 
     def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
-        """Record `metrics` at `step` (optimizer steps done) after `tokens` training tokens."""
+        """Record `metrics` at `step` (optimizer steps done) after `tokens` training tokens. Raises ValueError for names
+        outside the groups of nanochat.metrics."""
+        metric_names.check(metrics)
         if not self.active:
             return
         self.file.write(json.dumps({"stage": self.stage, "step": step, "tokens": tokens, **metrics}) + "\n")
         if self.wandb is not None:
             self.wandb.log({"step": step, "tokens": tokens, **metrics})
+        if self.run_log is not None:
+            self.run_log.step(step, tokens, metrics)
 
     def close(self) -> None:
+        if self.run_log is not None:
+            self.run_log.close()
         if self.active:
             self.file.close()
             if self.wandb is not None:

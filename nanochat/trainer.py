@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,32 +20,25 @@ from torch import Tensor
 
 from nanochat import checkpoint, parallel, preflight
 from nanochat.collector import scheduled
+from nanochat.console import WARMUP_STEPS, Console, StepResult
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.loss import IGNORED
+from nanochat.metrics import metric
+from nanochat.monitor import Monitor
 from nanochat.optim import MuonAdamW
 from nanochat.paths import get_base_dir
-from nanochat.runtime import (
-    BROKEN,
-    STOP,
-    StopSignal,
-    get_dist_info,
-    peak_flops,
-    peak_memory_bytes,
-    print0,
-    ranks_per_node,
-    synchronize,
-)
+from nanochat.runtime import BROKEN, STOP, StopSignal, get_dist_info, print0, ranks_per_node
 from nanochat.schedule import set_schedule
 from nanochat.stragglers import StragglerReport
 from nanochat.tracking import Tracker
+from nanochat.warmup import SyntheticLoader, warm_up
 from nanochat.watchdog import Watchdog, lower_timeout
 
 if TYPE_CHECKING:
     from nanochat.saver import Saver
 
-WARMUP_STEPS = 5  # left out of tokens/s and MFU: they compile, tune kernels and fill the allocator
-SMOOTHING = 0.9  # of the printed loss
+SAVE_SECONDS = metric("Time/save_seconds", "that the loop was held up by a checkpoint", "s")
 
 
 class Loader(Protocol):
@@ -144,6 +137,13 @@ class TrainingRun:
     teaches: Callable[[], bool] = lambda: True
     """Whether there is anything to learn from the batches just taken; the same on every rank. Where there is not, the
     weights stay: Muon would take a full step along old momentum, however small the gradient."""
+    prepare: Callable[[int], None] = lambda step: None
+    """What else follows from the number of steps done, such as attention windows; before the first forward pass of
+    each step."""
+    warm_kernels: bool = False
+    """Compile and tune kernels before the first step, on made-up tokens, and undo it (nanochat.warmup)."""
+    monitor: Monitor | None = None
+    """Looks inside the model every so many steps."""
     flops_per_token: float | None = None
     """Of forward and backward; None: time is not spent on training alone, so no MFU."""
     memory_advice: str = "halve --device-batch-size (the total batch, and so the result, stays the same)"
@@ -179,7 +179,7 @@ class _Companions:
     """What goes along with the loop."""
 
     stop: StopSignal
-    console: "_Console"
+    console: Console
     saver: "Saver"
     watchdog: Watchdog
     stragglers: StragglerReport
@@ -193,8 +193,11 @@ def train(run: TrainingRun) -> Outcome:
     if get_dist_info().world_size > ranks_per_node():
         preflight.check(device, get_base_dir())  # on several hosts one slow one sets the pace: name it now
     saver = Saver(run.folder, run.model, run.optimizer, run.keep_last, run.keep_every)
-    with_ = _Companions(StopSignal(), _Console(run, device), saver, Watchdog(), StragglerReport(device))
+    with_ = _Companions(StopSignal(), Console(run, device), saver, Watchdog(), StragglerReport(device))
     try:
+        if run.warm_kernels:
+            _warm_kernels(run, with_.watchdog)
+            with_.console.restart()
         with scheduled() as collect:
             finished = _loop(run, with_, collect)
         if not finished:
@@ -212,6 +215,26 @@ def train(run: TrainingRun) -> Outcome:
         who = with_.stop.received or "another rank"
         print0(f"stopped by {who} at step {run.state.step:,}, saved; run again with --resume=auto")
     return Outcome(finished, with_.console.summary())
+
+
+def _warm_kernels(run: TrainingRun, watchdog: Watchdog) -> None:
+    """Steps and an evaluation on made-up tokens, undone; neither run.loader nor run.state is touched."""
+    rehearsal = replace(run, loader=SyntheticLoader(run.loader, run.model), state=LoopState())
+    stragglers = StragglerReport(run.model.get_device())
+
+    def steps() -> None:
+        _train_step(rehearsal, watchdog, stragglers)
+        rehearsal.state.step = 0
+        if run.evaluations:
+            run.model.eval()
+            with torch.no_grad(), parallel.whole_weights(run.model, run.policy):
+                run.forward(*rehearsal.loader.next_batch(), loss_reduction="none")
+            run.model.train()
+
+    seconds = warm_up(run.model, run.optimizer, steps)
+    if run.monitor is not None:
+        run.monitor.restart()
+    print0(f"kernels warmed up in {seconds:.1f} s")
 
 
 def _loop(run: TrainingRun, with_: _Companions, collect: Callable[[int], None]) -> bool:
@@ -263,8 +286,8 @@ def _loop(run: TrainingRun, with_: _Companions, collect: Callable[[int], None]) 
         collect(state.step)
 
 
-def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerReport) -> tuple[Tensor, Tensor, float]:
-    """One optimizer step. Returns (mean loss over all ranks, gradient norm, learning-rate multiplier), unread."""
+def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerReport) -> StepResult:
+    """One optimizer step; waits for nothing."""
     world = get_dist_info().world_size
     step = run.state.step
     watchdog.mark(step, "data")
@@ -279,6 +302,9 @@ def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerRepor
         dist.all_reduce(count)
     count = count.clamp(min=1)
     total = torch.zeros((), device=count.device)
+    run.prepare(step)
+    if run.monitor is not None:
+        run.monitor.start(step + 1)
     for index, (inputs, targets, *weights) in enumerate(batches):
         watchdog.mark(step, "forward")  # of every micro-batch: a sign of life
         parallel.before_micro_batch(run.model, run.policy, last=index == len(batches) - 1)
@@ -294,10 +320,13 @@ def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerRepor
         multiplier = 0.0
     set_schedule(run.optimizer.param_groups, multiplier, momentum)
     watchdog.mark(step, "update")
+    if run.monitor is not None:
+        run.monitor.before_update()
     norm = run.optimizer.step(max_norm=run.grad_clip if run.grad_clip > 0 else None)
     run.optimizer.zero_grad(set_to_none=True)
+    reading = run.monitor.after_update() if run.monitor is not None else None
     run.state.step += 1
-    return total / count, norm, multiplier
+    return StepResult(total / count, norm, multiplier, reading)
 
 
 def _evaluate(run: TrainingRun, due: list[Evaluation], watchdog: Watchdog) -> None:
@@ -326,122 +355,4 @@ def _save(run: TrainingRun, saver: "Saver", last: bool) -> None:
     meta = {**run.meta, "loop": asdict(run.state), "loader": run.loader.state_dict()}
     meta["wandb_id"] = run.tracker.wandb_id
     seconds = saver.save(run.state.step, meta, last)  # that the loop was held up
-    run.tracker.log(run.state.step, run.state.step * run.tokens_per_step, {"Time/save_seconds": seconds})
-
-
-class _Console:
-    """Turns the unread tensors of training steps into log lines and metrics, about once a second.
-
-    Reading a value waits for the device; doing so at every step would leave it idle in between.
-    """
-
-    def __init__(self, run: TrainingRun, device: torch.device) -> None:
-        self.run, self.device = run, device
-        self.world = get_dist_info().world_size
-        self.flops_per_token = run.flops_per_token
-        self.peak = peak_flops(device) if run.flops_per_token else None
-        self.pending: list[tuple[int, Tensor, Tensor, float, dict[str, float]]] = []
-        self.seen = 0
-        self.clock = time.perf_counter()
-        self.failure: str | None = None  # why training cannot go on
-
-    def check(self) -> None:
-        """Flush, on all ranks; they see the same values. Raises UserError when training cannot go on."""
-        self.flush()
-        if self.failure is not None:
-            raise UserError(self.failure)
-
-    def step(self, result: tuple[Tensor, Tensor, float], synced: bool) -> None:
-        self.pending.append((self.run.state.step, *result, self.run.step_metrics()))
-        if synced or self.seen < WARMUP_STEPS or time.perf_counter() - self.clock > 1.0:
-            self.flush()
-
-    def flush(self) -> None:
-        """Read what has come up since the last time, record it, print the newest step."""
-        if not self.pending:
-            return
-        synchronize(self.device)
-        now = time.perf_counter()
-        elapsed, self.clock = now - self.clock, now
-        state, count = self.run.state, len(self.pending)
-        seconds = elapsed / count
-        state.seconds += elapsed
-        if self.seen >= WARMUP_STEPS:
-            state.steady_steps += count
-            state.steady_seconds += elapsed
-        self.seen += count
-        rate = self.run.tokens_per_step / seconds
-        for step, loss_tensor, norm_tensor, multiplier, further in self.pending:
-            loss, norm = loss_tensor.item(), norm_tensor.item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                # A norm that is not finite has spoilt the weights, though the loss shows it only at the next step.
-                name, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
-                self.failure = (
-                    f"the {name} is {value} at step {step}: lower --matrix-lr and --embedding-lr; the checkpoints "
-                    "before this step stand"
-                )
-                break
-            state.smoothed_loss = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * loss
-            metrics = {
-                "Loss/train_loss": loss,
-                "Optimization/grad_norm": norm,
-                "Optimization/lr_multiplier": multiplier,
-                "Time/step_seconds": seconds,
-                "Time/tokens_per_second": rate,
-                **further,
-            }
-            if self.peak:
-                metrics["Hardware/mfu"] = self._mfu(rate)
-            state.latest.update(metrics)
-            self.run.tracker.log(step, step * self.run.tokens_per_step, metrics)
-        self.pending.clear()
-        if self.failure is None:
-            self._print(step, seconds, rate, further)
-
-    def restart(self) -> None:
-        """Leave what has just been done (an evaluation, a checkpoint) out of the time of the next step."""
-        if not self.pending:
-            self.clock = time.perf_counter()
-
-    def _mfu(self, tokens_per_second: float) -> float:
-        assert self.peak is not None and self.flops_per_token is not None
-        return self.flops_per_token * tokens_per_second / (self.peak * self.world)
-
-    def _print(self, step: int, seconds: float, rate: float, further: dict[str, float]) -> None:
-        state, total = self.run.state, self.run.num_iterations
-        smoothed = state.smoothed_loss / (1 - SMOOTHING**step)
-        pace = state.steady_seconds / state.steady_steps if state.steady_steps else seconds
-        mfu = f" | mfu {100 * self._mfu(rate):.1f}%" if self.peak else ""
-        also = "".join(f" | {name.split('/')[1]} {value:.4f}" for name, value in further.items())
-        multiplier, norm = (state.latest[f"Optimization/{name}"] for name in ("lr_multiplier", "grad_norm"))
-        print0(
-            f"step {step:05d}/{total:05d} ({100 * step / total:.1f}%) | loss {smoothed:.4f}{also} | "
-            f"lrm {multiplier:.2f} | norm {norm:.3f} | {1000 * seconds:,.1f} ms | {rate:,.0f} tok/s{mfu} | "
-            f"epoch {self.run.loader.epoch():.2f} | "
-            f"{state.seconds / 60:.1f} min, {pace * (total - step) / 60:.1f} left"
-        )
-
-    def summary(self) -> dict[str, float]:
-        """Final figures. Tokens/s and MFU are means over the steady steps, whose number stands beside them."""
-        state = self.run.state
-        result: dict[str, float] = {"steps": state.step, "tokens": state.step * self.run.tokens_per_step}
-        result.update(
-            {f"final {name.split('/')[1]}": value for name, value in state.latest.items() if _is_result(name)}
-        )
-        result.update({f"minimum {name.split('/')[1]}": value for name, value in state.best.items()})
-        result["training minutes"] = state.seconds / 60
-        if self.flops_per_token:
-            result["training FLOPs"] = self.flops_per_token * state.step * self.run.tokens_per_step
-        result["peak memory GiB"] = peak_memory_bytes(self.device) / 2**30
-        if state.steady_steps:
-            rate = state.steady_steps * self.run.tokens_per_step / state.steady_seconds
-            result["tokens per second"] = rate
-            result["steps averaged"] = state.steady_steps
-            if self.peak:
-                result["mfu"] = self._mfu(rate)
-                result["peak FLOP/s per device"] = self.peak
-        return result
-
-
-def _is_result(name: str) -> bool:
-    return name.startswith(("Loss/", "Eval/"))
+    run.tracker.log(run.state.step, run.state.step * run.tokens_per_step, {SAVE_SECONDS: seconds})

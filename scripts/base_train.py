@@ -6,26 +6,34 @@
 One dial, --depth, sizes the model; width, heads, horizon and learning rates follow from it and are printed.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 
-from nanochat import checkpoint, parallel
+from nanochat import checkpoint, mup, parallel
 from nanochat import settings as settings_module
+from nanochat.arch import RATES, TUNED_AT, ArchSettings, init_spec, model_config, resolve
 from nanochat.batching import BatchPlan, plan_batch
+from nanochat.coord_check import CoordRecorder
 from nanochat.core_eval import evaluate_core
-from nanochat.dataloader import TrainLoader, fixed_rows, horizon_in_epochs, row_batches
-from nanochat.dataset import canonical
+from nanochat.dataloader import row_batches
 from nanochat.errors import UserError
 from nanochat.eval_bundle import load_bundle
-from nanochat.gpt import GPT, GPTConfig, Init
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.fp8 import Fp8, apply_fp8
+from nanochat.gpt import GPT
+from nanochat.loss_eval import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
+from nanochat.monitor import Monitor, monitor_settings
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
 from nanochat.report import write_section
 from nanochat.run_folder import Resume, describe_run, earlier_run
+from nanochat.run_log import RunLog, run_name
 from nanochat.runtime import (
     DeviceType,
     compute_cleanup,
@@ -35,39 +43,23 @@ from nanochat.runtime import (
     print0,
 )
 from nanochat.samples import make_samples
-from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum
-from nanochat.settings import real, whole
-from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
-from nanochat.tracking import NO_WANDB, Tracker
+from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, window_length
+from nanochat.settings import real, short, whole
+from nanochat.tracking import AUTO, NO_WANDB, Tracker, wandb_project
+from nanochat.train_data import TrainData, open_data
 from nanochat.trainer import Evaluation, Outcome, TrainingRun, resume, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ArchSettings):
     """Pretrain a base model."""
-
-    # ---- the model
-    depth: Annotated[int, whole(gte=1, lte=128)] = 20
-    """Transformer layers; the one dial."""
-    aspect_ratio: Annotated[int, whole(gte=1)] = 64
-    """Width per layer: n_embd = depth x aspect_ratio, rounded up to a multiple of head_dim."""
-    head_dim: Annotated[int, whole(gte=2)] = 128
-    """Width of one attention head."""
-    max_seq_len: Annotated[int, whole(gte=1)] = 2048
-    """Tokens in a training row."""
-    window_pattern: str = "L"
-    """Attention window of each layer, tiled: L = all of the past, S = a quarter of the row (SSSL, for example)."""
-    init: Init = "uniform"
-    """How matrices are drawn: uniform, or spectral = 1/sqrt(fan_in) x min(1, sqrt(fan_out/fan_in))."""
-    seed: Annotated[int, whole(gte=0)] = 42
-    """Seed of the initial weights and the order of the data."""
 
     # ---- the data
     source: str = "fineweb-edu"
-    """Text: fineweb-edu, climbmix, pydocs or local:DIR, as fetched by nanochat.dataset."""
+    """Text: fineweb-edu, climbmix, pydocs or local:DIR, as fetched by nanochat.dataset; or bin:DIR, token files."""
 
     # ---- the horizon, in this order of precedence
-    num_iterations: Annotated[int, whole(gte=-1)] = -1
+    num_iterations: Annotated[int, whole(gte=-1), short("--iterations")] = -1
     """Optimizer steps; -1: from target_flops or target_param_data_ratio."""
     target_flops: Annotated[float, real(gte=-1)] = -1.0
     """FLOPs to spend; -1: from target_param_data_ratio."""
@@ -80,29 +72,10 @@ class Settings:
     total_batch_size: Annotated[int, whole(gte=1)] = 524_288
     """Tokens per optimizer step over all devices, a multiple of max_seq_len."""
 
-    # ---- the optimizer
-    matrix_lr: Annotated[float, real(gte=0)] = 0.02
-    """Muon learning rate of the matrices, for the classic d20 run; all rates follow batch and horizon from there."""
-    embedding_lr: Annotated[float, real(gte=0)] = 0.2
-    """AdamW learning rate of the embedding at width 768; goes with width^-0.5."""
-    unembedding_lr: Annotated[float, real(gte=0)] = 0.004
-    """AdamW learning rate of the head at width 768; goes with width^-0.5."""
-    use_muon: bool = True
-    """False: AdamW for the matrices too, at matrix_lr x 0.05 x 768/width."""
-    weight_decay: Annotated[float, real(gte=0)] = 0.0
-    """Cautious weight decay of the matrices, times their learning rate."""
-    grad_clip: Annotated[float, real(gte=0)] = 1.0
-    """Largest global gradient norm; 0: no clipping."""
-    warmup_ratio: Annotated[float, real(gte=0, lte=1)] = 0.0
-    """Share of the steps over which the learning rate rises."""
-    warmdown_ratio: Annotated[float, real(gte=0, lte=1)] = 0.2
-    """Share of the steps over which it falls at the end."""
-    final_lr_frac: Annotated[float, real(gte=0, lte=1)] = 0.0
-    """Where it falls to, as a share of the full rate."""
-
     # ---- watching it
     run: str = NO_WANDB
-    """Name of the run in Weights & Biases; dummy: no W&B."""
+    """Name of the run in Weights & Biases and under logs/; auto: made from architecture, time and width; dummy: such a
+    name too, but no W&B."""
     eval_every: Annotated[int, whole(gte=-1)] = 250
     """Steps between measurements of validation bits per byte; -1: only at the end."""
     eval_tokens: Annotated[int, whole(gte=1)] = 10_485_760
@@ -113,6 +86,14 @@ class Settings:
     """Items per CORE task in these; -1: all."""
     sample_every: Annotated[int, whole(gte=-1)] = 2000
     """Steps between samples from fixed prompts; -1: never. Also at the end."""
+
+    monitor_interval: str = "0"
+    """Steps between looks inside (norms, spectral norms, activations): a number, production (100), research (10) or
+    validation (1); 0: never."""
+    coord_check: bool = False
+    """Record the size of each module's output into logs/<run>/coord_check.jsonl, for scripts.coord_check --from."""
+    coord_check_every: Annotated[int, whole(gte=1)] = 10
+    """Steps between these."""
 
     # ---- checkpoints
     save_every: Annotated[int, whole(gte=-1)] = 1000
@@ -133,25 +114,24 @@ class Settings:
     """The same as --parallel=fsdp."""
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
+    fp8: Fp8 = "none"
+    """Train in 8-bit floating point: none, head (the output matrix), or all (also the matrices of the blocks)."""
+    warm_kernels: bool = False
+    """Compile and tune before the first timed step, on made-up tokens; nothing else changes."""
     compile: bool | None = None
     """torch.compile; default: on CUDA only (on a CPU compiling takes longer than a small run)."""
 
 
-INHERITED = ("source", "max_seq_len", "device_batch_size", "total_batch_size")  # by later stages, beside the rates
+INHERITED = ("source", "max_seq_len", "device_batch_size", "total_batch_size", "weight_decay")  # and the rates
 
 
-def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
-    """Everything that follows from the depth."""
-    heads = -(-settings.depth * settings.aspect_ratio // settings.head_dim)
-    return GPTConfig(
-        sequence_len=settings.max_seq_len,
-        vocab_size=vocab_size,
-        n_layer=settings.depth,
-        n_head=heads,
-        n_kv_head=heads,
-        n_embd=heads * settings.head_dim,
-        window_pattern=settings.window_pattern,
-    )
+def default_tag(settings: Settings) -> str:
+    """Of the classic architecture d<depth>, as ever; of others what tells them apart."""
+    if settings.arch == "nanochat" and settings.width is None and not settings.mup:
+        return f"d{settings.depth}"
+    width = f"_w{settings.width}" if settings.width is not None else ""
+    base = f"_base{settings.base_width}" if settings.mup else ""
+    return f"{settings.arch}_d{settings.depth}{width}{'_mup' if settings.mup else ''}{base}"
 
 
 def plan_horizon(settings: Settings, num_params: int, flops_per_token: float) -> tuple[int, str]:
@@ -176,24 +156,35 @@ def make_evaluations(
     settings: Settings,
     model: GPT,
     forward: Callable[..., torch.Tensor],
-    tokenizer: RustBPETokenizer,
+    data: TrainData,
     rank: int,
     world_size: int,
     samples: list[dict[str, str]],
+    coordinates: Path,
 ) -> list[Evaluation]:
-    """What is measured on the way: bits per byte, CORE, and samples, which are left in `samples`."""
+    """What is measured on the way: bits per byte (loss per token, where the data's tokenizer is not at hand), CORE,
+    samples, which are left in `samples`, and coordinates, into a file."""
     device, length = model.get_device(), settings.max_seq_len
-    token_bytes = get_token_bytes(device)
-    val = fixed_rows(tokenizer, settings.source, "val", length, max(settings.eval_tokens, length))
+    token_bytes = data.token_bytes(device)
+    val = data.val_rows(length, settings.eval_tokens)
+    tokenizer, speaks = data.tokenizer, data.tokenizer is not None
+    core_every, sample_every = (n if speaks else -1 for n in (settings.core_metric_every, settings.sample_every))
     # read here, so that a bundle that is missing shows now and not at the end of the run
-    bundle = load_bundle(eval_bundle_dir()) if settings.core_metric_every > 0 else None
+    bundle = load_bundle(eval_bundle_dir()) if core_every > 0 else None
+    recorder = CoordRecorder(model, coordinates, torch.from_numpy(val[:1, :-1].astype(np.int64)).to(device))
 
-    def val_bpb(step: int) -> dict[str, float]:
+    def val_loss(step: int) -> dict[str, float]:
         batches = row_batches(val, settings.device_batch_size, device, rank, world_size)
-        return {"Loss/val_bpb": evaluate_bpb(forward, batches, token_bytes)}
+        if token_bytes is None:
+            return {VAL_LOSS: evaluate_loss(forward, batches, data.vocab_size, device)}
+        return {VAL_BPB: evaluate_bpb(forward, batches, token_bytes)}
+
+    def coordinate_check(step: int) -> dict[str, float]:
+        with torch.compiler.set_stance("force_eager"):
+            return recorder.record(step)
 
     def core(step: int) -> dict[str, float]:
-        assert bundle is not None, "never due without an interval"
+        assert bundle is not None and tokenizer is not None, "never due without an interval"
         with torch.compiler.set_stance("force_eager"):  # prompts of many shapes: not to be compiled for each
             result = evaluate_core(
                 model,
@@ -207,7 +198,7 @@ def make_evaluations(
         return {f"Eval/{result.name}": result.core}
 
     def show_samples(step: int) -> dict[str, float]:
-        if rank == 0:
+        if rank == 0 and tokenizer is not None:
             with torch.compiler.set_stance("force_eager"):
                 samples[:] = make_samples(model, tokenizer)
             for sample in samples:
@@ -215,16 +206,17 @@ def make_evaluations(
         return {}
 
     return [
-        Evaluation(settings.eval_every, True, val_bpb),
-        Evaluation(settings.core_metric_every, settings.core_metric_every > 0, core),
-        Evaluation(settings.sample_every, settings.sample_every > 0, show_samples),
+        Evaluation(settings.eval_every, True, val_loss),
+        Evaluation(core_every, core_every > 0, core),
+        Evaluation(sample_every, sample_every > 0, show_samples),
+        Evaluation(settings.coord_check_every if settings.coord_check else -1, settings.coord_check, coordinate_check),
     ]
 
 
 def announce(
     settings: Settings,
     model: GPT,
-    tokenizer: RustBPETokenizer,
+    data: TrainData,
     world_size: int,
     plan: BatchPlan,
     num_iterations: int,
@@ -239,61 +231,71 @@ def announce(
     print0(f"{num_iterations:,} steps of {settings.total_batch_size:,} tokens = {horizon:,} tokens ({why})")
     if plan.note:
         print0(f"note: {plan.note}")
-    epochs, cropped = horizon_in_epochs(tokenizer, settings.source, settings.max_seq_len, horizon, plan.rows_per_step)
-    print0(f"data: {settings.source}, {epochs:.2f} epochs, {100 * cropped:.1f} % of tokens cropped by packing")
+    epochs, cropped = data.horizon_in_epochs(settings.max_seq_len, horizon, plan.rows_per_step)
+    print0(f"data: {data.source}, {epochs:.2f} epochs, {100 * cropped:.1f} % of tokens cropped by packing")
     if epochs > 1:
         print0(f"warning: too little data: this horizon repeats it {epochs:.1f} times; get more of it, or train less")
+    if settings.mup:
+        print0(mup.format_table(mup.as_records(model.config, settings.use_muon, init_spec(settings))))
 
 
 def main(settings: Settings) -> None:
-    settings = settings_module.replace(settings, source=canonical(settings.source))
+    settings = resolve(settings)
     _, rank, _, world_size, device = compute_init(settings.device_type)
-    tokenizer = get_tokenizer()
+    watched = monitor_settings(settings.monitor_interval)
+    data = open_data(settings.source)
+    settings = settings_module.replace(settings, source=data.source)
     plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
 
     # ---- the model: shapes first (an impossible horizon costs no memory), memory second, values last
-    config = model_config(settings, tokenizer.get_vocab_size())
+    config = model_config(settings, data.vocab_size, data.document_token)
     with torch.device("meta"):
         model = GPT(config, compute_dtype(device))
     num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
     policy = parallel.spread(model, parallel.asked(settings.parallel, settings.use_fsdp), device)
     model.to_empty(device=device)
-    parallel.init_weights(model, settings.init, settings.seed)
+    parallel.init_weights(model, init_spec(settings))
+    apply_fp8(model, settings.fp8)
     compiled = settings.compile if settings.compile is not None else device.type == "cuda"
     forward = parallel.compile_model(model, policy) if compiled else model
-    announce(settings, model, tokenizer, world_size, plan, num_iterations, why, compiled)
 
     # ---- the optimizer; its rates and the batch are what later stages go on with
-    lr_scale = batch_lr_scale(settings.total_batch_size, num_iterations * settings.total_batch_size)
-    print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
-    rates = {
-        "matrix_lr": settings.matrix_lr * lr_scale,
-        "embedding_lr": settings.embedding_lr * lr_scale,
-        "unembedding_lr": settings.unembedding_lr * lr_scale,
-        "weight_decay": settings.weight_decay,
-    }
-    optimizer = model.setup_optimizer(**rates, use_muon=settings.use_muon)
+    horizon = num_iterations * settings.total_batch_size
+    lr_scale = batch_lr_scale(settings.total_batch_size, horizon, *TUNED_AT[settings.arch])
+    rates = {name: getattr(settings, name) * lr_scale for name in RATES}
+    optimizer = model.setup_optimizer(**rates, weight_decay=settings.weight_decay, use_muon=settings.use_muon)
 
     def schedule(step: int) -> tuple[float, float]:
         ratios = settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac
         return lr_multiplier(step, num_iterations, *ratios), muon_momentum(step)
 
+    def grow_windows(step: int) -> None:
+        if settings.window_warmup:
+            model.set_window(window_length(step, num_iterations, config.long_window))
+
     # ---- where it goes, and whether some of it is there already
     recipe = {**{name: getattr(settings, name) for name in INHERITED}, **rates}
-    meta = describe_run("base", settings_module.as_dict(settings), config, tokenizer.hash, recipe, num_iterations)
-    folder = checkpoint_dir("base", settings.model_tag or f"d{settings.depth}")
+    about = settings_module.as_dict(settings)
+    meta = describe_run("base", about, config, data.tokenizer_hash, recipe, num_iterations, data=data.fingerprint)
+    folder = checkpoint_dir("base", settings.model_tag or default_tag(settings))
     earlier = earlier_run(folder, settings.resume, meta) or {}
-    loader = TrainLoader(
-        tokenizer,
-        settings.source,
-        rows_per_step=plan.rows_per_step,
-        sequence_len=settings.max_seq_len,
-        device_batch_size=settings.device_batch_size,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        seed=settings.seed,
-        state=earlier.get("loader"),
+    given = settings.run not in (NO_WANDB, AUTO)
+    automatic = run_name(settings.arch, config.n_embd, config.mup_base_width, datetime.now())
+    meta["run_name"] = name = earlier.get("run_name") or (settings.run if given else automatic)
+    log = RunLog(name, meta, earlier.get("step"))
+    print0(f"run {name}: {log.folder}")
+    announce(settings, model, data, world_size, plan, num_iterations, why, compiled)
+    print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
+    state = earlier.get("loader")
+    loader = data.loader(plan, settings.max_seq_len, device, rank, world_size, settings.seed, state)
+    tracker = Tracker(
+        "base",
+        name if settings.run == AUTO else settings.run,
+        meta,
+        earlier.get("step"),
+        earlier.get("wandb_id"),
+        project=os.environ.get("WANDB_PROJECT") or wandb_project(settings.arch, settings.mup),
+        log=log,
     )
 
     # ---- train
@@ -308,43 +310,54 @@ def main(settings: Settings) -> None:
         num_iterations=num_iterations,
         tokens_per_step=settings.total_batch_size,
         schedule=schedule,
+        prepare=grow_windows,
         grad_clip=settings.grad_clip,
         save_every=settings.save_every,
-        evaluations=make_evaluations(settings, model, forward, tokenizer, rank, world_size, samples),
-        tracker=Tracker("base", settings.run, meta, earlier.get("step"), earlier.get("wandb_id")),
+        evaluations=make_evaluations(
+            settings, model, forward, data, rank, world_size, samples, log.folder / "coord_check.jsonl"
+        ),
+        tracker=tracker,
         meta=meta,
         policy=policy,
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         flops_per_token=model.estimate_flops(),
+        monitor=Monitor(model, optimizer, watched) if watched is not None else None,
+        warm_kernels=settings.warm_kernels,
     )
     if earlier:
         resume(run, earlier)
     outcome = train(run)
     run.tracker.close()
     if outcome.finished:
-        write_report(run, outcome, samples, loader)
+        write_report(run, outcome, samples, settings, loader.cropped_share())
         checkpoint.mark_complete(folder)
     compute_cleanup()
 
 
-def write_report(run: TrainingRun, outcome: Outcome, samples: list[dict[str, str]], loader: TrainLoader) -> None:
+def write_report(
+    run: TrainingRun, outcome: Outcome, samples: list[dict[str, str]], settings: Settings, cropped: float
+) -> None:
     """The section of this stage."""
     figures = {
         "parameters": run.model.num_params(),
         "FLOPs per token": run.model.estimate_flops(),
         "device": device_name(run.model.get_device()),
         "ranks": run.meta["world_size"],
-        "epochs": loader.epoch(),
-        "cropped share": loader.packer.cropped_share(),
+        "epochs": run.loader.epoch(),
+        "cropped share": cropped,
         **outcome.metrics,
     }
     notes = [
         "FLOPs per token = 6 x matmul parameters (head counted, embedding not) + 12 x heads x head_dim x attention "
         "span per layer, causal attention not halved; MFU is over the card's dense bf16 peak."
     ]
-    settings = {**run.meta["settings"], **run.meta["model_config"]}
-    section = {"settings": settings, "metrics": figures, "samples": samples, "notes": notes}
+    shown = {**run.meta["settings"], **run.meta["model_config"]}
+    section: dict[str, Any] = {"settings": shown, "metrics": figures, "samples": samples, "notes": notes}
+    if settings.mup:
+        records = mup.as_records(run.model.config, settings.use_muon, init_spec(settings))
+        rows = [list(record.values()) for record in records]
+        section["tables"] = [{"title": "Scaling with width", "columns": list(records[0]), "rows": rows}]
     write_section("base_train", "Base model training", section)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from nanochat import checkpoint, parallel
 from nanochat import settings as settings_module
 from nanochat.chat_eval import evaluate_generative
-from nanochat.chat_train import RATES, plan_steps
+from nanochat.chat_train import plan_steps, present
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.formats import STDERR_SUFFIXES, metric_text
@@ -168,7 +168,7 @@ def main(settings: Settings) -> None:
     print0(f"{num_iterations:,} steps of {settings.questions_per_step} questions x {settings.num_samples} answers, "
            f"rows of {width} tokens")  # fmt: skip
 
-    rates = {name: recipe[name] * settings.init_lr_frac for name in RATES}
+    rates = {name: recipe[name] * settings.init_lr_frac for name in present(recipe)}
     optimizer = model.setup_optimizer(**rates, weight_decay=0.0)
 
     def schedule(step: int) -> tuple[float, float]:

@@ -41,7 +41,7 @@ def test_short_windows_cost_fewer_flops():
 @pytest.mark.parametrize("init", ["uniform", "spectral"])
 def test_first_loss_is_ln_vocab(init):
     model = build(randomise=False)
-    model.init_weights(init)
+    model.init_weights(init, head_std=0.0)
     idx = torch.randint(97, (2, 16))
     assert model(idx, idx).item() == pytest.approx(math.log(97), abs=1e-6)
 
@@ -69,7 +69,11 @@ def test_init_scales():
     model.init_weights("spectral")
     assert attn.c_k.weight.std().item() == pytest.approx(1 / 16 * math.sqrt(64 / 256), rel=0.03)  # fan_out < fan_in
     assert mlp.c_fc.weight.std().item() == pytest.approx(1 / 16, rel=0.03)  # fan_out > fan_in: capped at 1
-    assert attn.c_proj.weight.abs().max() == 0 == model.lm_head.weight.abs().max()
+    assert attn.c_proj.weight.abs().max() == 0
+    assert model.lm_head.weight.std().item() == pytest.approx(0.001, rel=0.03)
+    model.init_weights("spectral", head_std=0.02, zero_proj=False, gain=0.5)
+    assert mlp.c_proj.weight.std().item() == pytest.approx(0.5 / 32 * math.sqrt(256 / 1024), rel=0.03)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.03)
 
 
 def slow_attention(q, k, v, window):

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import plan
+from nanochat.arch import model_config
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.parallel import make_policy
 from nanochat.plan import Measurement, Settings, largest_batch, memory, one_gpu_mfu, passes_per_step, predict, shapes
 from scripts.base_train import Settings as TrainSettings
-from scripts.base_train import model_config
 
 ROOT = Path(__file__).parent.parent
 DEPTHS = (12, 20, 26, 32, 48, 64)

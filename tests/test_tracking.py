@@ -1,9 +1,11 @@
 import json
+from typing import ClassVar
 
 import pytest
 
+from nanochat.metrics import GROUPS
 from nanochat.paths import run_dir
-from nanochat.tracking import Tracker
+from nanochat.tracking import Tracker, wandb_project
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def test_other_ranks_write_nothing(monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     tracker = Tracker("base", "dummy", {})
-    tracker.log(1, 1, {"x": 1})
+    tracker.log(1, 1, {"Loss/train_loss": 1.0})
     tracker.close()
     assert not (run_dir() / "metrics.jsonl").exists()
 
@@ -60,3 +62,40 @@ def test_wandb_gets_the_same_records_when_asked(monkeypatch):
     resumed = Tracker("base", "name-of-run", {"depth": 1}, resume_step=2, wandb_id=tracker.wandb_id)
     resumed.close()
     assert tracker.wandb_id is not None and resumed.wandb_id == tracker.wandb_id
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_names_outside_the_groups_are_refused_on_every_rank(monkeypatch, rank):
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    tracker = Tracker("base", "dummy", {})
+    with pytest.raises(ValueError, match="'Norms/x': expected Group/name"):
+        tracker.log(1, 1, {"Loss/train_loss": 1.0, "Norms/x": 1.0})
+    tracker.close()
+
+
+@pytest.mark.parametrize(
+    ("arch", "mup", "group", "project"),
+    [("nanochat", False, False, "nanochat"), ("nanochat", True, True, "nanochat"),
+     ("speedrun", False, False, "speedrun-basic"), ("speedrun", True, False, "speedrun-mup"),
+     ("speedrun", True, True, "speedrun-mup-group"), ("speedrun", False, True, "speedrun-mup-group")],
+)  # fmt: skip
+def test_wandb_projects(arch, mup, group, project):
+    assert wandb_project(arch, mup, group) == project
+
+
+def test_wandb_gets_the_project_and_a_step_axis_for_each_group(monkeypatch):
+    import wandb
+
+    class Run:
+        id = "x"
+        axes: ClassVar[dict[str, str]] = {}
+
+        def define_metric(self, name, step_metric):
+            self.axes[name] = step_metric
+
+    asked = {}
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Run())
+    Tracker("base", "name", {}, project="speedrun-mup")
+    assert asked["project"] == "speedrun-mup" and asked["name"] == "name"
+    assert Run.axes == {f"{group}/*": "step" for group in GROUPS}

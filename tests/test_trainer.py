@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint
+from nanochat.console import Console
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.monitor import Monitor, MonitorSettings
 from nanochat.paths import run_dir
 from nanochat.schedule import lr_multiplier, muon_momentum
 from nanochat.tracking import Tracker
@@ -53,7 +55,7 @@ class FakeLoader:
 
 def make_run(folder, steps, loader=None, **changes):
     model = GPT(CONFIG)
-    model.init_weights()
+    model.init_weights(head_std=0.0)
     optimizer = model.setup_optimizer(matrix_lr=0.02, embedding_lr=0.1, unembedding_lr=0.01)
     values = {
         "stage": "base",
@@ -79,9 +81,14 @@ def weights(run):
     return {name: param.detach().clone() for name, param in run.model.named_parameters()}
 
 
-def losses():
+def recorded(name):
+    """Values of a metric, by step."""
     lines = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["Loss/train_loss"] for line in lines if "Loss/train_loss" in line}
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def losses():
+    return recorded("Loss/train_loss")
 
 
 @pytest.fixture
@@ -312,3 +319,71 @@ def test_a_step_that_teaches_nothing_leaves_the_weights(folder):
     for name in seen[0]:
         assert not torch.equal(seen[2][name], seen[3][name])
         assert torch.equal(seen[3][name], seen[4][name]) and torch.equal(seen[4][name], seen[5][name])
+
+
+def test_warming_kernels_up_changes_nothing(folder):
+    cold, warm = (
+        make_run(folder / name, 3, FakeLoader(batch=2), warm_kernels=name == "warm") for name in ("cold", "warm")
+    )
+    for run in (cold, warm):
+        train(run)
+    for name, value in weights(cold).items():
+        assert torch.equal(weights(warm)[name], value), name
+    for name, value in cold.optimizer.named_state().items():
+        assert torch.equal(warm.optimizer.named_state()[name], value), name
+    assert warm.state.step == 3 and warm.optimizer.num_steps == 3
+
+
+def test_the_monitor_looks_at_its_steps_and_moves_nothing(folder):
+    plain, watched = make_run(folder / "plain", 6), make_run(folder / "watched", 6)
+    watched.monitor = Monitor(watched.model, watched.optimizer, MonitorSettings(3, spectral_every=2))
+    train(plain)
+    assert recorded("Model/spectral_norm/0.mlp.c_fc") == {}
+    train(watched)
+    norms = recorded("Model/spectral_norm/0.mlp.c_fc")
+    last = torch.linalg.matrix_norm(watched.model.transformer.h[0].mlp.c_fc.weight.detach(), 2).item()
+    assert list(norms) == [1, 6] and norms[6] == pytest.approx(last, rel=2.5e-3)
+    assert list(recorded("Activations/std/1.attn")) == [1, 3, 6]
+    parts = [recorded(f"Optimization/grad_norm/{group['label']}") for group in watched.optimizer.param_groups]
+    for step, norm in list(recorded("Optimization/grad_norm").items())[::-1]:
+        if step in parts[0]:
+            assert math.hypot(*(part[step] for part in parts)) == pytest.approx(norm, rel=1e-5)
+    assert not [name for name in watched.state.latest if name.count("/") > 1]  # checkpoints stay small
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(watched)[name]), name
+
+
+def test_a_rehearsal_does_not_count_as_the_first_event(folder):
+    run = make_run(folder, 4, warm_kernels=True)
+    run.monitor = Monitor(run.model, run.optimizer, MonitorSettings(3))
+    train(run)
+    assert list(recorded("Model/update_ratio/0.mlp.c_fc")) == [1, 3]
+
+
+def test_what_follows_from_the_step_is_prepared_before_its_first_forward_pass(folder):
+    calls = []
+    run = make_run(folder, 2, FakeLoader(batch=4))  # two micro-batches a step
+    run.prepare = lambda step: calls.append(step)
+
+    def forward(*args, **kwargs):
+        calls.append("forward")
+        return run.model(*args, **kwargs)
+
+    run.forward = forward
+    train(run)
+    assert calls == [0, "forward", "forward", 1, "forward", "forward"]
+
+
+def test_memory_is_recorded_with_each_step(folder):
+    train(make_run(folder, 2))
+    peaks = recorded("Hardware/peak_memory_gib")
+    assert list(peaks) == [1, 2] and 0 < peaks[1] <= peaks[2]
+
+
+def test_a_card_without_a_known_peak_is_named_once(folder, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat.console.peak_flops", lambda device: None)
+    monkeypatch.setattr("nanochat.console.device_name", lambda device: "Card X")
+    Console(make_run(folder, 2), torch.device("cuda"))
+    assert capsys.readouterr().out == "no MFU: the bf16 peak of Card X is not in runtime.PEAK_BF16_FLOPS\n"
+    Console(make_run(folder, 2), torch.device("cpu"))
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,241 @@
+"""What the instruments of nanochat.monitor cost, and how exact spectral norms are, on random tokens and weights.
+
+    python -m benchmarks.monitor --out=monitor.json                                            the 124M-class model
+    python -m benchmarks.monitor --depth=2 --width=128 --vocab-size=512 --max-seq-len=64       a small one, on a CPU
+
+Times are medians, with the device waited for. The cost of an event in training is the difference between steps with it
+and steps without, taken in turns. The bars hold for an H100: 50 µs a matrix, 2 ms for all, 1 ms for activations, and
+0.5 % of the step at interval 10.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from nanochat import settings as settings_module
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.monitor import Monitor, MonitorSettings
+from nanochat.optim import MuonAdamW
+from nanochat.runtime import DeviceType, compute_dtype, compute_init, device_name, synchronize
+from nanochat.settings import whole
+from nanochat.spectral import Method, spectral_norms
+
+BARS = {"microseconds_per_matrix": 50.0, "spectral_ms": 2.0, "activations_ms": 1.0, "overhead_at_10": 0.005,
+        "worst_error": 0.0025}  # fmt: skip
+METHODS: tuple[Method, ...] = ("gram", "ns5-fast", "ns3-accurate")
+INTERVALS = (1, 10, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Measure the monitor."""
+
+    depth: Annotated[int, whole(gte=1)] = 12
+    """Layers of the model."""
+    width: Annotated[int, whole(gte=64)] = 768
+    """Width of the model, a multiple of 64."""
+    vocab_size: Annotated[int, whole(gte=1)] = 50304
+    """Vocabulary."""
+    max_seq_len: Annotated[int, whole(gte=1)] = 2048
+    """Tokens per row."""
+    device_batch_size: Annotated[int, whole(gte=1)] = 24
+    """Rows per forward pass."""
+    accumulation: Annotated[int, whole(gte=1)] = 1
+    """Forward passes per step: 1 x 24 x 2048 tokens is what one of eight GPUs does."""
+    repeats: Annotated[int, whole(gte=1)] = 20
+    """Timed calls of each."""
+    seeds: Annotated[int, whole(gte=1)] = 3
+    """Matrices of each spectrum and shape."""
+    device_type: DeviceType = "auto"
+    """auto, cpu, cuda or mps."""
+    compile: bool | None = None
+    """torch.compile; default: on CUDA only."""
+    out: str | None = None
+    """File for the results as JSON."""
+
+
+def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median time of a call; one before it is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def with_spectrum(shape: tuple[int, int], values: Tensor) -> Tensor:
+    left, right = (torch.linalg.qr(torch.randn(side, len(values), device=values.device))[0] for side in shape)
+    return (left * values) @ right.T
+
+
+def spectra(shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    """One matrix of each kind."""
+    rank = min(shape)
+    index = torch.arange(1.0, rank + 1, device=device)
+    gaussian = torch.randn(shape, device=device)
+    top = torch.linalg.svdvals(gaussian)[0]
+    return {
+        "gaussian": gaussian,
+        "power law i^-0.3": with_spectrum(shape, index**-0.3),
+        "power law i^-0.7": with_spectrum(shape, index**-0.7),
+        "flat within 20 %": with_spectrum(shape, 0.8 + 0.4 * torch.rand(rank, device=device)),
+        "all equal": with_spectrum(shape, torch.ones(rank, device=device)),
+        "gaussian + 1.3 x spike": gaussian + 1.3 * top * with_spectrum(shape, torch.ones(1, device=device)),
+    }
+
+
+def errors(shapes: list[tuple[int, int]], seeds: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Worst signed relative error of the value by kind and method, and of the bounds, against fp64 SVD."""
+    table: dict[str, dict[str, float]] = {}
+    for shape in shapes:
+        drawn = [spectra(shape, device) for _ in range(seeds)]
+        for kind in drawn[0]:
+            matrices = [one[kind] for one in drawn]
+            true = torch.stack([torch.linalg.svdvals(matrix.double())[0] for matrix in matrices])
+            row = table.setdefault(f"{kind}, {shape[0]}x{shape[1]}", {})
+            for method in METHODS:
+                lower, upper = (bound / true - 1 for bound in spectral_norms(matrices, method))
+                row[method] = lower[lower.abs().argmax()].item()
+                if method == "gram":
+                    row["highest lower bound"], row["lowest upper bound"] = lower.max().item(), upper.min().item()
+                    row["highest upper bound"] = upper.max().item()
+    return table
+
+
+def spectral_times(matrices: list[Tensor], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds for all matrices, microseconds for each; svdvals by one matrix of each shape."""
+    times: dict[str, float] = {}
+    for method in METHODS:
+        times[method] = milliseconds(partial(spectral_norms, matrices, method), device, repeats)
+    shapes = [tuple(matrix.shape) for matrix in matrices]
+    times["svdvals"] = 0.0
+    for shape in set(shapes):
+        one = milliseconds(partial(torch.linalg.svdvals, matrices[shapes.index(shape)]), device, 2)
+        times["svdvals"] += shapes.count(shape) * one
+    return {name: {"milliseconds": ms, "microseconds_per_matrix": 1000 * ms / len(matrices)}
+            for name, ms in times.items()}  # fmt: skip
+
+
+def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: bool) -> dict[str, float]:
+    """Milliseconds of a step without monitor, and what an event of each kind adds to it."""
+    device = model.get_device()
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    shape = (settings.device_batch_size, settings.max_seq_len + 1)
+    idx = torch.randint(settings.vocab_size, shape, device=device)
+    kinds = {
+        "plain": None,
+        "norms": MonitorSettings(1, spectral_every=0, activations=False),
+        "activations": MonitorSettings(1, spectral_every=0),
+        "spectral": MonitorSettings(1, activations=False),
+        "everything": MonitorSettings(1),
+    }
+    monitors = {name: Monitor(model, optimizer, about) if about else None for name, about in kinds.items()}
+
+    def step(monitor: Monitor | None) -> None:
+        if monitor is not None:
+            monitor.start(1)
+        for _ in range(settings.accumulation):
+            forward(idx[:, :-1], idx[:, 1:]).backward()
+        if monitor is not None:
+            monitor.before_update()
+        optimizer.step(max_norm=1.0)
+        optimizer.zero_grad(set_to_none=True)
+        reading = monitor.after_update() if monitor is not None else None
+        if reading is not None:
+            reading.read()
+
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(settings.repeats + 3):  # the first compile and tune
+        for name, monitor in monitors.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step(monitor)
+            synchronize(device)
+            if turn >= 3:
+                times[name].append(1000 * (time.perf_counter() - start))
+    # of what was done in the same turn: the clock of the card drifts
+    result = {"step_ms": statistics.median(times["plain"])}
+    for name in ("norms", "spectral", "everything"):
+        result[f"{name}_event_ms"] = _median_difference(times[name], times["plain"])
+    result["activations_event_ms"] = _median_difference(times["activations"], times["norms"])
+    for interval in INTERVALS:
+        result[f"overhead_at_{interval}"] = result["everything_event_ms"] / interval / result["step_ms"]
+    return result
+
+
+def _median_difference(longer: list[float], shorter: list[float]) -> float:
+    return statistics.median(one - other for one, other in zip(longer, shorter, strict=True))
+
+
+def report(results: dict[str, Any]) -> None:
+    """Tables for people."""
+    print(f"{results['device']}, torch {results['torch']}, {results['matrices']} hidden matrices")
+    print(f"\n{'method':16}{'ms, all matrices':>18}{'µs a matrix':>14}")
+    for name, row in results["spectral"].items():
+        print(f"{name:16}{row['milliseconds']:18.3f}{row['microseconds_per_matrix']:14.1f}")
+    print(f"\n{'worst error in %':34}" + "".join(f"{name:>14}" for name in METHODS) + "   bounds of gram")
+    for kind, row in results["errors"].items():
+        values = "".join(f"{100 * row[name]:+14.3f}" for name in METHODS)
+        bounds = (100 * row[f"{name} bound"] for name in ("highest lower", "lowest upper", "highest upper"))
+        print(f"{kind:34}{values}   {' / '.join(f'{bound:+.4f}' for bound in bounds)}")
+    print()
+    for name, value in results["step"].items():
+        print(f"{name:26}{f'{100 * value:.3f} %' if name.startswith('overhead') else f'{value:.3f}'}")
+    for name, (value, bar, met) in results["bars"].items():
+        print(f"bar {name}: {value:.4g} against {bar:g}: {'met' if met else 'NOT MET'}")
+    if not results["bars"]:
+        print("no bars: they are for a GPU")
+
+
+def main(settings: Settings) -> None:
+    *_, device = compute_init(settings.device_type)
+    heads = settings.width // 64
+    config = GPTConfig(sequence_len=settings.max_seq_len, vocab_size=settings.vocab_size, n_layer=settings.depth,
+                       n_head=heads, n_kv_head=heads, n_embd=64 * heads)  # fmt: skip
+    model = GPT(config, compute_dtype(device)).to(device)
+    model.init_weights()
+    optimizer = model.setup_optimizer()
+    compiled = settings.compile if settings.compile is not None else device.type == "cuda"
+    step = step_times(settings, model, optimizer, compiled)  # which also fills the matrices that begin as zero
+    matrices = [m.param.detach() for m in Monitor(model, optimizer, MonitorSettings(1)).matrices]
+    shapes = sorted({tuple(matrix.shape) for matrix in matrices})
+    spectral = spectral_times(matrices, device, settings.repeats)
+    found = errors(shapes, settings.seeds, device)
+    measured = {
+        "microseconds_per_matrix": spectral["gram"]["microseconds_per_matrix"],
+        "spectral_ms": spectral["gram"]["milliseconds"],
+        "activations_ms": step["activations_event_ms"],
+        "overhead_at_10": step["overhead_at_10"],
+        "worst_error": max(abs(row["gram"]) for row in found.values()),
+    }
+    results = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "compiled": compiled,
+        "settings": asdict(settings),
+        "matrices": len(matrices),
+        "spectral": spectral,
+        "errors": found,
+        "step": step,
+        "bars": {name: [value, BARS[name], value <= BARS[name]] for name, value in measured.items()}
+        if device.type == "cuda"
+        else {},
+    }
+    report(results)
+    if settings.out:
+        Path(settings.out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)

@@ -1,0 +1,116 @@
+"""Download text that others have tokenized with GPT-2's tokenizer: FineWeb or FineWeb-Edu, 10⁸ tokens a file.
+
+    python -m scripts.data_process.download --dataset=fineweb10B --shards=9
+
+Into tokenized_data/<dataset> of the artifact store, for `scripts.base_train --source=bin:fineweb10B`. Run it again to
+go on where it stopped; files that are here are not fetched again. HF_ENDPOINT names a mirror. The validation file
+always comes along.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from nanochat import hub, shards
+from nanochat import settings as settings_module
+from nanochat.errors import UserError
+from nanochat.settings import short, whole
+from nanochat.token_files import HEADER_BYTES, describe_folder, read_header, tokenized_dir
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """A dataset repository: <name>_val_000000.bin and train files numbered from 1."""
+
+    repo: str
+    name: str
+    train_files: int
+
+
+DATASETS = {
+    "fineweb10B": TokenDataset("kjj0/fineweb10B-gpt2", "fineweb", 103),
+    "finewebedu10B": TokenDataset("kjj0/finewebedu10B-gpt2", "finewebedu", 99),  # the last one is half as long
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Download tokenized text; what is here already is kept."""
+
+    dataset: Literal["fineweb10B", "finewebedu10B"] = "fineweb10B"
+    """fineweb10B or finewebedu10B."""
+
+    shards: Annotated[int, whole(gte=1), short("-n")] = 9
+    """Train files to have, of 10⁸ tokens and 200 MB each; the validation file comes on top."""
+
+    num_workers: Annotated[int, whole(gte=1, lte=64), short("-w")] = 4
+    """Files fetched at the same time."""
+
+
+def main(settings: Settings) -> None:
+    """Get what `settings` ask for. Raises UserError for more files than there are, and what hub.download raises."""
+    folder = fetch(settings.dataset, settings.shards, settings.num_workers)
+    found = describe_folder(folder)
+    for split in ("train", "val"):
+        files = found.files(split)
+        print(f"{settings.dataset} {split}: {len(files)} files, {sum(map(read_header, files)):,} tokens")
+    print(f"in {folder}")
+
+
+def fetch(dataset: str, train_files: int, num_workers: int = 4) -> Path:
+    """Download the validation file and train files 1 … train_files; those that stand are kept. Returns the folder."""
+    spec = DATASETS[dataset]
+    if train_files > spec.train_files:
+        raise UserError(f"--shards={train_files}: {dataset} has {spec.train_files} train files; choose 1 to that many")
+    folder = tokenized_dir() / dataset
+    manifest = shards.load_manifest(folder)
+    train = {f"{spec.name}_train_{index:06d}.bin": "train" for index in range(1, train_files + 1)}
+    wanted = {f"{spec.name}_val_000000.bin": "val", **train}
+    missing = [name for name in wanted if not _stands(folder / name, manifest["files"].get(name))]
+    if len(wanted) > len(missing):
+        print(f"{dataset}: {len(wanted) - len(missing)} of {len(wanted)} files are here")
+    stop = threading.Event()
+
+    def get(name: str, revision: str) -> str:
+        fetched = hub.download(
+            spec.repo,
+            name,
+            revision,
+            folder / name,
+            verify=lambda path: tokens.update({name: read_header(path, name)}),
+            otherwise="use scripts.data_process.tokenize_text, which needs none",
+            stop=stop,
+        )
+        about = {"source": dataset, "kind": "hub", "repo": spec.repo, "revision": fetched.revision}
+        entry = {"split": wanted[name], "size": fetched.size, "tokens": tokens[name]}
+        shards.update_manifest(folder, about, {name: entry})
+        print(f"{name}: {fetched.size / 1e6:,.1f} MB, {tokens[name]:,} tokens", flush=True)
+        return fetched.revision
+
+    tokens: dict[str, int] = {}
+    if missing:
+        # the first one alone: it fixes the commit for all others, and where there is no network it says so once
+        revision = get(missing[0], manifest.get("revision", "main"))
+        with ThreadPoolExecutor(num_workers) as pool:
+            futures = [pool.submit(get, name, revision) for name in missing[1:]]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+    return folder
+
+
+def _stands(path: Path, entry: shards.Manifest | None) -> bool:
+    """Whether a file is here, as the manifest has it."""
+    if entry is None or not path.exists():
+        return False
+    return path.stat().st_size == entry["size"] == HEADER_BYTES + 2 * entry["tokens"]
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)

@@ -1,0 +1,307 @@
+"""Do the rates that are best for a narrow model stay best for a wide one? Rates x widths x seeds, on real text.
+
+    python -m scripts.mup_transfer --widths=128,256,512,1024 --control
+    python -m scripts.mup_transfer --widths=128,256,512,1024 --control --optimizer=adamw --out=DIR
+    python -m scripts.mup_transfer --widths=128,256,512,1024 --out=DIR --report-only
+    python -m scripts.mup_transfer --widths=256,512 --compare-runs=TAG256,TAG512      two runs of base_train
+
+Every step of a run sees new text, and runs of one seed see the same text in the same order, whatever their width, rate
+and parametrisation: what differs between two of them is not their data. Each run that ends is written to DIR/runs.jsonl
+at once and not repeated when the same command is given again. The result is the loss on validation rows, the same for
+all. No weight decay, no gradient clipping, windows at full length; schedule and initialisation are those of --arch.
+
+The control (--control) is the standard parametrisation with the rates of the base width at every width, since that is
+what "the same learning rate" means without muP. At the base width the two are the same model with the same rates, so
+those runs are shared. What the control can show depends on the optimizer. Under AdamW (--optimizer=adamw) the matrices
+want rates that go with 1/width, and so does the optimum of all rates together: 3 log2 from 128 to 1024. Muon's updates
+have a norm that does not depend on width, and matrices that keep their aspect want no factor; of the large groups only
+the head has a wrong rate then. The optimum of all rates is a compromise that moves less; that of the head alone
+(--sweep=head) goes with 1/width. So a control that is to fail takes --optimizer=adamw, or Muon with --sweep=head.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+
+from nanochat import settings as settings_module
+from nanochat import transfer
+from nanochat.errors import UserError
+from nanochat.paths import run_dir
+from nanochat.runtime import DeviceType, compute_init, device_name, print0
+from nanochat.settings import real, whole
+from nanochat.shards import replacing
+from nanochat.sweep import (
+    Bench,
+    Run,
+    SweepSettings,
+    Text,
+    append_run,
+    finished_runs,
+    open_folder,
+    open_text,
+    recipe,
+    train_run,
+)
+
+RUN_NOISE = 0.004  # nats; two standard deviations of the final loss between seeds of the 124M-class speedrun (n = 1261)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(SweepSettings):
+    """Sweep learning rates over widths and judge whether the optimum stays where it is."""
+
+    # ---- the sweep
+    widths: str = "128,256,512,1024"
+    """Widths to train, multiples of head_dim."""
+    multipliers: str = "0.125,0.25,0.5,1,2,4,8"
+    """Factors on the rates of --arch (scaled to batch and horizon as in base_train)."""
+    seeds: Annotated[int, whole(gte=1)] = 3
+    """Runs of each, which differ in their first weights and their text."""
+    control: bool = False
+    """Train the standard parametrisation as well, with the base width's rates at every width."""
+
+    # ---- the session
+    out: str | None = None
+    """Folder of runs, tables and plots; default: transfer/ of the current run."""
+    report_only: bool = False
+    """Train nothing; show what is there of --widths, --multipliers and --control. The rest is as the runs were made."""
+    time_budget_minutes: Annotated[float, real(gte=0)] = 0.0
+    """Start no run that would end after so many minutes; 0: no limit."""
+    device_type: DeviceType = "auto"
+    """auto, cpu, cuda or mps."""
+    compare_runs: str = ""
+    """Instead of a sweep: tags of finished runs of base_train, one for each of --widths; is wider better?"""
+
+
+class Plan(NamedTuple):
+    """The sweep that settings describe."""
+
+    widths: list[int]
+    log2_rates: list[float]
+    runs: list[Run]
+
+
+def plan_sweep(settings: Settings) -> Plan:
+    """All runs, seed by seed, so that a session that is cut short leaves whole grids. Raises UserError for nonsense."""
+    widths = _numbers(settings.widths, "--widths", int)
+    multipliers = _numbers(settings.multipliers, "--multipliers", float)
+    if settings.base_width not in widths:
+        raise UserError(f"--base-width={settings.base_width} is not among --widths={settings.widths}: add it")
+    for width in widths:
+        if width % settings.head_dim:
+            raise UserError(f"--widths={settings.widths}: {width} is no multiple of --head-dim={settings.head_dim}")
+    if len(multipliers) < 3:
+        raise UserError(f"--multipliers={settings.multipliers}: a minimum is placed between three rates or more")
+    log2_rates = [math.log2(multiplier) for multiplier in multipliers]
+    runs = [
+        Run(mup, width, rate, seed)
+        for seed in range(settings.seeds)
+        for mup in ((True, False) if settings.control else (True,))
+        for width in widths
+        if mup or width != settings.base_width  # there the two are the same
+        for rate in log2_rates
+    ]
+    return Plan(widths, log2_rates, runs)
+
+
+def _numbers(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
+    """'128,256' -> sorted numbers above 0, each once."""
+    try:
+        values = [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag}={text}: expected numbers with commas between them") from None
+    if len(set(values)) < len(values) or not all(0 < value < math.inf for value in values):
+        raise UserError(f"{flag}={text}: expected different numbers above 0")
+    return sorted(values)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_sweep(settings: Settings, text: Text, plan: Plan, folder: Path, device: torch.device) -> None:
+    """Every run of the plan that has not been done, as far as the time allows."""
+    done = finished_runs(folder)
+    todo = [run for run in plan.runs if run not in done]
+    if not todo:
+        return
+    started = time.perf_counter()
+    print0(f"{len(todo)} of {len(plan.runs)} runs to do on {device_name(device)}, in {folder}")
+    bench = Bench(settings, text, device)
+    seconds = {(run.mup, run.width): record["seconds"] for run, record in done.items()}
+    for count, run in enumerate(todo):
+        elapsed = time.perf_counter() - started
+        expected = seconds.get((run.mup, run.width), max(seconds.values(), default=0.0))
+        if settings.time_budget_minutes and elapsed + expected > 60 * settings.time_budget_minutes:
+            print0(f"the time is up with {len(todo) - count} runs to do: the same command goes on from here")
+            return
+        record = train_run(bench, run)
+        append_run(folder, record)
+        seconds[run.mup, run.width] = record["seconds"]
+        loss = "diverged" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        print0(f"{len(plan.runs) - len(todo) + count + 1}/{len(plan.runs)} {run}: {loss}, {record['seconds']:.1f} s")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What came of it
+
+
+def collect(
+    plan: Plan, records: dict[Run, dict[str, Any]], mup: bool, base_width: int
+) -> tuple[dict[int, transfer.Grid], dict[int, dict[float, dict[int, transfer.Curve]]]]:
+    """(grid, curves by rate and seed) of each width. Only seeds that have been through all rates are in it: means over
+    different seeds are over different text. The control takes the base width from the muP runs."""
+    grids: dict[int, transfer.Grid] = {}
+    curves: dict[int, dict[float, dict[int, transfer.Curve]]] = {}
+    for width in plan.widths:
+        as_mup = mup or width == base_width
+        by_rate: dict[float, dict[int, dict[str, Any]]] = {
+            rate: {run.seed: record for run, record in records.items() if run[:3] == (as_mup, width, rate)}
+            for rate in plan.log2_rates
+        }
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in by_rate.values())))
+        if seeds:
+            grids[width] = {
+                rate: {seed: _number(by_seed[seed]["loss"]) for seed in seeds} for rate, by_seed in by_rate.items()
+            }
+            curves[width] = {
+                rate: {seed: [(step, _number(loss)) for step, loss in by_seed[seed]["curve"]] for seed in seeds}
+                for rate, by_seed in by_rate.items()
+            }
+    return grids, curves
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def report(settings: Settings, plan: Plan, folder: Path) -> list[transfer.Verdict]:
+    """Print and write what the finished runs say: transfer.json, transfer.svg, curves.svg. Returns the verdicts, none
+    where the base width is not through yet."""
+    records = finished_runs(folder)
+    results: dict[str, list[transfer.TransferResult]] = {}
+    curves: dict[str, dict[int, list[transfer.Curve]]] = {}
+    for name, mup in (("muP", True), ("SP", False)):
+        if not (mup or settings.control):
+            continue
+        grids, all_curves = collect(plan, records, mup, settings.base_width)
+        if settings.base_width not in grids:
+            print0(f"nothing to report yet: no seed of the base width {settings.base_width} has been through all rates")
+            return []
+        for width in set(plan.widths) - set(grids):
+            print0(f"{name} width {width}: left out, no seed has been through all rates yet")
+        results[name] = transfer.transfer_results(grids, settings.base_width)
+        rate = results[name][0].transferred
+        shared = sorted(set.intersection(*(set(by_rate[rate]) for by_rate in all_curves.values())))
+        curves[name] = {width: [by_rate[rate][seed] for seed in shared] for width, by_rate in all_curves.items()}
+        print0(f"\n{name}, {settings.optimizer}, factors on {settings.sweep} rates; loss in nats, * = best of the grid")
+        print0(transfer.table(results[name]))
+    crossings = transfer.wider_is_better(curves["muP"]) if len(curves["muP"]) > 1 else None
+    verdicts = transfer.judge(results["muP"], results.get("SP", []), crossings)
+    print0()
+    for verdict in verdicts:
+        word = {True: "met", False: "MISSED", None: "open"}[verdict.passed]
+        print0(f"{word:<6} {verdict.bar}: {verdict.detail}")
+    written = {
+        "settings": settings_module.as_dict(settings),
+        "results": {name: [_plain(result) for result in of_name] for name, of_name in results.items()},
+        "crossings": [crossing._asdict() for crossing in crossings or ()],
+        "verdicts": [verdict._asdict() for verdict in verdicts],
+    }
+    for name, content in (
+        ("transfer.json", json.dumps(_plain(written), indent=2) + "\n"),
+        ("transfer.svg", transfer.rate_plot(results)),
+        ("curves.svg", transfer.curve_plot(curves)),
+    ):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(content)
+    print0(f"\nin {folder}: transfer.json, transfer.svg, curves.svg")
+    return verdicts
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which knows neither dataclasses nor numbers that are not finite."""
+    if isinstance(value, transfer.TransferResult):
+        return _plain(vars(value))
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, dict):
+        return {f"{key:g}" if isinstance(key, float) else str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs of base_train
+
+
+def compare_runs(settings: Settings) -> None:
+    """Table of final losses of base_train's runs by width. Raises UserError when a wider one was not better."""
+    widths, tags = _numbers(settings.widths, "--widths", int), settings.compare_runs.split(",")
+    if [str(width) for width in widths] != settings.widths.split(",") or len(tags) != len(widths):
+        raise UserError(
+            f"--compare-runs={settings.compare_runs}: expected one tag for each of --widths={settings.widths}, "
+            "which must rise"
+        )
+    losses = [logged_losses(tag) for tag in tags]
+    curves = {width: [transfer.block_means(train)] for width, (train, _) in zip(widths, losses, strict=True)}
+    print0("width | training loss, last fiftieth | last val_bpb")
+    for width, (_, val_bpb) in zip(widths, losses, strict=True):
+        print0(f"{width:>5} | {curves[width][0][-1][1]:>28.4f} | {val_bpb:>12.4f}")
+    crossings = transfer.wider_is_better(curves, noise=RUN_NOISE)
+    for crossing in crossings:
+        print0(f"step {crossing.step}: width {crossing.wide} is {crossing.gap:.4f} above width {crossing.narrow}")
+    if crossings:
+        raise UserError(f"wider is not better at {len(crossings)} of the recorded steps, see above")
+    print0(f"wider is better at all {len(curves[widths[0]][0])} recorded steps (up to {RUN_NOISE} nats)")
+
+
+def logged_losses(tag: str) -> tuple[list[float], float]:
+    """(training loss of each step, last validation bits per byte or nan) from runs/<tag>/metrics.jsonl."""
+    path = run_dir(tag) / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"no metrics of a run {tag} in {path}: train it with NANOCHAT_RUN_ID={tag} in the environment")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    by_step = {r["step"]: r["Loss/train_loss"] for r in records if r["stage"] == "base" and "Loss/train_loss" in r}
+    if not by_step:
+        raise UserError(f"{path} holds no training loss of base_train")
+    bits = [r["Loss/val_bpb"] for r in records if r["stage"] == "base" and "Loss/val_bpb" in r]
+    return [by_step[step] for step in sorted(by_step)], bits[-1] if bits else math.nan
+
+
+def main(settings: Settings) -> None:
+    if settings.compare_runs:
+        compare_runs(settings)
+        return
+    folder = Path(settings.out) if settings.out else run_dir() / "transfer"
+    if settings.report_only:
+        if not (folder / "runs.jsonl").exists():
+            raise UserError(f"no runs in {folder}: leave --report-only out")
+        done_as = json.loads((folder / "settings.json").read_text())
+        done_as.pop("tokens")
+        settings = settings_module.replace(settings, **done_as)
+        report(settings, plan_sweep(settings), folder)
+        return
+    plan = plan_sweep(settings)
+    _, _, _, world_size, device = compute_init(settings.device_type)
+    if world_size > 1:
+        raise UserError("a sweep runs as one process: start it without torchrun")
+    text = open_text(settings)
+    open_folder(folder, recipe(settings, text.identity))
+    train_sweep(settings, text, plan, folder, device)
+    report(settings, plan, folder)
+
+
+if __name__ == "__main__":
+    settings_module.run(main, Settings)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# One run of the speedrun architecture, in the standard parametrisation:
+#
+#   bash scripts/run_basic_speedrun.sh WIDTH STEPS SEED [--flags of scripts.base_train]
+#   bash scripts/run_basic_speedrun.sh 768 1750 1337
+#
+# In the environment: SOURCE, the text (fineweb-edu by default; climbmix, pydocs, local:DIR, bin:DIR with tokens that are
+# ready, bin:fineweb10B for those of the speedrun); NPROC_PER_NODE, the GPUs (default: all); WANDB_RUN, the name in
+# Weights & Biases (default: not there), in the project speedrun-basic; NANOCHAT_BASE_DIR, where all is kept. Call it
+# again to continue: a run goes on from its last checkpoint, and one that is finished is not repeated.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../dev/width_runs.sh"
+export WANDB_PROJECT=speedrun-basic
+
+[ $# -ge 3 ] || usage
+WIDTH=$1 STEPS=$2 SEED=$3
+take_flags "${@:4}"
+check_width WIDTH "$WIDTH"
+whole STEPS "$STEPS" 1
+whole SEED "$SEED" 0
+prepare
+train "speedrun-w$WIDTH-i$STEPS-s$SEED" --width="$WIDTH" --iterations="$STEPS" --seed="$SEED"

@@ -1,0 +1,205 @@
+"""The features of the speedrun architecture, and the flags that choose them."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from nanochat.arch import ArchSettings, arch_config, init_spec, model_config, resolve
+from nanochat.engine import KVCache
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.schedule import window_length
+
+BOS = 0
+SMALL = {"n_layer": 6, "n_embd": 64, "head_dim": 16, "vocab_size": 97, "sequence_len": 64, "document_token": BOS}
+WINDOWS = {"long_window": 20, "short_window": 7}
+EVERYTHING = {"attn_gate": True, "smear": True, "backout": True}
+
+
+def build(randomise=True, document_token=BOS, **changes) -> GPT:
+    """A small speedrun model; with `randomise` no weight is what it begins with, so that every path shows."""
+    config = arch_config("speedrun", **{**SMALL, "document_token": document_token, **WINDOWS, **changes})
+    model = GPT(config)
+    model.init_weights()
+    if randomise:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+def text(rows=2, length=48, documents=4):
+    """Random tokens; each row starts with BOS and holds some more."""
+    idx = torch.randint(1, 97, (rows, length))
+    for row in idx:
+        row[torch.randperm(length - 1)[: documents - 1] + 1] = BOS
+    idx[:, 0] = BOS
+    return idx
+
+
+def test_the_reference_model_has_its_size():
+    with torch.device("meta"):
+        model = GPT(model_config(ArchSettings(arch="speedrun", depth=12, width=768), 50304, document_token=50256))
+    scalars = 12 + 12 + 6 + 2 * 6  # shortcut, skips, mixes of the six layers with value embeddings
+    attention, mlp, table = 11 * 4 * 768**2, 12 * 8 * 768**2, 50304 * 768
+    assert model.num_params() == attention + mlp + 5 * table + scalars == 275_742_762
+    assert not hasattr(model.transformer.h[7], "attn")
+    assert 6 * (attention + mlp + table) == pytest.approx(727e6, rel=1e-3)  # published FLOPs of matmuls a token
+    assert model.estimate_flops() == 6 * (attention + mlp + table) + 12 * 768 * (3 * 1792 + 8 * 896)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gained"),
+    [
+        ({"value_embeds": "none"}, -3 * 97 * 64 - 6 * 2),
+        ({"value_embeds": "gated"}, -6 * 2 + 3 * 4 * 12),
+        ({"unet": False}, -3),
+        ({"x0_shortcut": False}, -12),
+        ({"attn_gate": True}, 6 * 4 * 12),
+        ({"smear": True}, 13),
+        ({"backout": True}, 1),
+        ({"rotary_half": False}, 0),
+        ({"attn_scale": 0.0}, 0),
+        ({"scaled_logits": False}, 0),
+        ({"window_pattern": "L"}, 0),
+        ({"long_window": 5, "short_window": 5}, 0),
+        ({"document_token": -1}, 0),
+    ],
+)
+def test_each_feature_can_be_ablated_and_does_something(changes, gained):
+    whole, changed = build(), build(**changes)
+    assert changed.num_params() - whole.num_params() == gained
+    own = dict(changed.named_parameters())
+    with torch.no_grad():
+        for name, param in whole.named_parameters():
+            if name in own and own[name].shape == param.shape:
+                own[name].copy_(param)
+    idx = text()
+    assert not torch.allclose(whole(idx), changed(idx), atol=1e-3)
+
+
+def test_every_parameter_learns():
+    model = build(**EVERYTHING)
+    idx = text()
+    model(idx, idx.roll(-1, 1)).backward()
+    still = [name for name, param in model.named_parameters() if param.grad is None or not param.grad.abs().max() > 0]
+    assert still == []
+    gated = build(value_embeds="gated")
+    gated(idx, idx.roll(-1, 1)).backward()
+    assert all(param.grad.abs().max() > 0 for param in gated.parameters())
+
+
+def test_new_features_begin_as_nothing():
+    """Gates, smear and backout start as the identity, so that switching one on does not change the first step."""
+    idx = text()
+    plain, full = build(randomise=False), build(randomise=False, **EVERYTHING)
+    for model in (plain, full):
+        model.init_weights(head_std=0.1, zero_proj=False)
+    torch.testing.assert_close(full(idx), plain(idx), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("features", [{}, EVERYTHING, {"value_embeds": "gated"}])
+@torch.no_grad()
+def test_documents_in_a_row_are_as_if_alone(features):
+    model = build(**features)
+    first, second = text(1, 20, 1), text(1, 28, 1)
+    packed = model(torch.cat([first, second], dim=1))
+    torch.testing.assert_close(packed[:, :20], model(first), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(packed[:, 20:], model(second), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("features", [EVERYTHING, {"value_embeds": "gated"}, {"document_token": -1, "smear": True}])
+@pytest.mark.parametrize("chunks", [[48], [13, 1, 1, 33], [1] * 48])
+@torch.no_grad()
+def test_kv_cache_gives_the_logits_of_the_full_forward(features, chunks):
+    model, idx = build(**features), text()
+    cache = KVCache(2, 4, 48, 16, 6)
+    pieces = [model(piece, kv_cache=cache) for piece in idx.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx), atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_kv_cache_with_rows_padded_on_the_left():
+    model, idx = build(**EVERYTHING), text(1, 30, 3)
+    cache = KVCache(2, 4, 40, 16, 6)
+    cache.starts = torch.tensor([10, 0])
+    padded = torch.cat([torch.full((1, 10), 5), idx], dim=1)  # padding that no document token announces
+    other = text(1, 40, 2)
+    out = model(torch.cat([padded, other]), kv_cache=cache)
+    torch.testing.assert_close(out[:1, 10:], model(idx), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(out[1:], model(other), atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_growing_windows_are_tensors():
+    """set_window gives what a model with those windows gives, and compiles nothing again."""
+    model, idx = build(long_window=600, short_window=300, sequence_len=700), text(1, 700, 1)
+    small = build(long_window=256, short_window=128, sequence_len=700)
+    small.load_state_dict(model.state_dict())
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, dynamic=False)
+    full = compiled(idx)
+    model.set_window(256)
+    torch.testing.assert_close(compiled(idx), small(idx), atol=2e-4, rtol=1e-4)
+    model.set_window(600)
+    torch.testing.assert_close(compiled(idx), full)
+    assert counter.frame_count == 1
+    assert not torch.allclose(full, small(idx), atol=1e-2)
+    torch._dynamo.reset()
+
+
+def test_window_schedule():
+    lengths = [window_length(step, 1000, 1792) for step in range(1000)]
+    assert lengths[0] == 128 and lengths[-1] == 1792 and lengths == sorted(lengths)
+    assert set(lengths) == set(range(128, 1793, 128))
+    assert window_length(5, 6, 100) == 100 and window_length(0, 1, 300) == 128
+
+
+def test_init_fills_poisoned_memory():
+    config = arch_config("speedrun", **SMALL, **WINDOWS, **EVERYTHING)
+    for changed in (config, dataclasses.replace(config, value_embeds="gated")):
+        with torch.device("meta"):
+            model = GPT(changed)
+        model.to_empty(device="cpu")
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data.fill_(float("nan"))
+        model.init_weights()
+        assert all(tensor.isfinite().all() for tensor in [*model.parameters(), *model.buffers()])
+        idx = text()
+        assert model(idx, idx).isfinite()
+
+
+def test_flags_resolve():
+    classic = resolve(ArchSettings())
+    assert (classic.window_pattern, classic.matrix_lr, classic.value_embeds, classic.grad_clip) == (
+        "L",
+        0.02,
+        "none",
+        1,
+    )
+    speedrun = resolve(ArchSettings(arch="speedrun", unet=False, grad_clip=0.5))
+    assert (speedrun.unet, speedrun.matrix_lr, speedrun.grad_clip, speedrun.window_warmup) == (False, 0.05, 0.5, True)
+    assert init_spec(ArchSettings(arch="speedrun")).gain == 0.5 and init_spec(ArchSettings()).head_std == 0.0
+    config = model_config(ArchSettings(arch="speedrun", width=512, head_dim=64, mup=True, base_width=256), 97, BOS)
+    assert config.n_head == 8 and config.attn_scale == 0.24  # logits stay within the same range
+    assert config.logit_multiplier == 256**-0.5 * 256 / 512
+    assert model_config(ArchSettings(depth=4, head_dim=128), 97).n_embd == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 1000}, "--width=1000.*896 or 1024"),
+        ({"width": 100}, "--width=100.*use 128"),
+        ({"window_warmup": True}, "--window-warmup"),
+        ({"base_depth": 6}, "--base-depth=6.*--mup"),
+        ({"document_mask": True}, "--document-mask"),
+    ],
+)
+def test_flags_that_contradict_each_other(changes, message):
+    with pytest.raises(UserError, match=message):
+        model_config(ArchSettings(**changes), 97)

@@ -1,0 +1,95 @@
+"""Masks of documents and windows (attention over all of the past is tested with the model, in test_gpt.py)."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
+
+from nanochat.attention import BLOCK, block_mask, causal_attention, dense_mask, make_masks, masked_attention
+
+
+def documents_of(lengths, rows=1):
+    """(rows, sum of lengths) document numbers; each further row is the one before, shifted by a third."""
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return torch.stack([torch.sort(row.roll(i * len(row) // 3)).values for i in range(rows)])
+
+
+def slow_mask(documents, window):
+    B, T = documents.shape
+    mask = torch.zeros(B, 1, T, T, dtype=torch.bool)
+    for b in range(B):
+        for query in range(T):
+            for key in range(query + 1):
+                same = documents[b, query] == documents[b, key]
+                mask[b, 0, query, key] = same and query - key <= window
+    return mask
+
+
+def test_dense_mask_matches_slow_reference():
+    documents = documents_of([5, 1, 9, 3], rows=2)
+    for window in (0, 3, 7, 100):
+        assert torch.equal(dense_mask(documents, torch.tensor(float(window))), slow_mask(documents, window))
+
+
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=6),
+    st.integers(0, 900),
+    st.integers(1, 2),
+)
+@settings(max_examples=60, deadline=None)
+def test_block_mask_names_exactly_the_blocks_that_matter(lengths, window, rows):
+    documents = documents_of(lengths, rows)
+    B, T = documents.shape
+    count = -(-T // BLOCK)
+    wanted = dense_mask(documents, torch.tensor(float(window)))
+    made = block_mask(documents, torch.tensor(float(window)))
+    pairs = [(made.kv_num_blocks, made.kv_indices), (made.full_kv_num_blocks, made.full_kv_indices)]
+    partial, whole = (
+        {(b, i, int(j)) for b in range(B) for i in range(count) for j in numbers[b, 0, i, : int(counted[b, 0, i])]}
+        for counted, numbers in pairs
+    )
+    assert not partial & whole
+    for b in range(B):
+        for i in range(count):
+            for j in range(count):
+                tile = wanted[b, 0, i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+                if tile.numel() == BLOCK**2:
+                    assert ((b, i, j) in whole) == bool(tile.all()), (i, j)
+                assert (b, i, j) not in whole or tile.all()
+                assert ((b, i, j) in partial | whole) == bool(tile.any()), (i, j)
+    query, key = torch.arange(T).unsqueeze(1), torch.arange(T).unsqueeze(0)
+    for b in range(B):
+        seen = made.mask_mod(torch.tensor(b), torch.tensor(0), query, key)
+        assert torch.equal(seen, wanted[b, 0])
+
+
+def test_flex_attention_equals_the_dense_mask():
+    documents = documents_of([100, 37, 150, 13], rows=2)
+    q, k, v = torch.randn(2, 300, 4, 16), torch.randn(2, 300, 2, 16), torch.randn(2, 300, 2, 16)
+    windows = torch.tensor([40.0, 130.0])
+    for dense, blocks in zip(
+        make_masks(documents, windows, documents, blocks=False),
+        make_masks(documents, windows, documents, blocks=True),
+        strict=True,
+    ):
+        expected = masked_attention(q, k, v, dense, 0.3)
+        torch.testing.assert_close(masked_attention(q, k, v, blocks, 0.3), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_documents_a_mask_is_a_causal_window():
+    q, k, v = (torch.randn(2, 50, 2, 8) for _ in range(3))
+    short, long = make_masks(None, torch.tensor([7.0, 1000.0]), torch.zeros(2, 50), blocks=False)
+    torch.testing.assert_close(masked_attention(q, k, v, short, 8**-0.5), causal_attention(q, k, v, 7))
+    torch.testing.assert_close(masked_attention(q, k, v, long, 8**-0.5), causal_attention(q, k, v))
+
+
+def test_scale_and_documents_of_causal_attention():
+    documents = documents_of([4, 6, 2], rows=2)
+    q, k, v = (torch.randn(2, 12, 2, 8) for _ in range(3))
+    whole = causal_attention(q, k, v, -1, None, documents, 0.5)
+    expected = flex_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), block_mask=block_mask(documents, torch.tensor(99.0)), scale=0.5
+    )
+    torch.testing.assert_close(whole, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+    last = causal_attention(q[:, 9:], k, v, -1, None, documents, 0.5)
+    torch.testing.assert_close(last, whole[:, 9:], atol=1e-5, rtol=1e-5)
