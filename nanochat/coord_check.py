@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat.gpt import GPT
@@ -131,13 +132,15 @@ class CoordRecorder:
         self.model, self.path, self.rows = model, path, rows
 
     def record(self, step: int) -> dict[str, float]:
-        """Measure after `step` updates; returns mean |x| as metrics. On sharded models every rank must call it."""
+        """Measure after `step` updates; returns mean |x| as metrics. Every rank must call it, and the first one writes.
+        Before the first step too: the loop's evaluations begin after it."""
         width = self.model.config.n_embd
         seen = measure(self.model, self.rows)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            for module, stats in seen.items():
-                file.write(json.dumps({"width": width, "seed": 0, "module": module, "t": step + 1, **stats}) + "\n")
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                for module, stats in seen.items():
+                    file.write(json.dumps({"width": width, "seed": 0, "module": module, "t": step + 1, **stats}) + "\n")
         return {f"{COORD}/{module}": stats["l1"] for module, stats in seen.items()}
 
 

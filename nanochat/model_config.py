@@ -120,7 +120,8 @@ class GPTConfig:
         if layer == self.attention_free_layer or self.value_embeds == "none":
             return None
         if self.value_embeds == "gated":
-            return layer // 2 if layer % 2 == last % 2 else None
+            own = [i for i in range(self.n_layer) if i % 2 == last % 2 and i != self.attention_free_layer]
+            return own.index(layer) if layer in own else None
         shared = min(3, self.n_layer // 2)
         if layer < shared:
             return layer

@@ -64,7 +64,9 @@ def gpt_optimizer(
         rule = table[name]
         family = _family(name, rule, param.ndim)
         key = (FAMILIES.index(family), rule.lr, rule.eps, rule.weight_decay)
-        group = groups.setdefault(key, {**_scaled(at_base[family], rule), "params": [], "names": []})
+        group = groups.setdefault(
+            key, {**_scaled(at_base[family], rule), "label": family.replace(" ", "_"), "params": [], "names": []}
+        )
         group["params"].append(param)
         group["names"].append(name)
     return MuonAdamW([groups[key] for key in sorted(groups)])

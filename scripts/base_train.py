@@ -180,8 +180,7 @@ def make_evaluations(
         return {VAL_BPB: evaluate_bpb(forward, batches, token_bytes)}
 
     def coordinate_check(step: int) -> dict[str, float]:
-        with torch.compiler.set_stance("force_eager"):
-            return recorder.record(step)
+        return recorder.record(step)
 
     def core(step: int) -> dict[str, float]:
         assert bundle is not None and tokenizer is not None, "never due without an interval"
