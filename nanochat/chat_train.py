@@ -36,7 +36,6 @@ from nanochat.tracking import NO_WANDB, Tracker
 from nanochat.trainer import Evaluation, TrainingRun, resume, train
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class ChatTrainSettings:
     """Train a model further on conversations."""

@@ -91,8 +91,8 @@ class Console:
         self.seen += count
         rate = self.run.tokens_per_step / seconds
         memory = memory_metrics(self.device)
-        for step, result, further in self.pending:
-            loss, norm = result.loss.item(), result.norm.item()
+        read = torch.stack([torch.stack([result.loss, result.norm]) for _, result, _ in self.pending]).tolist()
+        for (step, result, further), (loss, norm) in zip(self.pending, read, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 # A norm that is not finite has spoilt the weights, though the loss shows it only at the next step.
                 name, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)

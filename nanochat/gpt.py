@@ -251,7 +251,9 @@ class GPT(nn.Module):
         assert self.config.long_window > 0, "only windows that end somewhere can grow"
         short_full, long_full = self._full_windows()
         short = short_full if long >= long_full else max(128, round(long * short_full / long_full / 128) * 128)
-        self.windows.copy_(torch.tensor([min(short, short_full), min(long, long_full)]))
+        # filled, not copied: a copy from the host's memory would wait for the device
+        self.windows[0].fill_(min(short, short_full))
+        self.windows[1].fill_(min(long, long_full))
 
     def forward(
         self,

@@ -196,7 +196,8 @@ class Monitor:
             labels.setdefault(group["label"], []).extend(group["params"])
         params = [param for members in labels.values() for param in members]
         parts = [local(param.detach()) for param in params]
-        norms = iter(torch._foreach_norm([part for part in parts if part.numel()]))
+        present = [part for part in parts if part.numel()]
+        norms = iter(torch._foreach_norm(present) if present else ())
         nothing = torch.zeros((), device=self.device)
         squares = torch.stack([next(norms) if part.numel() else nothing for part in parts]).square()
         if any(is_sharded(param) for param in params):
@@ -215,7 +216,8 @@ class Monitor:
             weights, steps = self._gathered(before)
         else:
             weights, steps = [m.param.detach() for m in self.matrices if m.mine], before
-            torch._foreach_sub_(steps, weights)
+            if steps:  # a rank may have none
+                torch._foreach_sub_(steps, weights)
         count = len(self.matrices)
         norms = torch.zeros((2, count), device=self.device)
         mine = [k for k, matrix in enumerate(self.matrices) if matrix.mine]

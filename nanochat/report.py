@@ -204,6 +204,7 @@ def loss_curve(run_dir: Path) -> str | None:
     for name, title in (
         ("Loss/train_loss", "Training loss (nats per token)"),
         ("Loss/val_bpb", "Validation bits per byte"),
+        ("Loss/val_loss", "Validation loss (nats per token)"),
     ):
         points = [(line[x], line[name]) for line in lines if isinstance(line.get(name), int | float)]
         if points:

@@ -20,12 +20,16 @@ from nanochat.chat_loader import epoch_order
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.loss import IGNORED
+from nanochat.metrics import metric
 from nanochat.tasks.common import Conversation, Task
 from nanochat.tokenizer import RustBPETokenizer
 
 # Answers sampled together for each row of a device batch: keys and values of a row (15 MB in a d12 at 400 tokens) are a
 # small part of what a row costs in training.
 SAMPLED_PER_ROW = 16
+REWARD = metric("RL/reward", "mean reward of the answers of a step")
+SAMPLED_TOKENS = metric("RL/sampled_tokens", "mean length of an answer", "tokens")
+TEACHING_SHARE = metric("RL/teaching_share", "questions whose answers differ in reward, over all")
 
 
 class Sampling(NamedTuple):
@@ -201,14 +205,14 @@ class RolloutLoader:
         reward, length, teaching = sums.tolist()
         count = self.questions_per_step * self.sampling.num_samples
         self.metrics = {
-            "RL/reward": reward / count,
-            "RL/sampled_tokens": length / count,
-            "RL/teaching_share": teaching / self.questions_per_step,
+            REWARD: reward / count,
+            SAMPLED_TOKENS: length / count,
+            TEACHING_SHARE: teaching / self.questions_per_step,
         }
 
     def teaches(self) -> bool:
         """Whether any question of the step has answers of different rewards."""
-        return self.metrics["RL/teaching_share"] > 0
+        return self.metrics[TEACHING_SHARE] > 0
 
     def state_dict(self) -> dict[str, Any]:
         assert not self._ready, "the state is taken between optimizer steps"

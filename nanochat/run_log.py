@@ -2,13 +2,14 @@
 
     training.log   a line for each record of metrics, appended as the run goes on
     config.json    everything the run was resolved to
-    console.log    all that was printed
+    console.log    all that was printed from then on, and what ended the run, if something did
 
 Where a run is resumed, it goes on in the same folder: keep its name with the checkpoint.
 """
 
 import json
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,19 @@ def run_name(arch: str, width: int, mup_base_width: int, now: datetime) -> str:
     return f"{arch}_{now:%Y%m%d_%H%M%S}_{kind}"
 
 
+def free_name(name: str) -> str:
+    """`name`, or where an earlier run has a folder of that name, the first free `name.<n>`."""
+    number, free = 1, name
+    while log_dir(free).exists():
+        number += 1
+        free = f"{name}.{number}"
+    return free
+
+
+def log_dir(name: str) -> Path:
+    return get_base_dir() / "logs" / slug(name)
+
+
 class RunLog:
     """Writes logs/<name>/, on rank 0; elsewhere it does nothing. Listens to print0 until it is closed.
 
@@ -30,7 +44,7 @@ class RunLog:
     """
 
     def __init__(self, name: str, config: dict[str, Any], resume_step: int | None = None) -> None:
-        self.folder = get_base_dir() / "logs" / slug(name)
+        self.folder = log_dir(name)
         self.active = runtime.get_dist_info().rank == 0
         if not self.active:
             return

@@ -57,7 +57,7 @@ def stacked_norms(stacked: Tensor, method: Method = "gram", dtype: torch.dtype |
     two fp32 norms of the same product, and holds to 1e-6 (with TF32, as compute_init allows it, to 5e-4 at worst). The
     upper one has fallen 2e-6 below σ₁ in fp32, 2e-5 with bf16 on dense matrices, where errors average out. Where they
     do not (few entries, a diagonal), bf16 can take 0.4 % off, or take one singular value for another up to 0.4 % above
-    it; the upper bound is never given below the lower one. `ROUNDING` covers all this.
+    it; the upper bound is never given below the lower one. `ROUNDING` covers all this but TF32.
 
     ns5-fast: 5 quintic Newton-Schulz steps (3.4445, -4.775, 2.0315), then 7 power iterations with WQᵀ. ns3-accurate: 8
     cubic steps, then 10 iterations. Both give an estimate without bounds, lower = upper. They are here to be compared:

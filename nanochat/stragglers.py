@@ -22,9 +22,14 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from nanochat.metrics import metric
 from nanochat.runtime import print0
 
 NAMES = ("data wait", "host", "forward")
+RATIOS = {
+    name: metric(f"Stragglers/{name.replace(' ', '_')}_max_over_median", f"{name}, slowest rank over the median")
+    for name in NAMES
+}
 EVERY = 100  # steps: a mean that one pause does not make, and the wait for the device it costs is spread thin
 SLOW = 1.10  # over the median: healthy cards of one model differ by some per cent in clock rate under one power limit
 NOTICEABLE = 0.01  # of the step: a rank that is 10 % over a median of microseconds costs nobody anything
@@ -92,7 +97,7 @@ class StragglerReport:
         print0(f"stragglers: {shown} (max/median of {self.world} ranks over {count} steps)")
         if line := slowest(table, statistics.median(steps), self.hosts):
             print0(line)
-        return {f"Stragglers/{name.replace(' ', '_')}_max_over_median": ratio for name, ratio in ratios.items()}
+        return {RATIOS[name]: ratio for name, ratio in ratios.items()}
 
     def _forward_seconds(self) -> float:
         if not self.forwards:

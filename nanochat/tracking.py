@@ -4,6 +4,7 @@ Names come in groups (nanochat.metrics), of each of which W&B makes a panel.
 """
 
 import json
+import os
 from typing import Any
 
 from nanochat import metrics as metric_names
@@ -17,13 +18,11 @@ AUTO = "auto"  # as a name: one is made of what the run is
 PROJECT = "nanochat"
 
 
-def wandb_project(arch: str, mup: bool, group: bool = False) -> str:
-    """W&B project of a run. group: one of several widths that are compared, under muP or not."""
-    if arch != "speedrun":
-        return PROJECT
-    if group:
-        return "speedrun-mup-group"
-    return "speedrun-mup" if mup else "speedrun-basic"
+def wandb_project(arch: str, mup: bool) -> str:
+    """W&B project of a run: WANDB_PROJECT, else what it is one of (several widths that are compared are given theirs by
+    scripts/run_mup_width_group_scaling.sh)."""
+    usual = {False: "speedrun-basic", True: "speedrun-mup"}[mup] if arch == "speedrun" else PROJECT
+    return os.environ.get("WANDB_PROJECT") or usual
 
 
 class Tracker:

@@ -243,6 +243,8 @@ def _loop(run: TrainingRun, with_: _Companions, collect: Callable[[int], None]) 
     console, watchdog, state = with_.console, with_.watchdog, run.state
     saved_step = state.step if state.step > 0 else -1
     started_at = state.step
+    if state.step:
+        run.prepare(state.step - 1)  # the evaluations of the step that is resumed from may come again
     while True:
         last = state.step == run.num_iterations
         asked = with_.stop.agreed(device, broken=console.failure is not None)

@@ -6,7 +6,6 @@
 One dial, --depth, sizes the model; width, heads, horizon and learning rates follow from it and are printed.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,12 +27,13 @@ from nanochat.eval_bundle import load_bundle
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
 from nanochat.loss_eval import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
+from nanochat.metrics import metric
 from nanochat.monitor import Monitor, monitor_settings
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
 from nanochat.report import write_section
 from nanochat.run_folder import Resume, describe_run, earlier_run
-from nanochat.run_log import RunLog, run_name
+from nanochat.run_log import RunLog, free_name, run_name
 from nanochat.runtime import (
     DeviceType,
     compute_cleanup,
@@ -122,6 +122,9 @@ class Settings(ArchSettings):
     """torch.compile; default: on CUDA only (on a CPU compiling takes longer than a small run)."""
 
 
+COORD_TOKENS = (
+    1024  # of a row that coordinates are recorded on: attention is not compiled there, and takes T x T memory
+)
 INHERITED = ("source", "max_seq_len", "device_batch_size", "total_batch_size", "weight_decay")  # and the rates
 
 
@@ -171,7 +174,8 @@ def make_evaluations(
     core_every, sample_every = (n if speaks else -1 for n in (settings.core_metric_every, settings.sample_every))
     # read here, so that a bundle that is missing shows now and not at the end of the run
     bundle = load_bundle(eval_bundle_dir()) if core_every > 0 else None
-    recorder = CoordRecorder(model, coordinates, torch.from_numpy(val[:1, :-1].astype(np.int64)).to(device))
+    few = torch.from_numpy(val[:1, :COORD_TOKENS].astype(np.int64)).to(device)
+    recorder = CoordRecorder(model, coordinates, few)
 
     def val_loss(step: int) -> dict[str, float]:
         batches = row_batches(val, settings.device_batch_size, device, rank, world_size)
@@ -194,7 +198,7 @@ def make_evaluations(
                 device_batch_size=max(1, settings.device_batch_size // 4),
                 max_per_task=settings.core_metric_max_per_task,
             )
-        return {f"Eval/{result.name}": result.core}
+        return {metric(f"Eval/{result.name}", "mean centered accuracy of few-shot tasks"): result.core}
 
     def show_samples(step: int) -> dict[str, float]:
         if rank == 0 and tokenizer is not None:
@@ -221,6 +225,7 @@ def announce(
     num_iterations: int,
     why: str,
     compiled: bool,
+    records: list[dict[str, Any]] | None,
 ) -> None:
     """Everything that was derived from the settings, before anything is spent."""
     horizon = num_iterations * settings.total_batch_size
@@ -234,8 +239,8 @@ def announce(
     print0(f"data: {data.source}, {epochs:.2f} epochs, {100 * cropped:.1f} % of tokens cropped by packing")
     if epochs > 1:
         print0(f"warning: too little data: this horizon repeats it {epochs:.1f} times; get more of it, or train less")
-    if settings.mup:
-        print0(mup.format_table(mup.as_records(model.config, settings.use_muon, init_spec(settings))))
+    if records:
+        print0(mup.format_table(records))
 
 
 def main(settings: Settings) -> None:
@@ -280,63 +285,63 @@ def main(settings: Settings) -> None:
     earlier = earlier_run(folder, settings.resume, meta) or {}
     given = settings.run not in (NO_WANDB, AUTO)
     automatic = run_name(settings.arch, config.n_embd, config.mup_base_width, datetime.now())
-    meta["run_name"] = name = earlier.get("run_name") or (settings.run if given else automatic)
-    log = RunLog(name, meta, earlier.get("step"))
-    print0(f"run {name}: {log.folder}")
-    announce(settings, model, data, world_size, plan, num_iterations, why, compiled)
-    print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
-    state = earlier.get("loader")
-    loader = data.loader(plan, settings.max_seq_len, device, rank, world_size, settings.seed, state)
-    tracker = Tracker(
-        "base",
-        name if settings.run == AUTO else settings.run,
-        meta,
-        earlier.get("step"),
-        earlier.get("wandb_id"),
-        project=os.environ.get("WANDB_PROJECT") or wandb_project(settings.arch, settings.mup),
-        log=log,
-    )
+    if settings.mup:
+        meta["mup"] = mup.as_records(config, settings.use_muon, init_spec(settings))
+    meta["run_name"] = name = earlier.get("run_name") or free_name(settings.run if given else automatic)
+    with RunLog(name, meta, earlier.get("step")) as log:
+        print0(f"run {name}: {log.folder}")
+        announce(settings, model, data, world_size, plan, num_iterations, why, compiled, meta.get("mup"))
+        print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
+        state = earlier.get("loader")
+        loader = data.loader(plan, settings.max_seq_len, device, rank, world_size, settings.seed, state)
+        tracker = Tracker(
+            "base",
+            name if settings.run == AUTO else settings.run,
+            meta,
+            earlier.get("step"),
+            earlier.get("wandb_id"),
+            project=wandb_project(settings.arch, settings.mup),
+            log=log,
+        )
 
-    # ---- train
-    samples: list[dict[str, str]] = []
-    run = TrainingRun(
-        stage="base",
-        folder=folder,
-        model=model,
-        forward=forward,
-        optimizer=optimizer,
-        loader=loader,
-        num_iterations=num_iterations,
-        tokens_per_step=settings.total_batch_size,
-        schedule=schedule,
-        prepare=grow_windows,
-        grad_clip=settings.grad_clip,
-        save_every=settings.save_every,
-        evaluations=make_evaluations(
-            settings, model, forward, data, rank, world_size, samples, log.folder / "coord_check.jsonl"
-        ),
-        tracker=tracker,
-        meta=meta,
-        policy=policy,
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
-        flops_per_token=model.estimate_flops(),
-        monitor=Monitor(model, optimizer, watched) if watched is not None else None,
-        warm_kernels=settings.warm_kernels,
-    )
-    if earlier:
-        resume(run, earlier)
-    outcome = train(run)
-    run.tracker.close()
-    if outcome.finished:
-        write_report(run, outcome, samples, settings, loader.cropped_share())
-        checkpoint.mark_complete(folder)
+        # ---- train
+        samples: list[dict[str, str]] = []
+        run = TrainingRun(
+            stage="base",
+            folder=folder,
+            model=model,
+            forward=forward,
+            optimizer=optimizer,
+            loader=loader,
+            num_iterations=num_iterations,
+            tokens_per_step=settings.total_batch_size,
+            schedule=schedule,
+            prepare=grow_windows,
+            grad_clip=settings.grad_clip,
+            save_every=settings.save_every,
+            evaluations=make_evaluations(
+                settings, model, forward, data, rank, world_size, samples, log.folder / "coord_check.jsonl"
+            ),
+            tracker=tracker,
+            meta=meta,
+            policy=policy,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+            flops_per_token=model.estimate_flops(),
+            monitor=Monitor(model, optimizer, watched) if watched is not None else None,
+            warm_kernels=settings.warm_kernels,
+        )
+        if earlier:
+            resume(run, earlier)
+        outcome = train(run)
+        run.tracker.close()
+        if outcome.finished:
+            write_report(run, outcome, samples, loader.cropped_share())
+            checkpoint.mark_complete(folder)
     compute_cleanup()
 
 
-def write_report(
-    run: TrainingRun, outcome: Outcome, samples: list[dict[str, str]], settings: Settings, cropped: float
-) -> None:
+def write_report(run: TrainingRun, outcome: Outcome, samples: list[dict[str, str]], cropped: float) -> None:
     """The section of this stage."""
     figures = {
         "parameters": run.model.num_params(),
@@ -353,8 +358,7 @@ def write_report(
     ]
     shown = {**run.meta["settings"], **run.meta["model_config"]}
     section: dict[str, Any] = {"settings": shown, "metrics": figures, "samples": samples, "notes": notes}
-    if settings.mup:
-        records = mup.as_records(run.model.config, settings.use_muon, init_spec(settings))
+    if records := run.meta.get("mup"):
         rows = [list(record.values()) for record in records]
         section["tables"] = [{"title": "Scaling with width", "columns": list(records[0]), "rows": rows}]
     write_section("base_train", "Base model training", section)

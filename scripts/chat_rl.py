@@ -17,10 +17,11 @@ from nanochat.chat_train import plan_steps, present
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.formats import STDERR_SUFFIXES, metric_text
+from nanochat.metrics import metric
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir
 from nanochat.report import write_section
-from nanochat.rollouts import RolloutLoader, Sampling, questions_at_once, row_width
+from nanochat.rollouts import REWARD, RolloutLoader, Sampling, questions_at_once, row_width
 from nanochat.run_folder import Resume, describe_run, earlier_run
 from nanochat.runtime import (
     DeviceType,
@@ -145,8 +146,9 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
         )
         found: dict[str, float] = {}
         for k in sorted(wanted):
-            found[f"Eval/pass@{k}"] = score.pass_at[k]
-            found[f"Eval/pass@{k} standard error"] = score.pass_at_stderr(k)
+            name = metric(f"Eval/pass@{k}", f"questions answered by one of {k} answers at least, over all")
+            found[name] = score.pass_at[k]
+            found[f"{name} standard error"] = score.pass_at_stderr(k)
         return found
 
     return measure
@@ -253,7 +255,7 @@ def describe(
         "metrics": {
             "device": device_name(run.model.get_device()),
             "ranks": run.meta["world_size"],
-            "reward in the last step": latest["RL/reward"],
+            "reward in the last step": latest[REWARD],
             **{name.replace("Eval/", "first "): value for name, value in before.items()},
             **{name: value for name, value in figures.items() if name not in speed},
         },

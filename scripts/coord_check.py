@@ -2,7 +2,7 @@
 
     python -m scripts.coord_check --widths=128,256,512,1024 --steps=10 --seeds=5
     python -m scripts.coord_check --no-mup
-    python -m scripts.coord_check --from=logs/w256,logs/w512,logs/w1024
+    python -m scripts.coord_check --from=w256,w512,w1024
 
 Small models on a text that can be learned (a Markov chain), in fp32; nothing begins at zero, or there would be nothing
 to see. Prints the slopes of log2 mean |x| against log2 width and what is wrong with them; writes coord_check.json and
@@ -26,6 +26,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.model_config import GPTConfig, Init, InitSpec
 from nanochat.optim import MuonAdamW
+from nanochat.run_log import log_dir
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
 from nanochat.settings import real, whole
 
@@ -123,9 +124,13 @@ def run_checks(settings: Settings) -> list[Record]:
 
 
 def read_runs(folders: str) -> list[Record]:
-    """What runs of base_train left in these folders."""
-    paths = [Path(folder) / RECORDS for folder in folders.split(",")]
-    for path in paths:
+    """What runs of base_train left: folders, or names of runs below logs/ in the store."""
+    paths = []
+    for name in folders.split(","):
+        path = Path(name) / RECORDS
+        if not path.is_file() and (log_dir(name) / RECORDS).is_file():
+            path = log_dir(name) / RECORDS
+        paths.append(path)
         if not path.is_file():
             raise UserError(f"--from: there is no {path}; train with --coord-check")
     return coord_check.read_records(paths)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import os
 
@@ -255,3 +256,12 @@ def test_the_environment_has_a_say(monkeypatch):
     monkeypatch.setenv("MONITOR_SPECTRAL_EVERY", "-1")
     with pytest.raises(UserError, match="MONITOR_SPECTRAL_EVERY=-1"):
         monitor_settings("20")
+
+
+def test_a_rank_that_owns_no_matrix_has_nothing_to_say():
+    """More ranks than matrices: its share of the norms, which the ranks add up, is zero."""
+    model, optimizer, monitor = make()
+    monitor.matrices = [dataclasses.replace(matrix, mine=False) for matrix in monitor.matrices]
+    seen = one_step(model, optimizer, monitor, 1).read()
+    assert {value for name, value in seen.items() if name.startswith("Model/spectral_norm")} == {0.0}
+    assert seen["Model/param_norm/matrices"] > 0

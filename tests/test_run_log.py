@@ -5,7 +5,7 @@ import pytest
 
 from nanochat import runtime
 from nanochat.errors import UserError
-from nanochat.run_log import RunLog, run_name
+from nanochat.run_log import RunLog, free_name, run_name
 from nanochat.runtime import print0
 from nanochat.tracking import Tracker
 
@@ -68,3 +68,12 @@ def test_other_ranks_write_nothing(store, monkeypatch):
         print0("x")
         log.step(1, 1, {"Loss/train_loss": 1.0})
     assert not (store / "logs").exists() and runtime.listeners == []
+
+
+def test_a_name_is_given_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert free_name("mine") == "mine"
+    with RunLog("mine", {}):
+        assert free_name("mine") == "mine.2"
+    with RunLog("mine.2", {}):
+        assert free_name("mine") == "mine.3"

@@ -49,6 +49,10 @@ def records():
     return [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
 
 
+def bits():
+    return [(record["step"], record["Loss/val_bpb"]) for record in records() if "Loss/val_bpb" in record]
+
+
 def tensors(tag, step=6):
     from nanochat.gpt import GPT, GPTConfig
 
@@ -89,13 +93,14 @@ def test_windows_grow_and_a_resumed_run_goes_on_with_them(prepared, monkeypatch)
     settings = {**SMALL, "long_window": 300, "short_window": 150, "max_seq_len": 64}
     main(Settings(**settings))
     assert seen == [128, 128, 128, 256, 256, 300]
-    whole = tensors("speedrun_d6_w64")
+    whole, losses = tensors("speedrun_d6_w64"), bits()
     folder = checkpoint_dir("base", "speedrun_d6_w64")
     checkpoint.discard(checkpoint.step_dir(folder, 6))
     (folder / "COMPLETE").unlink()
     seen.clear()
     main(Settings(**{**settings, "resume": "auto"}))
-    assert seen == [256, 256, 300]
+    assert seen[0] == 128 and seen[-3:] == [256, 256, 300]
+    assert bits() == losses  # also of step 3, which is evaluated again
     for name, param in tensors("speedrun_d6_w64").items():
         assert torch.equal(param, whole[name]), name
 
