@@ -81,14 +81,41 @@ prepare() {
   RECIPE+=(${EXTRA[@]+"${EXTRA[@]}"})
 }
 
-# train TAG FLAG...: one run, unless the same one is finished. In the background, because bash answers signals only
+# deciding WORD...: those of base_train's flags that decide what the weights become, a line each, in an order of their
+# own. The others are OBSERVERS in nanochat/run_folder.py: a finished run is not trained again for the sake of those.
+deciding() {
+  local word name
+  for word in "$@"; do
+    name=${word%%=*}
+    case ${name/#--no-/--} in
+      --run | --eval-every | --eval-tokens | --core-metric-every | --core-metric-max-per-task | --sample-every | \
+        --save-every | --resume | --device-type | --device-batch-size | --model-tag | --parallel | --use-fsdp | \
+        --keep-last | --keep-every | --monitor-interval | --coord-check | --coord-check-every | --warm-kernels) ;;
+      *) echo "$word" ;;
+    esac
+  done | sort
+}
+
+# run_name SUFFIX: the name in Weights & Biases and of the log folder. Runs of several widths are told apart by it;
+# "dummy" and "auto" mean something to base_train and stay as they are.
+run_name() {
+  local name=${WANDB_RUN:-dummy}
+  case $name in
+    dummy | auto) echo "$name" ;;
+    *) echo "$name-$1" ;;
+  esac
+}
+
+# train TAG SUFFIX FLAG...: one run, unless the same one is finished. SUFFIX tells its name from others. In the background, because bash answers signals only
 # between commands: training gets them all, as the one by which it saves its state before it leaves, and nothing follows.
 train() {
-  local tag=$1 code=0 stopped= child done_as
-  shift
-  local command="${RECIPE[*]} $*"
+  local tag=$1 name code stopped= child= done_as complete command
+  name=$(run_name "$2")
+  shift 2
+  command=$(deciding "${RECIPE[@]}" "$@")
   done_as=$NANOCHAT_BASE_DIR/runs/$tag/finished_as
-  if [ -e "$NANOCHAT_BASE_DIR/checkpoints/base/$tag/COMPLETE" ]; then
+  complete=$NANOCHAT_BASE_DIR/checkpoints/base/$tag/COMPLETE
+  if [ -e "$complete" ]; then
     if [ "$(cat "$done_as" 2>/dev/null)" = "$command" ]; then
       echo "$tag: finished before"
       return
@@ -96,17 +123,23 @@ train() {
     echo "$tag: finished before, with other flags; trained again"
   fi
   rm -f "$done_as"
-  NANOCHAT_RUN_ID=$tag "${LAUNCH[@]}" scripts.base_train --model-tag="$tag" --run="${WANDB_RUN:-dummy}" \
-    "$@" "${RECIPE[@]}" &
+  trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' INT TERM HUP USR1
+  NANOCHAT_RUN_ID=$tag "${LAUNCH[@]}" scripts.base_train --model-tag="$tag" --run="$name" "$@" "${RECIPE[@]}" &
   child=$!
-  trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' INT TERM HUP USR1
-  while kill -0 "$child" 2>/dev/null; do
+  [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true # a signal came before its process was known
+  while :; do # a signal ends `wait` before the child has ended
     code=0
     wait "$child" || code=$?
+    kill -0 "$child" 2>/dev/null || break
   done
   trap - INT TERM HUP USR1
   [ -z "$stopped" ] || exit 75 # call again to continue
   [ "$code" -eq 0 ] || exit "$code"
+  # training that was told to stop by someone else saves, and ends with 0 as well
+  if [ ! -e "$complete" ]; then
+    echo "$tag: stopped before its last step; call again to continue" >&2
+    exit 75
+  fi
   mkdir -p "${done_as%/*}"
   echo "$command" >"$done_as"
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from nanochat.errors import UserError
-from nanochat.model_config import GPTConfig, Init, InitSpec, ValueEmbeds
+from nanochat.model_config import VALUE_EMBED_STD, GPTConfig, Init, InitSpec, ValueEmbeds
 from nanochat.settings import real, whole
 
 Arch = Literal["nanochat", "speedrun"]
@@ -148,8 +148,8 @@ class ArchSettings:
     # ---- width and depth that transfer (nanochat.mup)
     mup: bool = False
     """Maximal update parametrisation: the rates that are best at base_width are best at every width."""
-    base_width: Annotated[int, whole(gte=1)] = 768
-    """Width at which muP and the standard parametrisation are the same; with --mup."""
+    base_width: Annotated[int | None, whole(gte=1)] = None
+    """Width at which muP and the standard parametrisation are the same (768); with --mup."""
     base_depth: Annotated[int, whole(gte=0)] = 0
     """Depth at which residual branches have weight 1, deeper models less (CompleteP); 0: everywhere; with --mup."""
 
@@ -179,7 +179,7 @@ class ArchSettings:
     use_muon: bool = True
     """False: AdamW for the matrices too, at matrix_lr x 0.05 x 768/width."""
     weight_decay: Annotated[float, real(gte=0)] = 0.0
-    """Cautious weight decay of the matrices, times their learning rate."""
+    """Weight decay of the matrices, times their learning rate; with Muon only where it agrees with the step."""
     grad_clip: Annotated[float | None, real(gte=0)] = None
     """Largest global gradient norm (1; speedrun 0); 0: no clipping."""
     warmup_ratio: Annotated[float, real(gte=0, lte=1)] = 0.0
@@ -197,8 +197,13 @@ def resolve(settings: S) -> S:
     settings = dataclasses.replace(settings, **given)
     if settings.window_warmup and (settings.long_window or -1) < 1:
         raise UserError("--window-warmup needs windows that end somewhere: give --long-window, or --no-window-warmup")
-    if settings.base_depth and not settings.mup:
-        raise UserError(f"--base-depth={settings.base_depth} does nothing without --mup: add it")
+    for name in ("base_width", "base_depth"):
+        if (value := getattr(settings, name)) and not settings.mup:
+            raise UserError(f"--{name.replace('_', '-')}={value} does nothing without --mup: add it")
+    if settings.mup and settings.base_width is None:
+        settings = dataclasses.replace(settings, base_width=768)
+    if (base := settings.base_width) and base % settings.head_dim:
+        raise UserError(f"--base-width={base} is no multiple of --head-dim={settings.head_dim}")
     return settings
 
 
@@ -223,8 +228,8 @@ def model_config(settings: ArchSettings, vocab_size: int, document_token: int = 
         vocab_size=vocab_size,
         sequence_len=settings.max_seq_len,
         document_token=document_token if settings.document_mask else -1,
-        mup_base_width=settings.base_width if settings.mup else 0,
-        mup_base_depth=settings.base_depth if settings.mup else 0,
+        mup_base_width=settings.base_width or 0,
+        mup_base_depth=settings.base_depth,
     )
 
 
@@ -280,4 +285,11 @@ def init_spec(settings: ArchSettings) -> InitSpec:
     """How the weights are drawn."""
     settings = resolve(settings)
     assert settings.head_init_std is not None and settings.init_gain is not None
-    return InitSpec(settings.init, settings.seed, settings.head_init_std, settings.zero_proj, settings.init_gain)
+    return InitSpec(
+        settings.init,
+        settings.seed,
+        settings.head_init_std,
+        settings.zero_proj,
+        settings.init_gain,
+        VALUE_EMBED_STD[settings.value_embeds or "none"],
+    )

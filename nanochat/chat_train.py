@@ -204,7 +204,9 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
     # ---- the optimizer
     rates = {name: recipe[name] * settings.init_lr_frac for name in present(recipe)}
     print0("learning rates: " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
-    optimizer = model.setup_optimizer(**rates, weight_decay=recipe["weight_decay"])
+    optimizer = model.setup_optimizer(
+        **rates, weight_decay=recipe["weight_decay"], use_muon=recipe.get("use_muon", True)
+    )
 
     def schedule(step: int) -> tuple[float, float]:
         ratios = settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac
@@ -257,7 +259,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
     run.tracker.close()
     samples = []
     if outcome.finished:  # on all ranks alike; one that was told to stop has no time for this
-        with parallel.whole_weights(model.eval(), policy), torch.compiler.set_stance("force_eager"):
+        with parallel.whole_weights(model.eval(), policy), parallel.eager(model):
             samples = make_chat_samples(model, tokenizer) if rank == 0 else []
     if samples:
         for sample in samples:

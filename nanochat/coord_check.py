@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.metrics import metric
 from nanochat.optim import MuonAdamW
+from nanochat.parallel import eager
 from nanochat.plot import LinePanel, Series, render_lines
 
 Record = dict[str, Any]  # width, seed, module, t, l1, l2, mean, std
@@ -90,7 +92,7 @@ def statistics(x: Tensor) -> dict[str, float]:
 
 def measure(model: GPT, rows: Tensor) -> dict[str, dict[str, float]]:
     """Statistics of each watched module on rows (B, T), eagerly: compiled code would not call new hooks."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), watching(model) as seen:
+    with torch.no_grad(), eager(model), watching(model) as seen:
         model(rows)
     return seen
 
@@ -132,8 +134,7 @@ class CoordRecorder:
         self.model, self.path, self.rows = model, path, rows
 
     def record(self, step: int) -> dict[str, float]:
-        """Measure after `step` updates; returns mean |x| as metrics. Every rank must call it, and the first one writes.
-        Before the first step too: the loop's evaluations begin after it."""
+        """Measure after `step` updates; returns mean |x| as metrics. Every rank must call it, and the first one writes."""
         width = self.model.config.n_embd
         seen = measure(self.model, self.rows)
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -208,7 +209,10 @@ def _mean_slope(module: str, by_seed: dict[int, dict[int, float]], widths: list[
 def judge(found: Sequence[Slope]) -> list[str]:
     """What is wrong with slopes that should be those of muP; nothing if they are. Logits are judged after ten updates
     (fewer, if that is all there are), because at first they may fall as 1/√width; the rest up to then."""
-    last = min(JUDGED, max(slope.t for slope in found))
+    times = [slope.t for slope in found if slope.t <= JUDGED]
+    if not times:
+        raise UserError(f"no coordinates up to t = {JUDGED}, which the bars are for: record them at every step or so")
+    last = max(times)
     wrong = []
     for slope in found:
         if slope.module == LOGITS:

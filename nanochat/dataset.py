@@ -9,7 +9,7 @@ Run it again to go on where it stopped; shards that are here are not fetched aga
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,51 +146,77 @@ def _entries(source: str, split: Split) -> dict[Path, shards.Manifest]:
 
 def fetch(source: str, num_files: int, num_workers: int = 4) -> None:
     """Download train shards 0 … num_files-1 (-1: all) and the validation shard; those that stand are kept."""
-    from nanochat import hub  # huggingface_hub takes 0.5 s to import: only for those who download
-
     spec = HUB_SOURCES[source]
-    folder = data_dir(source)
     train = spec.last if num_files == -1 else num_files
     if train > spec.last:
         raise UserError(
             f"-n {num_files}: {source} has {spec.last} train shards; choose 0 to {spec.last}, or -1 for all"
         )
+    fetch_files(
+        {"source": source, "kind": "hub", "synthetic": False, "repo": spec.repo},
+        spec.revision,
+        data_dir(source),
+        {_name(spec.last): "val", **{_name(index): "train" for index in range(train)}},
+        describe=shards.describe,
+        counted="documents",
+        otherwise="use --source=pydocs, which needs none",
+        num_workers=num_workers,
+        called="shards",
+    )
+
+
+def fetch_files(
+    about: shards.Manifest,
+    revision: str,
+    folder: Path,
+    wanted: Mapping[str, str],
+    *,
+    describe: Callable[[Path, str, str], shards.Manifest],
+    counted: str,
+    otherwise: str,
+    num_workers: int,
+    called: str = "files",
+) -> None:
+    """Download those files of `wanted` (name -> split) that do not stand in `folder` as its manifest has them.
+
+    about: facts for the manifest, of which `source` and `repo` are used here. revision: what to ask for where the
+    manifest does not know a commit yet. describe(path, split, name) -> manifest entry with `size`, `split` and the
+    count `counted`; raises UserError where the file is not what it should be, and it is not kept. `otherwise` says what
+    one can do without the hub. Raises UserError as hub.download does.
+    """
+    from nanochat import hub  # huggingface_hub takes 0.5 s to import: only for those who download
+
     manifest = shards.load_manifest(folder)
-    wanted = {_name(spec.last): "val", **{_name(index): "train" for index in range(train)}}
-    missing = {name: split for name, split in wanted.items() if not _stands(folder / name, manifest["files"].get(name))}
+    missing = [name for name in wanted if not _stands(folder / name, manifest["files"].get(name))]
     if len(wanted) > len(missing):
-        print(f"{source}: {len(wanted) - len(missing)} of {len(wanted)} shards are here")
+        print(f"{about['source']}: {len(wanted) - len(missing)} of {len(wanted)} {called} are here")
     if not missing:
         return
-    revision = manifest.get("revision", spec.revision)
-    (first, split), *others = missing.items()
     stop = threading.Event()
+    entries: shards.Manifest = {}
     with _progress() as progress:
 
-        def get(name: str, split: str, revision: str) -> str:
+        def get(name: str, revision: str) -> str:
             task = progress.add_task(name, total=None)
             fetched = hub.download(
-                spec.repo,
+                about["repo"],
                 name,
                 revision,
                 folder / name,
-                verify=lambda path: entries.update({name: shards.describe(path, split, name)}),
-                otherwise="use --source=pydocs, which needs none",
+                verify=lambda path: entries.update({name: describe(path, wanted[name], name)}),
+                otherwise=otherwise,
                 on_bytes=lambda done, total: progress.update(task, completed=done, total=total or None),
                 stop=stop,
             )
-            about = {"source": source, "kind": "hub", "synthetic": False, "repo": spec.repo}
-            about["revision"] = fetched.revision
-            shards.update_manifest(folder, about, {name: entries[name]})
+            shards.update_manifest(folder, {**about, "revision": fetched.revision}, {name: entries[name]})
             progress.remove_task(task)
-            print(f"{name}: {fetched.size / 1e6:,.1f} MB, {entries[name]['documents']:,} documents", flush=True)
+            print(f"{name}: {fetched.size / 1e6:,.1f} MB, {entries[name][counted]:,} {counted}", flush=True)
             return fetched.revision
 
-        entries: shards.Manifest = {}
         # the first one alone: it fixes the commit for all others, and where there is no network it says so once
-        revision = get(first, split, revision)
+        commit = get(missing[0], manifest.get("revision", revision))
         with ThreadPoolExecutor(num_workers) as pool:
-            futures = [pool.submit(get, name, split, revision) for name, split in others]
+            futures = [pool.submit(get, name, commit) for name in missing[1:]]
             try:
                 for future in as_completed(futures):
                     future.result()

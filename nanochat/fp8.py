@@ -4,7 +4,8 @@ y = x @ w.T takes x and w in e4m3 (3 bits of mantissa, at most 448); the gradien
 57,344), which has the range that gradients need. Each tensor has one scale, its largest magnitude / the format's
 maximum, found anew at every use: nothing to tune when width, batch or learning rate change, nothing overflows, and no
 value goes to the host. Fixed scales would save one reading of each tensor, and went wrong in others' hands whenever
-the recipe changed. What autograd keeps is the 8-bit copies: one byte an element where bf16 has two.
+the recipe changed. What autograd keeps is the 8-bit copies, one byte an element where bf16 has two; but each of the
+projections of queries, keys and values keeps a copy of their common input, and each matrix one of its weights.
 
 Only training is done in 8 bits: gpt.Linear asks for it in training mode with gradients enabled, and nowhere else. On a
 CPU the same numbers are computed in fp32 from the 8-bit values, which is slow, and there for tests.

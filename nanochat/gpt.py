@@ -17,7 +17,7 @@ from nanochat.attention import Mask, causal_attention, make_masks, masked_attent
 from nanochat.errors import UserError
 from nanochat.fp8 import fp8_linear
 from nanochat.loss import Reduction, fused_head_loss, head_loss, softcap
-from nanochat.model_config import GATE_CHANNELS, Init, InitSpec, init_parameter
+from nanochat.model_config import GATE_CHANNELS, VALUE_EMBED_STD, Init, InitSpec, init_parameter
 from nanochat.model_config import GPTConfig as GPTConfig
 
 if TYPE_CHECKING:  # the cache and the optimizer know the model, not the other way round
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         gain: float = 1.0,
     ) -> None:
         """Fill every parameter and buffer; see InitSpec and init_parameter."""
-        spec = InitSpec(init, seed, head_std, zero_proj, gain)
+        spec = InitSpec(init, seed, head_std, zero_proj, gain, VALUE_EMBED_STD[self.config.value_embeds])
         for name, param in self.named_parameters():
             init_parameter(name, param, spec)
         self.init_buffers()
@@ -247,7 +247,7 @@ class GPT(nn.Module):
 
     def set_window(self, long: int) -> None:
         """Let long windows reach `long` tokens back for now, and short ones in proportion, in steps of 128. A tensor:
-        nothing is compiled again."""
+        nothing is compiled again. Generation with a KV cache uses full windows whatever this says."""
         assert self.config.long_window > 0, "only windows that end somewhere can grow"
         short_full, long_full = self._full_windows()
         short = short_full if long >= long_full else max(128, round(long * short_full / long_full / 128) * 128)

@@ -14,7 +14,8 @@ Init = Literal["uniform", "spectral"]
 ValueEmbeds = Literal["none", "ends", "gated"]
 
 GATE_CHANNELS = 12  # of the stream that gates look at: enough, and next to nothing to compute
-VALUE_EMBED_STD = 768**-0.5  # of value embeddings: that of the value projection's weights at width 768
+# Of value embeddings: as the embedding's in the record, or as small as the value projection's weights at width 768.
+VALUE_EMBED_STD = {"none": 1.0, "ends": 1.0, "gated": 768**-0.5}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class GPTConfig:
     document_token: int = -1
     """Token that starts a document: attention does not look beyond it. -1 = attention runs over documents."""
     rotary_base: float = 10_000.0
-    """Slowest wavelength of the rotary positions, in radians."""
+    """Rotary frequencies go from 1 down to about 1/rotary_base radians a token."""
     rotary_half: bool = False
     """Half of the frequencies are zero: those dimensions carry no position."""
     attn_scale: float = 0.0
@@ -143,6 +144,8 @@ class InitSpec:
     """Projections back into the stream (c_proj) begin at zero, so that every block starts as the identity."""
     gain: float = 1.0
     """Factor on the std of hidden matrices."""
+    value_embed_std: float = 1.0
+    """Of value embeddings, at every width; see VALUE_EMBED_STD."""
 
 
 # What learned scalars begin with.
@@ -174,7 +177,7 @@ def init_parameter(name: str, values: Tensor, spec: InitSpec) -> None:
     elif name == "transformer.wte.weight":
         values.normal_(0.0, 1.0, generator=generator)
     elif name.startswith("transformer.value_embeds."):
-        values.normal_(0.0, VALUE_EMBED_STD, generator=generator)
+        values.normal_(0.0, spec.value_embed_std, generator=generator)
     elif name == "lm_head.weight":
         values.normal_(0.0, spec.head_std, generator=generator)
     elif part == "c_proj" and spec.zero_proj:

@@ -31,7 +31,7 @@ from torch import nn
 
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.model_config import VALUE_EMBED_STD, GPTConfig, InitSpec, hidden_std
+from nanochat.model_config import GPTConfig, InitSpec, hidden_std
 
 Kind = Literal["input", "hidden", "output", "scalar"]
 
@@ -204,7 +204,7 @@ def _init_std(name: str, kind: Kind, shape: InfShape, spec: InitSpec) -> float:
     if name == "transformer.wte.weight":
         return 1.0
     if name.startswith("transformer.value_embeds."):
-        return VALUE_EMBED_STD
+        return spec.value_embed_std
     if kind != "hidden" or (spec.zero_proj and name.endswith("c_proj.weight")):
         return 0.0
     out, into = shape.dims

@@ -163,11 +163,26 @@ def init_weights(model: GPT, spec: InitSpec) -> None:
 def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
     """What to train with, compiled: the whole model (ddp), or each block between its hooks."""
     model.block_masks = model.get_device().type == "cuda"  # compiled, FlexAttention skips what is masked
+    # All blocks share one code object: 15 variants with short and long windows, value embeddings, statistics and
+    # evaluation, and torch gives up on the ninth for good.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if policy.strategy == "ddp":
         return torch.compile(model, dynamic=False)
     for block in model.transformer.h:  # type: ignore[union-attr]
         block.forward = torch.compile(block.forward, dynamic=False)
     return model
+
+
+@contextmanager
+def eager(model: GPT) -> Iterator[None]:
+    """Forward passes as they are written: for inputs of so many shapes that compiling them would not pay. Masks are
+    dense then, because FlexAttention without a compiler makes all scores."""
+    blocks, model.block_masks = model.block_masks, False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.block_masks = blocks
 
 
 def before_micro_batch(model: GPT, policy: Policy, last: bool) -> None:
@@ -190,7 +205,7 @@ def whole_weights(model: GPT, policy: Policy) -> Iterator[None]:
     try:
         if units:
             model.set_reshard_after_forward(False)  # type: ignore[operator]
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with torch.no_grad(), eager(model):
                 model(torch.zeros(1, 1, dtype=torch.long, device=model.get_device()))  # gathers, and nothing is freed
         yield
     finally:

@@ -55,15 +55,18 @@ def describe_run(
     return about
 
 
-def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[str, Any] | None:
+def earlier_run(
+    folder: Path, resume: Resume, meta_now: dict[str, Any], usual: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
     """meta.json of the checkpoint to resume from, or None to start (every rank calls this, and gets the same).
 
     What another run left in `folder` is set aside (resume="auto"), or refused with a UserError ("never"). Another run:
-    one that is complete, or differs from meta_now in its settings, its tokenizer or the model it started from.
+    one that is complete, or differs from meta_now in its settings, its tokenizer or the model it started from. usual:
+    what settings were as long as there was no flag for them, for runs of older versions.
     """
     started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if not dist.is_initialized():
-        return _look(folder, resume, meta_now, started_again)
+        return _look(folder, resume, meta_now, started_again, usual or {})
     # torchrun counts on each node for itself, and only where a process died
     counts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(counts, started_again)
@@ -71,7 +74,7 @@ def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[
     answer: list[Any] = [None, None]  # meta, the user's mistake
     if get_dist_info().rank == 0:
         try:
-            answer[0] = _look(folder, resume, meta_now, any(counts))
+            answer[0] = _look(folder, resume, meta_now, any(counts), usual or {})
         except UserError as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer)
@@ -96,7 +99,9 @@ def _await_everywhere(path: Path) -> None:
         )
 
 
-def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again: bool) -> dict[str, Any] | None:
+def _look(
+    folder: Path, resume: Resume, meta_now: dict[str, Any], started_again: bool, usual: dict[str, Any]
+) -> dict[str, Any] | None:
     steps = checkpoint.committed_steps(folder)
     if not steps:
         return None
@@ -111,8 +116,8 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
             f"{folder} holds a run already (step {steps[-1]}{how}): {tag}=NAME writes elsewhere, --resume=auto {auto}"
         )
     meta = checkpoint.read_meta(folder, steps[-1])
-    changed = [key for key, value in meta_now["settings"].items()
-               if key not in OBSERVERS and meta["settings"].get(key) != value]  # fmt: skip
+    before = {**usual, **meta["settings"]}
+    changed = [key for key, value in meta_now["settings"].items() if key not in OBSERVERS and before.get(key) != value]
     changed += [key.removesuffix("_hash") for key in ORIGINS if meta.get(key) != meta_now.get(key)]
     if not changed and not complete:
         return meta

@@ -4,11 +4,12 @@ A model is built and compiled once for all runs of its width, the text is read o
 that ends is a line of DIR/runs.jsonl. What the runs say is the business of nanochat.transfer.
 """
 
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,22 +18,22 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from nanochat import parallel, transfer
+from nanochat import parallel, shards, transfer
 from nanochat.arch import ARCH_RATES, RATES, TRAINING, TUNED_AT, Arch, arch_config
 from nanochat.batching import plan_batch
-from nanochat.bin_loader import BinLoader, fixed_rows_from_bin
-from nanochat.dataloader import TrainLoader, fixed_rows, row_batches
-from nanochat.dataset import canonical
+from nanochat.bin_loader import BinLoader
+from nanochat.dataloader import TrainLoader, row_batches
+from nanochat.dataset import list_shards
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.model_config import GPTConfig, InitSpec
 from nanochat.optim import MuonAdamW
+from nanochat.paths import data_dir
 from nanochat.runtime import compute_dtype, device_name
 from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, set_schedule
 from nanochat.settings import whole
 from nanochat.shards import replacing
-from nanochat.token_files import describe_folder
-from nanochat.tokenizer import get_tokenizer
+from nanochat.train_data import open_data
 
 Sweep = Literal["all", "matrix", "embedding", "head"]
 SWEPT: dict[Sweep, tuple[str, ...]] = {
@@ -92,10 +93,10 @@ class Run(NamedTuple):
 # What has been done
 
 
-def recipe(settings: SweepSettings, tokens: str) -> dict[str, Any]:
-    """What must be the same for runs to be comparable. tokens: a hash of what turns text into them."""
+def recipe(settings: SweepSettings, identity: Mapping[str, str]) -> dict[str, Any]:
+    """What must be the same for runs to be comparable. identity: of their text."""
     names = [field.name for field in fields(SweepSettings) if field.name != "device_batch_size"]
-    return {**{name: getattr(settings, name) for name in names}, "tokens": tokens}
+    return {**{name: getattr(settings, name) for name in names}, **identity}
 
 
 def open_folder(folder: Path, wanted: dict[str, Any]) -> None:
@@ -146,8 +147,9 @@ class Text(NamedTuple):
 
     vocab_size: int
     document_token: int
-    identity: str
-    """Changes when the same text would become other tokens."""
+    identity: dict[str, str]
+    """source, with a folder's path in full; tokens, a hash of what turns text into them, or of token files; text, a
+    hash of the shards."""
     train: Callable[[int], Iterator[np.ndarray]]
     """Seed -> batches (rows a step, max_seq_len + 1), a step after the other, none of them twice."""
     val: Callable[[], np.ndarray]
@@ -156,44 +158,46 @@ class Text(NamedTuple):
 
 def open_text(settings: SweepSettings) -> Text:
     """The text of --source. Raises UserError where there is none."""
-    rows, length = settings.total_batch_size // settings.max_seq_len, settings.max_seq_len
-    wanted = max(settings.eval_tokens, length)
-    if settings.source.startswith("bin:"):
-        folder = describe_folder(settings.source.removeprefix("bin:"))
+    data, length = open_data(settings.source), settings.max_seq_len
+    plan = plan_batch(settings.total_batch_size, max(1, settings.total_batch_size // length), length, 1)
+    identity = {"source": data.source, "tokens": data.fingerprint or data.tokenizer_hash}
+    if data.folder is None:
+        identity["text"] = _text_hash(data.source)
 
-        def of_files(seed: int) -> Iterator[np.ndarray]:
-            # the order is that of the files, so that seeds are given one stretch after the other
-            loader = BinLoader(folder, rows, length, rows)
-            try:
-                for step in range((seed + 1) * settings.steps):
-                    batch = loader.next_batch()
-                    if loader.epoch() > 1:
-                        raise _not_fresh(settings, seed, step - seed * settings.steps)
-                    if step >= seed * settings.steps:
-                        yield _rows(*batch)
-            finally:
-                loader.close()
-
-        val = partial(fixed_rows_from_bin, folder, "val", length, wanted)
-        return Text(folder.vocab_size, folder.document_token, folder.fingerprint, of_files, val)
-
-    source, tokenizer = canonical(settings.source), get_tokenizer()
-
-    def of_shards(seed: int) -> Iterator[np.ndarray]:
-        loader = TrainLoader(tokenizer, source, rows, length, rows, seed=seed)
+    def train(seed: int) -> Iterator[np.ndarray]:
+        # token files keep their order, whatever the seed: seeds are given one stretch after the other
+        skipped = 0 if data.folder is None else seed * settings.steps
+        loader = data.loader(plan, length, torch.device("cpu"), 0, 1, seed, None)
         try:
-            for step in range(settings.steps):
+            for step in range(skipped + settings.steps):
                 batch = loader.next_batch()
-                state = loader.state_dict()
-                units = [number + (begun - 1) * rows for number, (begun, _, _) in enumerate(state["positions"])]
-                if max(units) >= state["units_per_epoch"]:
-                    raise _not_fresh(settings, seed, step)
-                yield _rows(*batch)
+                if _repeats(loader):
+                    raise _not_fresh(settings, seed, step - skipped)
+                if step >= skipped:
+                    yield _rows(*batch)
         finally:
             loader.close()
 
-    val = partial(fixed_rows, tokenizer, source, "val", length, wanted)
-    return Text(tokenizer.get_vocab_size(), tokenizer.get_bos_token_id(), tokenizer.hash, of_shards, val)
+    val = partial(data.val_rows, length, settings.eval_tokens)
+    return Text(data.vocab_size, data.document_token, identity, train, val)
+
+
+def _text_hash(source: str) -> str:
+    """Changes with the text of a source. Raises UserError when there is none, or a shard is damaged."""
+    list_shards(source, "train")
+    list_shards(source, "val")
+    entries = shards.load_manifest(data_dir(source))["files"]
+    text = json.dumps([[name, entry["split"], entry["sha256"]] for name, entry in sorted(entries.items())])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _repeats(loader: TrainLoader | BinLoader) -> bool:
+    """Whether the last batch holds text that has been given before."""
+    if isinstance(loader, BinLoader):
+        return loader.epoch() > 1
+    state = loader.state_dict()
+    units = [number + (begun - 1) * loader.streams for number, (begun, _, _) in enumerate(state["positions"])]
+    return max(units) >= state["units_per_epoch"]
 
 
 def _rows(inputs: torch.Tensor, targets: torch.Tensor) -> np.ndarray:

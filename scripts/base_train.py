@@ -125,7 +125,14 @@ class Settings(ArchSettings):
 COORD_TOKENS = (
     1024  # of a row that coordinates are recorded on: attention is not compiled there, and takes T x T memory
 )
-INHERITED = ("source", "max_seq_len", "device_batch_size", "total_batch_size", "weight_decay")  # and the rates
+INHERITED = (
+    "source",
+    "max_seq_len",
+    "device_batch_size",
+    "total_batch_size",
+    "weight_decay",
+    "use_muon",
+)  # and the rates
 
 
 def default_tag(settings: Settings) -> str:
@@ -188,7 +195,7 @@ def make_evaluations(
 
     def core(step: int) -> dict[str, float]:
         assert bundle is not None and tokenizer is not None, "never due without an interval"
-        with torch.compiler.set_stance("force_eager"):  # prompts of many shapes: not to be compiled for each
+        with parallel.eager(model):  # prompts of many shapes: not to be compiled for each
             result = evaluate_core(
                 model,
                 tokenizer,
@@ -202,7 +209,7 @@ def make_evaluations(
 
     def show_samples(step: int) -> dict[str, float]:
         if rank == 0 and tokenizer is not None:
-            with torch.compiler.set_stance("force_eager"):
+            with parallel.eager(model):
                 samples[:] = make_samples(model, tokenizer)
             for sample in samples:
                 print0(f"--- {sample['text']}")
@@ -282,7 +289,8 @@ def main(settings: Settings) -> None:
     about = settings_module.as_dict(settings)
     meta = describe_run("base", about, config, data.tokenizer_hash, recipe, num_iterations, data=data.fingerprint)
     folder = checkpoint_dir("base", settings.model_tag or default_tag(settings))
-    earlier = earlier_run(folder, settings.resume, meta) or {}
+    usual = settings_module.as_dict(resolve(Settings()))  # flags that runs of older versions did not have yet
+    earlier = earlier_run(folder, settings.resume, meta, usual) or {}
     given = settings.run not in (NO_WANDB, AUTO)
     automatic = run_name(settings.arch, config.n_embd, config.mup_base_width, datetime.now())
     if settings.mup:

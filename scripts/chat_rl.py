@@ -171,7 +171,7 @@ def main(settings: Settings) -> None:
            f"rows of {width} tokens")  # fmt: skip
 
     rates = {name: recipe[name] * settings.init_lr_frac for name in present(recipe)}
-    optimizer = model.setup_optimizer(**rates, weight_decay=0.0)
+    optimizer = model.setup_optimizer(**rates, weight_decay=0.0, use_muon=recipe.get("use_muon", True))
 
     def schedule(step: int) -> tuple[float, float]:
         return lr_multiplier(step, num_iterations, 0.0, settings.warmdown_ratio, 0.0), muon_momentum(step)

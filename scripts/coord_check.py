@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from cyclopts import Parameter
 
 from nanochat import coord_check, mup
@@ -74,7 +75,7 @@ class Settings:
 
 
 def config_at(settings: Settings, width: int) -> GPTConfig:
-    if width % HEAD_DIM:
+    if width % HEAD_DIM or width < HEAD_DIM:
         raise UserError(f"--widths: {width} is no multiple of {HEAD_DIM}, the size of a head")
     return arch_config(
         settings.arch,
@@ -95,6 +96,7 @@ def init_spec(settings: Settings, seed: int) -> InitSpec:
 def run_checks(settings: Settings) -> list[Record]:
     """Train the models of all widths and seeds."""
     *_, device = compute_init(settings.device_type)
+    torch.set_float32_matmul_precision("highest")  # TF32 has three digits, and slopes are small
     try:
         widths = sorted({int(width) for width in settings.widths.split(",")})
     except ValueError:

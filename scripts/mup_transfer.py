@@ -23,7 +23,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -122,10 +122,6 @@ def _numbers(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -198,15 +194,21 @@ def report(settings: Settings, plan: Plan, folder: Path) -> list[transfer.Verdic
         if settings.base_width not in grids:
             print0(f"nothing to report yet: no seed of the base width {settings.base_width} has been through all rates")
             return []
-        for width in set(plan.widths) - set(grids):
+        for width in sorted(set(plan.widths) - set(grids)):
             print0(f"{name} width {width}: left out, no seed has been through all rates yet")
+        shared = transfer.shared_seeds(grids)
+        if not shared:
+            print0(f"{name}: left out, no seed has been through all rates at all of its widths yet")
+            continue
         results[name] = transfer.transfer_results(grids, settings.base_width)
         rate = results[name][0].transferred
-        shared = sorted(set.intersection(*(set(by_rate[rate]) for by_rate in all_curves.values())))
         curves[name] = {width: [by_rate[rate][seed] for seed in shared] for width, by_rate in all_curves.items()}
         print0(f"\n{name}, {settings.optimizer}, factors on {settings.sweep} rates; loss in nats, * = best of the grid")
-        print0(transfer.table(results[name]))
-    crossings = transfer.wider_is_better(curves["muP"]) if len(curves["muP"]) > 1 else None
+        print0(transfer.table(results[name], settings.base_width))
+    if "muP" not in results:
+        return []
+    # a single seed has no spread of its own to be judged by
+    crossings = transfer.wider_is_better(curves["muP"], noise=RUN_NOISE) if len(curves["muP"]) > 1 else None
     verdicts = transfer.judge(results["muP"], results.get("SP", []), crossings)
     print0()
     for verdict in verdicts:
@@ -256,9 +258,11 @@ def compare_runs(settings: Settings) -> None:
         )
     losses = [logged_losses(tag) for tag in tags]
     curves = {width: [transfer.block_means(train)] for width, (train, _) in zip(widths, losses, strict=True)}
-    print0("width | training loss, last fiftieth | last val_bpb")
-    for width, (_, val_bpb) in zip(widths, losses, strict=True):
-        print0(f"{width:>5} | {curves[width][0][-1][1]:>28.4f} | {val_bpb:>12.4f}")
+    # token files of a tokenizer that is not at hand have no bytes: they are validated in nats per token
+    held_out = "val_bpb" if all("val_bpb" in last for _, last in losses) else "val_loss"
+    print0(f"width | training loss, last fiftieth | {f'last {held_out}':>13}")
+    for width, (_, last) in zip(widths, losses, strict=True):
+        print0(f"{width:>5} | {curves[width][0][-1][1]:>28.4f} | {last.get(held_out, math.nan):>13.4f}")
     crossings = transfer.wider_is_better(curves, noise=RUN_NOISE)
     for crossing in crossings:
         print0(f"step {crossing.step}: width {crossing.wide} is {crossing.gap:.4f} above width {crossing.narrow}")
@@ -267,17 +271,17 @@ def compare_runs(settings: Settings) -> None:
     print0(f"wider is better at all {len(curves[widths[0]][0])} recorded steps (up to {RUN_NOISE} nats)")
 
 
-def logged_losses(tag: str) -> tuple[list[float], float]:
-    """(training loss of each step, last validation bits per byte or nan) from runs/<tag>/metrics.jsonl."""
+def logged_losses(tag: str) -> tuple[list[float], dict[str, float]]:
+    """(training loss of each step, last val_bpb and val_loss where they were logged) from runs/<tag>/metrics.jsonl."""
     path = run_dir(tag) / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"no metrics of a run {tag} in {path}: train it with NANOCHAT_RUN_ID={tag} in the environment")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    by_step = {r["step"]: r["Loss/train_loss"] for r in records if r["stage"] == "base" and "Loss/train_loss" in r}
+    records = [record for record in map(json.loads, path.read_text().splitlines()) if record["stage"] == "base"]
+    by_step = {record["step"]: record["Loss/train_loss"] for record in records if "Loss/train_loss" in record}
     if not by_step:
         raise UserError(f"{path} holds no training loss of base_train")
-    bits = [r["Loss/val_bpb"] for r in records if r["stage"] == "base" and "Loss/val_bpb" in r]
-    return [by_step[step] for step in sorted(by_step)], bits[-1] if bits else math.nan
+    last = {name: r[f"Loss/{name}"] for r in records for name in ("val_bpb", "val_loss") if f"Loss/{name}" in r}
+    return [by_step[step] for step in sorted(by_step)], last
 
 
 def main(settings: Settings) -> None:
@@ -289,8 +293,8 @@ def main(settings: Settings) -> None:
         if not (folder / "runs.jsonl").exists():
             raise UserError(f"no runs in {folder}: leave --report-only out")
         done_as = json.loads((folder / "settings.json").read_text())
-        done_as.pop("tokens")
-        settings = settings_module.replace(settings, **done_as)
+        made_with = {field.name: done_as[field.name] for field in fields(SweepSettings) if field.name in done_as}
+        settings = settings_module.replace(settings, **made_with)
         report(settings, plan_sweep(settings), folder)
         return
     plan = plan_sweep(settings)

@@ -9,11 +9,16 @@
 #
 # In the environment: SOURCE, the text (fineweb-edu by default; climbmix, pydocs, local:DIR, bin:DIR with tokens that are
 # ready, bin:fineweb10B for those of the speedrun); NPROC_PER_NODE, the GPUs (default: all); WANDB_RUN, the name in
-# Weights & Biases (default: not there), in the project speedrun-mup-group; NANOCHAT_BASE_DIR, where all is kept. Call it
-# again to continue: a run goes on from its last checkpoint, and one that is finished is not repeated.
+# Weights & Biases (default: not there), to which -wWIDTH is added, in the project WANDB_PROJECT (default:
+# speedrun-mup-group); NANOCHAT_BASE_DIR, where all is kept. Call it again to continue: a run goes on from its last
+# checkpoint, and one that is finished is not repeated.
+#
+# What must be there first: for text, `python -m nanochat.dataset -n 16 --source=SOURCE`, and then a tokenizer,
+# `python -m scripts.tok_train --source=SOURCE`; for bin:fineweb10B only
+# `python -m scripts.data_process.download --dataset=fineweb10B`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../dev/width_runs.sh"
-export WANDB_PROJECT=speedrun-mup-group
+export WANDB_PROJECT=${WANDB_PROJECT:-speedrun-mup-group}
 
 [ $# -ge 4 ] || usage
 BASE=$1 STEPS=$3 SEED=$4
@@ -29,7 +34,7 @@ prepare
 TAGS=()
 for width in "${WIDTHS[@]}"; do
   tag=mup-group-w$width-base$BASE-i$STEPS-s$SEED
-  train "$tag" --mup --width="$width" --base-width="$BASE" --iterations="$STEPS" --seed="$SEED"
+  train "$tag" "w$width" --mup --width="$width" --base-width="$BASE" --iterations="$STEPS" --seed="$SEED"
   TAGS+=("$tag")
 done
 IFS=,

@@ -10,6 +10,7 @@ from nanochat.arch import ArchSettings, arch_config, init_spec, model_config, re
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.parallel import eager
 from nanochat.schedule import window_length
 
 BOS = 0
@@ -152,6 +153,24 @@ def test_growing_windows_are_tensors():
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_block_masks_give_the_same_and_growing_them_compiles_nothing():
+    """As on a GPU, where the compiled model makes masks for FlexAttention; forward alone, since a CPU has no backward."""
+    model, idx = build(long_window=600, short_window=300, sequence_len=700, n_layer=4), text(1, 700, 3)
+    dense = model(idx)
+    model.block_masks = True
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, dynamic=False)
+    torch.testing.assert_close(compiled(idx), dense, atol=2e-4, rtol=1e-4)
+    model.set_window(256)
+    grown = compiled(idx)
+    with eager(model):
+        torch.testing.assert_close(grown, model(idx), atol=2e-4, rtol=1e-4)
+    assert counter.frame_count == 1 and model.block_masks
+    torch._dynamo.reset()
+
+
 def test_window_schedule():
     lengths = [window_length(step, 1000, 1792) for step in range(1000)]
     assert lengths[0] == 128 and lengths[-1] == 1792 and lengths == sorted(lengths)
@@ -197,6 +216,8 @@ def test_flags_resolve():
         ({"width": 100}, "--width=100.*use 128"),
         ({"window_warmup": True}, "--window-warmup"),
         ({"base_depth": 6}, "--base-depth=6.*--mup"),
+        ({"base_width": 256}, "--base-width=256.*--mup"),
+        ({"mup": True, "base_width": 700}, "--base-width=700.*--head-dim=128"),
         ({"document_mask": True}, "--document-mask"),
     ],
 )

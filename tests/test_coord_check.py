@@ -224,6 +224,14 @@ def test_with_fewer_steps_the_logits_are_judged_at_the_last():
     assert [line.split(":")[0] for line in judge(found)] == ["lm_head at t = 2"]
 
 
+def test_times_that_were_not_recorded_judge_nothing_by_silence():
+    every_fourth = [s for s in make_slopes({("lm_head", 9): 0.3}) if s.t in (5, 9, 13)]
+    sparse = [*every_fourth, every_fourth[-1]._replace(t=51)]
+    assert [line.split(":")[0] for line in judge(sparse)] == ["lm_head at t = 9"]
+    with pytest.raises(UserError, match="no coordinates up to t = 11"):
+        judge([s._replace(t=51) for s in every_fourth])
+
+
 def test_steepest_either_way():
     found = make_slopes({("wte", 2): -0.3, ("h.0", 11): 0.2, ("lm_head", 1): 0.9})
     assert steepest(found)[:3] == ("wte", 2, -0.3)

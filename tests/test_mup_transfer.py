@@ -158,6 +158,52 @@ def test_what_is_not_finished_is_left_out_of_the_report_and_named(tmp_path, caps
     assert seeds == {32: 2, 64: 1, 128: 2}
 
 
+def test_seeds_that_not_all_widths_have_are_left_out(tmp_path, capsys):
+    settings = Settings(**{**SMALL, **WIDE, "control": False})
+    places = {32: 0.1, 64: 0.2, 128: -0.1, 256: 0.0}
+    write_runs(tmp_path, 2, places, skip={Run(True, 128, 1.0, 1)})
+    report(settings, plan_sweep(settings), tmp_path)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.count("|") == 5]
+    assert [row[1].strip() for row in rows[1:]] == ["1 of 2", "1 of 2", "1", "1 of 2"]
+    results = json.loads((tmp_path / "transfer.json").read_text())["results"]["muP"]
+    # a second seed would add 0.005 to the mean of its width
+    assert [result["losses"]["0"]["mean"] for result in results] == pytest.approx(
+        [4 - 0.1 * math.log2(width) + 0.05 * at**2 for width, at in places.items()]
+    )
+
+
+def test_no_seed_that_all_widths_have_is_nothing_to_report(tmp_path, capsys):
+    settings = Settings(**{**SMALL, **WIDE, "control": False})
+    skip = {Run(True, 128, 1.0, 1), Run(True, 64, 1.0, 0)}
+    write_runs(tmp_path, 2, {32: 0.1, 64: 0.2, 128: -0.1, 256: 0.0}, skip=skip)
+    assert report(settings, plan_sweep(settings), tmp_path) == []
+    assert "muP: left out, no seed has been through all rates at all of its widths" in capsys.readouterr().out
+
+
+def test_a_control_that_diverged_at_one_width_is_said_and_the_rest_reported(tmp_path, capsys):
+    settings = Settings(**{**SMALL, **WIDE})
+    write_runs(tmp_path, 1, {32: 0.1, 64: 0.2, 128: -0.1, 256: 0.0}, control={64: -0.4, 128: -0.8})
+    nothing = {"loss": None, "curve": [(step, None) for step in range(1, 11)], "seconds": 1.0}
+    for log2 in (-2.0, -1.0, 0.0, 1.0, 2.0):
+        append_run(tmp_path, {**Run(False, 256, log2, 0)._asdict(), **nothing})
+    verdicts = report(settings, plan_sweep(settings), tmp_path)
+    assert [verdict.passed for verdict in verdicts] == [True, True, True, False, True]
+    out = capsys.readouterr().out
+    assert out.count("diverged at every rate") == 2 and (tmp_path / "transfer.json").exists()  # table and verdict
+    assert "width 256" in (tmp_path / "curves.svg").read_text()
+
+
+@pytest.mark.parametrize(("by", "passed"), [(0.003, True), (0.005, False)])
+def test_one_seed_is_judged_by_the_noise_between_seeds(tmp_path, by, passed):
+    settings = Settings(**{**SMALL, "widths": "32,64", "multipliers": "0.5,1,2"})
+    for width, more in ((32, 0.0), (64, by)):
+        for log2 in (-1.0, 0.0, 1.0):
+            curve = [(step, 3 + 1 / step + more) for step in range(1, 11)]
+            record = {"loss": 3 + log2**2, "curve": curve, "seconds": 1.0}
+            append_run(tmp_path, {**Run(True, width, log2, 0)._asdict(), **record})
+    assert report(settings, plan_sweep(settings), tmp_path)[-1].passed is passed
+
+
 def test_a_diverged_run_is_infinite_in_the_report_and_null_in_the_file(tmp_path, capsys):
     settings = Settings(**{**SMALL, **WIDE, "control": False})
     write_runs(tmp_path, 1, {32: 0.1, 64: 0.2, 128: -0.1, 256: 0.0}, skip={Run(True, 64, 2.0, 0)})
@@ -172,12 +218,13 @@ def test_a_diverged_run_is_infinite_in_the_report_and_null_in_the_file(tmp_path,
 # ---- runs of base_train
 
 
-def write_metrics(tag, shift):
+def write_metrics(tag, shift, held_out="val_bpb"):
     folder = run_dir(tag)
     folder.mkdir(parents=True)
     records = [{"stage": "base", "step": step, "Loss/train_loss": 5 - shift - 0.01 * step} for step in range(1, 61)]
     records += [
-        {"stage": "base", "step": 60, "Loss/val_bpb": 1.0 - shift},
+        {"stage": "base", "step": 30, f"Loss/{held_out}": 7.0},
+        {"stage": "base", "step": 60, f"Loss/{held_out}": 1.0 - shift},
         {"stage": "sft", "step": 1, "Loss/val_bpb": 9},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -190,7 +237,7 @@ def test_two_runs_of_base_train_are_compared(store, capsys):
     out = capsys.readouterr().out
     assert "wider is better at all 30 recorded steps" in out
     table = [line.split() for line in out.splitlines() if "|" in line]
-    assert [row[0] for row in table] == ["width", "256", "512"]
+    assert [row[0] for row in table] == ["width", "256", "512"] and table[0][-1] == "val_bpb"
     assert [float(row[2]) for row in table[1:]] == pytest.approx([4.405, 4.305])  # of steps 59 and 60
     assert [float(row[4]) for row in table[1:]] == pytest.approx([1.0, 0.9])
     with pytest.raises(UserError, match="wider is not better at 30"):
@@ -198,3 +245,11 @@ def test_two_runs_of_base_train_are_compared(store, capsys):
     for widths, tags in (("256,512", "narrow"), ("512,256", "narrow,wide"), ("256,512", "narrow,absent")):
         with pytest.raises(UserError):
             main(Settings(widths=widths, compare_runs=tags))
+
+
+def test_runs_on_token_files_are_compared_by_their_loss(store, capsys):
+    write_metrics("narrow", 0.0, "val_loss")
+    write_metrics("wide", 0.1, "val_loss")
+    main(Settings(widths="256,512", compare_runs="narrow,wide"))
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert table[0][-1] == "val_loss" and [float(row[4]) for row in table[1:]] == pytest.approx([1.0, 0.9])

@@ -36,6 +36,14 @@ def test_a_restart_by_torchrun_goes_on_whatever_resume_says(tmp_path, monkeypatc
     assert run_folder.earlier_run(tmp_path / "b", "auto", NOW) is None  # asked for anew: set aside
 
 
+def test_a_run_from_before_a_flag_existed_goes_on(tmp_path):
+    put(tmp_path / "a", 10)
+    now = {**NOW, "settings": {**NOW["settings"], "arch": "nanochat"}}
+    assert run_folder.earlier_run(tmp_path / "a", "auto", now, usual={"arch": "nanochat"})["step"] == 10
+    other = {**NOW, "settings": {**NOW["settings"], "arch": "speedrun"}}
+    assert run_folder.earlier_run(tmp_path / "a", "auto", other, usual={"arch": "nanochat"}) is None
+
+
 def look_from_two_hosts(base):
     """Rank 1 has a folder of its own, which lacks what rank 0 sees; then one that rank 0 refuses."""
     run_folder.VISIBLE_SECONDS = 0.2

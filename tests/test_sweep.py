@@ -1,14 +1,16 @@
 """Runs of a sweep: which text they see, and that they differ in what they are told to and in nothing else."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from nanochat import sweep
+from nanochat import dataset, sweep
 from nanochat.errors import UserError
-from nanochat.paths import tokenizer_dir
+from nanochat.paths import data_dir, tokenizer_dir
 from nanochat.sweep import Bench, Run, SweepSettings, open_text, train_run, use_rates_of
 from nanochat.token_files import write_tokens
 from nanochat.tokenizer import RustBPETokenizer
@@ -51,6 +53,36 @@ def test_text_is_new_at_every_step_the_same_for_a_seed_and_ends_in_an_error(prep
     assert text.val().shape == (16, 17) and text.vocab_size == 300
     with pytest.raises(UserError, match=r"new text for \d+ of --steps=500"):
         list(open_text(SweepSettings(**{**TINY, "steps": 500})).train(0))
+
+
+def test_the_recipe_tells_texts_apart(prepared, tmp_path):
+    """Other documents under the name of the same source are other text."""
+
+    def of():
+        settings = SweepSettings(**TINY)
+        return sweep.recipe(settings, open_text(settings).identity)
+
+    first = of()
+    assert first == of() and first["source"] == "pydocs"
+    sweep.open_folder(tmp_path / "out", first)
+    documents = [words(seed, 60) for seed in range(1, 121)]
+    shutil.rmtree(data_dir("pydocs"))
+    write_source([documents[:50], documents[50:100], documents[100:]])
+    other = of()
+    assert {name for name in first if first[name] != other[name]} == {"text"}
+    with pytest.raises(UserError, match="holds runs with text="):
+        sweep.open_folder(tmp_path / "out", other)
+
+
+def test_a_folder_is_the_same_text_however_it_is_named(store, tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.jsonl").write_text("".join(json.dumps({"text": words(seed, 60)}) + "\n" for seed in range(60)))
+    dataset.main(dataset.Settings(source=f"local:{tmp_path}/texts"))
+    RustBPETokenizer.train_from_iterator([words(7)], 290).save(tokenizer_dir())
+    monkeypatch.chdir(tmp_path)
+    named = [SweepSettings(**{**TINY, "source": f"local:{name}"}) for name in ("texts", str(tmp_path / "texts"))]
+    one, other = (sweep.recipe(settings, open_text(settings).identity) for settings in named)
+    assert one == other and one["source"] == f"local:{tmp_path}/texts"
 
 
 def test_no_document_is_seen_twice(prepared):

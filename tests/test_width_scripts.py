@@ -1,5 +1,6 @@
 """The run_*.sh scripts from the outside, with stand-ins for all that takes time: which commands they start."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.run_folder import OBSERVERS
+from scripts import base_train
+
 ROOT = Path(__file__).parent.parent
 BASIC, MUP, GROUP = "run_basic_speedrun.sh", "run_mup_width.sh", "run_mup_width_group_scaling.sh"
 
@@ -20,8 +24,10 @@ BASIC, MUP, GROUP = "run_basic_speedrun.sh", "run_mup_width.sh", "run_mup_width_
 PYTHON = """#!/usr/bin/env bash
 case $2 in nanochat.launch) exec "$REAL" "$@" ;; esac
 if [ "$2" = scripts.mup_transfer ] && [ -n "${REPORT:-}" ]; then exec "$REAL" "$@"; fi
+[ -z "${SLEEP:-}" ] || trap 'echo saved >"$CALLS.saved"; exit 0' TERM
+echo $$ >"$CALLS.pid"
 printf '%q ' "$(basename "$0")" "${NANOCHAT_RUN_ID:-none}" "${WANDB_PROJECT:-none}" "$@" >>"$CALLS" && echo >>"$CALLS"
-[ -z "${SLEEP:-}" ] || { trap 'echo saved >"$CALLS.saved"; exit 0' TERM; for i in {1..600}; do sleep 0.05; done; }
+[ -z "${SLEEP:-}" ] || for i in {1..600}; do sleep 0.05; done
 [ "${CODE:-0}" = 0 ] || exit "$CODE"
 folder=$NANOCHAT_BASE_DIR/checkpoints/base/$NANOCHAT_RUN_ID
 [ -z "${NANOCHAT_RUN_ID:-}" ] || { mkdir -p "$folder" && touch "$folder/COMPLETE"; }
@@ -88,7 +94,8 @@ def test_a_width_under_mup_with_further_flags_and_text(tree):
     code, _, err = run(tree, MUP, 1024, 768, 1000, 1337, "--depth=6", "--head_dim=64", "--no-compile", **environment)
     assert code == 0, err
     ((_, run_id, project, *words),) = calls(tree)
-    asked = {"--mup", "--width=1024", "--base-width=768", "--iterations=1000", "--seed=1337", "--run=a b"}
+    asked = {"--mup", "--width=1024", "--base-width=768", "--iterations=1000", "--seed=1337"}
+    asked |= {"--run=a b-w1024-base768"}
     assert asked | {"--depth=6", "--head-dim=64", "--no-compile", "--source=bin:fineweb10B"} <= set(words)
     assert "--depth=12" not in words and "--head-dim=128" not in words and project == "speedrun-mup"
     assert "1024" in run_id and "768" in run_id
@@ -191,13 +198,67 @@ def test_mistakes_in_the_environment_are_refused(tree, environment):
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and not calls(tree)
 
 
+def test_training_that_was_stopped_from_outside_is_not_taken_for_finished(tree):
+    """A signal that reaches training alone: it saves, and ends with 0, but it has not come to its end."""
+    process = start(tree, GROUP, 256, "512", 1000, 1337, SLEEP="1")
+    for _ in range(600):
+        if calls(tree):
+            break
+        time.sleep(0.05)
+    os.kill(int((tree / "calls.pid").read_text()), signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "call again to continue" in err and len(calls(tree)) == 1
+    (tree / "calls").unlink()
+    code, out, _ = run(tree, GROUP, 256, "512", 1000, 1337)
+    assert code == 0 and "finished before" not in out and len(calls(tree)) == 3
+
+
+def test_training_that_fails_at_once_fails_the_script(tree):
+    """So soon that bash has buried it before it is asked whether it lives."""
+    (tree / "dev/setup.sh").write_text('PATH=$PWD/bin:$PATH\nkill() { sleep 0.3; builtin kill "$@"; }\n')
+    code, _, _ = run(tree, BASIC, 768, 10, 1, CODE="3")
+    assert code == 3 and not (tree / "store/runs").exists()
+
+
+def test_what_only_observes_a_run_does_not_repeat_it(tree):
+    """Exactly those of base_train's settings that are OBSERVERS."""
+    names = [field.name for field in dataclasses.fields(base_train.Settings)]
+    flags = [f"--{name.replace('_', '-')}" for name in names]
+    shown = subprocess.run(
+        ["bash", "-c", 'source dev/width_runs.sh; deciding "$@"', "x", *(f"{flag}=1" for flag in flags), "--no-compile",
+         "--no-coord-check"],
+        cwd=tree, capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    expected = {f"{flag}=1" for flag, name in zip(flags, names, strict=True) if name not in OBSERVERS}
+    assert set(shown) == expected | {"--no-compile"} and len(expected) < len(flags)
+
+    assert run(tree, BASIC, 768, 1750, 1337)[0] == 0
+    watched = ["--eval-every=5", "--eval_tokens=64", "--monitor-interval=10", "--coord-check", "--device-batch-size=1"]
+    code, out, _ = run(tree, BASIC, 768, 1750, 1337, "--save-every=7", *watched, "--depth=12")
+    assert code == 0 and "finished before\n" in out and len(calls(tree)) == 1
+
+
+@pytest.mark.parametrize(("name", "expected"), [("us", "us-w{}"), ("auto", "auto"), ("dummy", "dummy")])
+def test_each_width_of_a_group_has_a_name_of_its_own(tree, name, expected):
+    assert run(tree, GROUP, 256, "512", 1000, 1337, WANDB_RUN=name)[0] == 0
+    named = [[word for word in call if word.startswith("--run=")] for call in calls(tree)[:2]]
+    assert named == [[f"--run={expected.format(width)}"] for width in (256, 512)]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [(BASIC, [768, 10, 1]), (MUP, [1024, 768, 10, 1]), (GROUP, [256, "512", 10, 1])],
+)
+def test_the_users_project_stands(tree, script, words):
+    assert run(tree, script, *words, WANDB_PROJECT="mine")[0] == 0
+    assert {call[2] for call in calls(tree)} == {"mine"}
+
+
 def test_a_signal_lets_training_save_and_nothing_follows(tree):
     process = start(tree, GROUP, 256, "512", 1000, 1337, SLEEP="1")
     for _ in range(600):
         if calls(tree):
             break
         time.sleep(0.05)
-    time.sleep(0.2)  # the stand-in sets its trap
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75 and (tree / "calls.saved").exists() and len(calls(tree)) == 1

@@ -7,17 +7,15 @@ go on where it stopped; files that are here are not fetched again. HF_ENDPOINT n
 always comes along.
 """
 
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nanochat import hub, shards
 from nanochat import settings as settings_module
+from nanochat.dataset import fetch_files
 from nanochat.errors import UserError
 from nanochat.settings import short, whole
-from nanochat.token_files import HEADER_BYTES, describe_folder, read_header, tokenized_dir
+from nanochat.token_files import describe_folder, read_header, tokenized_dir
 
 
 @dataclass(frozen=True)
@@ -65,51 +63,22 @@ def fetch(dataset: str, train_files: int, num_workers: int = 4) -> Path:
     if train_files > spec.train_files:
         raise UserError(f"--shards={train_files}: {dataset} has {spec.train_files} train files; choose 1 to that many")
     folder = tokenized_dir() / dataset
-    manifest = shards.load_manifest(folder)
     train = {f"{spec.name}_train_{index:06d}.bin": "train" for index in range(1, train_files + 1)}
-    wanted = {f"{spec.name}_val_000000.bin": "val", **train}
-    missing = [name for name in wanted if not _stands(folder / name, manifest["files"].get(name))]
-    if len(wanted) > len(missing):
-        print(f"{dataset}: {len(wanted) - len(missing)} of {len(wanted)} files are here")
-    stop = threading.Event()
-
-    def get(name: str, revision: str) -> str:
-        fetched = hub.download(
-            spec.repo,
-            name,
-            revision,
-            folder / name,
-            verify=lambda path: tokens.update({name: read_header(path, name)}),
-            otherwise="use scripts.data_process.tokenize_text, which needs none",
-            stop=stop,
-        )
-        about = {"source": dataset, "kind": "hub", "repo": spec.repo, "revision": fetched.revision}
-        entry = {"split": wanted[name], "size": fetched.size, "tokens": tokens[name]}
-        shards.update_manifest(folder, about, {name: entry})
-        print(f"{name}: {fetched.size / 1e6:,.1f} MB, {tokens[name]:,} tokens", flush=True)
-        return fetched.revision
-
-    tokens: dict[str, int] = {}
-    if missing:
-        # the first one alone: it fixes the commit for all others, and where there is no network it says so once
-        revision = get(missing[0], manifest.get("revision", "main"))
-        with ThreadPoolExecutor(num_workers) as pool:
-            futures = [pool.submit(get, name, revision) for name in missing[1:]]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+    fetch_files(
+        {"source": dataset, "kind": "hub", "repo": spec.repo},
+        "main",
+        folder,
+        {f"{spec.name}_val_000000.bin": "val", **train},
+        describe=lambda path, split, name: {
+            "split": split,
+            "size": path.stat().st_size,
+            "tokens": read_header(path, name),
+        },
+        counted="tokens",
+        otherwise="use scripts.data_process.tokenize_text, which needs none",
+        num_workers=num_workers,
+    )
     return folder
-
-
-def _stands(path: Path, entry: shards.Manifest | None) -> bool:
-    """Whether a file is here, as the manifest has it."""
-    if entry is None or not path.exists():
-        return False
-    return path.stat().st_size == entry["size"] == HEADER_BYTES + 2 * entry["tokens"]
 
 
 if __name__ == "__main__":
