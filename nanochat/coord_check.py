@@ -134,7 +134,7 @@ class CoordRecorder:
         self.model, self.path, self.rows = model, path, rows
 
     def record(self, step: int) -> dict[str, float]:
-        """Measure after `step` updates; returns mean |x| as metrics. Every rank must call it, and the first one writes."""
+        """Measure after `step` updates; returns mean |x| as metrics. Every rank must call it; the first one writes."""
         width = self.model.config.n_embd
         seen = measure(self.model, self.rows)
         if not dist.is_initialized() or dist.get_rank() == 0:

@@ -8,6 +8,8 @@
 Run it again to go on where it stopped; shards that are here are not fetched again. HF_ENDPOINT names a mirror.
 """
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -128,6 +130,15 @@ def iter_documents(source: str, split: Split) -> Iterator[str]:
 def dataset_bytes(source: str, split: Split) -> int:
     """UTF-8 bytes of text in one split, from the manifest. Raises UserError when there is none."""
     return sum(entry["utf8_bytes"] for entry in _entries(canonical(source), split).values())
+
+
+def text_hash(source: str) -> str:
+    """16 hex digits that change with the text of a source. Raises UserError when there is none, or a shard is gone."""
+    splits: tuple[Split, ...] = ("train", "val")
+    files = [[path.name, entry["split"], entry["sha256"]]
+             for split in splits if list_shards(source, split)
+             for path, entry in _entries(canonical(source), split).items()]  # fmt: skip
+    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]
 
 
 def _entries(source: str, split: Split) -> dict[Path, shards.Manifest]:

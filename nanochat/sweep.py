@@ -4,7 +4,6 @@ A model is built and compiled once for all runs of its width, the text is read o
 that ends is a line of DIR/runs.jsonl. What the runs say is the business of nanochat.transfer.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -18,17 +17,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from nanochat import parallel, shards, transfer
+from nanochat import parallel, transfer
 from nanochat.arch import ARCH_RATES, RATES, TRAINING, TUNED_AT, Arch, arch_config
 from nanochat.batching import plan_batch
 from nanochat.bin_loader import BinLoader
 from nanochat.dataloader import TrainLoader, row_batches
-from nanochat.dataset import list_shards
+from nanochat.dataset import text_hash
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.model_config import GPTConfig, InitSpec
 from nanochat.optim import MuonAdamW
-from nanochat.paths import data_dir
 from nanochat.runtime import compute_dtype, device_name
 from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, set_schedule
 from nanochat.settings import whole
@@ -162,7 +160,7 @@ def open_text(settings: SweepSettings) -> Text:
     plan = plan_batch(settings.total_batch_size, max(1, settings.total_batch_size // length), length, 1)
     identity = {"source": data.source, "tokens": data.fingerprint or data.tokenizer_hash}
     if data.folder is None:
-        identity["text"] = _text_hash(data.source)
+        identity["text"] = text_hash(data.source)
 
     def train(seed: int) -> Iterator[np.ndarray]:
         # token files keep their order, whatever the seed: seeds are given one stretch after the other
@@ -180,15 +178,6 @@ def open_text(settings: SweepSettings) -> Text:
 
     val = partial(data.val_rows, length, settings.eval_tokens)
     return Text(data.vocab_size, data.document_token, identity, train, val)
-
-
-def _text_hash(source: str) -> str:
-    """Changes with the text of a source. Raises UserError when there is none, or a shard is damaged."""
-    list_shards(source, "train")
-    list_shards(source, "val")
-    entries = shards.load_manifest(data_dir(source))["files"]
-    text = json.dumps([[name, entry["split"], entry["sha256"]] for name, entry in sorted(entries.items())])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _repeats(loader: TrainLoader | BinLoader) -> bool:

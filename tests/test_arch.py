@@ -155,7 +155,7 @@ def test_growing_windows_are_tensors():
 
 @torch.no_grad()
 def test_block_masks_give_the_same_and_growing_them_compiles_nothing():
-    """As on a GPU, where the compiled model makes masks for FlexAttention; forward alone, since a CPU has no backward."""
+    """As on a GPU, where the compiled model makes masks for FlexAttention; forward alone: a CPU has no backward."""
     model, idx = build(long_window=600, short_window=300, sequence_len=700, n_layer=4), text(1, 700, 3)
     dense = model(idx)
     model.block_masks = True

@@ -7,7 +7,6 @@ nanochat/token_files.py) and, last, their meta.json to tokenized_data/<source>-<
 for `scripts.base_train --source=bin:<source>-<tokenizer hash>`. <|bos|> starts every document.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -22,9 +21,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanochat import settings as settings_module
 from nanochat import shards
-from nanochat.dataset import canonical, dataset_bytes, iter_documents, list_shards
+from nanochat.dataset import canonical, dataset_bytes, iter_documents, text_hash
 from nanochat.errors import UserError
-from nanochat.paths import data_dir, slug
+from nanochat.paths import slug
 from nanochat.settings import whole
 from nanochat.token_files import HEADER_BYTES, MOST_IDS, Split, tokenized_dir, write_tokens
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -73,16 +72,12 @@ def main(settings: Settings) -> None:
 
 def describe(source: str, tokenizer: RustBPETokenizer, shard_tokens: int) -> dict[str, Any]:
     """meta.json but for the files: what is written depends on nothing else."""
-    for split in ("train", "val"):
-        list_shards(source, split)  # the text is there and whole
-    entries = shards.load_manifest(data_dir(source))["files"]
-    text = json.dumps([[name, entry["split"], entry["sha256"]] for name, entry in sorted(entries.items())])
     return {
         "vocab_size": tokenizer.get_vocab_size(),
         "document_token": tokenizer.get_bos_token_id(),
         "tokenizer_hash": tokenizer.hash,
         "source": source,
-        "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "text_hash": text_hash(source),
         "shard_tokens": shard_tokens,
     }
 
