@@ -1,6 +1,7 @@
 """Speed of the training step on one device, by attention kernel, on random tokens (no data loading).
 
     python -m benchmarks.train_speed --depth=12 --device-batch-size=32 --out=speed.json
+    python -m benchmarks.train_speed --arch=speedrun --vocab-size=50304 --max-seq-len=49152 --device-batch-size=1
 
 One step = forward, backward and optimizer on one device batch. Medians; the first steps, which compile, are left out.
 """
@@ -15,9 +16,10 @@ from typing import Annotated, Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from nanochat import attention
+from nanochat import attention, parallel
 from nanochat import settings as settings_module
-from nanochat.arch import model_config
+from nanochat.arch import Arch, model_config
+from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
 from nanochat.runtime import compute_dtype, compute_init, device_name, peak_flops, peak_memory_bytes, synchronize
 from nanochat.settings import whole
@@ -27,6 +29,10 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
 }
+
+
+FP8: tuple[Fp8, ...] = ("none", "head", "all")
+DOCUMENT_TOKENS = 690  # between starts of documents: the mean of FineWeb's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,8 @@ class Settings:
     """Rows per step."""
     max_seq_len: Annotated[int, whole(gte=1)] = 2048
     """Tokens per row."""
+    arch: Arch = "nanochat"
+    """nanochat: each attention kernel; speedrun: FlexAttention, with the head in bf16 and in 8 bits."""
     vocab_size: Annotated[int, whole(gte=1)] = 32768
     """Vocabulary."""
     steps: Annotated[int, whole(gte=1)] = 10
@@ -49,16 +57,18 @@ class Settings:
     """File for the results as JSON."""
 
 
-def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
+def measure(settings: Settings, device: torch.device, fp8: Fp8 = "none") -> dict[str, Any]:
     """Seconds a step, tokens/s, MFU and memory of one variant, with the kernels as they are set now."""
     torch._dynamo.reset()
     torch.cuda.reset_peak_memory_stats()
-    train = TrainSettings(depth=settings.depth, max_seq_len=settings.max_seq_len)
-    model = GPT(model_config(train, settings.vocab_size), compute_dtype(device)).to(device)
+    train = TrainSettings(arch=settings.arch, depth=settings.depth, max_seq_len=settings.max_seq_len)
+    model = GPT(model_config(train, settings.vocab_size, document_token=0), compute_dtype(device)).to(device)
     model.init_weights()
-    forward = torch.compile(model, dynamic=False)
+    apply_fp8(model, fp8)
+    forward = parallel.compile_model(model, parallel.Policy("ddp", model.compute_dtype))
     optimizer = model.setup_optimizer()
-    idx = torch.randint(settings.vocab_size, (settings.device_batch_size, settings.max_seq_len + 1), device=device)
+    idx = torch.randint(1, settings.vocab_size, (settings.device_batch_size, settings.max_seq_len + 1), device=device)
+    idx[:, ::DOCUMENT_TOKENS] = 0
 
     def step() -> None:
         forward(idx[:, :-1], idx[:, 1:]).backward()
@@ -94,10 +104,15 @@ def main(settings: Settings) -> None:
     *_, device = compute_init("cuda")
     usual = attention.GPU_KERNELS
     results = {}
-    for name, kernel in KERNELS.items():
-        attention.GPU_KERNELS = [kernel, *(k for k in usual if k is not kernel)]
-        results[name] = measure(settings, device)
-        print(name, results[name], flush=True)
+    if settings.arch == "nanochat":
+        for name, kernel in KERNELS.items():
+            attention.GPU_KERNELS = [kernel, *(k for k in usual if k is not kernel)]
+            results[name] = measure(settings, device)
+            print(name, results[name], flush=True)
+    else:
+        for fp8 in FP8:
+            results[f"fp8={fp8}"] = measure(settings, device, fp8)
+            print(f"fp8={fp8}", results[f"fp8={fp8}"], flush=True)
     report = {
         "device": device_name(device),
         "torch": torch.__version__,
