@@ -316,7 +316,8 @@ class GPT(nn.Module):
         if "value_embeds" in self.transformer:
             tables: Any = self.transformer["value_embeds"]
             values = [table(idx).to(self.compute_dtype) for table in tables]
-        outputs: list[Tensor] = []
+        middle = 2 * n // 3 - 1 if config.backout and n > 1 else -1
+        outputs: dict[int, Tensor] = {}  # only what is needed again: without gradients the others are freed
         for layer, block in enumerate(self.transformer.h):  # type: ignore[arg-type]
             if config.unet and layer >= n - n // 2:
                 x = x + self.skip_weights[layer - (n - n // 2)] * outputs[n - 1 - layer]
@@ -324,8 +325,9 @@ class GPT(nn.Module):
                 x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
             table = config.value_table(layer)
             x = block(x, values[table] if table is not None else None, around)
-            outputs.append(x)
-        return x - self.backout_lambda.to(x.dtype) * outputs[2 * n // 3 - 1] if config.backout and n > 1 else x
+            if (config.unet and layer < n // 2) or layer == middle:
+                outputs[layer] = x
+        return x - self.backout_lambda.to(x.dtype) * outputs[middle] if middle >= 0 else x
 
     def get_device(self) -> torch.device:
         return self.lm_head.weight.device

@@ -39,7 +39,7 @@ def store(tmp_path_factory) -> tuple[Path, str]:
             sequence_len=128, vocab_size=tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32
         )
         model = GPT(config)
-        model.init_weights()
+        model.init_weights(head_std=0.0)
         meta = {"model_config": vars(config), "settings": {"source": source}, "tokenizer_hash": tokenizer.hash}
         checkpoint.save(checkpoint_dir("base", "d1"), 7, model, None, meta)
     return folder / "base", source

@@ -17,7 +17,7 @@ from nanochat.arch import ARCH_RATES, arch_config
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, norm
-from nanochat.model_config import InitSpec
+from nanochat.model_config import VALUE_EMBED_STD, InitSpec
 from nanochat.mup import Dim, InfShape
 from nanochat.sharding import is_sharded, local
 from tests.processes import run_processes
@@ -142,7 +142,8 @@ def test_the_stated_init_is_what_is_drawn(init, zero_proj):
     spec = InitSpec(init, 3, 0.05, zero_proj, 0.5)
     config = make_config(128, 32, "speedrun", **EVERYTHING)
     model = GPT(config)
-    model.init_weights(*dataclasses.astuple(spec))
+    spec = dataclasses.replace(spec, value_embed_std=VALUE_EMBED_STD[config.value_embeds])
+    model.init_weights(spec.init, spec.seed, spec.head_std, spec.zero_proj, spec.gain)
     table = mup.mup_table(config, spec=spec)
     for name, param in model.named_parameters():
         found = param.std().item() if param.numel() > 1 else 0.0
