@@ -20,7 +20,7 @@ from nanochat.chat_loader import ChatLoader, ChatPacker, LossOn, Packing, evalua
 from nanochat.dataloader import target_batches
 from nanochat.errors import UserError
 from nanochat.loss import IGNORED
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import VAL_BPB, evaluate_bpb
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir
 from nanochat.report import write_section
@@ -302,7 +302,7 @@ def held_out_bpb(
 
     def measure(step: int) -> dict[str, float]:
         batches = target_batches(inputs, targets, recipe["device_batch_size"], device, rank, world_size)
-        return {"Loss/val_bpb": evaluate_bpb(forward, batches, token_bytes)}
+        return {VAL_BPB: evaluate_bpb(forward, batches, token_bytes)}
 
     return [Evaluation(settings.eval_every, True, measure)]
 

@@ -11,7 +11,6 @@ Only training is done in 8 bits: gpt.Linear asks for it in training mode with gr
 CPU the same numbers are computed in fp32 from the 8-bit values, which is slow, and there for tests.
 """
 
-import functools
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.errors import UserError
+from nanochat.kernels import kernel
 
 if TYPE_CHECKING:  # the model calls this file
     from nanochat.gpt import GPT
@@ -85,16 +85,6 @@ def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _transpose(values: Tensor) -> Tensor:
     as_bytes = values.view(torch.uint8)  # 0 in all formats is the byte 0, and every device can move bytes
     return F.pad(as_bytes, (0, 0, 0, -values.size(0) % MULTIPLE)).T.contiguous().view(values.dtype)
-
-
-@functools.cache
-def kernel(function: Any, on_gpu: bool) -> Any:
-    """`function` compiled for GPUs, where a chain of small operations would read and write memory at each link."""
-    if not on_gpu:
-        return function
-    # A variant for each shape and dtype: some 20 in a model whose blocks are in 8 bits; torch gives up after 8.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False)
 
 
 # ---- the operator

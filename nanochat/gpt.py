@@ -278,7 +278,7 @@ class GPT(nn.Module):
             weights = loss_weights.flatten() if loss_weights is not None else None
             flat = x.flatten(0, 1), self.lm_head, targets.flatten()
             return head_loss(*flat, LOGIT_CAP, loss_reduction, weights, scale)
-        return softcap(self.lm_head(x).float() * scale, LOGIT_CAP)
+        return softcap(self.lm_head(x).float(), LOGIT_CAP, scale)
 
     def embed(self, idx: Tensor, kv_cache: "KVCache | None") -> Tensor:
         """(B, T, C), normed, in the compute dtype; with `smear` each takes up some of the one before it."""
@@ -300,7 +300,7 @@ class GPT(nn.Module):
         if start + T > self.cos.size(1):
             raise UserError(f"{start + T} tokens are more than the {self.cos.size(1)} positions of the rotary table")
         tokens = idx
-        if kv_cache is not None:
+        if kv_cache is not None and (self.config.smear or self.config.document_token >= 0):
             tokens = kv_cache.insert_tokens(idx)
         documents = masks = None
         if self.config.document_token >= 0:

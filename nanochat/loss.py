@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.fp8 import E4M3, E5M2, MULTIPLE, Scaled, kernel, matmul, quantize, scale_of, to_format, transposed
+from nanochat.fp8 import E4M3, E5M2, MULTIPLE, Scaled, matmul, quantize, scale_of, to_format, transposed
+from nanochat.kernels import kernel
 
 Reduction = Literal["mean", "sum", "none"]
 IGNORED = -1  # target value of positions that carry no loss
@@ -35,9 +36,9 @@ class Head(Protocol):
     def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float, scale: float) -> Tensor: ...
 
 
-def softcap(logits: Tensor, cap: float) -> Tensor:
-    """cap * tanh(logits / cap): smooth, and never beyond ±cap."""
-    return cap * torch.tanh(logits / cap)
+def softcap(logits: Tensor, cap: float, scale: float = 1.0) -> Tensor:
+    """cap * tanh(scale * logits / cap): smooth, and never beyond ±cap. One pass over the logits, scaled or not."""
+    return cap * torch.tanh(logits / (cap / scale))
 
 
 def head_loss(
@@ -83,7 +84,7 @@ def fused_head_loss(
 
 
 def _row_losses(hidden: Tensor, lm_head: Head, targets: Tensor, cap: float, scale: float) -> Tensor:
-    logits = softcap(lm_head(hidden).float() * scale, cap)
+    logits = softcap(lm_head(hidden).float(), cap, scale)
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
 
@@ -104,7 +105,7 @@ def _fused_head_loss(
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # summed over many chunks
     rows = _chunk_rows(weight.size(0), weight.device)
-    gradient = _compiled_chunk_gradient() if hidden.device.type == "cuda" else _chunk_gradient
+    gradient = kernel(_chunk_gradient, hidden.is_cuda)
     for start in range(0, hidden.size(0), rows):
         piece = slice(start, start + rows)
         loss, grad_logits = gradient(hidden[piece] @ head.T, targets[piece], loss_weights[piece], cap, scale)
@@ -186,7 +187,7 @@ def _fp8_chunk_gradient(
 def _chunk_gradient_fp32(
     logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    capped = softcap(logits.float() * scale, cap)
+    capped = softcap(logits.float(), cap, scale)
     log_normaliser = torch.logsumexp(capped, dim=1, keepdim=True)
     weights = loss_weights.unsqueeze(1)  # 0 where there is no target
     index = targets.clamp(min=0).unsqueeze(1)
@@ -195,14 +196,3 @@ def _chunk_gradient_fp32(
     grad_capped = torch.exp(capped - log_normaliser) - is_target.float()
     grad = grad_capped * (1 - (capped / cap) ** 2) * (weights * scale)  # d softcap / d logit = 1 - tanh²
     return loss, grad
-
-
-_compiled = None
-
-
-def _compiled_chunk_gradient():
-    """The chunk's pointwise work as two passes over the logits instead of a dozen; compiled once, on first use."""
-    global _compiled
-    if _compiled is None:
-        _compiled = torch.compile(_chunk_gradient, dynamic=False)
-    return _compiled

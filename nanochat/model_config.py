@@ -92,7 +92,12 @@ class GPTConfig:
     def logit_multiplier(self) -> float:
         """Factor between lm_head and the softcap. Under muP it falls with 1/width (arXiv 2203.03466, table 8), so that
         the head's weights and their learning rate need not."""
-        return self.logit_scale * (self.mup_base_width / self.n_embd if self.mup_base_width else 1.0)
+        return self.logit_scale * self.width_multiplier
+
+    @property
+    def width_multiplier(self) -> float:
+        """Base width / width under muP, else 1."""
+        return self.mup_base_width / self.n_embd if self.mup_base_width else 1.0
 
     @property
     def branch_multiplier(self) -> float:
@@ -149,7 +154,7 @@ class InitSpec:
 
 
 # What learned scalars begin with.
-CONSTANTS: dict[str, float | list[float]] = {
+CONSTANTS: dict[str, float] = {
     "value_lambdas": 0.5,
     "resid_lambdas": 1.0,
     "x0_lambdas": 0.0,
@@ -171,7 +176,7 @@ def init_parameter(name: str, values: Tensor, spec: InitSpec) -> None:
     generator = torch.Generator(device=values.device).manual_seed(spec.seed ^ zlib.crc32(name.encode()))
     part = name.removesuffix(".weight").split(".")[-1]
     if part in CONSTANTS:
-        values.copy_(torch.tensor(CONSTANTS[part]).expand_as(values))
+        values.fill_(CONSTANTS[part])
     elif part.endswith("gate"):
         values.zero_()
     elif name == "transformer.wte.weight":

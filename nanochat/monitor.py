@@ -14,18 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.activation_stats import STATISTICS, summarize
+from nanochat.activation_stats import STATISTICS
 from nanochat.errors import UserError
 from nanochat.metrics import metric
-from nanochat.sharding import is_sharded, local
+from nanochat.sharding import is_sharded, local, replicas_of
 from nanochat.spectral import TINY, spectral_norms
 
-if TYPE_CHECKING:  # the model takes summarize from here
+if TYPE_CHECKING:
     from nanochat.gpt import GPT
     from nanochat.optim import MuonAdamW
-
-__all__ = ["PRESETS", "STATISTICS", "Monitor", "MonitorSettings", "Reading", "monitor_settings", "parse_interval",
-           "summarize"]  # fmt: skip
 
 PRESETS = {"production": 100, "research": 10, "validation": 1}
 HIDDEN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # matrices of a block
@@ -132,8 +129,6 @@ class Monitor:
         self.events = 0
         self.due = self.spectral = False
         self.before: list[Tensor] = []
-        if self.device.type == "cuda":  # twice the variants of a block, and torch gives up after 8
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     def restart(self) -> None:
         """What has been seen so far was a rehearsal: the first event is due again."""
@@ -201,7 +196,7 @@ class Monitor:
         nothing = torch.zeros((), device=self.device)
         squares = torch.stack([next(norms) if part.numel() else nothing for part in parts]).square()
         if any(is_sharded(param) for param in params):
-            copies = [_copies(param, self.world) for param in params]
+            copies = [replicas_of(param) if is_sharded(param) else self.world for param in params]
             squares = torch.stack([square / count for square, count in zip(squares.unbind(0), copies, strict=True)])
             dist.all_reduce(squares)
         by_label = squares.split([len(members) for members in labels.values()])
@@ -253,14 +248,3 @@ def _hidden(block: Any) -> list[tuple[str, Any]]:
     """(name, weight) of the matrices of a block that Muon trains."""
     params = dict(block.named_parameters())
     return [(name, params[f"{name}.weight"]) for name in HIDDEN if f"{name}.weight" in params]
-
-
-def _copies(param: Any, world: int) -> int:
-    """Ranks that hold the same part of it."""
-    if not is_sharded(param):
-        return world
-    copies = 1
-    for dim, placement in enumerate(param.placements):
-        if not placement.is_shard():
-            copies *= param.device_mesh.size(dim)
-    return copies

@@ -22,6 +22,7 @@ times base depth / depth, eps of what lies in them likewise, rates as they are.
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -106,6 +107,7 @@ def inf_shapes(config: GPTConfig) -> dict[str, InfShape]:
     }
 
 
+@functools.lru_cache(maxsize=8)
 def _fans(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """(fan out, fan in) of matrices, (n,) of vectors, by name. Embedding tables are stored the other way round."""
     with torch.device("meta"):
@@ -151,11 +153,6 @@ def _expected(name: str) -> Kind | None:
 # ---- what follows
 
 
-def output_multiplier(config: GPTConfig) -> float:
-    """Factor on the logits, outside lm_head: base width / width."""
-    return config.mup_base_width / config.n_embd if config.mup_base_width else 1.0
-
-
 def muon_lr_factor(shape: InfShape) -> float:
     """√((out/in) / (base out/base in)), less what the optimizer's own √max(1, out/in) has already changed of it."""
     out, into = shape.dims
@@ -181,13 +178,11 @@ def mup_table(config: GPTConfig, use_muon: bool = True, spec: InitSpec | None = 
 def _scaling(name: str, shape: InfShape, config: GPTConfig, use_muon: bool, spec: InitSpec) -> ParamScaling:
     kind = classify(name, shape)
     std = _init_std(name, kind, shape, spec)
-    eps = 1.0
-    if any(shape.infinite) and config.mup_base_width:
-        eps = config.mup_base_width / config.n_embd
+    eps = config.width_multiplier if any(shape.infinite) else 1.0
     if name.startswith(("transformer.h.", "transformer.value_embeds.")):  # gradients that come through a branch
         eps *= config.branch_multiplier
     if kind == "output":
-        return ParamScaling(kind, "adamw", std, eps=eps, multiplier=output_multiplier(config))
+        return ParamScaling(kind, "adamw", std, eps=eps, multiplier=config.width_multiplier)
     if kind != "hidden":
         return ParamScaling(kind, "adamw", std, eps=eps)
     lr = muon_lr_factor(shape) if use_muon else adamw_lr_factor(shape)

@@ -26,21 +26,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nanochat.sharding import is_sharded, local
+from nanochat.kernels import kernel
+from nanochat.sharding import is_sharded, local, replicas_of
 from nanochat.update_rules import POLAR_EXPRESS, adamw_update, muon_apply, muon_direction, nesterov
 
 IN_FLIGHT = 2  # buckets between the start of their update and its end
 BUCKET_ELEMENTS = 2**27  # of sharded matrices exchanged at a time: bounds the buffers, and leaves something to overlap
-
-
-@functools.cache
-def _kernel(function: Any, on_gpu: bool) -> Any:
-    """Fused on GPUs; on a CPU the compile would take longer than a small run."""
-    if on_gpu:
-        # nesterov() has a variant for each number of matrices and place of this replica's among them: 15 have been
-        # counted (hsdp on 3 nodes), and torch gives up after 8.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False, fullgraph=True) if on_gpu else function
 
 
 # ---- buckets
@@ -59,7 +50,7 @@ class _Bucket:
         self.grads: Tensor | None = None
 
     def kernel(self, function: Any) -> Any:
-        return _kernel(function, self.device.type == "cuda")
+        return kernel(function, self.device.type == "cuda")
 
     def scalars(self, *names: str) -> list[Tensor]:
         """Numbers of the group as 0-D tensors on the CPU, which kernels take as arguments."""
@@ -106,7 +97,7 @@ class _Rows(_Bucket):
         self.dealt = world > 1 and param.size(0) % world == 0
         self.world = world
         if self.sharded:
-            self.copies = _replicas(param)
+            self.copies = replicas_of(param)
         elif not self.dealt:
             self.copies = world
         self.rows = local(param).size(0) // (world if self.dealt else 1)
@@ -236,7 +227,7 @@ class _ShardedMatrices(_Bucket):
         super().__init__(group, [params[k] for k in order], [names[k] for k in order])
         mesh, placements = params[0].device_mesh, params[0].placements  # type: ignore[attr-defined]
         cut = next(dim for dim, placement in enumerate(placements) if placement.is_shard())
-        self.shards, self.copies = mesh.size(cut), _replicas(params[0])
+        self.shards, self.copies = mesh.size(cut), replicas_of(params[0])
         self.group_of_shards = mesh.get_group(cut)
         shard = mesh.get_local_rank(cut)
         replica, self.group_of_replicas = 0, None
@@ -323,10 +314,6 @@ def _moment(count: int, m: int, n: int) -> tuple[int, int, int]:
 
 def _stretch(param: Tensor) -> float:
     return math.sqrt(max(1.0, param.size(-2) / param.size(-1)))
-
-
-def _replicas(param: Any) -> int:
-    return math.prod(param.device_mesh.size(i) for i, p in enumerate(param.placements) if not p.is_shard())
 
 
 def _pad_rows(stacked: Tensor, rows: int) -> Tensor:
@@ -465,7 +452,7 @@ def _muon_buckets(group: dict[str, Any]) -> list[_Bucket]:
         size = max(world, BUCKET_ELEMENTS // params[0].numel())
         pieces += [(params[i : i + size], names[i : i + size]) for i in range(0, len(params), size)]
     # The first jobs go to different replicas: what one of them orthogonalises all others receive, padded to the most.
-    replicas = _replicas(group["params"][0])
+    replicas = replicas_of(group["params"][0])
     shards = world // replicas
     dealt = deal([_cost(p) for params, _ in pieces for p in params], world)
     owners = iter([(owner % replicas) * shards + owner // replicas for owner in dealt])

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.kernels import allow_variants
 from nanochat.model_config import InitSpec, init_parameter
 from nanochat.runtime import get_dist_info, print0, ranks_per_node
 from nanochat.sharding import is_sharded, local, row_range
@@ -163,9 +164,7 @@ def init_weights(model: GPT, spec: InitSpec) -> None:
 def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
     """What to train with, compiled: the whole model (ddp), or each block between its hooks."""
     model.block_masks = model.get_device().type == "cuda"  # compiled, FlexAttention skips what is masked
-    # All blocks share one code object: 15 variants with short and long windows, value embeddings, statistics and
-    # evaluation, and torch gives up on the ninth for good.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    allow_variants()
     if policy.strategy == "ddp":
         return torch.compile(model, dynamic=False)
     for block in model.transformer.h:  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 FSDP2 cuts along the first dimension as torch.chunk does: ceil(rows / ranks) rows a rank, fewer or none on the last.
 """
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -31,3 +32,8 @@ def row_range(tensor: Any) -> tuple[int, int]:
     per_rank = -(-rows // mesh.size(cut[0]))
     first = min(per_rank * mesh.get_local_rank(cut[0]), rows)
     return first, min(first + per_rank, rows)
+
+
+def replicas_of(tensor: Any) -> int:
+    """Ranks that hold the same part of a sharded tensor."""
+    return math.prod(tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if not p.is_shard())

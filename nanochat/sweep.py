@@ -240,8 +240,6 @@ class Bench:
             model.to_empty(device=self.device)
             forward: Callable[..., torch.Tensor] = model
             if self.device.type == "cuda":
-                # one function, compiled for each model in training and in evaluation
-                torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
                 forward = parallel.compile_model(model, policy)
             self.models[key] = model, forward
         return self.models[key]

@@ -21,8 +21,11 @@ PROJECT = "nanochat"
 def wandb_project(arch: str, mup: bool) -> str:
     """W&B project of a run: WANDB_PROJECT, else what it is one of (several widths that are compared are given theirs by
     scripts/run_mup_width_group_scaling.sh)."""
-    usual = {False: "speedrun-basic", True: "speedrun-mup"}[mup] if arch == "speedrun" else PROJECT
-    return os.environ.get("WANDB_PROJECT") or usual
+    if named := os.environ.get("WANDB_PROJECT"):
+        return named
+    if arch != "speedrun":
+        return PROJECT
+    return "speedrun-mup" if mup else "speedrun-basic"
 
 
 class Tracker:

@@ -122,17 +122,10 @@ class Settings(ArchSettings):
     """torch.compile; default: on CUDA only (on a CPU compiling takes longer than a small run)."""
 
 
-COORD_TOKENS = (
-    1024  # of a row that coordinates are recorded on: attention is not compiled there, and takes T x T memory
-)
-INHERITED = (
-    "source",
-    "max_seq_len",
-    "device_batch_size",
-    "total_batch_size",
-    "weight_decay",
-    "use_muon",
-)  # and the rates
+# Of a row that coordinates are recorded on: attention is not compiled there, and takes T x T memory.
+COORD_TOKENS = 1024
+# What later stages go on with, beside the rates.
+INHERITED = ("source", "max_seq_len", "device_batch_size", "total_batch_size", "weight_decay", "use_muon")
 
 
 def default_tag(settings: Settings) -> str:
@@ -190,9 +183,6 @@ def make_evaluations(
             return {VAL_LOSS: evaluate_loss(forward, batches, data.vocab_size, device)}
         return {VAL_BPB: evaluate_bpb(forward, batches, token_bytes)}
 
-    def coordinate_check(step: int) -> dict[str, float]:
-        return recorder.record(step)
-
     def core(step: int) -> dict[str, float]:
         assert bundle is not None and tokenizer is not None, "never due without an interval"
         with parallel.eager(model):  # prompts of many shapes: not to be compiled for each
@@ -219,7 +209,7 @@ def make_evaluations(
         Evaluation(settings.eval_every, True, val_loss),
         Evaluation(core_every, core_every > 0, core),
         Evaluation(sample_every, sample_every > 0, show_samples),
-        Evaluation(settings.coord_check_every if settings.coord_check else -1, settings.coord_check, coordinate_check),
+        Evaluation(settings.coord_check_every if settings.coord_check else -1, settings.coord_check, recorder.record),
     ]
 
 

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat import parallel
+from nanochat.activation_stats import STATISTICS, summarize
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.model_config import InitSpec
-from nanochat.monitor import STATISTICS, Monitor, MonitorSettings, monitor_settings, parse_interval, summarize
+from nanochat.monitor import Monitor, MonitorSettings, monitor_settings, parse_interval
 from nanochat.sharding import is_sharded, local, row_range
 from tests.processes import run_processes
 
