@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from nanochat.kernels import kernel
+
 Mask: TypeAlias = Tensor | BlockMask
 
 # cuDNN's kernel first: on an H200 a d12 training step (B=32, T=2048, H=6, D=128, bf16) runs at 539k tokens/s with it
@@ -123,6 +125,39 @@ def block_mask(documents: Tensor, window: Tensor) -> BlockMask:
     49,152 tokens, where torch's create_block_mask evaluates all 2.4 billion pairs at each step.
     """
     B, T = documents.shape
+    lists = _mask_blocks(documents, window)
+    names = (
+        f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
+    )
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = (query >= key) & (query - key <= window)
+        row = b if B > 1 else 0
+        return near & (documents[row, query] == documents[row, key])
+
+    return BlockMask(
+        seq_lengths=(T, T), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod, **dict(zip(names, lists, strict=True))
+    )
+
+
+@torch.library.custom_op("nanochat::mask_blocks", mutates_args=())
+def _mask_blocks(documents: Tensor, window: Tensor) -> list[Tensor]:
+    """Blocks seen in part and those seen whole, each by query block and by key block, each (how many (B, 1, n), their
+    numbers first in each row (B, 1, n, n)), int32. An operator of its own, whose results are laid out in order: where
+    torch 2.11 compiled this together with the attention, the kernel took the strides of one list for those of another
+    and blocks seen whole came out wrong on an H100, by 28 % of the output (tests/test_cuda.py)."""
+    return [part.contiguous() for part in kernel(_listed_blocks, documents.is_cuda)(documents, window)]
+
+
+@_mask_blocks.register_fake
+def _(documents: Tensor, window: Tensor) -> list[Tensor]:
+    B, count = documents.size(0), -(-documents.size(1) // BLOCK)
+    shapes = [(B, 1, count), (B, 1, count, count)] * 4
+    return [documents.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+
+def _listed_blocks(documents: Tensor, window: Tensor) -> tuple[Tensor, ...]:
+    T = documents.size(1)
     count = -(-T // BLOCK)
     first = documents[:, ::BLOCK]
     ends = torch.arange(1, count + 1, device=documents.device) * BLOCK - 1
@@ -131,19 +166,12 @@ def block_mask(documents: Tensor, window: Tensor) -> BlockMask:
     apart = (number.unsqueeze(1) - number) * BLOCK  # of query block i and key block j, first position to first
     some = (apart >= 0) & (apart - (BLOCK - 1) <= window) & (last.unsqueeze(1) >= first.unsqueeze(2))
     whole = (apart > 0) & (apart + (BLOCK - 1) <= window) & (first.unsqueeze(1) == last.unsqueeze(2))
-
-    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        near = (query >= key) & (query - key <= window)
-        row = b if B > 1 else 0
-        return near & (documents[row, query] == documents[row, key])
-
-    return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(T, T)
-    )
+    part = some & ~whole
+    return *_listed(part), *_listed(part.mT), *_listed(whole), *_listed(whole.mT)
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many key blocks each query block has (B, 1, n), their numbers first in each row (B, 1, n, n)), int32."""
+    """(how many are chosen in each row, their numbers first) of (B, n, n) bool."""
     order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32).unsqueeze(1), order.to(torch.int32).unsqueeze(1)
 

@@ -117,7 +117,8 @@ class CausalSelfAttention(nn.Module):
         # QK-norm keeps the attention logits bounded
         q, k = norm(rotate(q, around.cos, around.sin)), norm(rotate(k, around.cos, around.sin))
         if around.masks is not None:
-            y = masked_attention(q, k, v, around.masks[self.is_long], self.scale)
+            short, long = around.masks  # not indexed by a bool: torch 2.11 could not compile that
+            y = masked_attention(q, k, v, long if self.is_long else short, self.scale)
         else:
             starts = None
             if around.kv_cache is not None:

@@ -18,7 +18,7 @@ from nanochat.activation_stats import STATISTICS
 from nanochat.errors import UserError
 from nanochat.metrics import metric
 from nanochat.sharding import is_sharded, local, replicas_of
-from nanochat.spectral import TINY, spectral_norms
+from nanochat.spectral import TINY, Stack, in_order, spectral_norms, stacked_norms, stacks
 
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
@@ -128,7 +128,7 @@ class Monitor:
         self.stats = [torch.zeros((2, len(STATISTICS)), device=self.device) for _ in self.blocks]
         self.events = 0
         self.due = self.spectral = False
-        self.before: list[Tensor] = []
+        self.before: list[Any] = []  # Stacks of weights before the step; the sharded weights themselves, where they are
 
     def restart(self) -> None:
         """What has been seen so far was a rehearsal: the first event is due again."""
@@ -161,8 +161,10 @@ class Monitor:
         if not self.due:
             return
         self.detach()
-        if self.spectral:
-            self.before = [m.param.detach().clone() for m in self.matrices if m.mine or self.sharded]
+        if self.spectral and self.sharded:
+            self.before = [matrix.param.detach().clone() for matrix in self.matrices]
+        elif self.spectral:
+            self.before = list(stacks(self._mine()))
 
     @torch.no_grad()
     def after_update(self) -> Reading | None:
@@ -207,25 +209,29 @@ class Monitor:
         if not self.spectral or not self.matrices:
             return self._none()
         before, self.before = self.before, []
-        if self.sharded:
-            weights, steps = self._gathered(before)
-        else:
-            weights, steps = [m.param.detach() for m in self.matrices if m.mine], before
-            if steps:  # a rank may have none
-                torch._foreach_sub_(steps, weights)
-        count = len(self.matrices)
-        norms = torch.zeros((2, count), device=self.device)
+        norms = torch.zeros((2, len(self.matrices)), device=self.device)
+        found = self._gathered_norms(before) if self.sharded else self._own_norms(before)
         mine = [k for k, matrix in enumerate(self.matrices) if matrix.mine]
-        if mine:  # every world-th from the first
-            norms[0, mine[0] :: self.world] = spectral_norms(weights)[0]
-            norms[1, mine[0] :: self.world] = spectral_norms(steps)[0]
+        if mine:  # every world-th from the first; a rank may have none
+            norms[:, mine[0] :: self.world] = found
         if self.world > 1:
             dist.all_reduce(norms)
         names = [f"{kind}/{matrix.name}" for kind in (SPECTRAL_NORM, UPDATE_RATIO) for matrix in self.matrices]
         return names, torch.cat([norms[0], norms[1] / norms[0].clamp(min=TINY)])
 
-    def _gathered(self, before: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's whole matrices, and their steps, from cut ones. Collective."""
+    def _mine(self) -> list[Tensor]:
+        return [matrix.param.detach() for matrix in self.matrices if matrix.mine]
+
+    def _own_norms(self, before: list[Stack]) -> Tensor:
+        """(2, this rank's matrices): norms of the weights and of their steps. Overwrites `before`."""
+        found: list[list[tuple[list[int], Tensor]]] = [[], []]
+        for old, new in zip(before, stacks(self._mine()), strict=True):
+            for part, values in zip(found, (new.values, old.values.sub_(new.values)), strict=True):
+                part.append((new.indices, stacked_norms(values)[0]))
+        return torch.stack([in_order(part) for part in found])
+
+    def _gathered_norms(self, before: list[Tensor]) -> Tensor:
+        """The same from weights that are cut. Collective."""
         weights, steps = [], []
         for matrix, old in zip(self.matrices, before, strict=True):
             new = matrix.param.detach()
@@ -233,7 +239,7 @@ class Monitor:
             if matrix.mine:
                 weights.append(both[0])
                 steps.append(both[1])
-        return weights, steps
+        return torch.stack([spectral_norms(matrices)[0] for matrices in (weights, steps)])
 
     def _activations(self) -> tuple[list[str], Tensor]:
         if not self.settings.activations:

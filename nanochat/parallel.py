@@ -162,13 +162,14 @@ def init_weights(model: GPT, spec: InitSpec) -> None:
 
 
 def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
-    """What to train with, compiled: the whole model (ddp), or each block between its hooks."""
+    """What to train with, compiled: the whole model (ddp), or each block between its hooks. What cannot be compiled in
+    one piece is an error: torch 2.11 once ran the speedrun model in hundreds of small pieces without a word."""
     model.block_masks = model.get_device().type == "cuda"  # compiled, FlexAttention skips what is masked
     allow_variants()
     if policy.strategy == "ddp":
-        return torch.compile(model, dynamic=False)
+        return torch.compile(model, dynamic=False, fullgraph=True)
     for block in model.transformer.h:  # type: ignore[union-attr]
-        block.forward = torch.compile(block.forward, dynamic=False)
+        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
     return model
 
 

@@ -5,56 +5,76 @@ each is squared k times, so that the power 2^k costs k matrix products, which GP
 go together, and nothing is read back to the host.
 """
 
-from typing import Literal
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nanochat.kernels import kernel
 from nanochat.update_rules import exchange_dtype
 
 Method = Literal["gram", "ns5-fast", "ns3-accurate"]
 
 SQUARINGS = 8
-APPLICATIONS = 4  # of G^(2^k) to the start vector: powers for the price of a product with one column
-# G has norm 1, its largest eigenvalue is at least 1/sqrt(rank): three squarings later that is 2e-16 at rank 8192, far
-# from where bf16 and fp32 end, so that not each product needs two more passes over memory.
-SQUARINGS_PER_SCALE = 3
+APPLICATIONS = 2  # of G^(2^k) to the start vector: powers for the price of a product with one column
+# With trace √m, the largest eigenvalue of a Gram matrix (m, m) lies between 1/√m and √m: four squarings later at
+# most 2e31 for m = 8192, where bf16 and fp32 end at 3e38. So not each product needs another pass over memory.
+SQUARINGS_PER_SCALE = 4
 STACK_ELEMENTS = 2**27  # of the matrices treated at a time: bounds the memory
 SMALL = 256  # short sides below it cost little in fp32, and leave bf16's errors too few entries to average out
 TINY = 1e-30
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # by which, at most, σ₁ may lie outside the bounds
 
 
-def spectral_norms(
-    matrices: list[Tensor], method: Method = "gram", dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """(lower, upper), each (len(matrices),) fp32 in the order given: as `stacked_norms`, for matrices of any shapes."""
+class Stack(NamedTuple):
+    """Matrices of one shape."""
+
+    indices: list[int]
+    """Where each was in the list."""
+    values: Tensor
+    """(K, m, n) fp32."""
+
+
+def stacks(matrices: list[Tensor]) -> Iterator[Stack]:
+    """The matrices by shape, in the order in which shapes first occur, at most STACK_ELEMENTS at a time. Copies."""
     groups: dict[torch.Size, list[int]] = {}
     for index, matrix in enumerate(matrices):
         groups.setdefault(matrix.shape, []).append(index)
-    bounds: dict[int, tuple[Tensor, Tensor]] = {}
     for shape, indices in groups.items():
         each = max(1, STACK_ELEMENTS // shape.numel())
         for first in range(0, len(indices), each):
             chunk = indices[first : first + each]
-            both = stacked_norms(torch.stack([matrices[i] for i in chunk]), method, dtype)
-            bounds.update(zip(chunk, zip(*(bound.unbind(0) for bound in both), strict=True), strict=True))
-    if not matrices:
-        return torch.zeros(0), torch.zeros(0)
-    lower, upper = zip(*(bounds[index] for index in range(len(matrices))), strict=True)
-    return torch.stack(lower), torch.stack(upper)
+            yield Stack(chunk, torch.stack([matrices[i].float() for i in chunk]))
+
+
+def in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+    """Numbers (K,) of several stacks, with their indices, as the list had the matrices."""
+    found: dict[int, Tensor] = {}
+    for indices, numbers in parts:
+        found.update(zip(indices, numbers.unbind(0), strict=True))
+    return torch.stack([found[index] for index in range(len(found))]) if found else torch.zeros(0)
+
+
+def spectral_norms(
+    matrices: list[Tensor], method: Method = "gram", dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(lower, upper), each (len(matrices),) fp32 in the order given: as `stacked_norms`, for matrices of any shapes."""
+    found = [(indices, *stacked_norms(values, method, dtype)) for indices, values in stacks(matrices)]
+    return in_order([(part[0], part[1]) for part in found]), in_order([(part[0], part[2]) for part in found])
 
 
 @torch.no_grad()
 def stacked_norms(stacked: Tensor, method: Method = "gram", dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(lower, upper), each (K,) fp32: bounds of the largest singular value σ₁ of each matrix of `stacked` (K, m, n).
     Take `lower` as the value. dtype: of the squarings; default bf16 on GPUs where the short side is 256 or more, fp32
-    elsewhere. Singular values must lie between 1e-17 and 1e+17 (their squares must be numbers); zero matrices give 0.
+    elsewhere. Singular values must lie between 1e-15 and 1e+17 (their squares must be numbers); zero matrices give 0.
 
-    gram: G = WWᵀ, on the short side, is squared k = 8 times. A column of the result, which four products with it and
-    one in fp32 with Wᵀ polish to y, gives ‖Wy‖/‖y‖ ≤ σ₁ ≤ ‖G^(2^k)‖_F^(1/2^(k+1)) ≤ σ₁ · r^(1/2^(k+2)). The last factor
-    is 1.0065 at rank r = 768, and is reached where all singular values are equal. Rounding: the lower bound is made of
-    two fp32 norms of the same product, and holds to 1e-6 (with TF32, as compute_init allows it, to 5e-4 at worst). The
+    gram: G = WWᵀ, on the short side, is squared k = 8 times. A column of the result, which two products with it polish
+    to x, gives ‖Wᵀx‖/‖x‖ ≤ σ₁ ≤ ‖G^(2^k)‖_F^(1/2^(k+1)) ≤ σ₁ · r^(1/2^(k+2)). The last factor is 1.0065 at rank
+    r = 768, and is reached where all singular values are equal. Rounding: the lower bound is made of two fp32 norms and
+    a product in fp32, and holds to 1e-6 (with TF32, as compute_init allows it, to 5e-4 at worst). The
     upper one has fallen 2e-6 below σ₁ in fp32, 2e-5 with bf16 on dense matrices, where errors average out. Where they
     do not (few entries, a diagonal), bf16 can take 0.4 % off, or take one singular value for another up to 0.4 % above
     it; the upper bound is never given below the lower one. `ROUNDING` covers all this but TF32.
@@ -101,17 +121,26 @@ def _scaled(stacked: Tensor) -> tuple[Tensor, Tensor]:
     return stacked * factor.to(stacked.dtype), torch.where(norms > 0, -factor.log(), -torch.inf)
 
 
+def _rescaled(P: Tensor) -> tuple[Tensor, Tensor]:
+    """(P (K, m, m) of trace about √m, the logarithm of what it was divided by). Of positive semidefinite matrices only
+    the diagonal is looked at, which costs nothing; zero stays zero, with -inf."""
+    trace = P.diagonal(dim1=-2, dim2=-1).float().sum(-1)[:, None, None]
+    factor = _power_of_two(trace / math.sqrt(P.size(-1)))
+    return P * factor.to(P.dtype), torch.where(trace > 0, -factor.log(), -torch.inf)
+
+
 def _gram(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Bounds for W (K, m, n), m <= n."""
-    A = torch.empty(W.shape, dtype=dtype, device=W.device)
-    factor = _power_of_two(_norms(W))  # the squares of squares below must be numbers
-    torch.mul(W, factor, out=A)
-    P, log = _scaled(A @ A.mT)  # log: of what G^(2^j) was divided by, over 2^j
-    log = log - 2 * factor.log()
+    return kernel(_gram_bounds, W.is_cuda)(W, dtype)
+
+
+def _gram_bounds(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    A = W.to(dtype)
+    P, log = _rescaled(A @ A.mT)  # log: of what G^(2^j) was divided by, over 2^j
     for j in range(1, SQUARINGS + 1):
         P = P @ P
-        if j % SQUARINGS_PER_SCALE == 0 or j == SQUARINGS:
-            P, step = _scaled(P)
+        if j % SQUARINGS_PER_SCALE == 0:
+            P, step = _rescaled(P)
             log = log + step / 2**j
     upper = ((log + _norms(P).log() / 2**SQUARINGS) / 2).exp()
     # Each column of P is P times a unit vector; that of the largest entry of the diagonal has a share in the top
@@ -120,8 +149,8 @@ def _gram(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x = P.take_along_dim(best[:, None, None].expand(-1, P.size(-2), 1), dim=-1)
     for _ in range(APPLICATIONS):
         x = _scaled(P @ x)[0]
-    y = _scaled(W.mT @ x.float())[0]
-    lower = _norms(W @ y) / _norms(y).clamp(min=TINY)
+    x = x.float()
+    lower = _norms(W.mT @ x) / _norms(x).clamp(min=TINY)
     # Where bf16 has pushed the upper bound down, the lower one, in fp32, is the better upper bound.
     return lower.flatten(), torch.maximum(lower, upper).flatten()
 

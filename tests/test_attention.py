@@ -5,7 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
-from nanochat.attention import BLOCK, block_mask, causal_attention, dense_mask, make_masks, masked_attention
+from nanochat.attention import (
+    BLOCK,
+    _mask_blocks,
+    block_mask,
+    causal_attention,
+    dense_mask,
+    make_masks,
+    masked_attention,
+)
 
 
 def documents_of(lengths, rows=1):
@@ -57,6 +65,11 @@ def test_block_mask_names_exactly_the_blocks_that_matter(lengths, window, rows):
                     assert ((b, i, j) in whole) == bool(tile.all()), (i, j)
                 assert (b, i, j) not in whole or tile.all()
                 assert ((b, i, j) in partial | whole) == bool(tile.any()), (i, j)
+    by_key = [(made.q_num_blocks, made.q_indices), (made.full_q_num_blocks, made.full_q_indices)]  # for the gradients
+    for blocks, (counted, numbers) in zip((partial, whole), by_key, strict=True):
+        assert blocks == {
+            (b, int(i), j) for b in range(B) for j in range(count) for i in numbers[b, 0, j, : int(counted[b, 0, j])]
+        }
     query, key = torch.arange(T).unsqueeze(1), torch.arange(T).unsqueeze(0)
     for b in range(B):
         seen = made.mask_mod(torch.tensor(b), torch.tensor(0), query, key)
@@ -93,3 +106,10 @@ def test_scale_and_documents_of_causal_attention():
     torch.testing.assert_close(whole, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
     last = causal_attention(q[:, 9:], k, v, -1, None, documents, 0.5)
     torch.testing.assert_close(last, whole[:, 9:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_compiler_is_told_how_lists_of_blocks_are_laid_out():
+    """The attention kernel goes by one list's strides in reading the others."""
+    documents, window = documents_of([300, 100, 600], rows=2), torch.tensor(300.0)
+    torch.library.opcheck(_mask_blocks, (documents, window))
+    assert all(part.is_contiguous() for part in _mask_blocks(documents, window))

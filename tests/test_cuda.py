@@ -1,0 +1,258 @@
+"""What only a GPU can show: compiled FlexAttention, 8-bit matmuls and the instruments, against eager references.
+
+Skipped where there is no CUDA device. In fp32 unless said, so that errors of the code are not hidden by those of bf16.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from nanochat import parallel
+from nanochat.arch import arch_config
+from nanochat.attention import GPU_KERNELS, make_masks, masked_attention
+from nanochat.fp8 import CAPABILITY, apply_fp8
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.model_config import InitSpec
+from nanochat.monitor import Monitor, MonitorSettings
+from nanochat.optim import MuonAdamW
+from nanochat.spectral import spectral_norms
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DDP = parallel.Policy("ddp", torch.float32)
+BOS = 0
+EVERYTHING = {"attn_gate": True, "smear": True, "backout": True}
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """No TF32, and no compiled code of the test before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    torch._dynamo.reset()
+    yield
+    torch.set_float32_matmul_precision(before)
+    torch._dynamo.reset()
+
+
+def build(arch: str = "speedrun", dtype: torch.dtype = torch.float32, width: int = 256, **changes) -> GPT:
+    """12 layers of the speedrun architecture, no weight zero, or a small classic one."""
+    windows = {"long_window": 384, "short_window": 128} if arch == "speedrun" else {}
+    config = arch_config(
+        arch,  # type: ignore[arg-type]
+        n_layer=12 if arch == "speedrun" else 2,
+        n_embd=width,
+        head_dim=64,
+        vocab_size=512,
+        sequence_len=1024,
+        document_token=BOS if arch == "speedrun" else -1,
+        **{**windows, **changes},
+    )
+    model = GPT(config, dtype).cuda()
+    parallel.init_weights(model, InitSpec(seed=1, head_std=0.05, zero_proj=False))
+    generator = torch.Generator("cuda").manual_seed(2)
+    with torch.no_grad():  # what begins as nothing takes part
+        for name, param in model.named_parameters():
+            if "gate" in name or param.ndim == 1:
+                param.add_(0.2 * torch.randn(param.shape, generator=generator, device="cuda"))
+    return model
+
+
+def text(seed: int = 0, rows: int = 2, length: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of documents in which each token is the one before plus 1 or 2: something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 3, (rows, length + 1), generator=generator).cumsum(1) % 512
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.01] = BOS
+    tokens[:, 0] = BOS
+    return tokens[:, :-1].contiguous().cuda(), tokens[:, 1:].contiguous().cuda()
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.mark.parametrize("length", [256, 1000])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_compiled_flex_attention_is_dense_attention(length, grouped):
+    """Forward and backward, rows that do not divide by the block and grouped heads included."""
+    torch.manual_seed(0)
+    shape, key_shape = (2, length, 4, 64), (2, length, 2 if grouped else 4, 64)
+    drawn = [torch.randn(s, device="cuda", requires_grad=True) for s in (shape, key_shape, key_shape)]
+    grad = torch.randn(shape, device="cuda")
+    idx = torch.randint(0, 60, (2, length), device="cuda")
+    documents = (idx == BOS).cumsum(1)
+    windows = torch.tensor([96.0, 300.0], device="cuda")
+
+    def attend(q, k, v, documents, windows, blocks):
+        masks = make_masks(documents, windows, idx, blocks=blocks)
+        return masked_attention(q, k, v, masks[0], 0.12) + masked_attention(q, k, v, masks[1], 0.12)
+
+    wanted = attend(*drawn, documents, windows, False)
+    wanted_grads = torch.autograd.grad(wanted, drawn, grad)
+    found = torch.compile(attend, dynamic=False)(*drawn, documents, windows, True)
+    found_grads = torch.autograd.grad(found, drawn, grad)
+    for one, other in zip((found, *found_grads), (wanted, *wanted_grads), strict=True):
+        assert relative(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("features", [{}, EVERYTHING, {"value_embeds": "gated"}])
+def test_the_compiled_speedrun_model_is_the_eager_one(features):
+    """Loss and every gradient, with block masks against dense ones, at two lengths of the windows."""
+    model = build(**features)
+    compiled = parallel.compile_model(model, DDP)
+    for long in (384, 128):
+        model.set_window(long)
+        inputs, targets = text(long)
+        with parallel.eager(model):
+            wanted = model(inputs, targets)
+            wanted.backward()
+        gradients = {name: param.grad for name, param in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        found = compiled(inputs, targets)
+        found.backward()
+        assert relative(found, wanted) < 1e-5
+        for name, param in model.named_parameters():
+            # sums of many terms that cancel, such as those of scalars, lose digits
+            assert relative(param.grad, gradients[name]) < 2e-3, name
+        model.zero_grad(set_to_none=True)
+
+
+def test_growing_windows_compile_nothing_and_wait_for_nothing():
+    model = build()
+    compiled = parallel.compile_model(model, DDP)
+    optimizer = model.setup_optimizer()
+    inputs, targets = text()
+
+    def step(long: int) -> None:
+        model.set_window(long)
+        compiled(inputs, targets).backward()
+        optimizer.step(max_norm=1.0)
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(2):
+        step(384)
+    torch.cuda.synchronize()
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for long in (128, 256, 384):
+            step(long)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+
+
+def losses_of(model: GPT, optimizer: MuonAdamW, steps: int) -> list[float]:
+    compiled = parallel.compile_model(model.train(), DDP)
+    found = []
+    for step in range(steps):
+        loss = compiled(*text(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found.append(loss.detach())
+    return torch.stack(found).tolist()
+
+
+@pytest.mark.parametrize("arch", ["nanochat", "speedrun"])
+@pytest.mark.parametrize("use_muon", [True, False])
+def test_mup_at_the_base_width_is_the_standard_parametrisation_bit_for_bit(arch, use_muon):
+    weights = []
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the gradient of an embedding is summed in any order
+    try:
+        for base in (0, 256):
+            model = build(arch, torch.bfloat16, mup_base_width=base)
+            losses = losses_of(model, model.setup_optimizer(use_muon=use_muon), 20)
+            weights.append((losses, [param.detach().clone() for param in model.parameters()]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert weights[0][0] == weights[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(weights[0][1], weights[1][1], strict=True))
+
+
+@pytest.mark.parametrize("which", ["head", "all"])
+def test_training_in_8_bits_follows_training_in_16(which):
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("needs a GPU with 8-bit matmuls")
+    curves = []
+    for fp8 in ("none", which):
+        model = build(dtype=torch.bfloat16)
+        apply_fp8(model, fp8)
+        curves.append(losses_of(model, model.setup_optimizer(), 30))
+    usual, found = (torch.tensor(curve) for curve in curves)
+    assert found.isfinite().all() and (found - usual).abs().max() < 0.05
+    assert not torch.equal(found, usual) and found[-1] < found[0] - 0.3
+
+
+def test_8_bits_are_for_training_only():
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("needs a GPU with 8-bit matmuls")
+    model = build(dtype=torch.bfloat16).eval()
+    inputs, targets = text()
+    with torch.no_grad():
+        usual = model(inputs, targets)
+        apply_fp8(model, "all")
+        assert torch.equal(model(inputs, targets), usual)
+
+
+def test_the_monitor_reads_what_is_there_and_waits_for_nothing():
+    """Against fp64 SVD and eager sums; between the start of an event and its reading nothing is read back."""
+    config = GPTConfig(sequence_len=256, vocab_size=512, n_layer=3, n_head=4, n_kv_head=4, n_embd=256)
+    model = GPT(config, torch.bfloat16).cuda()
+    parallel.init_weights(model, InitSpec(seed=1, head_std=0.05, zero_proj=False))
+    compiled = parallel.compile_model(model, DDP)
+    optimizer = model.setup_optimizer()
+    monitor = Monitor(model, optimizer, MonitorSettings(1))
+    plain = copy.deepcopy(model)
+    inputs, targets = text(length=256)
+    for number in range(4):
+        before = {name: param.detach().clone() for name, param in model.named_parameters()}
+        if number == 3:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            monitor.start(number)
+            compiled(inputs, targets).backward()
+            monitor.before_update()
+            optimizer.step(max_norm=1.0)
+            optimizer.zero_grad(set_to_none=True)
+            reading = monitor.after_update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    figures = reading.read()
+    for matrix in monitor.matrices:
+        new, old = matrix.param.detach().double(), before[f"transformer.h.{matrix.name}.weight"].double()
+        top, step = (torch.linalg.svdvals(m)[0].item() for m in (new, new - old))
+        assert figures[f"Model/spectral_norm/{matrix.name}"] == pytest.approx(top, rel=2.5e-3)
+        assert figures[f"Model/update_ratio/{matrix.name}"] == pytest.approx(step / top, rel=5e-3)
+    plain.load_state_dict(before)
+    seen = {}
+    for layer, block in enumerate(plain.transformer.h):
+        for branch in ("attn", "mlp"):
+            hook = lambda module, args, output, name=f"{layer}.{branch}": seen.update({name: output.float()})  # noqa: E731
+            getattr(block, branch).register_forward_hook(hook)
+    plain(inputs, targets)
+    for name, x in seen.items():
+        assert figures[f"Activations/l2/{name}"] == pytest.approx(x.square().mean().sqrt().item(), rel=0.02)
+        assert figures[f"Activations/max/{name}"] == pytest.approx(x.max().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072)])
+def test_spectral_norms_in_bf16(shape):
+    """Gaussian and as flat as Muon leaves them."""
+    gaussian = torch.randn(shape, device="cuda")
+    left, _, right = torch.linalg.svd(gaussian, full_matrices=False)
+    flat = (left * (0.8 + 0.4 * torch.rand(left.size(1), device="cuda"))) @ right
+    matrices = [gaussian, flat]
+    true = torch.stack([torch.linalg.svdvals(matrix.double())[0] for matrix in matrices])
+    lower, upper = spectral_norms(matrices)
+    assert ((lower / true - 1).abs() < 2.5e-3).all()
+    assert (lower <= true * (1 + 1e-5)).all() and (upper >= true * (1 - 1e-3)).all()
+
+
+def test_the_order_of_attention_kernels_is_accepted():
+    """The sets that nanochat.attention asks for exist on this GPU."""
+    model = build("nanochat", torch.bfloat16)
+    inputs, targets = text()
+    assert len(GPU_KERNELS) == 4
+    assert model(inputs, targets).isfinite()
