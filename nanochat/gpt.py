@@ -154,7 +154,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     stats: Tensor | None = None
-    """(2, 6) fp32: where statistics of what attention and MLP add are written to; None: not taken (nanochat.monitor)"""
+    """(2, 5) fp32: where statistics of what attention and MLP add are written to; None: not taken (nanochat.monitor)"""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ UPDATE_RATIO = metric("Model/update_ratio", "largest singular value of the step 
 ACTIVATIONS = {
     name: metric(f"Activations/{name}", f"{what} of what a layer's attention or MLP adds (/layer.branch)")
     for name, what in zip(
-        STATISTICS, ("mean", "standard deviation", "maximum", "minimum", "root mean square", "mean size"), strict=True
+        STATISTICS, ("mean", "standard deviation", "maximum", "minimum", "root mean square"), strict=True
     )
 }
 

@@ -121,12 +121,12 @@ def _scaled(stacked: Tensor) -> tuple[Tensor, Tensor]:
     return stacked * factor.to(stacked.dtype), torch.where(norms > 0, -factor.log(), -torch.inf)
 
 
-def _rescaled(P: Tensor) -> tuple[Tensor, Tensor]:
-    """(P (K, m, m) of trace about √m, the logarithm of what it was divided by). Of positive semidefinite matrices only
-    the diagonal is looked at, which costs nothing; zero stays zero, with -inf."""
+def _factor(P: Tensor) -> tuple[Tensor, Tensor]:
+    """(power of two (K, 1, 1) that takes P (K, m, m) to a trace of about √m, minus its logarithm). Of positive
+    semidefinite matrices only the diagonal is looked at, which costs nothing; -inf for zero."""
     trace = P.diagonal(dim1=-2, dim2=-1).float().sum(-1)[:, None, None]
     factor = _power_of_two(trace / math.sqrt(P.size(-1)))
-    return P * factor.to(P.dtype), torch.where(trace > 0, -factor.log(), -torch.inf)
+    return factor.to(P.dtype), torch.where(trace > 0, -factor.log(), -torch.inf)
 
 
 def _gram(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -136,19 +136,21 @@ def _gram(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _gram_bounds(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     A = W.to(dtype)
-    P, log = _rescaled(A @ A.mT)  # log: of what G^(2^j) was divided by, over 2^j
-    for j in range(1, SQUARINGS + 1):
-        P = P @ P
+    P = A @ A.mT
+    log = torch.zeros((), device=W.device)  # of what G^(2^j) has been divided by, over 2^j
+    for j in range(SQUARINGS):
         if j % SQUARINGS_PER_SCALE == 0:
-            P, step = _rescaled(P)
-            log = log + step / 2**j
-    upper = ((log + _norms(P).log() / 2**SQUARINGS) / 2).exp()
+            factor, step = _factor(P)
+            P, log = P * factor, log + step / 2**j
+        P = P @ P
+    factor, step = _factor(P)
+    upper = ((log + (step + _norms(P * factor).log()) / 2**SQUARINGS) / 2).exp()
     # Each column of P is P times a unit vector; that of the largest entry of the diagonal has a share in the top
     # eigenvector, which a fixed start need not have.
     best = P.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)
-    x = P.take_along_dim(best[:, None, None].expand(-1, P.size(-2), 1), dim=-1)
+    x = P.take_along_dim(best[:, None, None].expand(-1, P.size(-2), 1), dim=-1) * factor
     for _ in range(APPLICATIONS):
-        x = _scaled(P @ x)[0]
+        x = _scaled(P @ x * factor)[0]
     x = x.float()
     lower = _norms(W.mT @ x) / _norms(x).clamp(min=TINY)
     # Where bf16 has pushed the upper bound down, the lower one, in fp32, is the better upper bound.
