@@ -1,14 +1,17 @@
 """Runs of a learning-rate sweep: short trainings on text that is new at every step, the same for all that are compared.
 
 A model is built and compiled once for all runs of its width, the text is read once for all runs of a seed, and each run
-that ends is a line of DIR/runs.jsonl. What the runs say is the business of nanochat.transfer.
+that ends is a line of DIR/runs.jsonl. Several processes may work on one folder: a run belongs to whoever has locked its
+file in DIR/claims. What the runs say is the business of nanochat.transfer.
 """
 
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -134,6 +137,35 @@ def append_run(folder: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def claim(folder: Path, run: Run) -> Iterator[bool]:
+    """Whether this process may make the run: nobody else can while this is entered, and anybody when the process ends,
+    however it ends. False where another one has it, or has made it."""
+    path = folder / "claims" / str(run)
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield run not in finished_runs(folder)
+        path.unlink(missing_ok=True)
+
+
+def in_turn(folder: Path, runs: Sequence[Run], built: Container[tuple[bool, int]]) -> Iterator[Run]:
+    """Runs that are not finished, in the order in which this process should try to claim them: as they are given, so
+    that all widths go seed by seed, but those of models that others are training last, since it would have to compile
+    those first. built: (mup, width) of models that this process has."""
+    done = finished_runs(folder)
+    others = {path.name.rpartition(" x")[0] for path in (folder / "claims").glob("*")}
+
+    def foreign(run: Run) -> bool:
+        return run[:2] not in built and str(run).rpartition(" x")[0] in others
+
+    yield from sorted((run for run in runs if run not in done), key=foreign)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

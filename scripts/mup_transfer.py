@@ -7,8 +7,10 @@
 
 Every step of a run sees new text, and runs of one seed see the same text in the same order, whatever their width, rate
 and parametrisation: what differs between two of them is not their data. Each run that ends is written to DIR/runs.jsonl
-at once and not repeated when the same command is given again. The result is the loss on validation rows, the same for
-all. No weight decay, no gradient clipping, windows at full length; schedule and initialisation are those of --arch.
+at once and not repeated when the same command is given again. Given several times at once with the same --out, the
+command shares its runs among the processes: one a GPU, or several on one, which narrow models leave idle most of the
+time. The result is the loss on validation rows, the same for all. No weight decay, no gradient clipping, windows at
+full length; schedule and initialisation are those of --arch.
 
 The control (--control) is the standard parametrisation with the rates of the base width at every width, since that is
 what "the same learning rate" means without muP. At the base width the two are the same model with the same rates, so
@@ -42,7 +44,9 @@ from nanochat.sweep import (
     SweepSettings,
     Text,
     append_run,
+    claim,
     finished_runs,
+    in_turn,
     open_folder,
     open_text,
     recipe,
@@ -126,7 +130,7 @@ def _numbers(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 def train_sweep(settings: Settings, text: Text, plan: Plan, folder: Path, device: torch.device) -> None:
-    """Every run of the plan that has not been done, as far as the time allows."""
+    """Every run of the plan that has neither been done nor is being done by another process, as far as time allows."""
     done = finished_runs(folder)
     todo = [run for run in plan.runs if run not in done]
     if not todo:
@@ -135,17 +139,30 @@ def train_sweep(settings: Settings, text: Text, plan: Plan, folder: Path, device
     print0(f"{len(todo)} of {len(plan.runs)} runs to do on {device_name(device)}, in {folder}")
     bench = Bench(settings, text, device)
     seconds = {(run.mup, run.width): record["seconds"] for run, record in done.items()}
-    for count, run in enumerate(todo):
-        elapsed = time.perf_counter() - started
-        expected = seconds.get((run.mup, run.width), max(seconds.values(), default=0.0))
-        if settings.time_budget_minutes and elapsed + expected > 60 * settings.time_budget_minutes:
-            print0(f"the time is up with {len(todo) - count} runs to do: the same command goes on from here")
-            return
-        record = train_run(bench, run)
-        append_run(folder, record)
-        seconds[run.mup, run.width] = record["seconds"]
-        loss = "diverged" if record["loss"] is None else f"loss {record['loss']:.4f}"
-        print0(f"{len(plan.runs) - len(todo) + count + 1}/{len(plan.runs)} {run}: {loss}, {record['seconds']:.1f} s")
+
+    def made_one() -> bool:
+        """Make the next run; False: there is none that is not another process's, or no time for it."""
+        for run in in_turn(folder, plan.runs, bench.models):
+            elapsed = time.perf_counter() - started
+            expected = seconds.get((run.mup, run.width), max(seconds.values(), default=0.0))
+            if settings.time_budget_minutes and elapsed + expected > 60 * settings.time_budget_minutes:
+                print0("the time is up: the same command goes on from here")
+                return False
+            with claim(folder, run) as mine:
+                if not mine:
+                    continue
+                record = train_run(bench, run)
+                append_run(folder, record)
+            seconds[run.mup, run.width] = record["seconds"]
+            loss = "diverged" if record["loss"] is None else f"loss {record['loss']:.4f}"
+            print0(f"{len(finished_runs(folder))}/{len(plan.runs)} {run}: {loss}, {record['seconds']:.1f} s")
+            return True
+        return False
+
+    while made_one():
+        pass
+    if left := len(set(plan.runs) - set(finished_runs(folder))):
+        print0(f"{left} of {len(plan.runs)} runs are not done, or not yet by another process")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_a_sweep_is_resumed_where_it_stopped(prepared, tmp_path, capsys):
     budget = Settings(**SMALL, out=str(tmp_path / "out"), control=True, time_budget_minutes=1e-9)
     main(budget)
     out = capsys.readouterr().out
-    assert "the time is up with 9 runs to do" in out and "nothing to report yet" in out
+    assert "the time is up" in out and "9 of 9 runs are not done" in out and "nothing to report yet" in out
     assert finished_runs(tmp_path / "out") == {}
     main(settings)
     out = capsys.readouterr().out

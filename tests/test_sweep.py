@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from nanochat import dataset, sweep
 from nanochat.errors import UserError
 from nanochat.paths import data_dir, tokenizer_dir
-from nanochat.sweep import Bench, Run, SweepSettings, open_text, train_run, use_rates_of
+from nanochat.sweep import Bench, Run, SweepSettings, claim, in_turn, open_text, train_run, use_rates_of
 from nanochat.token_files import write_tokens
 from nanochat.tokenizer import RustBPETokenizer
 from tests.test_base_train import words
@@ -186,3 +187,52 @@ def test_a_sweep_moves_the_rates_it_names_and_no_others(prepared, which, moved):
         names = {name for name in base if part in name}
         assert names and (names <= changed if part in moved else not names & changed)
     assert all(swept[name] == pytest.approx(4 * base[name]) for name in changed)
+
+
+# ---- sharing
+
+
+def runs_of(*widths):
+    return [Run(True, width, rate, seed) for seed in (0, 1) for width in widths for rate in (0.0, 1.0)]
+
+
+def test_a_run_belongs_to_one_process_and_is_free_again_when_that_ends(tmp_path):
+    run, other = runs_of(32)[:2]
+    with claim(tmp_path, run) as mine, claim(tmp_path, run) as again, claim(tmp_path, other) as free:
+        assert (mine, again, free) == (True, False, True)
+    with claim(tmp_path, run) as mine:
+        assert mine
+        sweep.append_run(tmp_path, {**run._asdict(), "loss": 1.0})
+    with claim(tmp_path, run) as mine:
+        assert not mine  # it is made
+    assert list(in_turn(tmp_path, runs_of(32), set())) == runs_of(32)[1:]
+
+
+def test_processes_leave_the_models_of_others_for_last(tmp_path):
+    runs = runs_of(32, 64, 96)
+    assert list(in_turn(tmp_path, runs, set())) == runs  # seed by seed
+    with claim(tmp_path, runs[0]), claim(tmp_path, runs[2]):  # widths 32 and 64
+        order = list(in_turn(tmp_path, runs, {(True, 64)}))
+    assert order == [run for run in runs if run.width != 32] + [run for run in runs if run.width == 32]
+
+
+def share(rank, folder, names):
+    settings = SweepSettings(**TINY)
+    text = open_text(settings)
+    sweep.open_folder(folder, sweep.recipe(settings, text.identity))
+    ours = Bench(settings, text, CPU)
+    for run in runs_of(32, 48):
+        with claim(folder, run) as mine:
+            if mine:
+                sweep.append_run(folder, train_run(ours, run))
+                names.append(str(run))
+
+
+def test_two_processes_make_each_run_once_and_the_same(prepared, tmp_path):
+    with mp.get_context("forkserver").Manager() as manager:
+        names = manager.list()
+        mp.start_processes(share, (tmp_path, names), nprocs=2, start_method="forkserver")
+        assert sorted(names) == sorted(map(str, runs_of(32, 48)))
+    alone = bench()
+    for run, record in sweep.finished_runs(tmp_path).items():
+        assert record["loss"] == train_run(alone, run)["loss"]
