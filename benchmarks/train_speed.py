@@ -2,8 +2,10 @@
 
     python -m benchmarks.train_speed --depth=12 --device-batch-size=32 --out=speed.json
     python -m benchmarks.train_speed --arch=speedrun --vocab-size=50304 --max-seq-len=49152 --device-batch-size=1
+    python -m benchmarks.train_speed ... --accumulation=8      the record's step of 393,216 tokens on one GPU
 
-One step = forward, backward and optimizer on one device batch. Medians; the first steps, which compile, are left out.
+One step = forward and backward of so many device batches, and the optimizer. Medians; the first steps, which compile,
+are left out. MFU counts attention too; matmul_mfu leaves it out, as what is published of the speedrun does.
 """
 
 import json
@@ -18,7 +20,7 @@ from torch.nn.attention import SDPBackend
 
 from nanochat import attention, parallel
 from nanochat import settings as settings_module
-from nanochat.arch import Arch, model_config
+from nanochat.arch import TRAINING, Arch, model_config
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
 from nanochat.runtime import compute_dtype, compute_init, device_name, peak_flops, peak_memory_bytes, synchronize
@@ -49,6 +51,8 @@ class Settings:
     """nanochat: each attention kernel; speedrun: FlexAttention, with the head in bf16 and in 8 bits."""
     vocab_size: Annotated[int, whole(gte=1)] = 32768
     """Vocabulary."""
+    accumulation: Annotated[int, whole(gte=1)] = 1
+    """Device batches per step."""
     steps: Annotated[int, whole(gte=1)] = 10
     """Timed steps."""
     profile: bool = False
@@ -70,9 +74,13 @@ def measure(settings: Settings, device: torch.device, fp8: Fp8 = "none") -> dict
     idx = torch.randint(1, settings.vocab_size, (settings.device_batch_size, settings.max_seq_len + 1), device=device)
     idx[:, ::DOCUMENT_TOKENS] = 0
 
+    inputs, targets = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+    clip = TRAINING[settings.arch]["grad_clip"] or None
+
     def step() -> None:
-        forward(idx[:, :-1], idx[:, 1:]).backward()
-        optimizer.step(max_norm=1.0)
+        for _ in range(settings.accumulation):
+            (forward(inputs, targets) / settings.accumulation).backward()
+        optimizer.step(max_norm=clip)
         optimizer.zero_grad(set_to_none=True)
 
     for _ in range(3):
@@ -90,12 +98,14 @@ def measure(settings: Settings, device: torch.device, fp8: Fp8 = "none") -> dict
             synchronize(device)
         print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
     seconds = statistics.median(times)
-    rate = settings.device_batch_size * settings.max_seq_len / seconds
+    rate = settings.accumulation * settings.device_batch_size * settings.max_seq_len / seconds
     peak = peak_flops(device)
     return {
         "milliseconds": 1000 * seconds,
+        "milliseconds_per_batch": 1000 * seconds / settings.accumulation,
         "tokens_per_second": rate,
         "mfu": model.estimate_flops() * rate / peak if peak else None,
+        "matmul_mfu": model.estimate_flops(row_len=0) * rate / peak if peak else None,
         "peak_gib": peak_memory_bytes(device) / 2**30,
     }
 
