@@ -71,21 +71,21 @@ def stacked_norms(stacked: Tensor, method: Method = "gram", dtype: torch.dtype |
     Take `lower` as the value. dtype: of the squarings; default bf16 on GPUs where the short side is 256 or more, fp32
     elsewhere. Singular values must lie between 1e-15 and 1e+17 (their squares must be numbers); zero matrices give 0.
 
-    gram: G = WWᵀ, on the short side, is squared k = 7 times. A column of the result, which three products with it polish
-    to x, gives ‖Wᵀx‖/‖x‖ ≤ σ₁ ≤ ‖G^(2^k)‖_F^(1/2^(k+1)) ≤ σ₁ · r^(1/2^(k+2)). The last factor is 1.0131 at rank
+    gram: G = WWᵀ, on the short side, is squared k = 7 times. A column of the result, which three products with it
+    polish to x, gives ‖Wᵀx‖/‖x‖ ≤ σ₁ ≤ ‖G^(2^k)‖_F^(1/2^(k+1)) ≤ σ₁ · r^(1/2^(k+2)). The last factor is 1.0131 at rank
     r = 768, and is reached where all singular values are equal. Rounding: the lower bound is made of two fp32 norms and
-    a product in fp32, and holds to 1e-6 (with TF32, as compute_init allows it, to 5e-4 at worst). The
-    upper one has fallen 2e-6 below σ₁ in fp32, 2e-5 with bf16 on dense matrices, where errors average out. Where they
-    do not (few entries, a diagonal), bf16 can take 0.4 % off, or take one singular value for another up to 0.4 % above
-    it; the upper bound is never given below the lower one. `ROUNDING` covers all this but TF32.
+    a product in fp32, and holds to 1e-6 (with TF32, as compute_init allows it, to 5e-4 at worst). The upper one has
+    fallen 2e-6 below σ₁ in fp32, 2e-5 with bf16 on dense matrices, where errors average out. Where they do not (few
+    entries, a diagonal), bf16 can take 0.4 % off, or take one singular value for another up to 0.4 % above it; the
+    upper bound is never given below the lower one. `ROUNDING` covers all this but TF32.
 
     ns5-fast: 5 quintic Newton-Schulz steps (3.4445, -4.775, 2.0315), then 7 power iterations with WQᵀ. ns3-accurate: 8
     cubic steps, then 10 iterations. Both give an estimate without bounds, lower = upper. They are here to be compared:
     the first does not converge to the polar factor, the second not in 8 steps, and a polar factor halves the rate of
     the power iteration, even an exact one.
 
-    Worst error of the value in per cent, 3 matrices each, against fp64 SVD, and how far above σ₁ the upper bound of gram
-    lay at most, measured on a CPU (see benchmarks.monitor; on an H100 with its TF32 the worst was 0.037, all equal):
+    Worst error of the value in per cent, 3 matrices each, against fp64 SVD, and how far above σ₁ the upper bound of
+    gram lay at most, on a CPU (see benchmarks.monitor; with k = 8 on an H100 and its TF32 the worst error was 0.037):
 
         spectrum                   gram fp32   gram bf16   upper bound   ns5-fast bf16   ns3-accurate bf16
         Gaussian 768²                 -0.002      -0.002         +0.08            +6.0               -11.0
