@@ -67,7 +67,11 @@ def _assistant_turn(content: str | list[Any], where: str) -> list[Piece]:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     pieces = [Piece("<|assistant_start|>", special=True, trained=False)]
     for index, part in enumerate(parts):
-        pieces += _assistant_part(part, f"{where}, part {index}")
+        new = _assistant_part(part, f"{where}, part {index}")
+        if not (pieces[-1].special or new[0].special):  # text after text is one text: no word is cut between them
+            before = pieces.pop()
+            new[0] = before._replace(text=before.text + new[0].text)
+        pieces += new
     return [*pieces, Piece("<|assistant_end|>", special=True, trained=True)]
 
 

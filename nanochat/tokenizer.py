@@ -1,9 +1,10 @@
 """Text <-> token ids: byte-pair encoding by the `rustbpe` crate, special tokens, conversations with loss masks.
 
-A tokenizer directory holds four files:
+A tokenizer directory holds five files:
     tiktoken.bpe               one line a token: base64 of its bytes, a space, its id (what from_directory reads)
     meta.json                  split pattern, special tokens, vocabulary size and hash; written last
     tokenizer.json             the same tokenizer for the `tokenizers` library and what is built on it
+    tokenizer_config.json      by which transformers loads that, with the chat template (nanochat.chat_template)
     token_bytes.safetensors    int32 (vocab,): what get_token_bytes returns, for programs without this module
 Ids: the mergeable tokens first (0-255 are the single bytes), then the special tokens.
 
@@ -25,6 +26,7 @@ import safetensors.torch
 import torch
 
 import rustbpe
+from nanochat.chat_template import tokenizer_config
 from nanochat.conversation import Piece, completion_pieces, conversation_pieces
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
@@ -83,7 +85,7 @@ class RustBPETokenizer:
         return cls(rustbpe.Tokenizer.from_ranks(ranks, meta["pattern"]), meta["special_tokens"])
 
     def save(self, directory: str | Path) -> None:
-        """Write the four files of a tokenizer directory. A full disk leaves the previous ones as they were."""
+        """Write the files of a tokenizer directory. A full disk leaves the previous ones as they were."""
         meta = {
             "pattern": self.get_pattern(),
             "special_tokens": self.get_special_tokens(),
@@ -94,6 +96,7 @@ class RustBPETokenizer:
         sizes = {"token_bytes": torch.tensor(self.token_byte_lengths(), dtype=torch.int32)}
         files = {
             "tokenizer.json": huggingface_json(ranks, self.get_pattern(), self.get_special_tokens()).encode(),
+            "tokenizer_config.json": tokenizer_config(self.get_special_tokens()).encode(),
             "token_bytes.safetensors": safetensors.torch.save(sizes, {"tokenizer_hash": self.hash}),
             "tiktoken.bpe": self._rank_lines(),
             "meta.json": (json.dumps(meta, indent=2) + "\n").encode(),

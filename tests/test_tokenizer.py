@@ -239,7 +239,8 @@ def _cached_load(directory) -> RustBPETokenizer:
 
 
 def test_saved_files(tokenizer, store):
-    assert sorted(os.listdir(store)) == ["meta.json", "tiktoken.bpe", "token_bytes.safetensors", "tokenizer.json"]
+    files = ["meta.json", "tiktoken.bpe", "token_bytes.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(store)) == files
     loaded = get_tokenizer()
     assert loaded.hash == tokenizer.hash == json.loads((store / "meta.json").read_text())["hash"]
     assert loaded.get_mergeable_ranks() == tokenizer.get_mergeable_ranks()
