@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.eval_bundle import Bundle, Task
+from nanochat.tokenizer import repaired
 from nanochat.watchdog import sign_of_life
 
 _WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
@@ -229,7 +230,8 @@ def evaluate_task(
     mine = range(rank, len(items), world)
     for chunk in (mine[i : i + _CHUNK_ITEMS] for i in range(0, len(mine), _CHUNK_ITEMS)):
         prompts = [render_prompts(task, items[i], pick_shots(task, items, i)) for i in chunk]
-        encoded = iter(tokenizer.encode(list(itertools.chain.from_iterable(prompts)), prepend=bos))
+        flat = [repaired(prompt) for prompt in itertools.chain.from_iterable(prompts)]  # JSON spells any code point
+        encoded = iter(tokenizer.encode(flat, prepend=bos))
         tokens = [[list(next(encoded)) for _ in texts] for texts in prompts]
         rows = [make_rows(task.kind, item_tokens, sequence_len) for item_tokens in tokens]
         means, exact = score_rows(

@@ -41,7 +41,7 @@ class Encoder(Protocol):
 
     def get_bos_token_id(self) -> int: ...
 
-    def encode_batch_numpy(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]: ...
+    def batch_encode(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]: ...
 
 
 class Unit(NamedTuple):
@@ -108,7 +108,7 @@ class _Packer:
         """(R, row_len) token rows of a unit, shuffled: packing hands out long documents first."""
         with self._lock:
             texts = self._read(unit.path, unit.row_group)[unit.start : unit.stop]
-        rows, cropped = pack_rows(self.tokenizer.encode_batch_numpy(texts, 1), self.row_len, self.bos)
+        rows, cropped = pack_rows(self.tokenizer.batch_encode(texts, 1), self.row_len, self.bos)
         with self._lock:
             self.kept += rows.size
             self.cropped += cropped

@@ -8,18 +8,21 @@ A tokenizer directory holds five files:
     token_bytes.safetensors    int32 (vocab,): what get_token_bytes returns, for programs without this module
 Ids: the mergeable tokens first (0-255 are the single bytes), then the special tokens.
 
-Encoding never looks for special tokens in text: only encode_special and the rendering of conversations produce them.
+Encoding looks for special tokens in text only where it is told to (allowed_special); otherwise encode_special and the
+rendering of conversations make them.
 """
 
 import base64
+import codecs
 import functools
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import safetensors.torch
@@ -44,10 +47,11 @@ SPECIAL_TOKENS = [
     "<|output_end|>",
 ]
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+Allowed: TypeAlias = Collection[str] | Literal["all"]
 
 
 class RustBPETokenizer:
-    """Byte-level BPE. Any text round-trips, except lone surrogates (no UTF-8 has them), which become U+FFFD."""
+    """Byte-level BPE. Any text round-trips; lone surrogates, which no UTF-8 has, are a ValueError (see `repaired`)."""
 
     def __init__(self, core: rustbpe.Tokenizer, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> None:
         self._core = core
@@ -139,12 +143,22 @@ class RustBPETokenizer:
 
     @overload
     def encode(
-        self, text: str, prepend: str | int | None = None, append: str | int | None = None, num_threads: int = 8
+        self,
+        text: str,
+        prepend: str | int | None = None,
+        append: str | int | None = None,
+        num_threads: int = 8,
+        allowed_special: Allowed = (),
     ) -> list[int]: ...
 
     @overload
     def encode(
-        self, text: list[str], prepend: str | int | None = None, append: str | int | None = None, num_threads: int = 8
+        self,
+        text: list[str],
+        prepend: str | int | None = None,
+        append: str | int | None = None,
+        num_threads: int = 8,
+        allowed_special: Allowed = (),
     ) -> list[list[int]]: ...
 
     def encode(
@@ -153,22 +167,37 @@ class RustBPETokenizer:
         prepend: str | int | None = None,
         append: str | int | None = None,
         num_threads: int = 8,
+        allowed_special: Allowed = (),
     ) -> list[int] | list[list[int]]:
-        """Ids of one text, or of each text of a list in parallel. `prepend`, `append`: a special token's name or id."""
+        """Ids of one text, or of each text of a list in parallel. `prepend`, `append`: a special token's name or id.
+
+        Names of special tokens in the text are text, but those of `allowed_special` ("all": of all) become their ids,
+        the longest where two begin at one place. Raises ValueError for lone surrogates and for unknown names.
+        """
         before = [] if prepend is None else [self._token_id(prepend)]
         after = [] if append is None else [self._token_id(append)]
-        if isinstance(text, str):
-            return before + self._core.encode(_utf8_safe(text)) + after
-        if not isinstance(text, list):
+        if not isinstance(text, (str, list)):
             raise TypeError(f"encode takes a string or a list of strings, not {type(text).__name__}")
-        rows = self._core.batch_encode([_utf8_safe(one) for one in text], num_threads)
+        if allowed := self._allowed(allowed_special):
+            if isinstance(text, str):
+                return [*before, *self._encode_with(text, allowed), *after]
+            return [[*before, *self._encode_with(one, allowed), *after] for one in text]
+        if isinstance(text, str):
+            return before + self.encode_ordinary(text) + after
+        rows = self._core.batch_encode([_valid(one, f"text {i}") for i, one in enumerate(text)], num_threads)
         return [before + row + after for row in rows] if before or after else rows
 
     __call__ = encode
 
-    def encode_batch_numpy(self, texts: Sequence[str], num_threads: int = 8) -> list[np.ndarray]:
-        """One array of ids a text: uint16 where the vocabulary fits (<= 65,536), else uint32. No special tokens."""
-        tokens, offsets = self._core.batch_encode_u32([_utf8_safe(text) for text in texts], num_threads)
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is special. Raises ValueError for lone surrogates."""
+        return self._core.encode(_valid(text, "the text"))
+
+    def batch_encode(self, texts: Sequence[str], num_threads: int = 8) -> list[np.ndarray]:
+        """One array of ids a text: uint16 where the vocabulary fits (<= 65,536), else uint32. Nothing in the texts is
+        special. Raises ValueError for lone surrogates."""
+        valid = [_valid(text, f"text {index}") for index, text in enumerate(texts)]
+        tokens, offsets = self._core.batch_encode_u32(valid, num_threads)
         ids = np.frombuffer(tokens, dtype="<u4")
         bounds = np.frombuffer(offsets, dtype="<u8").tolist()
         dtype = np.uint16 if self.get_vocab_size() <= 1 << 16 else np.uint32
@@ -186,6 +215,14 @@ class RustBPETokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text, special tokens by their names; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come, a piece for each, and at the end what is left: together `decode` of them all.
+        A piece is empty while a character is not whole; none ever holds half of one."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for one in ids:
+            yield decoder.decode(self.decode_bytes([one]))
+        yield decoder.decode(b"", final=True)
 
     def id_to_token(self, id: int) -> str:
         return self.decode([id])
@@ -213,13 +250,27 @@ class RustBPETokenizer:
         ids: list[int] = []
         mask: list[int] = []
         for piece in pieces:
-            new = [self.encode_special(piece.text)] if piece.special else self.encode(piece.text)
+            new = [self.encode_special(piece.text)] if piece.special else self.encode_ordinary(repaired(piece.text))
             ids += new
             mask += [int(piece.trained)] * len(new)
         return ids[:max_tokens], mask[:max_tokens]
 
     def _token_id(self, token: str | int) -> int:
         return self.encode_special(token) if isinstance(token, str) else token
+
+    def _allowed(self, allowed: Allowed) -> list[str]:
+        """Names, the longest first."""
+        names = list(self._specials) if allowed == "all" else list(allowed)
+        for name in names:
+            self.encode_special(name)  # raises for an unknown one
+        return sorted(names, key=len, reverse=True)
+
+    def _encode_with(self, text: str, allowed: list[str]) -> list[int]:
+        parts = re.split("(" + "|".join(map(re.escape, allowed)) + ")", text)
+        ids: list[int] = []
+        for index, part in enumerate(parts):  # text and names in turn
+            ids += [self._specials[part]] if index % 2 else self.encode_ordinary(part)
+        return ids
 
     @functools.cached_property
     def _all_bytes(self) -> list[bytes]:
@@ -241,12 +292,22 @@ def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
     return torch.tensor(get_tokenizer().token_byte_lengths(), dtype=torch.int32, device=device)
 
 
-def _utf8_safe(text: str) -> str:
-    """`text` itself, unless it has lone surrogates (json.loads lets them in): those become U+FFFD."""
+def repaired(text: str) -> str:
+    """`text` itself, unless it has lone surrogates (JSON can spell them): those become U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _valid(text: str, what: str) -> str:
+    """The text. Raises ValueError where it cannot be UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X}, half of a surrogate pair, at character {error.start}"
+        raise ValueError(f"{what} has {found}: UTF-8 has no such thing; see nanochat.tokenizer.repaired") from None
     return text
 
 

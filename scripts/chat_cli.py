@@ -22,6 +22,7 @@ from nanochat.errors import UserError
 from nanochat.models import require_model
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init
 from nanochat.settings import real, short, whole
+from nanochat.tokenizer import repaired
 
 STOPS = ("<|assistant_end|>", "<|bos|>")
 Part = dict[str, str]
@@ -130,7 +131,7 @@ class Chat:
     def _text(self, text: str) -> list[int]:
         """Prompt of a base model: a document that begins with `text`."""
         tokenizer = self.engine.tokenizer
-        tokens = [tokenizer.encode_special("<|bos|>"), *tokenizer.encode(text)]
+        tokens = [tokenizer.encode_special("<|bos|>"), *tokenizer.encode(repaired(text))]
         room = self.engine.model.config.sequence_len - self.max_tokens
         if len(tokens) > room:
             raise UserError(f"the text is {len(tokens):,} tokens long, the model has room for {room:,}: shorten it")

@@ -26,7 +26,7 @@ class LetterTokenizer:
     def get_bos_token_id(self):
         return 0
 
-    def encode_batch_numpy(self, texts, num_threads=1):
+    def batch_encode(self, texts, num_threads=1):
         return [np.array([ord(c) for c in text], dtype=np.uint32) for text in texts]
 
 

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from nanochat.errors import UserError
 from nanochat.tok_texts import TEXTS
-from nanochat.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, RustBPETokenizer, get_token_bytes, get_tokenizer
+from nanochat.tokenizer import (
+    MIN_VOCAB_SIZE,
+    SPECIAL_TOKENS,
+    RustBPETokenizer,
+    get_token_bytes,
+    get_tokenizer,
+    repaired,
+)
 from nanochat.tokenizer_json import huggingface_json, merges_from_ranks
 
 VOCAB_SIZE = 900
@@ -99,14 +106,55 @@ def test_round_trip(tokenizer, text):
     assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
 
 
+def test_lone_surrogates_are_named(tokenizer):
+    words = r"has U\+D83D, half of a surrogate pair, at character 3"
+    for call in (
+        tokenizer.encode,
+        tokenizer.encode_ordinary,
+        lambda text: tokenizer.encode(text, allowed_special="all"),
+    ):
+        with pytest.raises(ValueError, match=f"the text {words}"):
+            call("abc\ud83d!")
+    for call in (tokenizer.encode, tokenizer.batch_encode):
+        with pytest.raises(ValueError, match=f"text 1 {words}"):
+            call(["fine", "abc\ud83d!"])
+
+
 @relaxed
 @given(text=st.text(alphabet=st.characters(categories=["Cs", "Ll", "So"])))
-def test_lone_surrogates_become_replacement_characters(tokenizer, reference, text):
-    ids = tokenizer.encode(text)
+def test_repaired_text_is_what_tiktoken_makes_of_lone_surrogates(tokenizer, reference, text):
+    ids = tokenizer.encode(repaired(text))
     assert ids == reference.encode_ordinary(text)
-    assert tokenizer.encode([text]) == [ids]
-    assert tokenizer.encode_batch_numpy([text])[0].tolist() == ids
-    assert tokenizer.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert tokenizer.decode(ids) == repaired(text) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    conversation = {"messages": [{"role": "user", "content": text}]}  # from JSON, which can spell them
+    assert tokenizer.render_conversation(conversation, max_tokens=10**6)[0][2:-1] == ids
+
+
+@many
+@given(text=odd_text, allowed=st.one_of(st.just("all"), st.sets(st.sampled_from(SPECIAL_TOKENS), max_size=3)))
+def test_special_tokens_where_they_are_allowed_as_in_tiktoken(tokenizer, reference, text, allowed):
+    wanted = reference.encode(text, allowed_special=allowed, disallowed_special=())
+    assert tokenizer.encode(text, allowed_special=allowed) == wanted
+    assert tokenizer.encode([text], allowed_special=allowed) == [wanted]
+    assert tokenizer.encode(text) == tokenizer.encode_ordinary(text) == reference.encode_ordinary(text)
+
+
+def test_an_unknown_special_token_cannot_be_allowed(tokenizer):
+    with pytest.raises(ValueError, match=r"'<\|end\|>' is not a special token"):
+        tokenizer.encode("text", allowed_special={"<|end|>"})
+
+
+@relaxed
+@given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
+def test_a_stream_never_holds_half_a_character(tokenizer, ids):
+    pieces = list(tokenizer.decode_stream(iter(ids)))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert len(pieces) == len(ids) + 1
+
+
+def test_a_stream_waits_for_the_rest_of_a_character(tokenizer):
+    pieces = list(tokenizer.decode_stream("a€".encode()))  # single bytes are tokens of their own
+    assert pieces == ["a", "", "", "€", ""]
 
 
 @relaxed
@@ -114,7 +162,7 @@ def test_lone_surrogates_become_replacement_characters(tokenizer, reference, tex
 def test_text_never_becomes_a_special_token(tokenizer, text):
     first_special = tokenizer.get_bos_token_id()
     hostile = text + "".join(SPECIAL_TOKENS) + text
-    for ids in (tokenizer.encode(hostile), tokenizer.encode([hostile])[0], tokenizer.encode_batch_numpy([hostile])[0]):
+    for ids in (tokenizer.encode(hostile), tokenizer.encode([hostile])[0], tokenizer.batch_encode([hostile])[0]):
         assert max(ids) < first_special
     ids, _ = tokenizer.render_conversation({"messages": [{"role": "user", "content": hostile}]}, max_tokens=10**6)
     specials = [tokenizer.id_to_token(i) for i in ids if i >= first_special]
@@ -126,7 +174,7 @@ def test_text_never_becomes_a_special_token(tokenizer, text):
 def test_batches_equal_single_texts(tokenizer, texts, num_threads):
     one_by_one = [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode(texts, num_threads=num_threads) == one_by_one
-    arrays = tokenizer.encode_batch_numpy(texts, num_threads=num_threads)
+    arrays = tokenizer.batch_encode(texts, num_threads=num_threads)
     assert [array.tolist() for array in arrays] == one_by_one
     assert all(array.dtype == np.uint16 for array in arrays)
 
@@ -134,7 +182,7 @@ def test_batches_equal_single_texts(tokenizer, texts, num_threads):
 def test_numpy_ids_are_wide_enough_for_the_vocabulary(tokenizer, monkeypatch):
     for vocab_size, dtype in ((65536, np.uint16), (65537, np.uint32)):
         monkeypatch.setattr(tokenizer, "get_vocab_size", lambda size=vocab_size: size)
-        (array,) = tokenizer.encode_batch_numpy(["some text"])
+        (array,) = tokenizer.batch_encode(["some text"])
         assert array.dtype == dtype and array.base is None  # owns its memory: the batch can be freed
 
 

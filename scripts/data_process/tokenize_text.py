@@ -124,7 +124,7 @@ def encoded_documents(
     bos = np.array([tokenizer.get_bos_token_id()], dtype=np.uint16)
     threads = os.cpu_count() or 1
     for texts in _batches(iter_documents(source, split)):
-        for ids in tokenizer.encode_batch_numpy(texts, threads):
+        for ids in tokenizer.batch_encode(texts, threads):
             yield np.concatenate([bos, ids])
         on_bytes(sum(len(text.encode("utf-8", "replace")) for text in texts))
 
