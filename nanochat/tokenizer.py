@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
@@ -60,17 +60,45 @@ class RustBPETokenizer:
         self._specials = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
 
     @classmethod
-    def train_from_iterator(cls, iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
-        """Train on texts. `vocab_size` counts the special tokens; too little text gives a smaller vocabulary."""
-        if vocab_size < MIN_VOCAB_SIZE:
-            raise UserError(
-                f"vocab_size={vocab_size}: must be at least {MIN_VOCAB_SIZE} "
-                f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
-            )
+    def train_from_iterator(
+        cls, iterator: Iterable[str], vocab_size: int, max_distinct_words: int | None = None
+    ) -> "RustBPETokenizer":
+        """Train on texts. `vocab_size` counts the special tokens; too little text gives a smaller vocabulary.
+
+        Memory grows with the distinct words, not with the text; max_distinct_words bounds it by forgetting the rarest,
+        at the price of an exact count (see rustbpe.Tokenizer.train_from_iterator).
+        """
         core = rustbpe.Tokenizer()
-        mergeable = vocab_size - len(SPECIAL_TOKENS)
-        core.train_from_iterator(iter(iterator), mergeable, pattern=rustbpe.SPLIT_PATTERN)
+        core.train_from_iterator(iter(iterator), _mergeable(vocab_size), max_distinct_words=max_distinct_words)
         return cls(core)
+
+    @classmethod
+    def train_from_parquet(
+        cls,
+        paths: Sequence[Path],
+        vocab_size: int,
+        column: str = "text",
+        max_chars: int | None = None,
+        doc_cap: int | None = None,
+        max_distinct_words: int | None = None,
+        progress: Callable[[int, int, int], object] | None = None,
+    ) -> tuple["RustBPETokenizer", int, int]:
+        """(tokenizer, documents, characters) from the non-empty texts of parquet shards, in order, each cut after
+        doc_cap characters, up to max_chars in all. Read and split on all threads, without passing through Python.
+
+        progress(documents, bytes, merges) is called about ten times a second. Raises UserError for shards that are
+        absent or damaged, or lack the column.
+        """
+        core = rustbpe.Tokenizer()
+        size = _mergeable(vocab_size)
+        limits: dict[str, Any] = {"max_chars": max_chars, "doc_cap": doc_cap, "max_distinct_words": max_distinct_words}
+        try:
+            documents, characters = core.train_from_parquet(
+                list(paths), size, column=column, progress=progress, **limits
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return cls(core), documents, characters
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "RustBPETokenizer":
@@ -279,6 +307,16 @@ class RustBPETokenizer:
     def _rank_lines(self) -> bytes:
         lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self._token_bytes)]
         return b"".join(lines)
+
+
+def _mergeable(vocab_size: int) -> int:
+    """Tokens of a vocabulary that are not special. Raises UserError where there is no room for them."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size={vocab_size}: must be at least {MIN_VOCAB_SIZE} "
+            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+        )
+    return vocab_size - len(SPECIAL_TOKENS)
 
 
 def get_tokenizer() -> RustBPETokenizer:

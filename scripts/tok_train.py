@@ -6,9 +6,7 @@ Writes the tokenizer directory of the artifact store (see nanochat/tokenizer.py)
 """
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanochat import report, settings
-from nanochat.dataset import iter_documents
+from nanochat.dataset import list_shards
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
 from nanochat.settings import whole
@@ -41,31 +39,25 @@ class Settings:
     """Tokens in the vocabulary, the nine special tokens included."""
 
 
-@dataclass
-class Taken:
-    """How much text has gone into training so far."""
-
-    documents: int = 0
-    characters: int = 0
-
-
 def main(settings_: Settings) -> None:
-    taken = Taken()
     started = time.perf_counter()
-    with _progress() as progress:
-        texts = take(iter_documents(settings_.source, "train"), settings_.max_chars, settings_.doc_cap, taken)
-        first = next(texts, None)
-        if first is None:
-            raise UserError(f"--source={settings_.source}: its training shards hold no text to learn from")
-        texts = _shown(itertools.chain([first], texts), progress, taken, settings_.max_chars)
-        tokenizer = RustBPETokenizer.train_from_iterator(texts, settings_.vocab_size)
+    with Shown(settings_.vocab_size) as shown:
+        tokenizer, documents, characters = RustBPETokenizer.train_from_parquet(
+            list_shards(settings_.source, "train"),
+            settings_.vocab_size,
+            max_chars=settings_.max_chars,
+            doc_cap=settings_.doc_cap,
+            progress=shown.update,
+        )
+    if not documents:
+        raise UserError(f"--source={settings_.source}: its training shards hold no text to learn from")
     train_seconds = time.perf_counter() - started
     tokenizer.save(tokenizer_dir())
 
     metrics = {
         "train_seconds": train_seconds,
-        "documents": taken.documents,
-        "characters": taken.characters,
+        "documents": documents,
+        "characters": characters,
         "vocab_size": tokenizer.get_vocab_size(),
         "special_tokens": len(SPECIAL_TOKENS),
         **token_byte_statistics(tokenizer),
@@ -82,22 +74,6 @@ def main(settings_: Settings) -> None:
     _print_summary(metrics, notes)
 
 
-def take(documents: Iterable[str], max_chars: int, doc_cap: int, taken: Taken) -> Iterator[str]:
-    """The first `doc_cap` characters of each non-empty document until `max_chars` are reached; the last one is cut.
-
-    Counts into `taken` as it goes.
-    """
-    for document in documents:
-        text = document[: min(doc_cap, max_chars - taken.characters)]
-        if not text:
-            continue
-        taken.documents += 1
-        taken.characters += len(text)
-        yield text
-        if taken.characters >= max_chars:
-            return
-
-
 def token_byte_statistics(tokenizer: RustBPETokenizer) -> dict[str, float]:
     """Minimum, maximum, mean and standard deviation of bytes per token; special tokens do not count."""
     lengths = torch.tensor([length for length in tokenizer.token_byte_lengths() if length > 0], dtype=torch.float64)
@@ -109,20 +85,30 @@ def token_byte_statistics(tokenizer: RustBPETokenizer) -> dict[str, float]:
     }
 
 
-def _progress() -> Progress:
-    """A bar on a terminal, nothing in a log."""
-    console = Console()
-    columns = [TextColumn("reading text"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn()]
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+class Shown:
+    """Progress on a terminal, nothing in a log: how much text has been read, then a bar of the merges."""
 
+    def __init__(self, vocab_size: int) -> None:
+        console = Console()
+        columns = [TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()]
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.merges = vocab_size - MIN_VOCAB_SIZE
+        self.started = time.perf_counter()
+        self.bar = self.progress.add_task("reading text", total=None)
 
-def _shown(texts: Iterable[str], progress: Progress, taken: Taken, max_chars: int) -> Iterator[str]:
-    bar = progress.add_task("", total=max_chars)
-    for index, text in enumerate(texts):
-        yield text
-        if index % 1024 == 0:
-            progress.update(bar, completed=taken.characters)
-    progress.update(bar, completed=max_chars)  # there may have been less text than allowed
+    def __enter__(self) -> "Shown":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def update(self, documents: int, text_bytes: int, merges: int) -> None:
+        if merges:
+            self.progress.update(self.bar, description="merging pairs", completed=merges, total=self.merges)
+            return
+        rate = text_bytes / 1e6 / (time.perf_counter() - self.started)
+        self.progress.update(self.bar, description=f"{documents:,} documents, {rate:,.0f} MB/s")
 
 
 def _print_summary(metrics: dict[str, Any], notes: list[str]) -> None:

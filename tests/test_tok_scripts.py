@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nanochat import settings
 from nanochat.errors import UserError
 from nanochat.paths import run_dir, tokenizer_dir
+from nanochat.shards import write_shard
 from nanochat.tok_texts import TEXTS
 from nanochat.tokenizer import get_tokenizer
 from scripts import tok_eval, tok_train
@@ -30,8 +31,10 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "store"))
     monkeypatch.delenv("NANOCHAT_RUN_ID", raising=False)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    for script in (tok_train, tok_eval):
-        monkeypatch.setattr(script, "iter_documents", lambda source, split: iter(DOCUMENTS[split]))
+    shard = tmp_path / "train.parquet"
+    write_shard(shard, DOCUMENTS["train"])
+    monkeypatch.setattr(tok_train, "list_shards", lambda source, split: [shard])
+    monkeypatch.setattr(tok_eval, "iter_documents", lambda source, split: iter(DOCUMENTS[split]))
     return tmp_path
 
 
@@ -46,28 +49,6 @@ def _section(stage: str) -> dict:
 
 
 # ---- tok_train
-
-
-@relaxed
-@given(
-    documents=st.lists(st.text(alphabet="abé", max_size=20)),
-    max_chars=st.integers(1, 60),
-    doc_cap=st.integers(1, 12),
-)
-def test_take_crops_documents_and_stops(documents, max_chars, doc_cap):
-    taken = tok_train.Taken()
-    texts = list(tok_train.take(documents, max_chars, doc_cap, taken))
-    assert "".join(texts) == "".join(document[:doc_cap] for document in documents)[:max_chars]
-    assert all(0 < len(text) <= doc_cap for text in texts)
-    assert (taken.documents, taken.characters) == (len(texts), sum(map(len, texts)))
-
-
-def test_take_reads_no_further_than_it_needs():
-    def documents():
-        yield from ("abc", "def")
-        raise AssertionError("read past max_chars")
-
-    assert list(tok_train.take(documents(), 5, 100, tok_train.Taken())) == ["abc", "de"]
 
 
 def test_training_saves_a_tokenizer_and_a_report_section(store, capsys):
@@ -88,25 +69,42 @@ def test_training_saves_a_tokenizer_and_a_report_section(store, capsys):
 
 
 def test_only_the_training_split_is_read(store, monkeypatch):
-    asked = []
-    monkeypatch.setattr(tok_train, "iter_documents", lambda *words: asked.append(words) or iter(["some text"]))
+    asked, shards = [], tok_train.list_shards("", "")
+    monkeypatch.setattr(tok_train, "list_shards", lambda *words: asked.append(words) or shards)
     tok_train.main(tok_train.Settings(source="pydocs", vocab_size=265))
     assert asked == [("pydocs", "train")]
 
 
-def test_short_text_is_noted(store, monkeypatch, capsys):
-    monkeypatch.setattr(tok_train, "iter_documents", lambda source, split: iter(["ab ab ab"]))
+def test_short_text_is_noted(store, capsys):
+    write_shard(store / "train.parquet", ["ab ab ab"])
     tok_train.main(tok_train.Settings(vocab_size=5000))
     (note,) = _section("tok_train")["notes"]
     assert f"{get_tokenizer().get_vocab_size():,} tokens instead of 5,000" in note and note in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("documents", [[], ["", ""]])
-def test_no_text_is_refused_and_nothing_is_written(store, monkeypatch, documents):
-    monkeypatch.setattr(tok_train, "iter_documents", lambda source, split: iter(documents))
+def test_no_text_is_refused_and_nothing_is_written(store, documents):
+    write_shard(store / "train.parquet", documents)
     with pytest.raises(UserError, match="no text"):
         tok_train.main(tok_train.Settings(source="pydocs"))
     assert not tokenizer_dir().exists()
+
+
+def test_a_damaged_shard_is_one_line_and_nothing_is_written(store):
+    (store / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"train\.parquet is not a parquet file"):
+        tok_train.main(tok_train.Settings(source="pydocs"))
+    assert not tokenizer_dir().exists()
+
+
+def test_progress_shows_text_and_then_merges(monkeypatch):
+    monkeypatch.setattr(tok_train.Console, "is_terminal", property(lambda self: True))
+    with tok_train.Shown(vocab_size=1265) as shown:
+        (task,) = shown.progress.tasks
+        shown.update(1234, 10**9, 0)
+        assert task.description.startswith("1,234 documents, ") and task.total is None
+        shown.update(1234, 10**9, 250)
+        assert task.description == "merging pairs" and task.percentage == 25
 
 
 def test_command_line_refuses_a_vocabulary_that_is_too_small(capsys):

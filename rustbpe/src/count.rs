@@ -55,6 +55,29 @@ impl Documents {
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
         &self.text[start..self.ends[index]]
     }
+
+    /// Cuts off all but the first `most` characters, and returns how many there are now.
+    pub fn keep_chars(&mut self, most: usize) -> usize {
+        let (kept, characters) = first_chars(&self.text, most);
+        let bytes = kept.len();
+        if bytes < self.text.len() {
+            self.text.truncate(bytes);
+            self.ends.truncate(self.ends.partition_point(|&end| end < bytes));
+            if bytes > self.ends.last().copied().unwrap_or(0) {
+                self.ends.push(bytes);
+            }
+        }
+        characters
+    }
+}
+
+/// At most `most` characters of a text, and how many that are.
+pub fn first_chars(text: &str, most: usize) -> (&str, usize) {
+    let total = text.chars().count();
+    match text.char_indices().nth(most) {
+        Some((end, _)) => (&text[..end], most),
+        None => (text, total),
+    }
 }
 
 /// Chunk counts of a whole corpus. Memory grows with the number of distinct chunks only.
@@ -103,6 +126,20 @@ impl WordCounter {
         });
         self.lanes.par_iter_mut().for_each(|lane| lane.tables.iter_mut().for_each(WordTable::clear));
         Ok(())
+    }
+
+    /// If there are more than `most` distinct chunks, drops the rarest until at most three quarters of that are left: all
+    /// with the same count go or stay together, so the result does not depend on the number of threads.
+    pub fn prune(&mut self, most: usize) {
+        if self.len() <= most {
+            return;
+        }
+        let mut counts = Vec::with_capacity(self.len());
+        self.each(|_, count| counts.push(count));
+        let kept = most / 4 * 3;
+        let place = counts.len() - kept - 1; // of the highest count that must go
+        let (_, &mut highest, _) = counts.select_nth_unstable(place);
+        self.total.par_iter_mut().for_each(|table| table.drop_up_to(highest));
     }
 
     /// Calls `word(bytes, count)` for every distinct chunk, in no particular order.
@@ -186,6 +223,36 @@ mod tests {
             counter.each(|word, count| assert!(found.insert(word.to_vec(), count).is_none()));
             assert_eq!(found, want, "{threads} threads");
             assert_eq!(counter.len(), want.len());
+        }
+    }
+
+    #[test]
+    fn pruning_drops_the_rarest_together() {
+        let text =
+            (1..=40).flat_map(|n| std::iter::repeat_n(format!(" {}", "abcdefgh".repeat(n)), n)).collect::<String>();
+        let mut counter = WordCounter::new(&Splitter::new(SPLIT_PATTERN).unwrap());
+        let mut documents = Documents::default();
+        documents.push(&text);
+        counter.count(&documents).unwrap();
+        counter.prune(40);
+        assert_eq!(counter.len(), 40);
+        counter.prune(20);
+        let mut counts = Vec::new();
+        counter.each(|_, count| counts.push(count));
+        counts.sort_unstable();
+        assert_eq!(counts, (26..=40).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn documents_are_cut_between_characters() {
+        for (most, want) in [(0, vec![]), (1, vec!["é"]), (2, vec!["éa"]), (3, vec!["éa", "b"]), (9, vec!["éa", "bcd"])]
+        {
+            let mut documents = Documents::default();
+            documents.push("éa");
+            documents.push("bcd");
+            assert_eq!(documents.keep_chars(most), most.min(5));
+            let found: Vec<_> = (0..documents.len()).map(|index| documents.get(index)).collect();
+            assert_eq!(found, want, "{most}");
         }
     }
 

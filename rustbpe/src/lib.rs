@@ -21,4 +21,8 @@ pub mod vocab;
 mod word_table;
 
 #[cfg(feature = "python")]
+mod learning;
+#[cfg(feature = "python")]
 mod python;
+#[cfg(feature = "python")]
+mod shards;

@@ -1,7 +1,7 @@
 //! The Python module. It only converts and checks; while anything is computed, the GIL is released.
 
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -9,17 +9,9 @@ use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyString};
 
 use crate::batch::{Encoded, Model};
-use crate::count::{Documents, WordCounter};
+use crate::learning::{self, Plan, at_least};
 use crate::split::{SPLIT_PATTERN, SplitError, Splitter};
-use crate::train::Trainer;
 use crate::vocab::Vocab;
-
-/// A buffer is counted when it holds this much text for each thread, however few documents that is: bounds
-/// memory, and (the regex engine does some 20 MB/s) the time to react to Ctrl-C.
-const BUFFER_BYTES_PER_THREAD: usize = 4 << 20;
-
-/// How often training looks for Ctrl-C.
-const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 
 impl From<SplitError> for PyErr {
     fn from(error: SplitError) -> Self {
@@ -37,6 +29,10 @@ struct Tokenizer {
 impl Tokenizer {
     fn with_model(model: Model) -> Self {
         Tokenizer { model: RwLock::new(Arc::new(model)) }
+    }
+
+    fn replace(&self, model: Model) {
+        *self.model.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(model);
     }
 
     fn model(&self) -> Arc<Model> {
@@ -91,7 +87,13 @@ impl Tokenizer {
     /// variable RAYON_NUM_THREADS; default one a core), and memory grows with the distinct chunks only. The result
     /// does not depend on the number of threads. If the text runs out of pairs to merge, the vocabulary ends up
     /// smaller than asked, without an error. Ctrl-C stops it and leaves the tokenizer as it was.
-    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None))]
+    ///
+    /// `max_distinct_words` bounds the memory: whenever a buffer leaves more distinct chunks than that, the rarest are
+    /// forgotten, down to three quarters of it. What was rare in one part of the text and common in another is then
+    /// counted too low, so the vocabulary can differ a little from the exact one (and with the buffer size).
+    /// `progress(documents, bytes, merges)` is called about ten times a second.
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, max_distinct_words=None, progress=None))]
+    #[expect(clippy::too_many_arguments, reason = "they are named in Python")]
     fn train_from_iterator(
         &self,
         py: Python<'_>,
@@ -99,52 +101,40 @@ impl Tokenizer {
         vocab_size: i64,
         buffer_size: i64,
         pattern: Option<&str>,
+        max_distinct_words: Option<i64>,
+        progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let size = u32::try_from(vocab_size).ok().filter(|size| (256..1 << 31).contains(size)).ok_or_else(|| {
-            PyValueError::new_err(format!(
-                "vocab_size is {vocab_size}; it must be at least 256 (the single bytes) and below 2**31"
-            ))
-        })?;
-        if buffer_size < 1 {
-            return Err(PyValueError::new_err(format!("buffer_size is {buffer_size}; it must be at least 1")));
-        }
-        if iterator.is_instance_of::<PyString>() {
-            return Err(PyTypeError::new_err("iterator is one str; pass an iterator of documents, such as [text]"));
-        }
-        let splitter = Splitter::new(pattern.unwrap_or(SPLIT_PATTERN))?;
-        let mut counter = WordCounter::new(&splitter);
-        let mut documents = Documents::default();
-        let buffer_bytes = BUFFER_BYTES_PER_THREAD * rayon::current_num_threads();
-        for (index, item) in iterator.try_iter()?.enumerate() {
-            let item = item?;
-            let text = item.cast::<PyString>().map_err(|_| {
-                let kind = item.get_type().name().map_or_else(|_| "?".into(), |name| name.to_string());
-                PyTypeError::new_err(format!("document {index} of the iterator is a {kind}; every one must be a str"))
-            })?;
-            documents.push(text.to_str()?);
-            if documents.len() >= buffer_size as usize || documents.bytes() >= buffer_bytes {
-                py.detach(|| counter.count(&documents))?;
-                documents.clear();
-                py.check_signals()?;
-            }
-        }
-        let model = py.detach(|| -> PyResult<Model> {
-            counter.count(&documents)?;
-            drop(documents);
-            let trainer = Trainer::new(&counter).map_err(PyValueError::new_err)?;
-            drop(counter);
-            let mut asked = Instant::now();
-            let merges = trainer.learn(size, || {
-                if asked.elapsed() < SIGNAL_INTERVAL {
-                    return Ok(());
-                }
-                asked = Instant::now();
-                Python::attach(|py| py.check_signals())
-            })?;
-            Ok(Model::new(Vocab::from_merges(&merges), splitter))
-        })?;
-        *self.model.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(model);
+        let plan = Plan::new(vocab_size, pattern, max_distinct_words, progress)?;
+        let model = learning::from_iterator(py, plan, iterator, at_least("buffer_size", buffer_size, 1)?)?;
+        self.replace(model);
         Ok(())
+    }
+
+    /// As `train_from_iterator`, from the texts in a column of parquet shards, which are read, split and counted on all
+    /// threads without passing through Python. Documents are cut after `doc_cap` characters, and no more than
+    /// `max_chars` are taken in all; the last document is cut. Returns (documents, characters) that were taken.
+    #[pyo3(signature = (
+        paths, vocab_size, column="text", max_chars=None, doc_cap=None, pattern=None, max_distinct_words=None, progress=None
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "they are named in Python")]
+    fn train_from_parquet(
+        &self,
+        py: Python<'_>,
+        paths: Vec<PathBuf>,
+        vocab_size: i64,
+        column: &str,
+        max_chars: Option<i64>,
+        doc_cap: Option<i64>,
+        pattern: Option<&str>,
+        max_distinct_words: Option<i64>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<(usize, usize)> {
+        let plan = Plan::new(vocab_size, pattern, max_distinct_words, progress)?;
+        let max_chars = max_chars.map(|most| at_least("max_chars", most, 1)).transpose()?;
+        let doc_cap = doc_cap.map(|most| at_least("doc_cap", most, 1)).transpose()?;
+        let (model, taken) = learning::from_parquet(py, plan, &paths, column, max_chars, doc_cap)?;
+        self.replace(model);
+        Ok((taken.documents, taken.characters))
     }
 
     /// The token ids of a text, which is taken as ordinary text throughout: special tokens are not known here.

@@ -94,6 +94,16 @@ impl WordTable {
         }
     }
 
+    /// Forgets every chunk with a count of at most `count`.
+    pub fn drop_up_to(&mut self, count: u64) {
+        let old = std::mem::take(self);
+        for slot in old.slots.iter().filter(|slot| slot.count > count) {
+            self.add_short(slot.key, slot.count);
+        }
+        self.long = old.long;
+        self.long.retain(|_, &mut found| found > count);
+    }
+
     /// Empties the table, and keeps its memory for the next buffer.
     pub fn clear(&mut self) {
         self.slots.fill(Slot::default());

@@ -1,0 +1,190 @@
+//! Training as Python calls it: text comes in, counts and merges are made without the GIL, and meanwhile Ctrl-C is
+//! heard and progress told.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+use rayon::prelude::*;
+
+use crate::batch::Model;
+use crate::count::{Documents, WordCounter};
+use crate::shards::Shards;
+use crate::split::{SPLIT_PATTERN, Splitter};
+use crate::train::Trainer;
+use crate::vocab::Vocab;
+
+/// A buffer is counted when it holds this much text for each thread, however few documents that is: bounds
+/// memory, and (the regex engine does some 20 MB/s) the time to react to Ctrl-C.
+const BUFFER_BYTES_PER_THREAD: usize = 4 << 20;
+
+/// The same where rare chunks are pruned: when that happens must not depend on the number of threads.
+const PRUNED_BUFFER_BYTES: usize = 32 << 20;
+
+/// How often training looks for Ctrl-C and tells its progress.
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// What training is told, checked.
+pub struct Plan {
+    size: u32,
+    splitter: Splitter,
+    max_distinct_words: Option<usize>,
+    progress: Option<Py<PyAny>>,
+}
+
+impl Plan {
+    /// Raises ValueError for what cannot be.
+    pub fn new(
+        vocab_size: i64,
+        pattern: Option<&str>,
+        max_distinct_words: Option<i64>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let size = u32::try_from(vocab_size).ok().filter(|size| (256..1 << 31).contains(size)).ok_or_else(|| {
+            PyValueError::new_err(format!(
+                "vocab_size is {vocab_size}; it must be at least 256 (the single bytes) and below 2**31"
+            ))
+        })?;
+        let max_distinct_words =
+            max_distinct_words.map(|most| at_least("max_distinct_words", most, 1000)).transpose()?;
+        Ok(Plan { size, splitter: Splitter::new(pattern.unwrap_or(SPLIT_PATTERN))?, max_distinct_words, progress })
+    }
+}
+
+/// `value`, or a ValueError where it is less than `least`.
+pub fn at_least(name: &str, value: i64, least: usize) -> PyResult<usize> {
+    usize::try_from(value)
+        .ok()
+        .filter(|&value| value >= least)
+        .ok_or_else(|| PyValueError::new_err(format!("{name} is {value}; it must be at least {least}")))
+}
+
+/// How much text a model was trained on.
+#[derive(Clone, Copy, Default)]
+pub struct Taken {
+    pub documents: usize,
+    pub characters: usize,
+    bytes: usize,
+}
+
+/// Counts and learns.
+struct Learner {
+    plan: Plan,
+    counter: WordCounter,
+    taken: Taken,
+    told: Instant,
+}
+
+impl Learner {
+    fn new(plan: Plan) -> Self {
+        let counter = WordCounter::new(&plan.splitter);
+        Learner { plan, counter, taken: Taken::default(), told: Instant::now() }
+    }
+
+    /// Counts documents. Called without the GIL.
+    fn count(&mut self, documents: &Documents) -> PyResult<()> {
+        self.counter.count(documents)?;
+        if let Some(most) = self.plan.max_distinct_words {
+            self.counter.prune(most);
+        }
+        self.taken.documents += documents.len();
+        self.taken.bytes += documents.bytes();
+        Ok(())
+    }
+
+    /// Hears Ctrl-C, and calls progress(documents, bytes, merges), if it is time. Called without the GIL.
+    fn tick(&mut self, merges: usize, now: bool) -> PyResult<()> {
+        if !now && self.told.elapsed() < INTERVAL {
+            return Ok(());
+        }
+        self.told = Instant::now();
+        Python::attach(|py| {
+            py.check_signals()?;
+            match &self.plan.progress {
+                Some(progress) => progress.call1(py, (self.taken.documents, self.taken.bytes, merges)).map(drop),
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// Learns the merges. Called without the GIL.
+    fn finish(mut self) -> PyResult<(Model, Taken)> {
+        self.tick(0, true)?;
+        let counter = std::mem::replace(&mut self.counter, WordCounter::new(&self.plan.splitter));
+        let trainer = Trainer::new(&counter).map_err(PyValueError::new_err)?;
+        drop(counter);
+        let mut merges = 0;
+        let learned = trainer.learn(self.plan.size, || {
+            merges += 1;
+            self.tick(merges - 1, false)
+        })?;
+        self.tick(learned.len(), true)?;
+        Ok((Model::new(Vocab::from_merges(&learned), self.plan.splitter), self.taken))
+    }
+}
+
+/// Learns from an iterator of str, `buffer_size` documents at a time.
+pub fn from_iterator(py: Python<'_>, plan: Plan, iterator: &Bound<'_, PyAny>, buffer_size: usize) -> PyResult<Model> {
+    if iterator.is_instance_of::<PyString>() {
+        return Err(PyTypeError::new_err("iterator is one str; pass an iterator of documents, such as [text]"));
+    }
+    let pruned = plan.max_distinct_words.is_some();
+    let buffer_bytes =
+        if pruned { PRUNED_BUFFER_BYTES } else { BUFFER_BYTES_PER_THREAD * rayon::current_num_threads() };
+    let mut learner = Learner::new(plan);
+    let mut documents = Documents::default();
+    for (index, item) in iterator.try_iter()?.enumerate() {
+        let item = item?;
+        let text = item.cast::<PyString>().map_err(|_| {
+            let kind = item.get_type().name().map_or_else(|_| "?".into(), |name| name.to_string());
+            PyTypeError::new_err(format!("document {index} of the iterator is a {kind}; every one must be a str"))
+        })?;
+        documents.push(text.to_str()?);
+        if documents.len() >= buffer_size || documents.bytes() >= buffer_bytes {
+            py.detach(|| -> PyResult<()> {
+                learner.count(&documents)?;
+                learner.tick(0, true)
+            })?;
+            documents.clear();
+        }
+    }
+    py.detach(|| {
+        learner.count(&documents)?;
+        drop(documents);
+        learner.finish().map(|(model, _)| model)
+    })
+}
+
+/// Learns from the documents of parquet shards, each cut after `doc_cap` characters, until `max_chars` are taken; the
+/// last one is cut. The shards are read and counted on all threads, a row group for each at a time.
+pub fn from_parquet(
+    py: Python<'_>,
+    plan: Plan,
+    paths: &[PathBuf],
+    column: &str,
+    max_chars: Option<usize>,
+    doc_cap: Option<usize>,
+) -> PyResult<(Model, Taken)> {
+    py.detach(|| {
+        let shards = Shards::open(paths, column).map_err(PyValueError::new_err)?;
+        let (mut left, doc_cap) = (max_chars.unwrap_or(usize::MAX), doc_cap.unwrap_or(usize::MAX));
+        let mut learner = Learner::new(plan);
+        for groups in shards.groups().chunks(rayon::current_num_threads()) {
+            let parts: Vec<_> = groups.par_iter().map(|&group| shards.read(group, doc_cap)).collect();
+            for part in parts {
+                let mut documents = part.map_err(PyValueError::new_err)?;
+                let characters = documents.keep_chars(left);
+                left -= characters;
+                learner.taken.characters += characters;
+                learner.count(&documents)?;
+                learner.tick(0, false)?;
+            }
+            if left == 0 {
+                break;
+            }
+        }
+        learner.finish()
+    })
+}
