@@ -1,50 +1,35 @@
 """Documents -> rows of equal length, each starting with BOS, without padding."""
 
+import itertools
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
 
-
-def split_long(document: np.ndarray, row_len: int, bos: int) -> list[np.ndarray]:
-    """BOS + document as pieces of at most row_len tokens, each with a BOS of its own.
-
-    Best-fit packing alone would keep the first row_len tokens of a long document and drop all the rest: on technical
-    documentation (mean 1,500 tokens, long tail) that is most of the text.
-    """
-    body = row_len - 1
-    starts = range(0, max(len(document), 1), body)
-    return [np.concatenate([np.array([bos], document.dtype), document[i : i + body]]) for i in starts]
+import rustbpe
 
 
 def pack_rows(documents: Sequence[np.ndarray], row_len: int, bos: int) -> tuple[np.ndarray, int]:
     """Best-fit packing: rows (R, row_len) in the dtype of the documents, and how many tokens were cropped.
 
-    A row takes the longest piece that fits, again and again; where none fits, it is filled with the head of the
-    shortest piece, whose tail is dropped (so the least is lost). What is left over at the end and does not fill a row
-    is dropped too. Every token of every document is in a row or counted as cropped.
+    A document becomes pieces of at most row_len tokens, each with a BOS of its own: best fit alone would keep the first
+    row_len tokens of a long one and drop all the rest, which on technical documentation (mean 1,500 tokens, long tail)
+    is most of the text. A row takes the longest piece that fits, again and again; where none fits, it is filled with
+    the head of the shortest piece, whose tail is dropped (so the least is lost). What is left over at the end and does
+    not fill a row is dropped too. Every token of every document is in a row or counted as cropped.
     """
-    pieces = sorted((p for d in documents for p in split_long(d, row_len, bos)), key=len)
-    lengths = [len(p) for p in pieces]
-    rows: list[np.ndarray] = []
-    cropped = 0
-    while pieces:
-        row: list[np.ndarray] = []
-        space = row_len
-        while space and pieces:
-            fits = bisect_right(lengths, space) - 1
-            index = max(fits, 0)
-            piece = pieces.pop(index)
-            length = lengths.pop(index)
-            cropped += max(length - space, 0)
-            row.append(piece[:space])
-            space -= min(length, space)
-        if space:
-            cropped += row_len - space
-        else:
-            rows.append(np.concatenate(row))
-    dtype = documents[0].dtype if len(documents) else np.dtype(np.uint16)
-    return (np.stack(rows) if rows else np.empty((0, row_len), dtype)), cropped
+    if not documents:
+        return np.empty((0, row_len), np.uint16), 0
+    dtype = documents[0].dtype
+    assert dtype in (np.uint16, np.uint32) and sys.byteorder == "little", (
+        f"tokens of type {dtype}, {sys.byteorder} endian"
+    )
+    # joined and written once: 1.2 ms for 1,000 documents where copies of each piece and row took 5
+    ends = list(itertools.accumulate(map(len, documents)))
+    tokens = b"".join(document.data for document in documents)
+    rows, cropped = rustbpe.pack_rows(tokens, ends, dtype.itemsize, bos, row_len)
+    return np.frombuffer(rows, dtype).reshape(-1, row_len), cropped
 
 
 Rendered = tuple[Sequence[int], Sequence[int]]  # ids of a conversation, and 1 where the model is trained on them

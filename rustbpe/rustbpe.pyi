@@ -5,6 +5,8 @@ from os import PathLike
 
 SPLIT_PATTERN: str
 
+def pack_rows(tokens: bytes, ends: list[int], width: int, bos: int, row_len: int) -> tuple[bytearray, int]: ...
+
 class Tokenizer:
     def __init__(self) -> None: ...
     @staticmethod

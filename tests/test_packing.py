@@ -1,8 +1,12 @@
+import time
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.packing import pack_conversations, pack_rows, split_long, stream_rows
+import rustbpe
+from nanochat.packing import pack_conversations, pack_rows, stream_rows
 
 BOS = 0
 documents = st.lists(st.integers(0, 60), max_size=40)
@@ -39,6 +43,12 @@ def test_text_stays_in_order_after_each_bos(lengths, row_len):
             assert (np.diff(piece[1:].astype(int)) == 1).all()
 
 
+def piece_lengths(length, row_len):
+    """Of a document's pieces, each with its BOS."""
+    starts = range(0, max(length, 1), row_len - 1)
+    return [min(length - start, row_len - 1) + 1 for start in starts]
+
+
 def slow_pack(lengths, row_len):
     """Best fit by scanning: the lengths placed in each row, and the tokens cropped."""
     left, rows, cropped = sorted(lengths), [], 0
@@ -62,7 +72,7 @@ def slow_pack(lengths, row_len):
 @settings(max_examples=100, deadline=None)
 def test_equals_scanning_best_fit(lengths, row_len):
     docs = make(lengths)
-    pieces = [len(p) for d in docs for p in split_long(d, row_len, BOS)]
+    pieces = [n for length in lengths for n in piece_lengths(length, row_len)]
     expected_rows, expected_cropped = slow_pack(pieces, row_len)
     rows, cropped = pack_rows(docs, row_len, BOS)
     assert cropped == expected_cropped
@@ -71,10 +81,74 @@ def test_equals_scanning_best_fit(lengths, row_len):
 
 
 def test_a_long_document_is_cut_not_dropped():
-    pieces = split_long(np.arange(1, 11, dtype=np.uint16), 5, BOS)
-    assert [p.tolist() for p in pieces] == [[0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [0, 9, 10]]
     rows, cropped = pack_rows([np.arange(1, 11, dtype=np.uint16)], 5, BOS)
-    assert len(rows) == 2 and cropped == 3
+    assert rows.tolist() == [[0, 5, 6, 7, 8], [0, 1, 2, 3, 4]] and cropped == 3
+    rows[0] = 9  # one's own memory
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_wide_tokens_and_no_documents(dtype):
+    documents = [np.array([top, 1], dtype=dtype) for top in (2, np.iinfo(dtype).max)]
+    rows, _ = pack_rows(documents, 3, int(np.iinfo(dtype).max) - 1)
+    assert rows.dtype == dtype and sorted(rows[:, 1].tolist()) == [2, np.iinfo(dtype).max]
+    assert pack_rows([], 5, BOS)[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": 3}, "width is 3"),
+        ({"tokens": b"abc"}, "for 3 bytes of tokens"),
+        ({"row_len": 1}, "row_len is 1"),
+        ({"ends": [2, 1]}, "ends must rise up to 2"),
+        ({"ends": [1]}, "ends must rise up to 2"),
+        ({"bos": 65536}, "bos is no token of 2 bytes"),
+    ],
+)
+def test_what_cannot_be_packed_is_one_line(changes, words):
+    arguments = {"tokens": b"abcd", "ends": [1, 2], "width": 2, "bos": 0, "row_len": 4, **changes}
+    with pytest.raises(ValueError, match=words):
+        rustbpe.pack_rows(**arguments)
+
+
+def scan_pack(docs, row_len):
+    """What it replaces: a buffer of documents, scanned for each place in a row."""
+    buffer = [np.concatenate([[BOS], doc[i : i + row_len - 1]]).astype(doc.dtype)
+              for doc in docs for i in range(0, max(len(doc), 1), row_len - 1)]  # fmt: skip
+    rows = []
+    while buffer:
+        row, space = [], row_len
+        while space and buffer:
+            best, best_length, shortest, shortest_length = -1, 0, -1, row_len + 1
+            for i, doc in enumerate(buffer):
+                length = len(doc)
+                if best_length <= length <= space:  # the last of equals
+                    best, best_length = i, length
+                if length < shortest_length:
+                    shortest, shortest_length = i, length
+            doc = buffer.pop(best if best >= 0 else shortest)
+            row.append(doc[:space])
+            space -= len(row[-1])
+        if not space:
+            rows.append(np.concatenate(row))
+    return np.stack(rows)
+
+
+def test_packing_is_many_times_as_fast_as_scanning_and_equal():
+    """By processor time, the fastest of several: 24 times, 50 for 2,000 documents, on two cores; the promise is 20."""
+    lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1.1, 1000), 20_000).astype(int).tolist()
+    docs = [np.random.default_rng(n).integers(1, 60_000, n).astype(np.uint16) for n in lengths]
+
+    def seconds(call):
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            call()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert np.array_equal(pack_rows(docs, 2049, BOS)[0], scan_pack(docs, 2049))
+    assert seconds(lambda: scan_pack(docs, 2049)) > 10 * seconds(lambda: pack_rows(docs, 2049, BOS))
 
 
 conversations = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=20), max_size=30)

@@ -6,10 +6,11 @@ use std::sync::{Arc, PoisonError, RwLock};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyString};
+use pyo3::types::{PyByteArray, PyBytes, PyString};
 
 use crate::batch::{Encoded, Model};
 use crate::learning::{self, Plan, at_least};
+use crate::pack;
 use crate::split::{SPLIT_PATTERN, SplitError, Splitter};
 use crate::vocab::Vocab;
 
@@ -249,11 +250,53 @@ impl Tokenizer {
     }
 }
 
-/// Byte-level BPE: training and encoding.
+/// Documents packed into rows of `row_len` tokens: (rows, how many tokens were cropped).
+///
+/// `tokens` are those of all documents, little-endian, `width` (2 or 4) bytes each, and `ends` says where each document
+/// ends, in tokens. Each document, or piece of one that is too long for a row, begins with the token `bos`. A row takes
+/// the longest piece that fits, again and again; where none fits, the head of the shortest, whose tail is dropped. The
+/// rows are like `tokens`, end to end, in memory that may be written to; what does not fill a row at the end is cropped too.
+#[pyfunction]
+fn pack_rows<'py>(
+    py: Python<'py>,
+    tokens: &[u8],
+    ends: Vec<usize>,
+    width: usize,
+    bos: u32,
+    row_len: usize,
+) -> PyResult<(Bound<'py, PyByteArray>, usize)> {
+    if !matches!(width, 2 | 4) || tokens.len() % width > 0 {
+        return Err(PyValueError::new_err(format!(
+            "width is {width}, for {} bytes of tokens; it must be 2 or 4, and divide them",
+            tokens.len()
+        )));
+    }
+    if row_len < 2 {
+        return Err(PyValueError::new_err(format!("row_len is {row_len}; a row of less than 2 tokens holds no text")));
+    }
+    if !ends.is_sorted() || ends.last().copied().unwrap_or(0) != tokens.len() / width {
+        return Err(PyValueError::new_err(format!(
+            "ends must rise up to {}, the number of tokens",
+            tokens.len() / width
+        )));
+    }
+    let bos = bos.to_le_bytes();
+    if bos[width..].iter().any(|&byte| byte > 0) {
+        return Err(PyValueError::new_err(format!("bos is no token of {width} bytes")));
+    }
+    let packing = py.detach(|| pack::pack(&ends, row_len));
+    let rows = PyByteArray::new_with(py, packing.rows * row_len * width, |out| {
+        packing.write(tokens, &bos[..width], out);
+        Ok(())
+    })?;
+    Ok((rows, packing.cropped))
+}
+
+/// Byte-level BPE: training and encoding; packing of what was encoded.
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
-    use super::Tokenizer;
+    use super::{Tokenizer, pack_rows};
 
     /// The default split pattern.
     #[pymodule_export]
