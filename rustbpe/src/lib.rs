@@ -18,6 +18,7 @@ mod split_default;
 mod testing;
 pub mod train;
 pub mod vocab;
+mod window;
 mod word_table;
 
 #[cfg(feature = "python")]
