@@ -12,6 +12,7 @@ pub mod count;
 pub mod encode;
 mod hash;
 mod merge;
+mod pages;
 pub mod split;
 mod split_default;
 #[cfg(test)]

@@ -10,27 +10,26 @@
 //! the regex engine over every scalar value in many contexts and over random strings.
 
 use crate::classes::{CLASSES, Class, ClassTable};
+use crate::split::Chunks;
 use crate::window::{Masks, WINDOW};
 
-/// Calls `chunk(start, end)` for each match of the default pattern in `bytes`, which must be valid UTF-8.
+/// Calls `chunks.add(start, end)` for each match of the default pattern in `bytes`, which must be valid UTF-8.
 #[inline(always)]
-pub fn split(bytes: &[u8], mut chunk: impl FnMut(usize, usize)) {
+pub fn split(bytes: &[u8], mut chunks: impl Chunks) {
     let scan = Scan { bytes, table: &CLASSES };
-    let mut start = 0;
+    let (mut start, mut base, mut ends) = (0, 0, 0_u64);
     while start < bytes.len() {
-        let base = start;
-        let mut ends = scan.window_ends(base);
         if ends == 0 {
-            let end = scan.chunk_end(start);
-            chunk(start, end);
-            start = end;
+            base = start;
+            ends = scan.window_ends(base);
         }
-        while ends != 0 {
-            let end = base + ends.trailing_zeros() as usize;
-            chunk(start, end);
-            start = end;
-            ends &= ends - 1;
-        }
+        let end = match ends {
+            0 => scan.chunk_end(start),
+            _ => base + ends.trailing_zeros() as usize,
+        };
+        ends &= ends.wrapping_sub(1);
+        chunks.add(start, end);
+        start = end;
     }
 }
 
@@ -57,7 +56,7 @@ impl Scan<'_> {
     }
 
     /// Where the chunk that starts at `start` ends. The alternatives are tried in the pattern's order.
-    #[inline(always)]
+    #[inline(never)]
     fn chunk_end(&self, start: usize) -> usize {
         let (class, after) = self.class_at(start);
         if class == Class::Letter {
