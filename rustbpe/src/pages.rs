@@ -1,13 +1,13 @@
 //! Large pages for large tables.
 
-/// A table of this many default values, on large pages where the system has them to give.
+/// A table of this many equal values, on large pages where the system has them to give.
 ///
 /// Random places of a table of many megabytes miss the processor's cache of page addresses more often than not, and
 /// a prefetch waits for that.
-pub fn table<T: Clone + Default>(size: usize) -> Vec<T> {
+pub fn table<T: Clone>(size: usize, value: T) -> Vec<T> {
     let mut table = Vec::with_capacity(size);
     advise(table.spare_capacity_mut());
-    table.resize(size, T::default());
+    table.resize(size, value);
     table
 }
 

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::hash::{Fast, ShortKey, prefetch};
+use crate::pages;
 
 /// A short chunk and its count; free if that is 0.
 #[derive(Clone, Copy, Default)]
@@ -64,7 +65,7 @@ impl WordTable {
     #[cold]
     fn grow(&mut self) {
         let size = (self.slots.len() * 2).max(1024);
-        let old = std::mem::replace(&mut self.slots, crate::pages::table(size));
+        let old = std::mem::replace(&mut self.slots, pages::table(size, Slot::default()));
         for slot in old.iter().filter(|slot| slot.count > 0) {
             let mut at = slot.key.hash() as usize & (size - 1);
             while self.slots[at].count > 0 {
