@@ -13,12 +13,14 @@ pub mod encode;
 mod hash;
 mod merge;
 pub mod pack;
+mod pages;
 pub mod split;
 mod split_default;
 #[cfg(test)]
 mod testing;
 pub mod train;
 pub mod vocab;
+mod window;
 mod word_table;
 
 #[cfg(feature = "python")]

@@ -11,7 +11,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::count::WordCounter;
+use crate::hash::prefetch;
 
 mod side;
 mod start;
@@ -20,6 +20,10 @@ use side::Side;
 
 /// Between chunks, and in cells that lie inside a token.
 const NONE: u32 = u32::MAX;
+
+/// How many places ahead the memory of a place is asked for: without, half of the time of merging is waiting for it
+/// (0.41 s for 32,768 tokens from 100 MB of English, with it and large pages 0.30 s).
+const AHEAD: usize = 16;
 
 /// A place where a pair stands: the cell its left token starts in, and the chunk around it.
 #[derive(Clone, Copy, Default)]
@@ -69,17 +73,6 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Takes over the counts. Fails only if the distinct chunks hold more than about 1.4 GB.
-    pub fn new(counter: &WordCounter) -> Result<Self, String> {
-        let mut words: Vec<(u64, Vec<u8>)> = Vec::with_capacity(counter.len());
-        counter.each(|word, count| {
-            if word.len() > 1 {
-                words.push((count, word.into()));
-            }
-        });
-        Self::from_words(words)
-    }
-
     fn add_pair(&mut self, pair: (u32, u32), partner: u32, count: u64, places: u32) {
         self.heap.push(Candidate { count, pair: Reverse(pair), index: self.pairs.len() as u32 });
         self.pairs.push(Pair { partner, places, count });
@@ -138,6 +131,10 @@ impl Trainer {
         let start = self.pairs[index].places as usize;
         let end = self.pairs.get(index + 1).map_or(self.places.len(), |next| next.places as usize);
         for at in start..end {
+            if let Some(ahead) = self.places.get(at + AHEAD) {
+                prefetch(&self.cells, ahead.cell as usize);
+                prefetch(&self.weights, ahead.word as usize);
+            }
             let Place { cell, word } = self.places[at];
             let middle = cell + length_a;
             // Merged away since it was listed? A cell never goes back to an older token, so ids suffice.
@@ -235,8 +232,7 @@ mod tests {
     use crate::testing::{Random, naive_train};
 
     fn train(words: &[(Vec<u8>, u64)], vocab_size: u32) -> Vec<(u32, u32)> {
-        let words = words.iter().filter(|(word, _)| word.len() > 1).map(|(word, count)| (*count, word.clone()));
-        let trainer = Trainer::from_words(words.collect()).unwrap();
+        let trainer = Trainer::from_words(|word| words.iter().for_each(|(bytes, count)| word(bytes, *count))).unwrap();
         trainer.learn(vocab_size, || Ok::<(), ()>(())).unwrap()
     }
 
@@ -281,7 +277,7 @@ mod tests {
 
     #[test]
     fn an_interrupt_stops_it() {
-        let trainer = Trainer::from_words(vec![(1, b"abcdef".to_vec())]).unwrap();
+        let trainer = Trainer::from_words(|word| word(b"abcdef", 1)).unwrap();
         let mut asked = 0;
         let stop = || {
             asked += 1;

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::hash::{Fast, ShortKey};
+use crate::hash::{Fast, ShortKey, prefetch};
+use crate::pages;
 
 /// A short chunk and its count; free if that is 0.
 #[derive(Clone, Copy, Default)]
@@ -23,12 +24,12 @@ pub struct WordTable {
 impl WordTable {
     /// Adds to the count of a chunk of at most 15 bytes. `count` must not be 0, which marks a free slot.
     #[inline(always)]
-    pub fn add_short(&mut self, key: ShortKey, count: u64) {
+    pub fn add_short(&mut self, key: ShortKey, hash: u64, count: u64) {
         if self.used * 4 >= self.slots.len() * 3 {
             self.grow();
         }
         let mask = self.slots.len() - 1;
-        let mut at = key.hash() as usize & mask;
+        let mut at = hash as usize & mask;
         loop {
             let slot = &mut self.slots[at];
             if slot.key == key {
@@ -42,6 +43,12 @@ impl WordTable {
             }
             at = (at + 1) & mask;
         }
+    }
+
+    /// Announces that a chunk of this hash will be added soon.
+    #[inline(always)]
+    pub fn announce(&self, hash: u64) {
+        prefetch(&self.slots, hash as usize & self.slots.len().wrapping_sub(1));
     }
 
     /// Adds to the count of a longer chunk.
@@ -58,7 +65,7 @@ impl WordTable {
     #[cold]
     fn grow(&mut self) {
         let size = (self.slots.len() * 2).max(1024);
-        let old = std::mem::replace(&mut self.slots, vec![Slot::default(); size]);
+        let old = std::mem::replace(&mut self.slots, pages::table(size, Slot::default()));
         for slot in old.iter().filter(|slot| slot.count > 0) {
             let mut at = slot.key.hash() as usize & (size - 1);
             while self.slots[at].count > 0 {
@@ -87,7 +94,7 @@ impl WordTable {
     /// Adds all counts of another table.
     pub fn absorb(&mut self, other: &WordTable) {
         for slot in other.slots.iter().filter(|slot| slot.count > 0) {
-            self.add_short(slot.key, slot.count);
+            self.add_short(slot.key, slot.key.hash(), slot.count);
         }
         for (word, &count) in &other.long {
             self.add_long(word, count);
@@ -98,7 +105,7 @@ impl WordTable {
     pub fn drop_up_to(&mut self, count: u64) {
         let old = std::mem::take(self);
         for slot in old.slots.iter().filter(|slot| slot.count > count) {
-            self.add_short(slot.key, slot.count);
+            self.add_short(slot.key, slot.key.hash(), slot.count);
         }
         self.long = old.long;
         self.long.retain(|_, &mut found| found > count);

@@ -1,31 +1,68 @@
 //! Sets up training: lays out the chunks, and lists every pair of bytes with its places.
 
-use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+
+use crate::count::WordCounter;
+use crate::pages;
 
 use super::{NONE, Place, Side, Token, Trainer};
 
 /// Bounds the number of places, which is at most three per cell, to 32 bits.
 const MAX_CELLS: usize = u32::MAX as usize / 3;
 
+/// Chunks are laid out by count, up to a factor of 9/8.
+const GRADES: usize = 64 * 8;
+
+/// Grade 0 holds the highest counts (at least 1).
+fn grade(count: u64) -> usize {
+    let exponent = count.ilog2();
+    // The three bits below the highest one.
+    let fraction = (count << 3 >> exponent) as usize & 7;
+    GRADES - 1 - (exponent as usize * 8 + fraction)
+}
+
 impl Trainer {
-    pub(super) fn from_words(mut words: Vec<(u64, Vec<u8>)>) -> Result<Self, String> {
-        // Frequent chunks first: they hold most places of most pairs, and so share cache lines.
-        words.sort_unstable_by_key(|(count, _)| Reverse(*count));
-        let size = words.iter().map(|(_, word)| word.len() + 1).sum::<usize>() + 1;
+    /// Takes over the counts. Fails only if the distinct chunks hold more than about 1.4 GB.
+    pub fn new(counter: &WordCounter) -> Result<Self, String> {
+        Self::from_words(|word| counter.each(word))
+    }
+
+    /// `each` calls what it is given with all (chunk, count), in the same order every time; it is asked twice, which
+    /// costs less than a copy of the chunks.
+    pub(super) fn from_words(each: impl Fn(&mut dyn FnMut(&[u8], u64))) -> Result<Self, String> {
+        // Frequent chunks first: they hold most places of most pairs, and so share cache lines. First the sizes of
+        // all grades, then where each starts, in words and in cells.
+        let mut grades = vec![(0, 0); GRADES];
+        each(&mut |word, count| {
+            if word.len() > 1 {
+                let (words, cells) = &mut grades[grade(count)];
+                *words += 1;
+                *cells += word.len() + 1;
+            }
+        });
+        let mut next = (0, 1);
+        for grade in &mut grades {
+            let start = next;
+            next = (next.0 + grade.0, next.1 + grade.1);
+            *grade = start;
+        }
+        let (words, size) = next;
         if size > MAX_CELLS {
             return Err(format!(
                 "the distinct chunks of this text hold {size} bytes, the limit is {MAX_CELLS}; train on less text, or split it into shorter chunks"
             ));
         }
-        let mut cells = Vec::with_capacity(size);
-        cells.push(NONE);
-        let mut weights = Vec::with_capacity(words.len());
-        for (count, word) in words {
-            cells.extend(word.iter().map(|&byte| u32::from(byte)));
-            cells.push(NONE);
-            weights.push(count);
-        }
+        let mut cells = pages::table(size, NONE);
+        let mut weights = vec![0; words];
+        each(&mut |word, count| {
+            if word.len() > 1 {
+                let (index, cell) = &mut grades[grade(count)];
+                weights[*index] = count;
+                *index += 1;
+                cells[*cell..].iter_mut().zip(word).for_each(|(cell, &byte)| *cell = u32::from(byte));
+                *cell += word.len() + 1;
+            }
+        });
         let mut trainer = Trainer {
             cells,
             weights,
@@ -74,7 +111,7 @@ impl Trainer {
             }
             self.add_token(Token { length: 1, first, middle, last: self.pairs.len() as u32 });
         }
-        self.places = vec![Place::default(); next_place as usize];
+        self.places = pages::table(next_place as usize, Place::default());
         let mut word = 0;
         for (cell, pair) in self.cells.windows(2).enumerate().skip(1) {
             if pair[1] == NONE {
