@@ -33,7 +33,7 @@ from nanochat.chat_template import tokenizer_config
 from nanochat.conversation import Piece, completion_pieces, conversation_pieces
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
-from nanochat.tokenizer_json import huggingface_json
+from nanochat.tokenizer_json import huggingface_json, read_json
 
 SPECIAL_TOKENS = [
     "<|bos|>",  # starts every document
@@ -112,9 +112,33 @@ class RustBPETokenizer:
         found = _fingerprint(lines, meta["pattern"], meta["special_tokens"])
         if found != meta["hash"]:
             raise _unusable(directory, f"tiktoken.bpe or meta.json was changed: hash {found}, saved as {meta['hash']}")
-        words = [line.split() for line in lines.splitlines()]
-        ranks = [(base64.b64decode(token), int(rank)) for token, rank in words]
-        return cls(rustbpe.Tokenizer.from_ranks(ranks, meta["pattern"]), meta["special_tokens"])
+        return cls(rustbpe.Tokenizer.from_ranks(_parse_ranks(lines), meta["pattern"]), meta["special_tokens"])
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "RustBPETokenizer":
+        """Load a tokenizer.json, ours or another byte-level BPE's whose merges are in the order of its ids. Raises
+        UserError, naming the file, where it is absent, damaged or of another kind."""
+        try:
+            ranks, pattern, specials = read_json(Path(path).read_text("utf-8"))
+            return cls(rustbpe.Tokenizer.from_ranks(list(ranks.items()), pattern), specials)
+        except FileNotFoundError:
+            raise UserError(f"{path}: there is no such file") from None
+        except ValueError as error:
+            raise UserError(f"{path} is no tokenizer that nanochat can use: {error}") from None
+
+    @classmethod
+    def from_tiktoken(
+        cls, path: str | Path, pattern: str = rustbpe.SPLIT_PATTERN, special_tokens: Sequence[str] = SPECIAL_TOKENS
+    ) -> "RustBPETokenizer":
+        """Load a file of ranks as tiktoken writes it, which holds neither pattern nor special tokens. Raises UserError,
+        naming the file, where it is absent or damaged."""
+        try:
+            ranks = _parse_ranks(Path(path).read_bytes())
+            return cls(rustbpe.Tokenizer.from_ranks(ranks, pattern), special_tokens)
+        except FileNotFoundError:
+            raise UserError(f"{path}: there is no such file") from None
+        except ValueError as error:
+            raise UserError(f"{path} is no file of ranks that nanochat can use: {error}") from None
 
     def save(self, directory: str | Path) -> None:
         """Write the files of a tokenizer directory. A full disk leaves the previous ones as they were."""
@@ -307,6 +331,18 @@ class RustBPETokenizer:
     def _rank_lines(self) -> bytes:
         lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self._token_bytes)]
         return b"".join(lines)
+
+
+def _parse_ranks(lines: bytes) -> list[tuple[bytes, int]]:
+    """(token, rank) from lines of base64 and number. Raises ValueError for any other line."""
+    ranks = []
+    for number, line in enumerate(lines.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks.append((base64.b64decode(token, validate=True), int(rank)))
+        except ValueError:
+            raise ValueError(f"line {number} is not a token in base64, a space and its id") from None
+    return ranks
 
 
 def _mergeable(vocab_size: int) -> int:

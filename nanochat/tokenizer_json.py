@@ -1,11 +1,14 @@
 """tokenizer.json: our tokenizer in the format of the `tokenizers` library, which wants merges instead of ranks.
 
-Other programs (transformers, vLLM, exports) load that file; nothing in nanochat reads it. Mind that they find special
-tokens inside text unless told otherwise (`encode_special_tokens = True`), which nanochat's own encoder never does.
+Other programs (transformers, vLLM, exports) load that file. Mind that they find special tokens inside text unless told
+otherwise (`encode_special_tokens = True`), which nanochat's own encoder never does. nanochat reads it where somebody
+brings nothing else (RustBPETokenizer.from_json); a tokenizer directory is read by its ranks.
 """
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -24,6 +27,58 @@ def huggingface_json(ranks: Mapping[bytes, int], pattern: str, special_tokens: S
     model.decoder = decoders.ByteLevel()
     model.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in special_tokens])
     return model.to_str()
+
+
+def read_json(text: str) -> tuple[dict[bytes, int], str, list[str]]:
+    """(ranks, pattern, names of the special tokens) of a tokenizer.json that describes a tokenizer of our kind.
+
+    Raises ValueError, one line, for anything else: text that is no JSON, another model or pre-tokenizer, merges that
+    are not in the order of the ids, special tokens whose ids do not follow those of the rest.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}") from None
+    try:
+        model, pattern = content["model"], _pattern(content["pre_tokenizer"])
+        vocab, merges = model["vocab"], [_merge(merge) for merge in model["merges"]]
+        added = sorted((token["id"], token["content"]) for token in content["added_tokens"])
+        kind = model["type"]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"not of a byte-level BPE with one split pattern ({type(error).__name__}: {error})") from None
+    if kind != "BPE":
+        raise ValueError(f"its model is {kind}, not BPE")
+    bytes_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    names = [name for _, name in added]
+    try:
+        ranks = {bytes(bytes_of[letter] for letter in token): rank
+                 for token, rank in vocab.items() if token not in names}  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"a token holds {error}, which stands for no byte") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("its ids are not 0, 1, 2, ... without gaps")
+    if [number for number, _ in added] != list(range(len(ranks), len(ranks) + len(added))):
+        raise ValueError("the ids of its special tokens do not follow those of the others")
+    letters = _byte_letters()
+    wanted = [tuple("".join(letters[byte] for byte in half) for half in pair) for pair in merges_from_ranks(ranks)]
+    if merges != wanted:
+        raise ValueError("its merges are not those of its ids, in order: nanochat merges the pair of lowest id first")
+    return ranks, pattern, names
+
+
+def _pattern(pre_tokenizer: Mapping[str, Any]) -> str:
+    split, byte_level = pre_tokenizer["pretokenizers"]
+    if (split["type"], split["behavior"], split["invert"]) != ("Split", "Isolated", False):
+        raise ValueError(f"a pre-tokenizer of type {split['type']}")
+    if (byte_level["type"], byte_level["add_prefix_space"], byte_level["use_regex"]) != ("ByteLevel", False, False):
+        raise ValueError(f"a pre-tokenizer of type {byte_level['type']}")
+    return split["pattern"]["Regex"]
+
+
+def _merge(merge: Any) -> tuple[str, str]:
+    """Older files write "a b" for what newer ones write ["a", "b"]."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
 
 
 def _byte_letters() -> list[str]:

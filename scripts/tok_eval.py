@@ -23,6 +23,7 @@ from nanochat.tok_texts import TEXTS
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 SAMPLE_BYTES = 1_000_000  # of each of the train and validation shards
+LONG, BAR = 16, 30  # bytes from which tokens are counted together; characters of the longest bar
 
 _OPENAI = "https://openaipublic.blob.core.windows.net"
 # tiktoken's name of a baseline -> {address of a rank file: its sha256}; tiktoken caches under the sha1 of the address
@@ -80,15 +81,29 @@ def main(settings_: Settings) -> None:
         "rows": rows,
     }
 
+    tables = [own, compared, histogram(tokenizer.token_byte_lengths())]
     metrics = {f"bytes_per_token_{name}": value for name, value in ours.items()} | {"hash": tokenizer.hash}
-    data = {"settings": asdict(settings_), "metrics": metrics, "tables": [own, compared], "notes": notes}
+    data = {"settings": asdict(settings_), "metrics": metrics, "tables": tables, "notes": notes}
     report.write_section("tok_eval", "Tokenizer evaluation", data)
-    for table in (own, compared):
+    for table in tables:
         print_table(table)
     for note in notes:
         print(f"note: {note}")
     if failed:
         raise RuntimeError(f"decode(encode(text)) differs from text on: {', '.join(failed)}")
+
+
+def histogram(lengths: Sequence[int]) -> dict[str, Any]:
+    """Table of how many tokens stand for 1, 2, ... bytes; special tokens (0) left out."""
+    sizes = [length for length in lengths if length > 0]
+    counts = {size: sizes.count(size) for size in range(1, LONG)}
+    rows = [[str(size), counts[size]] for size in counts] + [[f"{LONG} or more", sum(size >= LONG for size in sizes)]]
+    most = max(count for _, count in rows)
+    return {
+        "title": "Tokens by their length in bytes",
+        "columns": ["Bytes", "Tokens", "Share", ""],
+        "rows": [[size, f"{n:,}", f"{n / len(sizes):.1%}", "█" * round(BAR * n / most)] for size, n in rows],
+    }
 
 
 def first_bytes(documents: Iterable[str], limit: int) -> list[str]:

@@ -122,13 +122,24 @@ def test_command_line_takes_round_numbers_in_scientific_notation():
 # ---- tok_eval
 
 
+def test_the_histogram_counts_every_token_but_the_special_ones(trained, capsys):
+    tok_eval.main(tok_eval.Settings())
+    table = _section("tok_eval")["tables"][2]
+    lengths = [len(token) for token, _ in get_tokenizer().get_mergeable_ranks()]
+    found = {row[0]: int(row[1].replace(",", "")) for row in table["rows"]}
+    assert sum(found.values()) == len(lengths) and found["1"] == 256
+    assert found["16 or more"] == sum(length >= 16 for length in lengths)
+    assert max(len(row[3]) for row in table["rows"]) == tok_eval.BAR
+    assert table["title"] in capsys.readouterr().out
+
+
 def test_evaluation_without_baselines_says_why_and_downloads_nothing(trained, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("tiktoken would have gone to the network")
 
     monkeypatch.setattr(tiktoken.load, "read_file", refuse)
     tok_eval.main(tok_eval.Settings())
-    own, compared = _section("tok_eval")["tables"]
+    own, compared, _ = _section("tok_eval")["tables"]
     assert [row[0] for row in own["rows"]] == [*TEXTS, "train", "val"]
     assert all(row[-1] == "ok" for row in own["rows"])
     assert [row[0] for row in compared["rows"]] == [
