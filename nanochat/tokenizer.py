@@ -12,13 +12,10 @@ Encoding looks for special tokens in text only where it is told to (allowed_spec
 rendering of conversations make them.
 """
 
-import base64
 import codecs
 import functools
-import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +30,7 @@ from nanochat.chat_template import tokenizer_config
 from nanochat.conversation import Piece, completion_pieces, conversation_pieces
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
+from nanochat.tokenizer_files import fingerprint, parse_ranks, rank_lines, read_meta, unusable, write_files
 from nanochat.tokenizer_json import huggingface_json, read_json
 
 SPECIAL_TOKENS = [
@@ -104,15 +102,15 @@ class RustBPETokenizer:
     def from_directory(cls, directory: str | Path) -> "RustBPETokenizer":
         """Load what `save` wrote. Raises UserError where files are missing, damaged or of two different tokenizers."""
         directory = Path(directory)
-        meta = _read_meta(directory)
+        meta = read_meta(directory)
         try:
             lines = (directory / "tiktoken.bpe").read_bytes()
         except FileNotFoundError:
-            raise _unusable(directory, "tiktoken.bpe is missing") from None
-        found = _fingerprint(lines, meta["pattern"], meta["special_tokens"])
+            raise unusable(directory, "tiktoken.bpe is missing") from None
+        found = fingerprint(lines, meta["pattern"], meta["special_tokens"])
         if found != meta["hash"]:
-            raise _unusable(directory, f"tiktoken.bpe or meta.json was changed: hash {found}, saved as {meta['hash']}")
-        return cls(rustbpe.Tokenizer.from_ranks(_parse_ranks(lines), meta["pattern"]), meta["special_tokens"])
+            raise unusable(directory, f"tiktoken.bpe or meta.json was changed: hash {found}, saved as {meta['hash']}")
+        return cls(rustbpe.Tokenizer.from_ranks(parse_ranks(lines), meta["pattern"]), meta["special_tokens"])
 
     @classmethod
     def from_json(cls, path: str | Path) -> "RustBPETokenizer":
@@ -133,7 +131,7 @@ class RustBPETokenizer:
         """Load a file of ranks as tiktoken writes it, which holds neither pattern nor special tokens. Raises UserError,
         naming the file, where it is absent or damaged."""
         try:
-            ranks = _parse_ranks(Path(path).read_bytes())
+            ranks = parse_ranks(Path(path).read_bytes())
             return cls(rustbpe.Tokenizer.from_ranks(ranks, pattern), special_tokens)
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such file") from None
@@ -154,15 +152,15 @@ class RustBPETokenizer:
             "tokenizer.json": huggingface_json(ranks, self.get_pattern(), self.get_special_tokens()).encode(),
             "tokenizer_config.json": tokenizer_config(self.get_special_tokens()).encode(),
             "token_bytes.safetensors": safetensors.torch.save(sizes, {"tokenizer_hash": self.hash}),
-            "tiktoken.bpe": self._rank_lines(),
+            "tiktoken.bpe": rank_lines(self._token_bytes),
             "meta.json": (json.dumps(meta, indent=2) + "\n").encode(),
         }
-        _write_files(Path(directory), files)
+        write_files(Path(directory), files)
 
     @functools.cached_property
     def hash(self) -> str:
         """16 hex digits over ranks, pattern and specials; ties checkpoints and tokenized data to this tokenizer."""
-        return _fingerprint(self._rank_lines(), self.get_pattern(), self.get_special_tokens())
+        return fingerprint(rank_lines(self._token_bytes), self.get_pattern(), self.get_special_tokens())
 
     def get_vocab_size(self) -> int:
         """Number of ids, special tokens included."""
@@ -328,22 +326,6 @@ class RustBPETokenizer:
     def _all_bytes(self) -> list[bytes]:
         return self._token_bytes + [name.encode() for name in self._specials]
 
-    def _rank_lines(self) -> bytes:
-        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self._token_bytes)]
-        return b"".join(lines)
-
-
-def _parse_ranks(lines: bytes) -> list[tuple[bytes, int]]:
-    """(token, rank) from lines of base64 and number. Raises ValueError for any other line."""
-    ranks = []
-    for number, line in enumerate(lines.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks.append((base64.b64decode(token, validate=True), int(rank)))
-        except ValueError:
-            raise ValueError(f"line {number} is not a token in base64, a space and its id") from None
-    return ranks
-
 
 def _mergeable(vocab_size: int) -> int:
     """Tokens of a vocabulary that are not special. Raises UserError where there is no room for them."""
@@ -383,38 +365,3 @@ def _valid(text: str, what: str) -> str:
         found = f"U+{ord(text[error.start]):04X}, half of a surrogate pair, at character {error.start}"
         raise ValueError(f"{what} has {found}: UTF-8 has no such thing; see nanochat.tokenizer.repaired") from None
     return text
-
-
-def _unusable(directory: Path, why: str) -> UserError:
-    return UserError(f"no usable tokenizer in {directory}: {why}; run `python -m scripts.tok_train`")
-
-
-def _read_meta(directory: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((directory / "meta.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise _unusable(directory, "meta.json is missing") from None
-    except ValueError as error:
-        raise _unusable(directory, f"meta.json is damaged: {error}") from None
-    if not isinstance(meta, dict) or not {"pattern", "special_tokens", "hash"} <= meta.keys():
-        raise _unusable(directory, "meta.json is damaged: it lacks pattern, special_tokens or hash")
-    return meta
-
-
-def _fingerprint(rank_lines: bytes, pattern: str, special_tokens: Sequence[str]) -> str:
-    settled = json.dumps([pattern, special_tokens]).encode()
-    return hashlib.sha256(rank_lines + settled).hexdigest()[:16]
-
-
-def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """All of them to `<name>.tmp` first, then renamed in order: a full disk leaves the old files as they were."""
-    directory.mkdir(parents=True, exist_ok=True)
-    staged = {directory / f"{name}.tmp": directory / name for name in files}
-    try:
-        for temporary, content in zip(staged, files.values(), strict=True):
-            temporary.write_bytes(content)
-        for temporary, final in staged.items():
-            os.replace(temporary, final)
-    finally:
-        for temporary in staged:
-            temporary.unlink(missing_ok=True)
