@@ -8,10 +8,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-marker="not slow"
+marker="not slow" rust=()
 case ${1:-} in
   "") ;;
-  --all) marker="slow or not slow" ;;
+  --all) marker="slow or not slow" rust=(-- --include-ignored) ;;
   *) echo "error: $1: expected nothing or --all" >&2 && exit 2 ;;
 esac
 
@@ -51,7 +51,7 @@ check "ruff" ruff check .
 check "mypy" mypy nanochat
 check "cargo fmt" component fmt rustfmt --check
 check "cargo clippy" component clippy clippy --locked --quiet --all-targets --all-features -- -D warnings
-check "cargo test" crate test --locked --quiet
+check "cargo test" crate test --locked --quiet ${rust[@]+"${rust[@]}"}
 check "pytest" python -m pytest -q -m "$marker"
 
 printf '\n'

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -216,7 +217,8 @@ def test_processes_leave_the_models_of_others_for_last(tmp_path):
     assert order == [run for run in runs if run.width != 32] + [run for run in runs if run.width == 32]
 
 
-def share(rank, folder, names):
+def share(rank, environment, folder, names):
+    os.environ.update(environment)  # the server that processes are forked from may be older than the test
     settings = SweepSettings(**TINY)
     text = open_text(settings)
     sweep.open_folder(folder, sweep.recipe(settings, text.identity))
@@ -231,7 +233,7 @@ def share(rank, folder, names):
 def test_two_processes_make_each_run_once_and_the_same(prepared, tmp_path):
     with mp.get_context("forkserver").Manager() as manager:
         names = manager.list()
-        mp.start_processes(share, (tmp_path, names), nprocs=2, start_method="forkserver")
+        mp.start_processes(share, (dict(os.environ), tmp_path, names), nprocs=2, start_method="forkserver")
         assert sorted(names) == sorted(map(str, runs_of(32, 48)))
     alone = bench()
     for run, record in sweep.finished_runs(tmp_path).items():
