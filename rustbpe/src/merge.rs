@@ -20,19 +20,12 @@ pub struct Rules {
     /// Every pair of bytes, directly indexed: the first look at each pair of a chunk needs no hashing.
     byte_pairs: Vec<u32>,
     pairs: JoinTable,
-    /// Ids and places of tiny chunks fit 32 bits together.
-    below_tiny_limit: bool,
 }
 
 impl Rules {
-    /// From the single-byte tokens and all (left, right, joined).
-    pub fn new(bytes: [u32; 256], joins: &[(u32, u32, u32)]) -> Self {
-        let mut rules = Rules {
-            bytes,
-            byte_pairs: vec![NONE; 1 << 16],
-            pairs: JoinTable::new(joins),
-            below_tiny_limit: joins.iter().all(|&(.., joined)| joined < u32::MAX / TINY as u32),
-        };
+    /// From the single-byte tokens and all (left, right, joined), all with ids below `ids`.
+    pub fn new(bytes: [u32; 256], joins: &[(u32, u32, u32)], ids: usize) -> Self {
+        let mut rules = Rules { bytes, byte_pairs: vec![NONE; 1 << 16], pairs: JoinTable::new(joins, ids) };
         for left in 0..256 {
             for right in 0..256 {
                 rules.byte_pairs[left << 8 | right] = rules.join(bytes[left], bytes[right]);
@@ -57,9 +50,9 @@ impl Rules {
 /// times as fast as [`Merger::merge_short`].
 #[inline(never)]
 fn merge_tiny(rules: &Rules, chunk: &[u8], out: &mut Vec<u32>) {
-    let ranked = |join: u32, at: usize| if join == NONE { NONE } else { join * TINY as u32 + at as u32 };
+    let ranked = |join: u32, at: usize| if join == NONE { u64::MAX } else { u64::from(join) << 32 | at as u64 };
     let mut ids = [0; TINY];
-    let mut joins = [NONE; TINY];
+    let mut joins = [u64::MAX; TINY];
     for (id, &byte) in ids.iter_mut().zip(chunk) {
         *id = rules.bytes[usize::from(byte)];
     }
@@ -68,19 +61,19 @@ fn merge_tiny(rules: &Rules, chunk: &[u8], out: &mut Vec<u32>) {
     }
     let mut alive = (1_u32 << chunk.len()) - 1;
     loop {
-        let lowest = joins.iter().fold(NONE, |lowest, &join| lowest.min(join));
-        if lowest == NONE {
+        let lowest = lowest(&joins, chunk.len());
+        if lowest == u64::MAX {
             break;
         }
-        let (joined, at) = (lowest / TINY as u32, lowest as usize % TINY);
+        let (joined, at) = ((lowest >> 32) as u32, lowest as usize % TINY);
         // There is a token to the right, or nothing would join.
         let mut later = alive & (!1 << at);
-        joins[later.trailing_zeros() as usize % TINY] = NONE;
+        joins[later.trailing_zeros() as usize % TINY] = u64::MAX;
         later &= later - 1;
         let earlier = alive & ((1 << at) - 1);
         alive = earlier | 1 << at | later;
         ids[at] = joined;
-        joins[at] = NONE;
+        joins[at] = u64::MAX;
         if later != 0 {
             joins[at] = ranked(rules.join(joined, ids[later.trailing_zeros() as usize % TINY]), at);
         }
@@ -93,6 +86,18 @@ fn merge_tiny(rules: &Rules, chunk: &[u8], out: &mut Vec<u32>) {
         out.push(ids[alive.trailing_zeros() as usize % TINY]);
         alive &= alive - 1;
     }
+}
+
+/// The lowest of the first `length`. (Of 64 bits each, so that no compiler makes vector code of it, which would wait for
+/// the single numbers just written.)
+#[inline(always)]
+fn lowest(joins: &[u64; TINY], length: usize) -> u64 {
+    let (mut even, mut odd) = (u64::MAX, u64::MAX);
+    for pair in joins[..length.next_multiple_of(2)].chunks_exact(2) {
+        even = even.min(pair[0]);
+        odd = odd.min(pair[1]);
+    }
+    even.min(odd)
 }
 
 /// Scratch memory for merging, kept from chunk to chunk.
@@ -109,7 +114,7 @@ pub struct Merger {
 impl Merger {
     /// Appends the tokens of a chunk (at least one byte).
     pub fn merge(&mut self, rules: &Rules, chunk: &[u8], out: &mut Vec<u32>) {
-        if chunk.len() <= TINY && rules.below_tiny_limit {
+        if chunk.len() <= TINY {
             merge_tiny(rules, chunk, out);
         } else {
             self.merge_to(1, rules, chunk, out);

@@ -69,7 +69,7 @@ impl Vocab {
             starts: vec![0],
             short: vec![(ShortKey::default(), NONE); (tokens.len() * 2).next_power_of_two().max(16)],
             long: HashMap::default(),
-            rules: Rules::new([NONE; 256], &[]),
+            rules: Rules::new([0; 256], &[], 1),
             has_unreachable: false,
         };
         for (id, token) in tokens.iter().enumerate() {
@@ -92,7 +92,7 @@ impl Vocab {
                 .find(&[byte])
                 .ok_or_else(|| format!("byte 0x{byte:02x} is no token; all 256 single bytes must be"))?;
         }
-        self.rules = Rules::new(bytes, joins);
+        self.rules = Rules::new(bytes, joins, self.len());
         self.has_unreachable = joins.len() + 256 < self.len();
         Ok(self)
     }
