@@ -94,9 +94,13 @@ impl Encoding<'_> {
         self.cache.grow_if_small();
     }
 
-    /// Encodes a short chunk, and remembers its tokens.
+    /// Encodes a short chunk that is not in its first place of the cache, and remembers its tokens.
     #[inline(never)]
     fn miss(&mut self, key: ShortKey, hash: u64) {
+        if let Some(tokens) = self.cache.get_second(key, hash) {
+            self.out.extend_from_slice(&tokens.ids()[..tokens.count()]);
+            return;
+        }
         let before = self.out.len();
         let (bytes, length) = key.bytes();
         self.encode_chunk(&bytes[..length], hash);
