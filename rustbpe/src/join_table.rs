@@ -93,7 +93,7 @@ impl JoinTable {
     #[inline(always)]
     fn place(&self, hash: u64, shift: u8) -> usize {
         let mixed = (hash ^ u64::from(shift).wrapping_mul(K0)).wrapping_mul(K1);
-        (u128::from(mixed) * self.entries.len() as u128 >> 64) as usize
+        ((u128::from(mixed) * self.entries.len() as u128) >> 64) as usize
     }
 
     /// The token that two tokens join into, or [`NONE`].
