@@ -1,72 +1,137 @@
 //! Text to token ids.
 
-use crate::hash::{SHORT, ShortKey};
+use std::hash::BuildHasher;
+
+use crate::cache::{Cache, LongCache, MOST};
+use crate::hash::{Fast, SHORT, ShortKey};
 use crate::merge::Merger;
-use crate::split::{SplitError, Splitter};
+use crate::split::{Chunks, SplitError, Splitter};
 use crate::vocab::Vocab;
 
-/// Chunks whose tokens a worker remembers: 2^14 of 32 bytes, half a megabyte, which stays in a core's own cache.
-const CACHE_SIZE: usize = 1 << 14;
-
-/// Most tokens of a remembered chunk. Three fill up the 32 bytes.
-const CACHED_TOKENS: usize = 3;
-
-#[derive(Clone, Copy, Default)]
-struct Cached {
-    key: ShortKey,
-    count: u32,
-    ids: [u32; CACHED_TOKENS],
-}
+/// Short chunks that wait until they are encoded together.
+const AHEAD: usize = 32;
 
 /// What one thread needs to encode with one vocabulary. Always use it with the same vocabulary.
 pub struct Worker {
     splitter: Splitter,
     merger: Merger,
-    /// One place for each hash, the last chunk wins: bounded, and no chains that hostile text could make long.
-    cache: Vec<Cached>,
+    cache: Cache,
+    long: LongCache,
 }
 
 impl Worker {
     pub fn new(splitter: &Splitter) -> Self {
-        Worker { splitter: splitter.clone(), merger: Merger::default(), cache: vec![Cached::default(); CACHE_SIZE] }
+        Worker {
+            splitter: splitter.clone(),
+            merger: Merger::default(),
+            cache: Cache::default(),
+            long: LongCache::default(),
+        }
     }
 
     /// Appends the tokens of `text`.
     pub fn encode(&mut self, vocab: &Vocab, text: &str, out: &mut Vec<u32>) -> Result<(), SplitError> {
-        let Worker { splitter, merger, cache } = self;
-        let bytes = text.as_bytes();
-        splitter.split(text, |start, end| {
-            if end - start > SHORT {
-                encode_chunk(vocab, merger, &bytes[start..end], out);
-                return;
-            }
-            let key = ShortKey::of(bytes, start, end);
-            let hash = key.hash();
-            // The table of tokens uses the low bits; these are others, so that clashes differ.
-            let cached = &mut cache[(hash >> 40) as usize % CACHE_SIZE];
-            if cached.key == key {
-                out.extend_from_slice(&cached.ids[..cached.count as usize % (CACHED_TOKENS + 1)]);
-                return;
-            }
-            let before = out.len();
-            match vocab.find_short(key, hash) {
-                Some(id) => out.push(id),
-                None => merger.merge(vocab.rules(), &bytes[start..end], out),
-            }
-            let ids = &out[before..];
-            if ids.len() <= CACHED_TOKENS {
-                *cached = Cached { key, count: ids.len() as u32, ids: [0; CACHED_TOKENS] };
-                cached.ids[..ids.len()].copy_from_slice(ids);
-            }
-        })
+        let Worker { splitter, merger, cache, long } = self;
+        let waiting = [(ShortKey::default(), 0); AHEAD];
+        let mut encoding = Encoding { vocab, merger, cache, long, text: text.as_bytes(), out, waiting, length: 0 };
+        splitter.split(text, &mut encoding)?;
+        encoding.flush();
+        Ok(())
     }
 }
 
-/// A chunk that is a token by itself is that token, even if no merges lead to it.
-fn encode_chunk(vocab: &Vocab, merger: &mut Merger, chunk: &[u8], out: &mut Vec<u32>) {
-    match vocab.find(chunk) {
-        Some(id) => out.push(id),
-        None => merger.merge(vocab.rules(), chunk, out),
+/// The encoding of one text.
+struct Encoding<'a> {
+    vocab: &'a Vocab,
+    merger: &'a mut Merger,
+    cache: &'a mut Cache,
+    long: &'a mut LongCache,
+    text: &'a [u8],
+    out: &'a mut Vec<u32>,
+    /// Short chunks with their hashes. While they wait, their places of the cache come from memory.
+    waiting: [(ShortKey, u64); AHEAD],
+    length: usize,
+}
+
+impl Chunks for &mut Encoding<'_> {
+    #[inline(always)]
+    fn add(&mut self, start: usize, end: usize) {
+        if end - start > SHORT {
+            return self.add_long(start, end);
+        }
+        let key = ShortKey::of(self.text, start, end);
+        let hash = key.hash();
+        self.cache.announce(hash);
+        self.waiting[self.length] = (key, hash);
+        self.length += 1;
+        if self.length == AHEAD {
+            self.flush();
+        }
+    }
+}
+
+impl Encoding<'_> {
+    /// Encodes the chunks that wait.
+    #[inline(never)]
+    fn flush(&mut self) {
+        // All ids of a place are written, those beyond its count to be overwritten: a copy of varying length takes
+        // longer.
+        let mut ids = [0; (AHEAD + 1) * MOST];
+        let mut length = 0;
+        for at in 0..self.length {
+            let (key, hash) = self.waiting[at];
+            if let Some(tokens) = self.cache.get(key, hash) {
+                ids[length..length + MOST].copy_from_slice(&tokens.ids());
+                length += tokens.count();
+            } else {
+                self.out.extend_from_slice(&ids[..length]);
+                length = 0;
+                self.miss(key, hash);
+            }
+        }
+        self.out.extend_from_slice(&ids[..length]);
+        self.length = 0;
+        self.cache.grow_if_small();
+    }
+
+    /// Encodes a short chunk that is not in its first place of the cache, and remembers its tokens.
+    #[inline(never)]
+    fn miss(&mut self, key: ShortKey, hash: u64) {
+        if let Some(tokens) = self.cache.get_second(key, hash) {
+            self.out.extend_from_slice(&tokens.ids()[..tokens.count()]);
+            return;
+        }
+        let before = self.out.len();
+        let (bytes, length) = key.bytes();
+        self.encode_chunk(&bytes[..length], hash);
+        self.cache.put(key, hash, &self.out[before..]);
+    }
+
+    #[inline(never)]
+    fn add_long(&mut self, start: usize, end: usize) {
+        self.flush();
+        let chunk = &self.text[start..end];
+        self.encode_chunk(chunk, Fast::default().hash_one(chunk));
+    }
+
+    fn encode_chunk(&mut self, chunk: &[u8], hash: u64) {
+        // A chunk that is a token by itself is that token, even if no merges lead to it.
+        if self.vocab.has_unreachable()
+            && let Some(id) = self.vocab.find(chunk)
+        {
+            self.out.push(id);
+            return;
+        }
+        if let Some(ids) = self.long.get(chunk, hash) {
+            self.out.extend_from_slice(ids);
+            return;
+        }
+        let before = self.out.len();
+        self.merger.merge(self.vocab.rules(), chunk, self.out);
+        let ids = &self.out[before..];
+        if ids.len() > MOST || chunk.len() > SHORT {
+            self.long.put(chunk, hash, ids);
+        }
     }
 }
 

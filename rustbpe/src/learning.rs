@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 use rayon::prelude::*;
@@ -141,7 +142,13 @@ pub fn from_iterator(py: Python<'_>, plan: Plan, iterator: &Bound<'_, PyAny>, bu
             let kind = item.get_type().name().map_or_else(|_| "?".into(), |name| name.to_string());
             PyTypeError::new_err(format!("document {index} of the iterator is a {kind}; every one must be a str"))
         })?;
-        documents.push(text.to_str()?);
+        // `to_str` is free of cost for ASCII; other text would keep the UTF-8 that it makes, as long as the str lives.
+        if text.call_method0(intern!(py, "isascii"))?.is_truthy()? {
+            documents.push(text.to_str()?);
+        } else {
+            let bytes = text.encode_utf8()?;
+            documents.push(std::str::from_utf8(bytes.as_bytes()).expect("Python encodes to UTF-8"));
+        }
         if documents.len() >= buffer_size || documents.bytes() >= buffer_bytes {
             py.detach(|| -> PyResult<()> {
                 learner.count(&documents)?;

@@ -7,10 +7,12 @@
 //! `python`, behind the `python` feature, so that everything else is tested by a plain `cargo test`.
 
 pub mod batch;
+mod cache;
 pub mod classes;
 pub mod count;
 pub mod encode;
 mod hash;
+mod join_table;
 mod merge;
 pub mod pack;
 mod pages;

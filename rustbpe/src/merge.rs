@@ -3,14 +3,15 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::hash::mix;
-
-/// No such token.
-pub const NONE: u32 = u32::MAX;
+use crate::join_table::JoinTable;
+pub use crate::join_table::NONE;
 
 /// Up to this many bytes the lowest rank is found by a plain scan, which needs no links and no heap; beyond, the
 /// scan's quadratic cost would show.
 const SCAN_LIMIT: usize = 96;
+
+/// Up to this many bytes, which is most chunks by far, everything fits registers and one cache line or two.
+const TINY: usize = 16;
 
 /// Which pairs of tokens join, and into what. A token's id is its rank.
 pub struct Rules {
@@ -18,26 +19,13 @@ pub struct Rules {
     bytes: [u32; 256],
     /// Every pair of bytes, directly indexed: the first look at each pair of a chunk needs no hashing.
     byte_pairs: Vec<u32>,
-    /// Open addressing, at most half full: (left << 32 | right, joined).
-    pairs: Vec<(u64, u32)>,
+    pairs: JoinTable,
 }
 
 impl Rules {
-    /// From the single-byte tokens and all (left, right, joined).
-    pub fn new(bytes: [u32; 256], joins: &[(u32, u32, u32)]) -> Self {
-        let mut rules = Rules {
-            bytes,
-            byte_pairs: vec![NONE; 1 << 16],
-            pairs: vec![(u64::MAX, NONE); (joins.len() * 2).next_power_of_two().max(16)],
-        };
-        for &(left, right, joined) in joins {
-            let key = u64::from(left) << 32 | u64::from(right);
-            let mut at = rules.place(key);
-            while rules.pairs[at].0 != u64::MAX {
-                at = (at + 1) & (rules.pairs.len() - 1);
-            }
-            rules.pairs[at] = (key, joined);
-        }
+    /// From the single-byte tokens and all (left, right, joined), all with ids below `ids`.
+    pub fn new(bytes: [u32; 256], joins: &[(u32, u32, u32)], ids: usize) -> Self {
+        let mut rules = Rules { bytes, byte_pairs: vec![NONE; 1 << 16], pairs: JoinTable::new(joins, ids) };
         for left in 0..256 {
             for right in 0..256 {
                 rules.byte_pairs[left << 8 | right] = rules.join(bytes[left], bytes[right]);
@@ -46,29 +34,70 @@ impl Rules {
         rules
     }
 
-    #[inline(always)]
-    fn place(&self, key: u64) -> usize {
-        mix(key, 0) as usize & (self.pairs.len() - 1)
-    }
-
     /// The token that two tokens join into, or [`NONE`].
     #[inline(always)]
     fn join(&self, left: u32, right: u32) -> u32 {
-        let key = u64::from(left) << 32 | u64::from(right);
-        let mut at = self.place(key);
-        loop {
-            let (found, joined) = self.pairs[at];
-            if found == key || found == u64::MAX {
-                return joined;
-            }
-            at = (at + 1) & (self.pairs.len() - 1);
-        }
+        self.pairs.get(left, right)
     }
 
     #[inline(always)]
     fn join_bytes(&self, pair: &[u8]) -> u32 {
         self.byte_pairs[usize::from(pair[0]) << 8 | usize::from(pair[1])]
     }
+}
+
+/// As a plain scan over an array of (rank, place), each one number, with the bits of `alive` for links: two to three
+/// times as fast as [`Merger::merge_short`].
+#[inline(never)]
+fn merge_tiny(rules: &Rules, chunk: &[u8], out: &mut Vec<u32>) {
+    let ranked = |join: u32, at: usize| if join == NONE { u64::MAX } else { u64::from(join) << 32 | at as u64 };
+    let mut ids = [0; TINY];
+    let mut joins = [u64::MAX; TINY];
+    for (id, &byte) in ids.iter_mut().zip(chunk) {
+        *id = rules.bytes[usize::from(byte)];
+    }
+    for (at, pair) in chunk.windows(2).enumerate() {
+        joins[at] = ranked(rules.join_bytes(pair), at);
+    }
+    let mut alive = (1_u32 << chunk.len()) - 1;
+    loop {
+        let lowest = lowest(&joins, chunk.len());
+        if lowest == u64::MAX {
+            break;
+        }
+        let (joined, at) = ((lowest >> 32) as u32, lowest as usize % TINY);
+        // There is a token to the right, or nothing would join.
+        let mut later = alive & (!1 << at);
+        joins[later.trailing_zeros() as usize % TINY] = u64::MAX;
+        later &= later - 1;
+        let earlier = alive & ((1 << at) - 1);
+        alive = earlier | 1 << at | later;
+        ids[at] = joined;
+        joins[at] = u64::MAX;
+        if later != 0 {
+            joins[at] = ranked(rules.join(joined, ids[later.trailing_zeros() as usize % TINY]), at);
+        }
+        if earlier != 0 {
+            let before = earlier.ilog2() as usize;
+            joins[before] = ranked(rules.join(ids[before], joined), before);
+        }
+    }
+    while alive != 0 {
+        out.push(ids[alive.trailing_zeros() as usize % TINY]);
+        alive &= alive - 1;
+    }
+}
+
+/// The lowest of the first `length`. (Of 64 bits each, so that no compiler makes vector code of it, which would wait for
+/// the single numbers just written.)
+#[inline(always)]
+fn lowest(joins: &[u64; TINY], length: usize) -> u64 {
+    let (mut even, mut odd) = (u64::MAX, u64::MAX);
+    for pair in joins[..length.next_multiple_of(2)].chunks_exact(2) {
+        even = even.min(pair[0]);
+        odd = odd.min(pair[1]);
+    }
+    even.min(odd)
 }
 
 /// Scratch memory for merging, kept from chunk to chunk.
@@ -85,22 +114,41 @@ pub struct Merger {
 impl Merger {
     /// Appends the tokens of a chunk (at least one byte).
     pub fn merge(&mut self, rules: &Rules, chunk: &[u8], out: &mut Vec<u32>) {
+        if chunk.len() <= TINY {
+            merge_tiny(rules, chunk, out);
+        } else {
+            self.merge_to(1, rules, chunk, out);
+        }
+    }
+
+    /// The last two tokens that the bytes of a token go through before they are that token, if they get there.
+    pub fn last_pair(&mut self, rules: &Rules, token: &[u8]) -> Option<(u32, u32)> {
+        let mut pair = Vec::new();
+        self.merge_to(2, rules, token, &mut pair);
+        match pair[..] {
+            [left, right] => Some((left, right)),
+            _ => None,
+        }
+    }
+
+    /// As `merge`, but stops when so few tokens are left.
+    fn merge_to(&mut self, fewest: usize, rules: &Rules, chunk: &[u8], out: &mut Vec<u32>) {
         self.ids.clear();
         self.ids.extend(chunk.iter().map(|&byte| rules.bytes[usize::from(byte)]));
         self.joins.clear();
         self.joins.extend(chunk.windows(2).map(|pair| rules.join_bytes(pair)));
         self.joins.push(NONE);
         if chunk.len() <= SCAN_LIMIT {
-            self.merge_short(rules);
+            self.merge_short(fewest, rules);
             out.extend_from_slice(&self.ids);
         } else {
-            self.merge_long(rules, out);
+            self.merge_long(fewest, rules, out);
         }
     }
 
-    fn merge_short(&mut self, rules: &Rules) {
+    fn merge_short(&mut self, fewest: usize, rules: &Rules) {
         let Merger { ids, joins, .. } = self;
-        loop {
+        while ids.len() > fewest {
             let (mut lowest, mut at) = (NONE, 0);
             for (index, &join) in joins.iter().enumerate() {
                 if join < lowest {
@@ -122,7 +170,7 @@ impl Merger {
 
     /// A heap of (rank, place) over a linked list: n log n, so a megabyte of one letter takes 0.1 to 0.2 s
     /// and not hours.
-    fn merge_long(&mut self, rules: &Rules, out: &mut Vec<u32>) {
+    fn merge_long(&mut self, fewest: usize, rules: &Rules, out: &mut Vec<u32>) {
         let length = self.ids.len();
         assert!(length < NONE as usize, "a chunk of 4 GiB or more");
         self.next.clear();
@@ -137,12 +185,16 @@ impl Merger {
         );
         self.heap = BinaryHeap::from(entries);
 
-        while let Some(Reverse(top)) = self.heap.pop() {
+        let mut left = length;
+        while left > fewest
+            && let Some(Reverse(top)) = self.heap.pop()
+        {
             let (join, at) = ((top >> 32) as u32, top as u32 as usize);
             // The pair has changed since: `joins` at a place always tells the present one.
             if self.joins[at] != join {
                 continue;
             }
+            left -= 1;
             let right = self.next[at] as usize;
             let after = self.next[right] as usize;
             self.ids[at] = join;

@@ -1,4 +1,4 @@
-//! The default split pattern, written out by hand.
+//! The default split pattern and its kin, written out by hand.
 //!
 //! With a backtracking engine the pattern is most of the cost of counting a corpus (some 0.5 of 0.7 s for
 //! 15 MB). Its alternatives can be told apart by the classes of the first two characters, so one forward scan
@@ -13,10 +13,52 @@ use crate::classes::{CLASSES, Class, ClassTable};
 use crate::split::Chunks;
 use crate::window::{Masks, WINDOW};
 
-/// Calls `chunks.add(start, end)` for each match of the default pattern in `bytes`, which must be valid UTF-8.
+/// What the patterns of this family differ in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Style {
+    /// Most numbers in a chunk, 1 to 9.
+    digits: u32,
+    /// White space at the end of the text is one chunk even if there are newlines in it (`\s++$`).
+    whole_tail: bool,
+}
+
+impl Style {
+    /// The style of a pattern of this family: the default one; GPT-4's as tiktoken has it; that of Llama 3 and Qwen.
+    /// `{1,k}` may have any k up to 9.
+    pub fn of(pattern: &str) -> Option<Self> {
+        let styles = (1..=9).flat_map(|digits| [true, false].map(|whole_tail| Style { digits, whole_tail }));
+        styles.into_iter().find(|style| style.patterns().iter().any(|known| known == pattern))
+    }
+
+    fn patterns(self) -> Vec<String> {
+        let range = format!("{{1,{}}}", self.digits);
+        if self.whole_tail {
+            return vec![format!(
+                r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{{L}}\p{{N}}]?+\p{{L}}++|\p{{N}}{range}+| ?[^\s\p{{L}}\p{{N}}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+            )];
+        }
+        let llama = |numbers: &str| {
+            format!(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            )
+        };
+        let mut patterns = vec![
+            format!(
+                r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{{L}}\p{{N}}]?+\p{{L}}+|\p{{N}}{range}| ?[^\s\p{{L}}\p{{N}}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+            ),
+            llama(&format!(r"\p{{N}}{range}")),
+        ];
+        if self.digits == 1 {
+            patterns.push(llama(r"\p{N}"));
+        }
+        patterns
+    }
+}
+
+/// Calls `chunks.add(start, end)` for each match of the pattern in `bytes`, which must be valid UTF-8.
 #[inline(always)]
-pub fn split(bytes: &[u8], mut chunks: impl Chunks) {
-    let scan = Scan { bytes, table: &CLASSES };
+pub fn split(style: Style, bytes: &[u8], mut chunks: impl Chunks) {
+    let scan = Scan { style, bytes, table: &CLASSES };
     let (mut start, mut base, mut ends) = (0, 0, 0_u64);
     while start < bytes.len() {
         if ends == 0 {
@@ -33,10 +75,8 @@ pub fn split(bytes: &[u8], mut chunks: impl Chunks) {
     }
 }
 
-/// Most numbers in a chunk.
-const DIGITS: u32 = 2;
-
 struct Scan<'a> {
+    style: Style,
     bytes: &'a [u8],
     table: &'a ClassTable,
 }
@@ -49,7 +89,7 @@ impl Scan<'_> {
         match self.bytes.get(start..start + WINDOW) {
             // A word in another script: a look at the window would be in vain.
             Some(window) if window[0] | window[1] < 0x80 => {
-                ascii_ends(window.try_into().expect("as many bytes as asked"))
+                ascii_ends(window.try_into().expect("as many bytes as asked"), self.style.digits)
             }
             _ => 0,
         }
@@ -70,13 +110,7 @@ impl Scan<'_> {
         let (next, after_next) = if after < self.bytes.len() { self.class_at(after) } else { (Class::Newline, after) };
         match class {
             Class::Letter => unreachable!("handled above"),
-            Class::Number => {
-                if next == Class::Number {
-                    after_next
-                } else {
-                    after
-                }
-            }
+            Class::Number => self.number_end(after),
             Class::Newline => self.space_end(start),
             // One character of any other kind may lead a word.
             Class::Space | Class::Other if next == Class::Letter => self.skip(after_next, Class::Letter),
@@ -92,6 +126,22 @@ impl Scan<'_> {
         Some(at + contraction(*self.bytes.get(at)?, self.bytes.get(at + 1).copied())).filter(|&end| end > at)
     }
 
+    /// The rest of `\p{N}{1,k}`.
+    #[inline(always)]
+    fn number_end(&self, mut at: usize) -> usize {
+        for _ in 1..self.style.digits {
+            if at == self.bytes.len() {
+                break;
+            }
+            let (class, after) = self.class_at(at);
+            if class != Class::Number {
+                break;
+            }
+            at = after;
+        }
+        at
+    }
+
     /// The rest of ` ?[^\s\p{L}\p{N}]++[\r\n]*`.
     #[inline(always)]
     fn punctuation_end(&self, at: usize) -> usize {
@@ -102,7 +152,7 @@ impl Scan<'_> {
         end
     }
 
-    /// `\s*[\r\n]|\s+(?!\S)|\s+`: up to the last newline of the run; else all of it if the text ends there;
+    /// `\s*[\r\n]|\s+(?!\S)|\s+` (maybe after `\s++$`): up to the last newline of the run; else all of it if the text ends there;
     /// else all but its last character, which is left to lead the next word; else that one character.
     #[inline(never)]
     fn space_end(&self, start: usize) -> usize {
@@ -117,7 +167,9 @@ impl Scan<'_> {
             last_start = end;
             end = after;
         }
-        if newline_end > start {
+        if self.style.whole_tail && end == self.bytes.len() {
+            end
+        } else if newline_end > start {
             newline_end
         } else if end == self.bytes.len() || last_start == start {
             end
@@ -173,7 +225,7 @@ fn contraction(first: u8, second: Option<u8>) -> usize {
 
 /// See [`Scan::window_ends`]. A chunk starts at byte 0, so nothing before it matters.
 #[inline(always)]
-fn ascii_ends(window: &[u8; WINDOW]) -> u64 {
+fn ascii_ends(window: &[u8; WINDOW], digits: u32) -> u64 {
     let Masks { letter, number, newline, space, blank, apostrophe, wide } = Masks::of(window);
     let white = space | newline;
     let other = !(letter | number | white | wide);
@@ -185,7 +237,7 @@ fn ascii_ends(window: &[u8; WINDOW]) -> u64 {
     let last_space = space & !(white >> 1);
     let first_newline = newline & ((letter | number) << 1);
     let mut ends = word | punctuation | first_space | last_space | first_newline;
-    ends |= numbers(number);
+    ends |= numbers(number, digits);
     let mut quotes = apostrophe & (ends | 1) & (letter >> 1);
     while quotes != 0 {
         let at = quotes.trailing_zeros() as usize + 1;
@@ -204,14 +256,14 @@ fn ascii_ends(window: &[u8; WINDOW]) -> u64 {
     ends & sure & known
 }
 
-/// Starts of the chunks in runs of numbers: every [`DIGITS`] from the start of a run.
+/// Starts of the chunks in runs of numbers: every so many `digits` from the start of a run.
 #[inline(always)]
-fn numbers(number: u64) -> u64 {
+fn numbers(number: u64, digits: u32) -> u64 {
     let mut starts = number & !(number << 1);
     // A number after as many others.
-    let inner = (1..=DIGITS).fold(number, |inner, back| inner & number << back);
+    let inner = (1..=digits).fold(number, |inner, back| inner & number << back);
     loop {
-        let more = starts | (starts << DIGITS) & inner;
+        let more = starts | (starts << digits) & inner;
         if more == starts {
             return starts;
         }
@@ -221,6 +273,7 @@ fn numbers(number: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::Style;
     use crate::split::{SPLIT_PATTERN, Splitter};
     use crate::testing::Random;
 
@@ -229,9 +282,29 @@ mod tests {
         regex: Splitter,
     }
 
+    const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    const CL100K: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
+
+    /// The default pattern, and one of each other kind.
+    fn pairs() -> Vec<Pair> {
+        [SPLIT_PATTERN, LLAMA_3, QWEN_2, CL100K, &CL100K.replace("{1,3}", "{1,9}")].map(Pair::new).into()
+    }
+
+    #[test]
+    fn patterns_are_recognised() {
+        for (pattern, digits, whole_tail) in
+            [(SPLIT_PATTERN, 2, false), (LLAMA_3, 3, false), (QWEN_2, 1, false), (CL100K, 3, true)]
+        {
+            assert_eq!(Style::of(pattern), Some(Style { digits, whole_tail }));
+            assert_eq!(Style::of(&format!("{pattern} ")), None);
+        }
+        assert_eq!(Style::of(&LLAMA_3.replace("{1,3}", "{1,10}")), None);
+    }
+
     impl Pair {
-        fn new() -> Self {
-            Pair { fast: Splitter::new(SPLIT_PATTERN).unwrap(), regex: Splitter::with_regex(SPLIT_PATTERN).unwrap() }
+        fn new(pattern: &str) -> Self {
+            Pair { fast: Splitter::new(pattern).unwrap(), regex: Splitter::with_regex(pattern).unwrap() }
         }
 
         fn check(&self, text: &str) {
@@ -250,7 +323,7 @@ mod tests {
 
     #[test]
     fn every_scalar_value_in_context() {
-        let pair = Pair::new();
+        let pairs = pairs();
         let mut text = String::new();
         for character in '\0'..=char::MAX {
             // Alone at the start and the end, doubled, after and before each class, and after an apostrophe.
@@ -260,13 +333,13 @@ mod tests {
                 text.push_str(context);
             }
             text.extend([character, character]);
-            pair.check(&text);
+            pairs.iter().for_each(|pair| pair.check(&text));
         }
     }
 
     #[test]
     fn random_strings_of_telling_characters() {
-        let pair = Pair::new();
+        let pairs = pairs();
         let alphabet: Vec<char> =
             "aZsStTdmlLvVrReEſKéß中ह٣½1290   \t\r\n\n\u{b}\u{85}\u{a0}\u{2028}\u{3000}''’.,!$_-\u{301}\u{200d}😀\0"
                 .chars()
@@ -274,13 +347,14 @@ mod tests {
         let mut random = Random::new(1);
         for _ in 0..200_000 {
             let length = random.below(24);
-            pair.check(&(0..length).map(|_| alphabet[random.below(alphabet.len())]).collect::<String>());
+            let text = (0..length).map(|_| alphabet[random.below(alphabet.len())]).collect::<String>();
+            pairs.iter().for_each(|pair| pair.check(&text));
         }
     }
 
     #[test]
     fn random_strings_longer_than_a_window() {
-        let pair = Pair::new();
+        let pairs = pairs();
         let plain: Vec<char> = "aZsStTdmlLvVrReE1290   \t\r\n\n\u{b}''.,!$_".chars().collect();
         let mut random = Random::new(11);
         for round in 0..40_000 {
@@ -292,17 +366,17 @@ mod tests {
                 let character = if wide { random.scalar() } else { plain[random.below(plain.len())] };
                 text.extend(std::iter::repeat_n(character, 1 + random.below(longest_run)));
             }
-            pair.check(&text);
+            pairs.iter().for_each(|pair| pair.check(&text));
         }
     }
 
     #[test]
     fn random_strings_of_any_characters() {
-        let pair = Pair::new();
+        let pairs = pairs();
         let mut random = Random::new(2);
         for _ in 0..20_000 {
             let text: String = (0..random.below(40)).map(|_| random.scalar()).collect();
-            pair.check(&text);
+            pairs.iter().for_each(|pair| pair.check(&text));
         }
     }
 }

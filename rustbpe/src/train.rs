@@ -9,13 +9,14 @@
 //! once, never grow, and need no sets: a place that has since been merged away is noticed and skipped.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 
 use crate::hash::prefetch;
 
+mod queue;
 mod side;
 mod start;
 
+use queue::{Candidate, Queue};
 use side::Side;
 
 /// Between chunks, and in cells that lie inside a token.
@@ -32,10 +33,9 @@ struct Place {
     word: u32,
 }
 
-/// A pair as seen from its younger token: the other token, the count, and where its places start.
-/// They end where the next pair's places start.
+/// A pair as seen from its younger token: the count, and where its places start. They end where the next pair's places
+/// start.
 struct Pair {
-    partner: u32,
     places: u32,
     count: u64,
 }
@@ -50,14 +50,6 @@ struct Token {
     last: u32,
 }
 
-/// A heap entry may be out of date: counts only fall, so an entry that is too high is put back when it surfaces.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
-struct Candidate {
-    count: u64,
-    pair: Reverse<(u32, u32)>,
-    index: u32,
-}
-
 /// The state of training: all distinct chunks, and all pairs in them.
 pub struct Trainer {
     /// One cell a byte, one NONE between chunks. A token's id stands in its first and its last cell, which is
@@ -66,16 +58,19 @@ pub struct Trainer {
     weights: Vec<u64>,
     tokens: Vec<Token>,
     pairs: Vec<Pair>,
+    /// The older token of each pair; apart from the rest, because they are searched.
+    partners: Vec<u32>,
     places: Vec<Place>,
-    heap: BinaryHeap<Candidate>,
+    queue: Queue,
     left: Side,
     right: Side,
 }
 
 impl Trainer {
     fn add_pair(&mut self, pair: (u32, u32), partner: u32, count: u64, places: u32) {
-        self.heap.push(Candidate { count, pair: Reverse(pair), index: self.pairs.len() as u32 });
-        self.pairs.push(Pair { partner, places, count });
+        self.queue.push(Candidate { count, pair: Reverse(pair), index: self.pairs.len() as u32 });
+        self.partners.push(partner);
+        self.pairs.push(Pair { places, count });
     }
 
     fn add_token(&mut self, token: Token) {
@@ -96,28 +91,11 @@ impl Trainer {
         let mut merges = Vec::new();
         while merges.len() + 256 < vocab_size as usize {
             interrupt()?;
-            let Some((pair, index)) = self.pop_best() else { break };
+            let Some((pair, index)) = self.queue.pop_best(|index| self.pairs[index].count) else { break };
             self.merge(pair, index);
             merges.push(pair);
         }
         Ok(merges)
-    }
-
-    fn pop_best(&mut self) -> Option<((u32, u32), usize)> {
-        while let Some(mut top) = self.heap.peek_mut() {
-            let index = top.index as usize;
-            let count = self.pairs[index].count;
-            if count == top.count {
-                let pair = top.pair.0;
-                std::collections::binary_heap::PeekMut::pop(top);
-                return Some((pair, index));
-            } else if count == 0 {
-                std::collections::binary_heap::PeekMut::pop(top);
-            } else {
-                top.count = count;
-            }
-        }
-        None
     }
 
     /// Joins every (a, b) into a new token, and lists the new pairs this makes.
@@ -218,10 +196,10 @@ impl Trainer {
             let token = &self.tokens[left as usize];
             (right, token.middle..token.last)
         };
-        let pairs = &mut self.pairs[range.start as usize..range.end as usize];
-        let found = pairs.binary_search_by_key(&partner, |pair| pair.partner).expect("a pair that stands in the text");
-        if range.start as usize + found != merged {
-            pairs[found].count -= by;
+        let partners = &self.partners[range.start as usize..range.end as usize];
+        let found = range.start as usize + partners.binary_search(&partner).expect("a pair that stands in the text");
+        if found != merged {
+            self.pairs[found].count -= by;
         }
     }
 }

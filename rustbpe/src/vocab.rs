@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::hash::{Fast, SHORT, ShortKey};
-use crate::merge::{NONE, Rules};
+use crate::merge::{Merger, NONE, Rules};
 
 /// Tokens with contiguous ids from 0; a token's id is also its merge rank.
 pub struct Vocab {
@@ -14,6 +14,8 @@ pub struct Vocab {
     short: Vec<(ShortKey, u32)>,
     long: HashMap<Box<[u8]>, u32, Fast>,
     rules: Rules,
+    /// Some tokens of two or more bytes are not what their bytes merge to.
+    has_unreachable: bool,
 }
 
 impl Vocab {
@@ -23,7 +25,11 @@ impl Vocab {
         for &(left, right) in merges {
             tokens.push([tokens[left as usize].as_slice(), &tokens[right as usize]].concat());
         }
-        Self::from_tokens(&tokens).expect("training makes distinct tokens over all 256 bytes")
+        // Ids were given out in the order of merging, so encoding a token's bytes merges as training did, and the
+        // last merge is the one that made the token.
+        let joins: Vec<_> = merges.iter().zip(256..).map(|(&(left, right), id)| (left, right, id)).collect();
+        let tables = Self::from_tokens(&tokens).and_then(|vocab| vocab.with_joins(&joins));
+        tables.expect("training makes distinct tokens over all 256 bytes")
     }
 
     /// From (bytes, id) in any order. The ids must be 0..n, each once; the tokens distinct and not empty; and
@@ -46,9 +52,14 @@ impl Vocab {
             }
             token.clone_from(bytes);
         }
-        Self::from_tokens(&tokens)
+        let vocab = Self::from_tokens(&tokens)?;
+        let all = vocab.joins();
+        let vocab = vocab.with_joins(&all)?;
+        let reachable = vocab.reachable();
+        vocab.with_joins(&reachable)
     }
 
+    /// The tables of these tokens, still without any joins.
     fn from_tokens(tokens: &[Vec<u8>]) -> Result<Self, String> {
         if tokens.len() >= NONE as usize {
             return Err(format!("{} tokens are too many; ids must fit 32 bits", tokens.len()));
@@ -58,7 +69,8 @@ impl Vocab {
             starts: vec![0],
             short: vec![(ShortKey::default(), NONE); (tokens.len() * 2).next_power_of_two().max(16)],
             long: HashMap::default(),
-            rules: Rules::new([NONE; 256], &[]),
+            rules: Rules::new([0; 256], &[], 1),
+            has_unreachable: false,
         };
         for (id, token) in tokens.iter().enumerate() {
             vocab.starts.push(vocab.starts[id] + token.len());
@@ -70,18 +82,39 @@ impl Vocab {
             }
             vocab.insert(token, id as u32);
         }
-        let mut bytes = [NONE; 256];
-        for byte in 0..=255_u8 {
-            bytes[usize::from(byte)] = vocab
-                .find(&[byte])
-                .ok_or_else(|| format!("byte 0x{byte:02x} is no token; all 256 single bytes must be"))?;
-        }
-        vocab.rules = Rules::new(bytes, &vocab.joins());
         Ok(vocab)
     }
 
+    fn with_joins(mut self, joins: &[(u32, u32, u32)]) -> Result<Self, String> {
+        let mut bytes = [NONE; 256];
+        for byte in 0..=255_u8 {
+            bytes[usize::from(byte)] = self
+                .find(&[byte])
+                .ok_or_else(|| format!("byte 0x{byte:02x} is no token; all 256 single bytes must be"))?;
+        }
+        self.rules = Rules::new(bytes, joins, self.len());
+        self.has_unreachable = joins.len() + 256 < self.len();
+        Ok(self)
+    }
+
+    /// The joins that can ever happen: at most one a token, of some four that give its bytes.
+    ///
+    /// Suppose that within some text two tokens stand that join into a third. All merges that made the two were
+    /// inside their bytes, and each was the first in order of the whole text, so also of these bytes alone. So the
+    /// bytes alone come to the same two tokens; and as every merge takes away one token, they come to two only once.
+    fn reachable(&self) -> Vec<(u32, u32, u32)> {
+        let mut merger = Merger::default();
+        let mut joins = Vec::new();
+        for id in 0..self.len() as u32 {
+            if let Some((left, right)) = merger.last_pair(&self.rules, self.token(id).expect("in range")) {
+                joins.push((left, right, id));
+            }
+        }
+        joins
+    }
+
     /// Every way to make a token of two others. Encoding looks up pairs of ids, not joined bytes, so all the
-    /// hashing of byte strings is done here, once (25 ms for 32,768 tokens).
+    /// hashing of byte strings is done here, once.
     fn joins(&self) -> Vec<(u32, u32, u32)> {
         // Only cuts into two lengths that exist: a vocabulary trained on a run of one letter has tokens of many
         // kilobytes, where trying every cut would be quadratic.
@@ -120,19 +153,14 @@ impl Vocab {
     pub fn find(&self, bytes: &[u8]) -> Option<u32> {
         match bytes.len() {
             0 => None,
-            1..=SHORT => {
-                let key = ShortKey::of(bytes, 0, bytes.len());
-                self.find_short(key, key.hash())
-            }
+            1..=SHORT => self.find_short(ShortKey::of(bytes, 0, bytes.len())),
             _ => self.long.get(bytes).copied(),
         }
     }
 
-    /// As [`Vocab::find`], for a key that is hashed already.
-    #[inline(always)]
-    pub fn find_short(&self, key: ShortKey, hash: u64) -> Option<u32> {
+    fn find_short(&self, key: ShortKey) -> Option<u32> {
         let mask = self.short.len() - 1;
-        let mut at = hash as usize & mask;
+        let mut at = key.hash() as usize & mask;
         loop {
             let (found, id) = self.short[at];
             if found == key {
@@ -159,6 +187,11 @@ impl Vocab {
     pub fn token(&self, id: u32) -> Option<&[u8]> {
         let end = *self.starts.get(id as usize + 1)?;
         Some(&self.bytes[self.starts[id as usize]..end])
+    }
+
+    /// Whether a text that is a token may not merge to it, as no vocabulary that training made.
+    pub fn has_unreachable(&self) -> bool {
+        self.has_unreachable
     }
 
     /// By which rules tokens join.

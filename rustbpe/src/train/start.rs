@@ -1,11 +1,9 @@
 //! Sets up training: lays out the chunks, and lists every pair of bytes with its places.
 
-use std::collections::BinaryHeap;
-
 use crate::count::WordCounter;
 use crate::pages;
 
-use super::{NONE, Place, Side, Token, Trainer};
+use super::{NONE, Place, Queue, Side, Token, Trainer};
 
 /// Bounds the number of places, which is at most three per cell, to 32 bits.
 const MAX_CELLS: usize = u32::MAX as usize / 3;
@@ -69,7 +67,8 @@ impl Trainer {
             tokens: Vec::new(),
             pairs: Vec::new(),
             places: Vec::new(),
-            heap: BinaryHeap::new(),
+            partners: Vec::new(),
+            queue: Queue::default(),
             left: Side::default(),
             right: Side::default(),
         };
