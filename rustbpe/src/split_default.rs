@@ -353,6 +353,22 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "ten seconds; run by runtests.sh --all"]
+    fn millions_of_random_strings() {
+        let pair = Pair::new(SPLIT_PATTERN);
+        let telling: Vec<char> = "aZsTdlvrReEſé中٣½129   \t\r\n\u{85}\u{a0}''.,!_\u{301}😀".chars().collect();
+        let mut random = Random::new(12);
+        for _ in 0..5_000_000 {
+            let wide = random.below(3) == 0;
+            let character = |random: &mut Random| {
+                if wide { random.scalar() } else { telling[random.below(telling.len())] }
+            };
+            let text: String = (0..random.below(24)).map(|_| character(&mut random)).collect();
+            pair.check(&text);
+        }
+    }
+
+    #[test]
     fn random_strings_longer_than_a_window() {
         let pairs = pairs();
         let plain: Vec<char> = "aZsStTdmlLvVrReE1290   \t\r\n\n\u{b}''.,!$_".chars().collect();
