@@ -10,7 +10,7 @@ pub use crate::join_table::NONE;
 /// scan's quadratic cost would show.
 const SCAN_LIMIT: usize = 96;
 
-/// Up to this many bytes, which is most chunks by far, everything fits registers and one cache line or two.
+/// Up to this many bytes, which is most chunks by far, everything fits a few cache lines.
 const TINY: usize = 16;
 
 /// Which pairs of tokens join, and into what. A token's id is its rank.
@@ -46,8 +46,8 @@ impl Rules {
     }
 }
 
-/// As a plain scan over an array of (rank, place), each one number, with the bits of `alive` for links: two to three
-/// times as fast as [`Merger::merge_short`].
+/// As a plain scan over an array of (rank, place), each one number, with the bits of `alive` for links: nothing is
+/// moved, and nothing is allocated.
 #[inline(never)]
 fn merge_tiny(rules: &Rules, chunk: &[u8], out: &mut Vec<u32>) {
     let ranked = |join: u32, at: usize| if join == NONE { u64::MAX } else { u64::from(join) << 32 | at as u64 };

@@ -31,8 +31,8 @@ struct Tokenizer {
 /// What encoding shares.
 struct Shared {
     model: Model,
-    /// The Python int of each token id, made when the first list is. A list of these takes a third of the time of
-    /// one of ints made for it, and a fifth of its memory.
+    /// The Python int of each token id, made when the first list is. A list of these takes 8 bytes a token, one of
+    /// ints made for it 40.
     numbers: PyOnceLock<Vec<Py<PyInt>>>,
 }
 

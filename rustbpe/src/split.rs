@@ -25,8 +25,7 @@ impl fmt::Display for SplitError {
 
 impl std::error::Error for SplitError {}
 
-/// Takes chunks as they are found. Closures do; a type of its own can say `inline(always)`, which a closure cannot,
-/// and a call a chunk is a third of the time of counting.
+/// Takes chunks as they are found. Closures do; a type of its own can say `inline(always)`, which a closure cannot.
 pub trait Chunks {
     fn add(&mut self, start: usize, end: usize);
 }

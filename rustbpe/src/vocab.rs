@@ -97,7 +97,7 @@ impl Vocab {
         Ok(self)
     }
 
-    /// The joins that can ever happen: at most one a token, of some four that give its bytes.
+    /// The joins that can ever happen: at most one a token, of all that give its bytes.
     ///
     /// Suppose that within some text two tokens stand that join into a third. All merges that made the two were
     /// inside their bytes, and each was the first in order of the whole text, so also of these bytes alone. So the

@@ -19,7 +19,8 @@ pub struct Masks {
 }
 
 impl Masks {
-    /// With the baseline instructions of the processor: counting 100 MB of English spends 0.04 s here.
+    /// With the baseline instructions of the processor. Splitting 100 MB of English takes 0.06 s with them and 0.13 s
+    /// with portable code.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn of(window: &[u8; WINDOW]) -> Self {
@@ -33,31 +34,43 @@ impl Masks {
     }
 }
 
-/// Without intrinsics; compilers turn the loops over eight bytes into vector code by themselves.
+/// Without intrinsics: eight bytes at a time in the lanes of a 64-bit word.
 #[cfg(any(test, not(target_arch = "x86_64")))]
+#[inline(always)]
 fn portable(window: &[u8; WINDOW]) -> Masks {
-    Masks {
-        letter: bits(window, |byte| byte.is_ascii_alphabetic()),
-        number: bits(window, |byte| byte.is_ascii_digit()),
-        newline: bits(window, |byte| matches!(byte, b'\n' | b'\r')),
-        space: bits(window, |byte| matches!(byte, b' ' | b'\t' | 0x0b | 0x0c)),
-        blank: bits(window, |byte| byte == b' '),
-        apostrophe: bits(window, |byte| byte == b'\''),
-        wide: bits(window, |byte| byte >= 0x80),
+    let mut masks = Masks::default();
+    for (index, eight) in window.chunks_exact(8).enumerate() {
+        let bytes = u64::from_le_bytes(eight.try_into().expect("eight bytes"));
+        // The product moves bit 7 of lane i to bit 56 + i.
+        let bits = |lanes: u64| (((lanes & HIGH) >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56) << (8 * index);
+        let among = |bytes, first, last| among(bytes, first, last) & !bytes;
+        let newline = among(bytes, b'\n', b'\n') | among(bytes, b'\r', b'\r');
+        let blank = among(bytes, b' ', b' ');
+        masks.letter |= bits(among(bytes | (0x20 * ONES), b'a', b'z'));
+        masks.number |= bits(among(bytes, b'0', b'9'));
+        masks.newline |= bits(newline);
+        masks.space |= bits(among(bytes, b'\t', b'\r') & !newline | blank);
+        masks.blank |= bits(blank);
+        masks.apostrophe |= bits(among(bytes, b'\'', b'\''));
+        masks.wide |= bits(bytes);
     }
+    masks
 }
 
 #[cfg(any(test, not(target_arch = "x86_64")))]
+const ONES: u64 = 0x0101_0101_0101_0101;
+#[cfg(any(test, not(target_arch = "x86_64")))]
+const HIGH: u64 = 0x80 * ONES;
+
+/// Bit 7 of each lane says whether its low seven bits are in the range; the other bits say nothing.
+#[cfg(any(test, not(target_arch = "x86_64")))]
 #[inline(always)]
-fn bits(window: &[u8; WINDOW], is: impl Fn(u8) -> bool) -> u64 {
-    let mut mask = 0;
-    for (index, eight) in window.chunks_exact(8).enumerate() {
-        let mut flags = [0; 8];
-        flags.iter_mut().zip(eight).for_each(|(flag, &byte)| *flag = u8::from(is(byte)));
-        // The product moves bit 8 i to bit 56 + i.
-        mask |= (u64::from_le_bytes(flags).wrapping_mul(0x0102_0408_1020_4080) >> 56) << (8 * index);
-    }
-    mask
+fn among(bytes: u64, first: u8, last: u8) -> u64 {
+    let low = bytes & !HIGH;
+    // No lane carries into the next: both sums are below 256.
+    let from_first = low + u64::from(0x80 - first) * ONES;
+    let beyond_last = low + u64::from(0x7f - last) * ONES;
+    from_first & !beyond_last
 }
 
 #[cfg(target_arch = "x86_64")]
