@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 def huggingface_json(ranks: Mapping[bytes, int], pattern: str, special_tokens: Sequence[str]) -> str:
     """The text of tokenizer.json. Raises ValueError where the ranks cannot come from byte-pair merging."""
     letters = _byte_letters()
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    spelled = {token: _spelled(token, letters) for token in ranks}
     merges = [(spelled[left], spelled[right]) for left, right in merges_from_ranks(ranks)]
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     model = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -48,7 +48,8 @@ def read_json(text: str) -> tuple[dict[bytes, int], str, list[str]]:
         raise ValueError(f"not of a byte-level BPE with one split pattern ({type(error).__name__}: {error})") from None
     if kind != "BPE":
         raise ValueError(f"its model is {kind}, not BPE")
-    bytes_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    letters = _byte_letters()
+    bytes_of = {letter: byte for byte, letter in enumerate(letters)}
     names = [name for _, name in added]
     try:
         ranks = {bytes(bytes_of[letter] for letter in token): rank
@@ -59,8 +60,7 @@ def read_json(text: str) -> tuple[dict[bytes, int], str, list[str]]:
         raise ValueError("its ids are not 0, 1, 2, ... without gaps")
     if [number for number, _ in added] != list(range(len(ranks), len(ranks) + len(added))):
         raise ValueError("the ids of its special tokens do not follow those of the others")
-    letters = _byte_letters()
-    wanted = [tuple("".join(letters[byte] for byte in half) for half in pair) for pair in merges_from_ranks(ranks)]
+    wanted = [(_spelled(left, letters), _spelled(right, letters)) for left, right in merges_from_ranks(ranks)]
     if merges != wanted:
         raise ValueError("its merges are not those of its ids, in order: nanochat merges the pair of lowest id first")
     return ranks, pattern, names
@@ -86,6 +86,10 @@ def _byte_letters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+def _spelled(token: bytes, letters: Sequence[str]) -> str:
+    return "".join(letters[byte] for byte in token)
 
 
 def merges_from_ranks(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
