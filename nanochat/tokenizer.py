@@ -234,20 +234,28 @@ class RustBPETokenizer:
             return [[*before, *self._encode_with(one, allowed), *after] for one in text]
         if isinstance(text, str):
             return before + self.encode_ordinary(text) + after
-        rows = self._core.batch_encode([_valid(one, f"text {i}") for i, one in enumerate(text)], num_threads)
+        try:
+            rows = self._core.batch_encode(text, num_threads)
+        except UnicodeEncodeError:
+            raise _surrogate_error(text) from None
         return [before + row + after for row in rows] if before or after else rows
 
     __call__ = encode
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text in which nothing is special. Raises ValueError for lone surrogates."""
-        return self._core.encode(_valid(text, "the text"))
+        try:
+            return self._core.encode(text)
+        except UnicodeEncodeError:
+            raise _surrogate_error(text) from None
 
     def batch_encode(self, texts: Sequence[str], num_threads: int = 8) -> list[np.ndarray]:
         """One array of ids a text: uint16 where the vocabulary fits (<= 65,536), else uint32. Nothing in the texts is
         special. Raises ValueError for lone surrogates."""
-        valid = [_valid(text, f"text {index}") for index, text in enumerate(texts)]
-        tokens, offsets = self._core.batch_encode_u32(valid, num_threads)
+        try:
+            tokens, offsets = self._core.batch_encode_u32(texts, num_threads)
+        except UnicodeEncodeError:
+            raise _surrogate_error(texts) from None
         ids = np.frombuffer(tokens, dtype="<u4")
         bounds = np.frombuffer(offsets, dtype="<u8").tolist()
         dtype = np.uint16 if self.get_vocab_size() <= 1 << 16 else np.uint32
@@ -357,11 +365,13 @@ def repaired(text: str) -> str:
     return text
 
 
-def _valid(text: str, what: str) -> str:
-    """The text. Raises ValueError where it cannot be UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        found = f"U+{ord(text[error.start]):04X}, half of a surrogate pair, at character {error.start}"
-        raise ValueError(f"{what} has {found}: UTF-8 has no such thing; see nanochat.tokenizer.repaired") from None
-    return text
+def _surrogate_error(texts: str | Sequence[str]) -> ValueError:
+    """What to raise where one of these could not be UTF-8. Looked for only then: before, all text was encoded twice."""
+    named = {"the text": texts} if isinstance(texts, str) else {f"text {i}": text for i, text in enumerate(texts)}
+    for what, text in named.items():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = f"U+{ord(text[error.start]):04X}, half of a surrogate pair, at character {error.start}"
+            return ValueError(f"{what} has {found}: UTF-8 has no such thing; see nanochat.tokenizer.repaired")
+    raise AssertionError("all of these are UTF-8")
