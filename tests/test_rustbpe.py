@@ -29,6 +29,11 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog; the dog doesn't mind, and it's 2026 already.\n",
@@ -219,7 +224,10 @@ def test_encoding_equals_tiktoken_on_every_scalar_value(trained, reference):
 
 @settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
-@pytest.mark.parametrize("pattern", [GPT2_PATTERN, R50K_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, r"\w+", r"[\s\S]+"])
+@pytest.mark.parametrize(
+    "pattern",
+    [GPT2_PATTERN, R50K_PATTERN, GPT4_PATTERN, O200K_PATTERN, LLAMA3_PATTERN, r"\w+", r"[\s\S]+"],
+)
 def test_other_patterns_equal_tiktoken(pattern, text):
     tokenizer = _trained_with(pattern)
     assert tokenizer.encode(text) == as_tiktoken(tokenizer).encode_ordinary(text)

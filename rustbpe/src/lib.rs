@@ -20,6 +20,7 @@ mod scan;
 pub mod split;
 mod split_default;
 mod split_gpt2;
+mod split_o200k;
 #[cfg(test)]
 mod split_tests;
 #[cfg(test)]

@@ -11,9 +11,9 @@ use crate::window::{Masks, WINDOW};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Style {
     /// Most numbers in a chunk, 1 to 9.
-    digits: u32,
+    pub digits: u32,
     /// White space at the end of the text is one chunk even if there are newlines in it (`\s++$`).
-    whole_tail: bool,
+    pub whole_tail: bool,
 }
 
 impl Style {
@@ -53,21 +53,11 @@ impl Rules for Style {
     #[inline(always)]
     fn window_ends(self, window: &[u8; WINDOW]) -> u64 {
         let masks = Masks::of(window);
-        let Masks { letter, number, newline, space, blank, wide, .. } = masks;
-        let white = space | newline;
-        let other = !(letter | number | white | wide);
-        // Where the pattern says so whatever comes later, a chunk starts at byte i because of bytes up to i + 1:
-        let word = letter & ((number | newline) << 1 | (other << 1) & ((other | blank) << 2));
-        let punctuation = other & !((other | blank) << 1);
-        let first_space = space & !(space << 1);
-        // The last space of a run, which may lead what follows.
-        let last_space = space & !(white >> 1);
-        let first_newline = newline & ((letter | number) << 1);
-        let mut ends = word | punctuation | first_space | last_space | first_newline;
-        ends |= numbers(number, self.digits);
-        ends |= Contractions::at(ends | 1, window, &masks, contraction_in_any_case).ends;
+        let Masks { newline, space, wide, .. } = masks;
+        let starts = starts(&masks, self.digits);
+        let ends = starts | Contractions::at(starts | 1, window, &masks, contraction_in_any_case).ends;
         // At a newline after a space the chunk depends on all of the white space.
-        settled(ends, white, wide | newline & (space << 1))
+        settled(ends, space | newline, wide | newline & (space << 1))
     }
 
     /// The alternatives are tried in the pattern's order.
@@ -104,7 +94,7 @@ impl Rules for Style {
 impl Style {
     /// The rest of `\p{N}{1,k}`.
     #[inline(always)]
-    fn number_end(self, text: &Text, mut at: usize) -> usize {
+    pub fn number_end(self, text: &Text, mut at: usize) -> usize {
         for _ in 1..self.digits {
             let (class, after) = text.class_or_end(at);
             if !class.is(Class::NUMBER) {
@@ -117,7 +107,7 @@ impl Style {
 
     /// `\s*[\r\n]|\s+(?!\S)|\s+` (maybe after `\s++$`): up to the last newline of the run, if there is one.
     #[inline(never)]
-    fn space_end(self, text: &Text, start: usize) -> usize {
+    pub fn space_end(self, text: &Text, start: usize) -> usize {
         let white = text.white(start);
         if self.whole_tail && white.ends_text {
             white.end
@@ -131,8 +121,24 @@ impl Style {
 
 /// The rest of ` ?[^\s\p{L}\p{N}]++[\r\n]*`.
 #[inline(always)]
-fn punctuation_end(text: &Text, at: usize) -> usize {
+pub fn punctuation_end(text: &Text, at: usize) -> usize {
     text.skip(text.skip(at, Class::REST), Class::NEWLINE)
+}
+
+/// Starts of chunks in a window but for contractions: where the pattern says so whatever comes later, because of the
+/// bytes before and the one after.
+#[inline(always)]
+pub fn starts(masks: &Masks, digits: u32) -> u64 {
+    let &Masks { letter, number, newline, space, blank, wide, .. } = masks;
+    let white = space | newline;
+    let other = !(letter | number | white | wide);
+    let word = letter & ((number | newline) << 1 | (other << 1) & ((other | blank) << 2));
+    let punctuation = other & !((other | blank) << 1);
+    let first_space = space & !(space << 1);
+    // The last space of a run, which may lead what follows.
+    let last_space = space & !(white >> 1);
+    let first_newline = newline & ((letter | number) << 1);
+    word | punctuation | first_space | last_space | first_newline | numbers(number, digits)
 }
 
 /// Starts of the chunks in runs of numbers: every so many `digits` from the start of a run.

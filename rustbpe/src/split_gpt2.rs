@@ -31,7 +31,7 @@ impl Rules for Gpt2 {
     #[inline(always)]
     fn window_ends(self, window: &[u8; WINDOW]) -> u64 {
         let masks = Masks::of(window);
-        let Masks { letter, number, newline, space, blank, apostrophe, wide } = masks;
+        let Masks { letter, number, newline, space, blank, apostrophe, wide, .. } = masks;
         let white = space | newline;
         let other = !(letter | number | white | wide);
         // A run starts after anything but its own kind and a space that leads it.

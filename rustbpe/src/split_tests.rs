@@ -10,6 +10,7 @@ pub const QWEN_2: &str =
 pub const CL100K: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
 
 pub const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub const O200K: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 pub const R50K: &str = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s";
 
 struct Pair {
@@ -19,7 +20,7 @@ struct Pair {
 
 /// The default pattern, and one of each other kind.
 fn pairs() -> Vec<Pair> {
-    [SPLIT_PATTERN, LLAMA_3, QWEN_2, CL100K, &CL100K.replace("{1,3}", "{1,9}"), GPT2, R50K].map(Pair::new).into()
+    [SPLIT_PATTERN, LLAMA_3, QWEN_2, CL100K, &CL100K.replace("{1,3}", "{1,9}"), GPT2, R50K, O200K].map(Pair::new).into()
 }
 
 impl Pair {
@@ -62,7 +63,7 @@ fn every_scalar_value_in_context() {
 fn random_strings_of_telling_characters() {
     let pairs = pairs();
     let alphabet: Vec<char> =
-        "aZsStTdmlLvVrReEſKéß中ह٣½1290   \t\r\n\n\u{b}\u{85}\u{a0}\u{2028}\u{3000}''’.,!$_-\u{301}\u{200d}😀\0"
+        "aZsStTdmlLvVrReEſKéß中ह٣½1290   \t\r\n\n\u{b}\u{85}\u{a0}\u{2028}\u{3000}''’.,!/$_-\u{301}\u{200d}ǅʰA😀\0"
             .chars()
             .collect();
     let mut random = Random::new(1);
@@ -76,8 +77,8 @@ fn random_strings_of_telling_characters() {
 #[test]
 #[ignore = "half a minute; run by runtests.sh --all"]
 fn millions_of_random_strings() {
-    let pairs = [SPLIT_PATTERN, GPT2].map(Pair::new);
-    let telling: Vec<char> = "aZsTdlvrReEſé中٣½129   \t\r\n\u{85}\u{a0}''.,!_\u{301}😀".chars().collect();
+    let pairs = [SPLIT_PATTERN, GPT2, O200K].map(Pair::new);
+    let telling: Vec<char> = "aZsTdlvrReEſé中٣½129   \t\r\n\u{85}\u{a0}''.,!/_\u{301}😀EL".chars().collect();
     let mut random = Random::new(12);
     for _ in 0..5_000_000 {
         let wide = random.below(3) == 0;
@@ -92,7 +93,7 @@ fn millions_of_random_strings() {
 #[test]
 fn random_strings_longer_than_a_window() {
     let pairs = pairs();
-    let plain: Vec<char> = "aZsStTdmlLvVrReE1290   \t\r\n\n\u{b}''.,!$_".chars().collect();
+    let plain: Vec<char> = "aZsStTdmlLvVrReE1290   \t\r\n\n\u{b}''.,!/$_".chars().collect();
     let mut random = Random::new(11);
     for round in 0..40_000 {
         // All ASCII, or one other character in 40; single characters, or runs that reach over windows.

@@ -7,6 +7,8 @@ pub const WINDOW: usize = 64;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Masks {
     pub letter: u64,
+    /// Capital letters.
+    pub upper: u64,
     pub number: u64,
     /// `\r` and `\n`.
     pub newline: u64,
@@ -15,6 +17,7 @@ pub struct Masks {
     /// The plain space only.
     pub blank: u64,
     pub apostrophe: u64,
+    pub slash: u64,
     pub wide: u64,
 }
 
@@ -47,11 +50,13 @@ fn portable(window: &[u8; WINDOW]) -> Masks {
         let newline = among(bytes, b'\n', b'\n') | among(bytes, b'\r', b'\r');
         let blank = among(bytes, b' ', b' ');
         masks.letter |= bits(among(bytes | (0x20 * ONES), b'a', b'z'));
+        masks.upper |= bits(among(bytes, b'A', b'Z'));
         masks.number |= bits(among(bytes, b'0', b'9'));
         masks.newline |= bits(newline);
         masks.space |= bits(among(bytes, b'\t', b'\r') & !newline | blank);
         masks.blank |= bits(blank);
         masks.apostrophe |= bits(among(bytes, b'\'', b'\''));
+        masks.slash |= bits(among(bytes, b'/', b'/'));
         masks.wide |= bits(bytes);
     }
     masks
@@ -95,11 +100,13 @@ fn sse2(window: &[u8; WINDOW]) -> Masks {
             let newline = _mm_or_si128(equal(bytes, b'\n'), equal(bytes, b'\r'));
             let blank = bits(equal(bytes, b' '));
             masks.letter |= bits(among(_mm_or_si128(bytes, _mm_set1_epi8(0x20)), b'a', 26));
+            masks.upper |= bits(among(bytes, b'A', 26));
             masks.number |= bits(among(bytes, b'0', 10));
             masks.newline |= bits(newline);
             masks.space |= bits(among(bytes, b'\t', 5)) & !bits(newline) | blank;
             masks.blank |= blank;
             masks.apostrophe |= bits(equal(bytes, b'\''));
+            masks.slash |= bits(equal(bytes, b'/'));
             masks.wide |= bits(bytes);
         }
     }
@@ -129,6 +136,7 @@ mod tests {
                 }
                 let masks = [
                     (&mut want.letter, Class::LETTER),
+                    (&mut want.upper, Class::UPPER),
                     (&mut want.number, Class::NUMBER),
                     (&mut want.newline, Class::NEWLINE),
                     (&mut want.space, Class::SPACE),
@@ -138,6 +146,7 @@ mod tests {
                 }
                 want.blank |= if byte == b' ' { bit } else { 0 };
                 want.apostrophe |= if byte == b'\'' { bit } else { 0 };
+                want.slash |= if byte == b'/' { bit } else { 0 };
             }
             assert_eq!(Masks::of(&window), want, "{window:?}");
             assert_eq!(portable(&window), want, "{window:?}");
