@@ -87,7 +87,7 @@ def stacked_norms(
     the power iteration, even an exact one.
 
     Worst error of the value in per cent, 3 matrices each, against fp64 SVD, and how far above σ₁ the upper bound of
-    gram lay at most, on a CPU (see benchmarks.monitor; with k = 8 on an H100 and its TF32 the worst error was 0.037):
+    gram lay at most, on a CPU (see benchmarks.monitor; on an H100 with its TF32 the worst error was 0.072):
 
         spectrum                   gram fp32   gram bf16   upper bound   ns5-fast bf16   ns3-accurate bf16
         Gaussian 768²                 -0.002      -0.002         +0.08            +6.0               -11.0
