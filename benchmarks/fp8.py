@@ -102,7 +102,7 @@ def main(settings: Settings) -> None:
     report = {
         "device": device_name(device),
         "torch": torch.__version__,
-        "settings": asdict(settings),
+        "settings": {name: value for name, value in asdict(settings).items() if name != "out"},
         "results": results,
     }
     if settings.out:

@@ -275,7 +275,7 @@ def main(settings: Settings) -> None:
         "device": device_name(device),
         "torch": torch.__version__,
         "compiled": compiled,
-        "settings": asdict(settings),
+        "settings": {name: value for name, value in asdict(settings).items() if name != "out"},
         "matrices": len(matrices),
         "spectral": spectral,
         "errors": found,
