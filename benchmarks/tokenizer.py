@@ -2,7 +2,7 @@
 
     pip install --target=PEERS rustbpe==0.1.0 gigatoken==0.10.0 fastokens==0.3.5
     python -m benchmarks.tokenizer --source=DIR --peers=PEERS --out=tokenizer.json
-    python -m benchmarks.tokenizer --source=DIR --peers=PEERS --pattern=gpt4       a pattern that gigatoken knows, too
+    python -m benchmarks.tokenizer --source=DIR --peers=PEERS --pattern=gpt4       or gpt2: gigatoken knows it, too
     python -m benchmarks.tokenizer --source=DIR --vocab-size=65536 --megabytes=150
 
 DIR holds parquet files with a column `text`: the first ones are trained on, the last ones encoded. Everything is timed
@@ -43,6 +43,7 @@ PATTERNS = {
     r"|\s+(?!\S)|\s+",
     "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
     r"|\s+(?!\S)|\s",
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
 }
 OURS, RUSTBPE, TOKENIZERS, TIKTOKEN = "ours", "rustbpe", "tokenizers", "tiktoken"
 GIGATOKEN, FASTOKENS = "gigatoken", "fastokens"
@@ -62,8 +63,8 @@ class Settings:
     """File for the results as JSON."""
     peers: str | None = None
     """Folder of published tokenizers, as `pip install --target` makes it."""
-    pattern: Literal["default", "gpt4"] = "default"
-    """Split pattern: ours, or GPT-4's."""
+    pattern: Literal["default", "gpt4", "gpt2"] = "default"
+    """Split pattern: ours, GPT-4's, or GPT-2's."""
     vocab_size: Annotated[int, whole(gte=256)] = 32_768
     """Tokens to learn: 32,768 or 65,536, say."""
     megabytes: Annotated[int, whole(gte=1)] = 100
@@ -292,9 +293,10 @@ def encoder(job: Job, ranks: Ranks) -> tuple[Ways, Ways]:
     if job.tokenizer == GIGATOKEN:
         import gigatoken
 
-        if job.pattern != PATTERNS["gpt4"]:
+        name = next(name for name, pattern in PATTERNS.items() if pattern == job.pattern)
+        if name == "default":
             raise UserError("gigatoken does not know this pattern; see --pattern=gpt4")
-        giga = gigatoken.Tokenizer.from_tiktoken(job.ranks, pretokenizer="gpt4")
+        giga = gigatoken.Tokenizer.from_tiktoken(job.ranks, pretokenizer=name)
         parallel = job.threads > 1
         return {"one by one": lambda texts: [giga.encode(text) for text in texts]}, {
             "batch": lambda texts: giga.encode_batch_list(texts, parallel=parallel),

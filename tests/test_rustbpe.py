@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import rustbpe
 
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# These two take the hand-written splitter, as the default pattern does.
+# These take hand-written splitters, as the default pattern does.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+R50K_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT4_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
     r"|\s+(?!\S)|\s"
@@ -218,7 +219,7 @@ def test_encoding_equals_tiktoken_on_every_scalar_value(trained, reference):
 
 @settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
-@pytest.mark.parametrize("pattern", [GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, r"\w+", r"[\s\S]+"])
+@pytest.mark.parametrize("pattern", [GPT2_PATTERN, R50K_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, r"\w+", r"[\s\S]+"])
 def test_other_patterns_equal_tiktoken(pattern, text):
     tokenizer = _trained_with(pattern)
     assert tokenizer.encode(text) == as_tiktoken(tokenizer).encode_ordinary(text)

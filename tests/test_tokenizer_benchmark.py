@@ -23,7 +23,7 @@ def source(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["default", "gpt4"])
+@pytest.mark.parametrize("pattern", ["default", "gpt4", "gpt2"])
 def test_outputs_are_compared_and_what_is_missing_is_said(source, tmp_path, capsys, pattern):
     out = tmp_path / "out.json"
     settings = benchmark.Settings(

@@ -1,21 +1,36 @@
-//! One small class for every Unicode scalar value: all that the default split pattern asks of a character.
+//! A class for every Unicode scalar value: all that the split patterns ask of a character.
 
 use std::sync::LazyLock;
 
-/// What the split pattern can tell apart. The order is of no meaning.
+/// What the split patterns can tell apart, one bit each, and sets of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Class {
-    /// None of the below: punctuation, symbols, marks, control characters, unassigned.
-    Other,
+pub struct Class(u8);
+
+impl Class {
+    pub const NONE: Class = Class(0);
     /// `\p{L}`
-    Letter,
+    pub const LETTER: Class = Class(1);
     /// `\p{N}`
-    Number,
+    pub const NUMBER: Class = Class(2);
     /// `\s` except carriage return and line feed.
-    Space,
-    /// `\r` or `\n`, which the pattern treats apart from other white space.
-    Newline,
+    pub const SPACE: Class = Class(4);
+    /// `\r` or `\n`, which most patterns treat apart from other white space.
+    pub const NEWLINE: Class = Class(8);
+    /// `[^\s\p{L}\p{N}]`: punctuation, symbols, marks, control characters, unassigned.
+    pub const REST: Class = Class(16);
+    /// `\s`
+    pub const WHITE: Class = Class::SPACE.or(Class::NEWLINE);
+
+    /// Both sets together.
+    pub const fn or(self, other: Class) -> Class {
+        Class(self.0 | other.0)
+    }
+
+    /// Whether it is one of the classes in `any`.
+    #[inline(always)]
+    pub const fn is(self, any: Class) -> bool {
+        self.0 & any.0 != 0
+    }
 }
 
 const BLOCK: usize = 256;
@@ -43,9 +58,9 @@ impl ClassTable {
 pub static CLASSES: LazyLock<ClassTable> = LazyLock::new(build);
 
 fn build() -> ClassTable {
-    let mut flat = vec![Class::Other; 0x11_0000];
+    let mut flat = vec![Class::REST; 0x11_0000];
     for (pattern, class) in
-        [(r"\p{L}", Class::Letter), (r"\p{N}", Class::Number), (r"\s", Class::Space), (r"[\r\n]", Class::Newline)]
+        [(r"\p{L}", Class::LETTER), (r"\p{N}", Class::NUMBER), (r"\s", Class::SPACE), (r"[\r\n]", Class::NEWLINE)]
     {
         for (first, last) in ranges(pattern) {
             flat[first as usize..=last as usize].fill(class);
@@ -79,21 +94,21 @@ mod tests {
     #[test]
     fn classes_of_known_characters() {
         for (character, class) in [
-            ('a', Class::Letter),
-            ('ſ', Class::Letter),
-            ('中', Class::Letter),
-            ('7', Class::Number),
-            ('½', Class::Number),
-            ('٣', Class::Number),
-            (' ', Class::Space),
-            ('\u{85}', Class::Space),
-            ('\u{3000}', Class::Space),
-            ('\r', Class::Newline),
-            ('\n', Class::Newline),
-            ('\'', Class::Other),
-            ('\u{301}', Class::Other),
-            ('\u{200b}', Class::Other),
-            ('\u{10ffff}', Class::Other),
+            ('a', Class::LETTER),
+            ('ſ', Class::LETTER),
+            ('中', Class::LETTER),
+            ('7', Class::NUMBER),
+            ('½', Class::NUMBER),
+            ('٣', Class::NUMBER),
+            (' ', Class::SPACE),
+            ('\u{85}', Class::SPACE),
+            ('\u{3000}', Class::SPACE),
+            ('\r', Class::NEWLINE),
+            ('\n', Class::NEWLINE),
+            ('\'', Class::REST),
+            ('\u{301}', Class::REST),
+            ('\u{200b}', Class::REST),
+            ('\u{10ffff}', Class::REST),
         ] {
             assert_eq!(CLASSES.get(character as u32), class, "{character:?}");
         }

@@ -16,8 +16,12 @@ mod join_table;
 mod merge;
 pub mod pack;
 mod pages;
+mod scan;
 pub mod split;
 mod split_default;
+mod split_gpt2;
+#[cfg(test)]
+mod split_tests;
 #[cfg(test)]
 mod testing;
 pub mod train;

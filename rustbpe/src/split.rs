@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use crate::split_default::{self, Style};
+use crate::scan;
+use crate::split_default::Style;
+use crate::split_gpt2::Gpt2;
 
 /// The default split pattern: GPT-4's, but with runs of at most two digits, which spends fewer of a small
 /// vocabulary's entries on numbers.
@@ -46,18 +48,27 @@ pub struct Splitter {
 
 #[derive(Clone, Debug)]
 enum Engine {
-    /// The hand-written splitter for [`SPLIT_PATTERN`] and its kin.
-    Hand(Style),
+    /// Hand-written splitters: that of [`SPLIT_PATTERN`] and its kin, and others.
+    Default(Style),
+    Gpt2(Gpt2),
     Regex(Box<fancy_regex::Regex>),
 }
 
+impl Engine {
+    fn by_hand(pattern: &str) -> Option<Self> {
+        let default = || Style::of(pattern).map(Engine::Default);
+        let gpt2 = || Gpt2::of(pattern).map(Engine::Gpt2);
+        default().or_else(gpt2)
+    }
+}
+
 impl Splitter {
-    /// Compiles a pattern. [`SPLIT_PATTERN`] and its kin (see [`Style::of`]) take the hand-written splitter, which
-    /// gives the same chunks in linear time on any input (0.06 s for 100 MB of English on one thread; the engine
-    /// takes seconds); every other pattern takes the regex engine.
+    /// Compiles a pattern. [`SPLIT_PATTERN`] and its kin (see [`Style::of`]) and GPT-2's take a hand-written splitter,
+    /// which gives the same chunks in linear time on any input (0.06 s for 100 MB of English on one thread; the
+    /// engine takes seconds); every other pattern takes the regex engine.
     pub fn new(pattern: &str) -> Result<Self, SplitError> {
-        match Style::of(pattern) {
-            Some(style) => Ok(Splitter { pattern: pattern.to_owned(), engine: Engine::Hand(style) }),
+        match Engine::by_hand(pattern) {
+            Some(engine) => Ok(Splitter { pattern: pattern.to_owned(), engine }),
             None => Self::with_regex(pattern),
         }
     }
@@ -83,11 +94,20 @@ impl Splitter {
     #[inline(always)]
     pub fn split(&self, text: &str, mut chunks: impl Chunks) -> Result<(), SplitError> {
         match &self.engine {
-            Engine::Hand(style) => {
-                split_default::split(*style, text.as_bytes(), chunks);
-                Ok(())
-            }
-            Engine::Regex(regex) => self.split_with(regex, text, &mut |start, end| chunks.add(start, end)),
+            Engine::Default(style) => scan::split(*style, text.as_bytes(), chunks),
+            Engine::Gpt2(gpt2) => scan::split(*gpt2, text.as_bytes(), chunks),
+            Engine::Regex(regex) => self.split_with(regex, text, &mut |start, end| chunks.add(start, end))?,
+        }
+        Ok(())
+    }
+
+    /// [`Splitter::split`] of a hand-written splitter, by its scan alone.
+    #[cfg(test)]
+    pub fn split_without_windows(&self, text: &str, chunks: impl Chunks) {
+        match &self.engine {
+            Engine::Default(style) => scan::split_without_windows(*style, text.as_bytes(), chunks),
+            Engine::Gpt2(gpt2) => scan::split_without_windows(*gpt2, text.as_bytes(), chunks),
+            Engine::Regex(_) => unreachable!("{:?} has no hand-written splitter", self.pattern),
         }
     }
 

@@ -127,12 +127,14 @@ mod tests {
                     want.wide |= bit;
                     continue;
                 }
-                match CLASSES.get(u32::from(byte)) {
-                    Class::Letter => want.letter |= bit,
-                    Class::Number => want.number |= bit,
-                    Class::Newline => want.newline |= bit,
-                    Class::Space => want.space |= bit,
-                    Class::Other => {}
+                let masks = [
+                    (&mut want.letter, Class::LETTER),
+                    (&mut want.number, Class::NUMBER),
+                    (&mut want.newline, Class::NEWLINE),
+                    (&mut want.space, Class::SPACE),
+                ];
+                for (mask, class) in masks {
+                    *mask |= if CLASSES.get(u32::from(byte)).is(class) { bit } else { 0 };
                 }
                 want.blank |= if byte == b' ' { bit } else { 0 };
                 want.apostrophe |= if byte == b'\'' { bit } else { 0 };
