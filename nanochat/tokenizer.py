@@ -252,15 +252,16 @@ class RustBPETokenizer:
     def batch_encode(self, texts: Sequence[str], num_threads: int = 8) -> list[np.ndarray]:
         """One array of ids a text: uint16 where the vocabulary fits (<= 65,536), else uint32. Nothing in the texts is
         special. Raises ValueError for lone surrogates."""
+        narrow = self.get_vocab_size() <= 1 << 16
+        encode = self._core.batch_encode_u16 if narrow else self._core.batch_encode_u32
         try:
-            tokens, offsets = self._core.batch_encode_u32(texts, num_threads)
+            tokens, offsets = encode(texts, num_threads)
         except UnicodeEncodeError:
             raise _surrogate_error(texts) from None
-        ids = np.frombuffer(tokens, dtype="<u4")
+        ids = np.frombuffer(tokens, dtype="<u2" if narrow else "<u4")
         bounds = np.frombuffer(offsets, dtype="<u8").tolist()
-        dtype = np.uint16 if self.get_vocab_size() <= 1 << 16 else np.uint32
-        # astype copies: a text kept in a packing buffer must not keep its whole batch in memory
-        return [ids[start:end].astype(dtype) for start, end in itertools.pairwise(bounds)]
+        # copies: a text kept in a packing buffer must not keep its whole batch in memory
+        return [ids[start:end].astype(ids.dtype.type) for start, end in itertools.pairwise(bounds)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The raw bytes, special tokens by their names. Raises ValueError for an id outside the vocabulary."""
