@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -275,7 +275,7 @@ def main(settings: Settings) -> None:
         "device": device_name(device),
         "torch": torch.__version__,
         "compiled": compiled,
-        "settings": {name: value for name, value in asdict(settings).items() if name != "out"},
+        "settings": settings_module.as_dict(settings, without=["out"]),
         "matrices": len(matrices),
         "spectral": spectral,
         "errors": found,

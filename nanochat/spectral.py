@@ -50,11 +50,11 @@ def stacks(matrices: list[Tensor]) -> Iterator[Stack]:
 
 
 def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
-    """Numbers (K,) of several stacks, with their indices, as the list had the matrices."""
+    """Bounds (K, 2) of several groups of matrices, with their indices, as the list had the matrices."""
     found: dict[int, Tensor] = {}
     for indices, numbers in parts:
         found.update(zip(indices, numbers.unbind(0), strict=True))
-    return torch.stack([found[index] for index in range(len(found))]) if found else torch.zeros(0)
+    return torch.stack([found[index] for index in range(len(found))]) if found else torch.zeros(0, 2)
 
 
 def spectral_norms(
@@ -99,14 +99,15 @@ def stacked_norms(
         all equal, 768²               -0.000      -0.000         +1.34            +8.4               -24.8
         Gaussian + 1.3 x spike        +0.000      -0.000         +0.00           -31.3                -7.7
     """
-    found: list[tuple[list[int], Tensor, Tensor]] = []
+    found: list[tuple[list[int], Tensor]] = []
     for group in _by_short_side(stacked):
         wide = [values if values.size(1) <= values.size(2) else values.mT for _, values in group]
         short = wide[0].size(1)
         of_group = dtype or (exchange_dtype(wide[0].device) if short >= SMALL else torch.float32)
-        lower, upper = _METHODS[method](wide, of_group)
-        found.append(([index for indices, _ in group for index in indices], lower, upper))
-    return _in_order([part[:2] for part in found]), _in_order([(part[0], part[2]) for part in found])
+        bounds = torch.stack(_METHODS[method](wide, of_group), dim=1)
+        found.append(([index for indices, _ in group for index in indices], bounds))
+    lower, upper = _in_order(found).unbind(1)
+    return lower, upper
 
 
 def _by_short_side(stacked: list[Stack]) -> list[list[Stack]]:
@@ -205,7 +206,8 @@ def _polar_norms(
     for W in (W.to(dtype) for W in wide):
         Q = polar(W * (1 / _norms(W).clamp(min=TINY)).to(dtype))
         values.append(_polar_power(W, Q, iterations))
-    return torch.cat(values), torch.cat(values)
+    value = torch.cat(values)
+    return value, value
 
 
 def _polar5(Q: Tensor) -> Tensor:

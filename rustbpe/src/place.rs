@@ -238,8 +238,7 @@ mod tests {
             // Others, never looked up, only drive out each other.
             for _ in 0..20 {
                 let (other, count) = ([b"x", random.word(12, 2).as_slice()].concat(), 1 + random.below(2));
-                let wide = other.len() > NARROW as usize;
-                let (price, at) = place.cheapest(wide);
+                let (price, at) = place.cheapest(is_wide(key(&other), tokens(count)));
                 assert!(price < DEAREST);
                 place.put(at, key(&other), tokens(count));
                 assert!(place.find(key(&other)) > 0 && place.find(key(&kept)) > 0, "{kept:?} {other:?}");
@@ -257,7 +256,7 @@ mod tests {
             for word in &words {
                 let key = ShortKey::of(word, 0, word.len());
                 let tokens = Tokens::of(&[3, 1, 4, 1, 5][..1 + random.below(MOST)]).unwrap();
-                let (_, at) = place.cheapest(tokens.count() > 2 || word.len() > NARROW as usize);
+                let (_, at) = place.cheapest(is_wide(key, tokens));
                 place.put(at, key, tokens);
                 assert!(place.find(key) >> (4 * at) & 1 == 1);
                 for other in &words {
