@@ -9,7 +9,7 @@ count the three products: logits, gradient of the hidden states, gradient of the
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,7 +102,7 @@ def main(settings: Settings) -> None:
     report = {
         "device": device_name(device),
         "torch": torch.__version__,
-        "settings": asdict(settings),
+        "settings": settings_module.as_dict(settings, without=["out"]),
         "results": results,
     }
     if settings.out:

@@ -3,9 +3,10 @@
     python -m benchmarks.monitor --out=monitor.json                                            the 124M-class model
     python -m benchmarks.monitor --depth=2 --width=128 --vocab-size=512 --max-seq-len=64       a small one, on a CPU
 
-Times are medians. Calls of a function are queued as in training, where the device never waits for the host. The cost of
-an event in training is the difference between a step with it and the step without beside it, either of them first. The
-bars hold for an H100: 50 µs a matrix, 2 ms for all, 1 ms for activations, and 0.5 % of the step at interval 10.
+Times are medians, on a GPU by its own clock: calls are queued behind other work, as in training, where the device never
+waits for the host. What the host takes to launch one is said beside it. The cost of an event in training is the
+difference between a step with it and the step without beside it, either of them first. The bars hold for an H100: 50 µs
+a matrix, 2 ms for all, 1 ms for activations, and 0.5 % of the step at interval 10.
 """
 
 import itertools
@@ -13,10 +14,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,18 +64,56 @@ class Settings:
     """File for the results as JSON."""
 
 
-def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int, queued: int = 10) -> float:
-    """Median time of a call among `queued` in a row; the first of them all is not counted."""
+class Times(NamedTuple):
+    """Medians, in milliseconds a call."""
+
+    device: float
+    """Of the work itself."""
+    host: float
+    """Until the host had launched it; on a CPU the same."""
+
+
+def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int, queued: int = 10) -> Times:
+    """What a call among `queued` in a row takes; the first of them all is not counted."""
     function()
-    times = []
+    found = []
     for _ in range(repeats):
-        synchronize(device)
+        keep_busy(device)
+        begin, end = marks(device, 2)
+        begin.record()
         start = time.perf_counter()
         for _ in range(queued):
             function()
+        host = 1000 * (time.perf_counter() - start)
+        end.record()
+        end.synchronize()
+        found.append((begin.elapsed_time(end) / queued, host / queued))
+    return Times(*(statistics.median(times) for times in zip(*found, strict=True)))
+
+
+def keep_busy(device: torch.device) -> None:
+    """Gives a GPU some 60 ms of work on an H100, more than the host needs to launch what is timed behind it."""
+    if device.type == "cuda":
         synchronize(device)
-        times.append(1000 * (time.perf_counter() - start) / queued)
-    return statistics.median(times)
+        square = torch.ones((8192, 8192), device=device, dtype=torch.bfloat16)
+        for _ in range(40):
+            torch.mm(square, square)
+
+
+class HostMark:
+    """A torch.cuda.Event where there is only the host's clock."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, later: "HostMark") -> float:
+        return 1000 * (later.at - self.at)
+
+
+def marks(device: torch.device, count: int) -> list[Any]:
+    return [torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostMark() for _ in range(count)]
 
 
 def with_spectrum(shape: tuple[int, int], values: Tensor) -> Tensor:
@@ -118,16 +157,15 @@ def errors(shapes: list[tuple[int, int]], seeds: int, device: torch.device) -> d
 
 def spectral_times(matrices: list[Tensor], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
     """Milliseconds for all matrices, microseconds for each; svdvals by one matrix of each shape."""
-    times: dict[str, float] = {}
-    for method in METHODS:
-        times[method] = milliseconds(partial(spectral_norms, matrices, method), device, repeats)
+    times = {method: milliseconds(partial(spectral_norms, matrices, method), device, repeats) for method in METHODS}
+    rows = {name: {"milliseconds": ms, "microseconds_per_matrix": 1000 * ms / len(matrices), "host_milliseconds": host}
+            for name, (ms, host) in times.items()}  # fmt: skip
     shapes = [tuple(matrix.shape) for matrix in matrices]
-    times["svdvals"] = 0.0
+    ms = 0.0
     for shape in set(shapes):
         one = milliseconds(partial(torch.linalg.svdvals, matrices[shapes.index(shape)]), device, 2, queued=1)
-        times["svdvals"] += shapes.count(shape) * one
-    return {name: {"milliseconds": ms, "microseconds_per_matrix": 1000 * ms / len(matrices)}
-            for name, ms in times.items()}  # fmt: skip
+        ms += shapes.count(shape) * one.device
+    return rows | {"svdvals": {"milliseconds": ms, "microseconds_per_matrix": 1000 * ms / len(matrices)}}
 
 
 def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: bool) -> dict[str, float]:
@@ -178,31 +216,26 @@ def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: b
 
 
 def in_a_row(steps: list[Callable[[], None]], device: torch.device) -> list[float]:
-    """Milliseconds of each. On a GPU by its own clock, queued behind a first one that is not timed: in training the
-    host is a step ahead, so what it takes to launch something is not seen."""
-    if device.type != "cuda":
-        times = []
-        for step in steps:
-            start = time.perf_counter()
-            step()
-            times.append(1000 * (time.perf_counter() - start))
-        return times
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
-    steps[0]()
-    for mark, step in zip(marks, [*steps, None], strict=True):
+    """Milliseconds of each. On a GPU queued behind a first one that is not timed: in training the host is a step ahead,
+    so what it takes to launch something is not seen."""
+    if device.type == "cuda":
+        steps[0]()
+    clock = marks(device, len(steps) + 1)
+    for mark, step in zip(clock, [*steps, None], strict=True):
         mark.record()
         if step is not None:
             step()
-    marks[-1].synchronize()
-    return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
+    clock[-1].synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(clock)]
 
 
 def report(results: dict[str, Any]) -> None:
     """Tables for people."""
     print(f"{results['device']}, torch {results['torch']}, {results['matrices']} hidden matrices")
-    print(f"\n{'method':16}{'ms, all matrices':>18}{'µs a matrix':>14}")
+    print(f"\n{'method':16}{'ms, all matrices':>18}{'µs a matrix':>14}{'ms of the host':>17}")
     for name, row in results["spectral"].items():
-        print(f"{name:16}{row['milliseconds']:18.3f}{row['microseconds_per_matrix']:14.1f}")
+        host = f"{row['host_milliseconds']:17.3f}" if "host_milliseconds" in row else ""
+        print(f"{name:16}{row['milliseconds']:18.3f}{row['microseconds_per_matrix']:14.1f}{host}")
     print(f"\n{'worst error in %':34}" + "".join(f"{name:>14}" for name in METHODS) + "   bounds of gram")
     for kind, row in results["errors"].items():
         values = "".join(f"{100 * row[name]:+14.3f}" for name in METHODS)
@@ -242,7 +275,7 @@ def main(settings: Settings) -> None:
         "device": device_name(device),
         "torch": torch.__version__,
         "compiled": compiled,
-        "settings": asdict(settings),
+        "settings": settings_module.as_dict(settings, without=["out"]),
         "matrices": len(matrices),
         "spectral": spectral,
         "errors": found,

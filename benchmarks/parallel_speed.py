@@ -9,7 +9,7 @@ out. Prints one JSON line, and appends it to --out.
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,7 +149,7 @@ def main(settings: Settings) -> None:
         "ranks": world,
         "strategy": policy.strategy,
         "parameters": model.num_params(),
-        "settings": {name: value for name, value in asdict(settings).items() if name not in ("out", "save_to")},
+        "settings": settings_module.as_dict(settings, without=["out", "save_to"]),
         "milliseconds": 1000 * seconds,
         "optimizer_milliseconds": 1000 * statistics.median(optimizer for _, optimizer in times),
         "tokens_per_second": settings.total_batch_size / seconds,

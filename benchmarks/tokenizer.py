@@ -376,7 +376,8 @@ def main(settings: Settings) -> None:
     report = {
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(settings, name) for name in (RUSTBPE, TOKENIZERS, TIKTOKEN, GIGATOKEN, FASTOKENS)},
-        "settings": asdict(settings) | {"source": Path(settings.source).name, "peers": bool(settings.peers)},
+        "settings": settings_module.as_dict(settings, without=["out"])
+        | {"source": Path(settings.source).name, "peers": bool(settings.peers)},
         "rows": list(rows.values()),
     }
     if settings.out:

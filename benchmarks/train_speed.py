@@ -11,7 +11,7 @@ are left out. MFU counts attention too; matmul_mfu leaves it out, as what is pub
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,7 +126,7 @@ def main(settings: Settings) -> None:
     report = {
         "device": device_name(device),
         "torch": torch.__version__,
-        "settings": asdict(settings),
+        "settings": settings_module.as_dict(settings, without=["out"]),
         "results": results,
     }
     if settings.out:

@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from nanochat.kernels import kernel
-
 Mask: TypeAlias = Tensor | BlockMask
 
 # cuDNN's kernel first: on an H200 a d12 training step (B=32, T=2048, H=6, D=128, bf16) runs at 539k tokens/s with it
@@ -143,20 +141,10 @@ def block_mask(documents: Tensor, window: Tensor) -> BlockMask:
 @torch.library.custom_op("nanochat::mask_blocks", mutates_args=())
 def _mask_blocks(documents: Tensor, window: Tensor) -> list[Tensor]:
     """Blocks seen in part and those seen whole, each by query block and by key block, each (how many (B, 1, n), their
-    numbers first in each row (B, 1, n, n)), int32. An operator of its own, whose results are laid out in order: where
-    torch 2.11 compiled this together with the attention, the kernel took the strides of one list for those of another
-    and blocks seen whole came out wrong on an H100, by 28 % of the output (tests/test_cuda.py)."""
-    return [part.contiguous() for part in kernel(_listed_blocks, documents.is_cuda)(documents, window)]
-
-
-@_mask_blocks.register_fake
-def _(documents: Tensor, window: Tensor) -> list[Tensor]:
-    B, count = documents.size(0), -(-documents.size(1) // BLOCK)
-    shapes = [(B, 1, count), (B, 1, count, count)] * 4
-    return [documents.new_empty(shape, dtype=torch.int32) for shape in shapes]
-
-
-def _listed_blocks(documents: Tensor, window: Tensor) -> tuple[Tensor, ...]:
+    numbers first in each row (B, 1, n, n)), int32. An operator of its own, that is never compiled: where torch 2.11
+    compiled this together with the attention, the kernel took the strides of one list for those of another and blocks
+    seen whole came out wrong on an H100, by 28 % of the output (tests/test_cuda.py); alone, sorting 384 blocks took it
+    108 s to compile, sorting 3 x 128 was not done after 9 minutes, and a sum of 384 along the row was an error."""
     T = documents.size(1)
     count = -(-T // BLOCK)
     first = documents[:, ::BLOCK]
@@ -167,13 +155,25 @@ def _listed_blocks(documents: Tensor, window: Tensor) -> tuple[Tensor, ...]:
     some = (apart >= 0) & (apart - (BLOCK - 1) <= window) & (last.unsqueeze(1) >= first.unsqueeze(2))
     whole = (apart > 0) & (apart + (BLOCK - 1) <= window) & (first.unsqueeze(1) == last.unsqueeze(2))
     part = some & ~whole
-    return *_listed(part), *_listed(part.mT), *_listed(whole), *_listed(whole.mT)
+    counts, lists = _listed(torch.stack([part, part.mT, whole, whole.mT]))
+    # an operator's results may not share memory
+    return [one.unsqueeze(1).clone() for pair in zip(counts, lists, strict=True) for one in pair]
+
+
+@_mask_blocks.register_fake
+def _(documents: Tensor, window: Tensor) -> list[Tensor]:
+    B, count = documents.size(0), -(-documents.size(1) // BLOCK)
+    shapes = [(B, 1, count), (B, 1, count, count)] * 4
+    return [documents.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many are chosen in each row, their numbers first) of (B, n, n) bool."""
-    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32).unsqueeze(1), order.to(torch.int32).unsqueeze(1)
+    """(how many are chosen in each row (..., n), their numbers first (..., n, n)) of (..., n, n) bool, int32."""
+    number = torch.arange(chosen.size(-1), dtype=torch.int32, device=chosen.device)
+    up_to = chosen.cumsum(-1, dtype=torch.int32)
+    count = up_to[..., -1]
+    place = torch.where(chosen, up_to - 1, count.unsqueeze(-1) + number - up_to)
+    return count, torch.empty_like(place).scatter_(-1, place.long(), number.expand_as(place))
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

@@ -18,7 +18,7 @@ from nanochat.activation_stats import STATISTICS
 from nanochat.errors import UserError
 from nanochat.metrics import metric
 from nanochat.sharding import is_sharded, local, replicas_of
-from nanochat.spectral import TINY, Stack, in_order, spectral_norms, stacked_norms, stacks
+from nanochat.spectral import TINY, Stack, spectral_norms, stacked_norms, stacks
 
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
@@ -224,11 +224,10 @@ class Monitor:
 
     def _own_norms(self, before: list[Stack]) -> Tensor:
         """(2, this rank's matrices): norms of the weights and of their steps. Overwrites `before`."""
-        found: list[list[tuple[list[int], Tensor]]] = [[], []]
-        for old, new in zip(before, stacks(self._mine()), strict=True):
-            for part, values in zip(found, (new.values, old.values.sub_(new.values)), strict=True):
-                part.append((new.indices, stacked_norms(values)[0]))
-        return torch.stack([in_order(part) for part in found])
+        after = list(stacks(self._mine()))
+        for old, new in zip(before, after, strict=True):
+            old.values.sub_(new.values)
+        return torch.stack([stacked_norms(stacked)[0] for stacked in (after, before)])
 
     def _gathered_norms(self, before: list[Tensor]) -> Tensor:
         """The same from weights that are cut. Collective."""

@@ -89,9 +89,10 @@ def replace(settings: T, **changes: Any) -> T:
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
-def as_dict(settings: Any) -> dict[str, Any]:
-    """Settings as plain values, to be stored with a checkpoint and shown in the report."""
-    return dataclasses.asdict(settings)
+def as_dict(settings: Any, without: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings as plain values, to be stored with a checkpoint and shown in the report. `without`: fields to leave out,
+    such as where a benchmark writes its results."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in without}
 
 
 def _program_name() -> str:

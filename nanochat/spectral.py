@@ -6,7 +6,7 @@ go together, and nothing is read back to the host.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -49,27 +49,29 @@ def stacks(matrices: list[Tensor]) -> Iterator[Stack]:
             yield Stack(chunk, torch.stack([matrices[i].float() for i in chunk]))
 
 
-def in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
-    """Numbers (K,) of several stacks, with their indices, as the list had the matrices."""
+def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+    """Bounds (K, 2) of several groups of matrices, with their indices, as the list had the matrices."""
     found: dict[int, Tensor] = {}
     for indices, numbers in parts:
         found.update(zip(indices, numbers.unbind(0), strict=True))
-    return torch.stack([found[index] for index in range(len(found))]) if found else torch.zeros(0)
+    return torch.stack([found[index] for index in range(len(found))]) if found else torch.zeros(0, 2)
 
 
 def spectral_norms(
     matrices: list[Tensor], method: Method = "gram", dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """(lower, upper), each (len(matrices),) fp32 in the order given: as `stacked_norms`, for matrices of any shapes."""
-    found = [(indices, *stacked_norms(values, method, dtype)) for indices, values in stacks(matrices)]
-    return in_order([(part[0], part[1]) for part in found]), in_order([(part[0], part[2]) for part in found])
+    return stacked_norms(list(stacks(matrices)), method, dtype)
 
 
 @torch.no_grad()
-def stacked_norms(stacked: Tensor, method: Method = "gram", dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """(lower, upper), each (K,) fp32: bounds of the largest singular value σ₁ of each matrix of `stacked` (K, m, n).
-    Take `lower` as the value. dtype: of the squarings; default bf16 on GPUs where the short side is 256 or more, fp32
-    elsewhere. Singular values must lie between 1e-15 and 1e+17 (their squares must be numbers); zero matrices give 0.
+def stacked_norms(
+    stacked: list[Stack], method: Method = "gram", dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(lower, upper), each (N,) fp32 by index, for the N matrices of some stacks: bounds of the largest singular value
+    σ₁ of each. Take `lower` as the value. dtype: of the squarings; default bf16 on GPUs where the short side is 256 or
+    more, fp32 elsewhere. Singular values must lie between 1e-15 and 1e+17 (their squares must be numbers); zero
+    matrices give 0.
 
     gram: G = WWᵀ, on the short side, is squared k = 7 times. A column of the result, which three products with it
     polish to x, gives ‖Wᵀx‖/‖x‖ ≤ σ₁ ≤ ‖G^(2^k)‖_F^(1/2^(k+1)) ≤ σ₁ · r^(1/2^(k+2)). The last factor is 1.0131 at rank
@@ -85,7 +87,7 @@ def stacked_norms(stacked: Tensor, method: Method = "gram", dtype: torch.dtype |
     the power iteration, even an exact one.
 
     Worst error of the value in per cent, 3 matrices each, against fp64 SVD, and how far above σ₁ the upper bound of
-    gram lay at most, on a CPU (see benchmarks.monitor; with k = 8 on an H100 and its TF32 the worst error was 0.037):
+    gram lay at most, on a CPU (see benchmarks.monitor; on an H100 with its TF32 the worst error was 0.072):
 
         spectrum                   gram fp32   gram bf16   upper bound   ns5-fast bf16   ns3-accurate bf16
         Gaussian 768²                 -0.002      -0.002         +0.08            +6.0               -11.0
@@ -97,12 +99,29 @@ def stacked_norms(stacked: Tensor, method: Method = "gram", dtype: torch.dtype |
         all equal, 768²               -0.000      -0.000         +1.34            +8.4               -24.8
         Gaussian + 1.3 x spike        +0.000      -0.000         +0.00           -31.3                -7.7
     """
-    W = stacked.float()
-    if W.size(1) > W.size(2):
-        W = W.mT
-    if dtype is None:
-        dtype = exchange_dtype(W.device) if W.size(1) >= SMALL else torch.float32
-    return _METHODS[method](W, dtype)
+    found: list[tuple[list[int], Tensor]] = []
+    for group in _by_short_side(stacked):
+        wide = [values if values.size(1) <= values.size(2) else values.mT for _, values in group]
+        short = wide[0].size(1)
+        of_group = dtype or (exchange_dtype(wide[0].device) if short >= SMALL else torch.float32)
+        bounds = torch.stack(_METHODS[method](wide, of_group), dim=1)
+        found.append(([index for indices, _ in group for index in indices], bounds))
+    lower, upper = _in_order(found).unbind(1)
+    return lower, upper
+
+
+def _by_short_side(stacked: list[Stack]) -> list[list[Stack]]:
+    """Stacks whose Gram matrices have one size and so can be squared together: on a GPU fewer and larger products, and
+    fewer launches. Bounds the memory as STACK_ELEMENTS does."""
+    groups: dict[int, list[list[Stack]]] = {}
+    for stack in stacked:
+        short = min(stack.values.shape[1:])
+        last = groups.setdefault(short, [[]])[-1]
+        if last and (sum(one.values.size(0) for one in last) + stack.values.size(0)) * short**2 > STACK_ELEMENTS:
+            groups[short].append([stack])
+        else:
+            last.append(stack)
+    return [group for of_short in groups.values() for group in of_short]
 
 
 def _norms(stacked: Tensor) -> Tensor:
@@ -130,15 +149,14 @@ def _factor(P: Tensor) -> tuple[Tensor, Tensor]:
     return factor.to(P.dtype), torch.where(trace > 0, -factor.log(), -torch.inf)
 
 
-def _gram(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Bounds for W (K, m, n), m <= n."""
-    return kernel(_gram_bounds, W.is_cuda)(W, dtype)
+def _gram(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Bounds for matrices (K, m, n), each n >= m."""
+    return kernel(_gram_bounds, wide[0].is_cuda)(wide, dtype)
 
 
-def _gram_bounds(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    A = W.to(dtype)
-    P = A @ A.mT
-    log = torch.zeros((), device=W.device)  # of what G^(2^j) has been divided by, over 2^j
+def _gram_bounds(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    P = torch.cat([A @ A.mT for A in (W.to(dtype) for W in wide)])
+    log = torch.zeros((), device=P.device)  # of what G^(2^j) has been divided by, over 2^j
     for j in range(SQUARINGS):
         if j % SQUARINGS_PER_SCALE == 0:
             factor, step = _factor(P)
@@ -150,10 +168,10 @@ def _gram_bounds(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # eigenvector, which a fixed start need not have.
     best = P.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)
     x = P.take_along_dim(best[:, None, None].expand(-1, P.size(-2), 1), dim=-1) * factor
-    for _ in range(APPLICATIONS):
-        x = _scaled(P @ x * factor)[0]
-    x = x.float()
-    lower = _norms(W.mT @ x) / _norms(x).clamp(min=TINY)
+    for _ in range(APPLICATIONS):  # each changes the norm of x by a factor of √m at most
+        x = P @ x * factor
+    parts = _scaled(x)[0].float().split([W.size(0) for W in wide])
+    lower = torch.cat([_norms(W.mT @ x) / _norms(x).clamp(min=TINY) for W, x in zip(wide, parts, strict=True)])
     # Where bf16 has pushed the upper bound down, the lower one, in fp32, is the better upper bound.
     return lower.flatten(), torch.maximum(lower, upper).flatten()
 
@@ -164,31 +182,45 @@ def _start(W: Tensor) -> Tensor:
     return x.expand(W.size(0), -1, -1)
 
 
-def _polar_power(W: Tensor, Q: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def _polar_power(W: Tensor, Q: Tensor, iterations: int) -> Tensor:
     """Power iteration with H = WQᵀ, whose eigenvalues would be the singular values of W were Q its polar factor."""
     x, y = _start(W), _start(W)
     for _ in range(iterations):
         x = _scaled(y)[0]
         y = W @ (Q.mT @ x)
-    value = (_norms(y) / _norms(x).clamp(min=TINY)).flatten()
+    return (_norms(y) / _norms(x).clamp(min=TINY)).flatten()
+
+
+def _ns5(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _polar_norms(wide, dtype, iterations=7, polar=_polar5)
+
+
+def _ns3(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _polar_norms(wide, dtype, iterations=10, polar=_polar3)
+
+
+def _polar_norms(
+    wide: list[Tensor], dtype: torch.dtype, iterations: int, polar: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    values = []
+    for W in (W.to(dtype) for W in wide):
+        Q = polar(W * (1 / _norms(W).clamp(min=TINY)).to(dtype))
+        values.append(_polar_power(W, Q, iterations))
+    value = torch.cat(values)
     return value, value
 
 
-def _ns5(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    W = W.to(dtype)
-    Q = W * (1 / _norms(W).clamp(min=TINY)).to(W.dtype)
+def _polar5(Q: Tensor) -> Tensor:
     for _ in range(5):
         A = Q @ Q.mT
         Q = 3.4445 * Q + (-4.775 * A + 2.0315 * (A @ A)) @ Q
-    return _polar_power(W, Q, 7)
+    return Q
 
 
-def _ns3(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    W = W.to(dtype)
-    Q = W * (1 / _norms(W).clamp(min=TINY)).to(W.dtype)
+def _polar3(Q: Tensor) -> Tensor:
     for _ in range(8):
         Q = 1.5 * Q - 0.5 * (Q @ Q.mT) @ Q
-    return _polar_power(W, Q, 10)
+    return Q
 
 
 _METHODS = {"gram": _gram, "ns5-fast": _ns5, "ns3-accurate": _ns3}

@@ -228,14 +228,14 @@ class RustBPETokenizer:
         after = [] if append is None else [self._token_id(append)]
         if not isinstance(text, (str, list)):
             raise TypeError(f"encode takes a string or a list of strings, not {type(text).__name__}")
-        if allowed := self._allowed(allowed_special):
-            if isinstance(text, str):
-                return [*before, *self._encode_with(text, allowed), *after]
-            return [[*before, *self._encode_with(one, allowed), *after] for one in text]
-        if isinstance(text, str):
-            return before + self.encode_ordinary(text) + after
+        allowed = self._allowed(allowed_special)
         try:
-            rows = self._core.batch_encode(text, num_threads)
+            if isinstance(text, str):
+                (row,) = self._encode_with([text], allowed, 1) if allowed else [self._core.encode(text)]
+                return before + row + after
+            rows = (
+                self._encode_with(text, allowed, num_threads) if allowed else self._core.batch_encode(text, num_threads)
+            )
         except UnicodeEncodeError:
             raise _surrogate_error(text) from None
         return [before + row + after for row in rows] if before or after else rows
@@ -252,15 +252,16 @@ class RustBPETokenizer:
     def batch_encode(self, texts: Sequence[str], num_threads: int = 8) -> list[np.ndarray]:
         """One array of ids a text: uint16 where the vocabulary fits (<= 65,536), else uint32. Nothing in the texts is
         special. Raises ValueError for lone surrogates."""
+        narrow = self.get_vocab_size() <= 1 << 16
+        encode = self._core.batch_encode_u16 if narrow else self._core.batch_encode_u32
         try:
-            tokens, offsets = self._core.batch_encode_u32(texts, num_threads)
+            tokens, offsets = encode(texts, num_threads)
         except UnicodeEncodeError:
             raise _surrogate_error(texts) from None
-        ids = np.frombuffer(tokens, dtype="<u4")
+        ids = np.frombuffer(tokens, dtype="<u2" if narrow else "<u4")
         bounds = np.frombuffer(offsets, dtype="<u8").tolist()
-        dtype = np.uint16 if self.get_vocab_size() <= 1 << 16 else np.uint32
-        # astype copies: a text kept in a packing buffer must not keep its whole batch in memory
-        return [ids[start:end].astype(dtype) for start, end in itertools.pairwise(bounds)]
+        # copies: a text kept in a packing buffer must not keep its whole batch in memory
+        return [ids[start:end].astype(ids.dtype.type) for start, end in itertools.pairwise(bounds)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The raw bytes, special tokens by their names. Raises ValueError for an id outside the vocabulary."""
@@ -323,12 +324,17 @@ class RustBPETokenizer:
             self.encode_special(name)  # raises for an unknown one
         return sorted(names, key=len, reverse=True)
 
-    def _encode_with(self, text: str, allowed: list[str]) -> list[int]:
-        parts = re.split("(" + "|".join(map(re.escape, allowed)) + ")", text)
-        ids: list[int] = []
-        for index, part in enumerate(parts):  # text and names in turn
-            ids += [self._specials[part]] if index % 2 else self.encode_ordinary(part)
-        return ids
+    def _encode_with(self, texts: list[str], allowed: list[str], num_threads: int) -> list[list[int]]:
+        names = re.compile("(" + "|".join(map(re.escape, allowed)) + ")")
+        split = [names.split(text) for text in texts]  # text and names in turn
+        encoded = iter(self._core.batch_encode([part for parts in split for part in parts[::2]], num_threads))
+        rows = []
+        for parts in split:
+            ids = next(encoded)
+            for name in parts[1::2]:
+                ids += [self._specials[name], *next(encoded)]
+            rows.append(ids)
+        return rows
 
     @functools.cached_property
     def _all_bytes(self) -> list[bytes]:

@@ -226,7 +226,7 @@ def announce(
 ) -> None:
     """Everything that was derived from the settings, before anything is spent."""
     horizon = num_iterations * settings.total_batch_size
-    compiling = "compiled: the first step takes minutes" if compiled else "not compiled"
+    compiling = "compiled: the first step takes a minute or more" if compiled else "not compiled"
     print0(f"{device_name(model.get_device())} x {world_size}, compute in {model.compute_dtype}, {compiling}")
     print0(f"{model.config}")
     print0(f"{model.num_params():,} parameters, {model.estimate_flops():.4e} FLOPs per token")

@@ -261,7 +261,7 @@ def test_empty_input(trained):
     assert trained.encode("") == []
     assert trained.batch_encode([]) == []
     assert trained.batch_encode(["", ""]) == [[], []]
-    assert trained.batch_encode_u32([]) == (b"", bytes(8))
+    assert trained.batch_encode_u32([]) == trained.batch_encode_u16([]) == (b"", bytes(8))
     assert trained.decode([]) == "" and trained.decode_bytes([]) == b""
 
 
@@ -279,10 +279,22 @@ def test_large_batches_equal_single_texts(trained, threads):
 def check_batch(tokenizer, texts, threads):
     want = [tokenizer.encode(text) for text in texts]
     assert tokenizer.batch_encode(texts, num_threads=threads) == want
-    tokens, offsets = tokenizer.batch_encode_u32(iter(texts), threads)
-    tokens, offsets = np.frombuffer(tokens, "<u4"), np.frombuffer(offsets, "<u8")
-    assert len(offsets) == len(texts) + 1
-    assert [tokens[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts))] == want
+    for encode, dtype in ((tokenizer.batch_encode_u32, "<u4"), (tokenizer.batch_encode_u16, "<u2")):
+        tokens, offsets = encode(iter(texts), threads)
+        tokens, offsets = np.frombuffer(tokens, dtype), np.frombuffer(offsets, "<u8")
+        assert len(offsets) == len(texts) + 1
+        assert [tokens[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts))] == want
+
+
+def test_large_vocabularies_do_not_fit_16_bits():
+    singles = [(bytes([value]), value) for value in range(256)]
+    pairs = [(bytes([left, right]), 256 + 256 * left + right) for left in range(256) for right in range(256)]
+    fitting = rustbpe.Tokenizer.from_ranks((singles + pairs)[: 1 << 16], rustbpe.SPLIT_PATTERN)
+    tokens, _ = fitting.batch_encode_u16([" \x7f"])
+    assert np.frombuffer(tokens, "<u2").tolist() == fitting.encode(" \x7f")
+    larger = rustbpe.Tokenizer.from_ranks((singles + pairs)[: (1 << 16) + 1], rustbpe.SPLIT_PATTERN)
+    with pytest.raises(ValueError, match="65537 tokens do not fit 16 bits"):
+        larger.batch_encode_u16(["a"])
 
 
 def test_encoding_from_many_threads_at_once(trained):

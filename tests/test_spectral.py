@@ -93,6 +93,17 @@ def test_the_order_given_is_kept_and_shapes_may_be_mixed(monkeypatch):
     assert lower.tolist() == pytest.approx(list(range(1, len(shapes) + 1)))
 
 
+@pytest.mark.parametrize("method", ["gram", "ns5-fast", "ns3-accurate"])
+def test_a_matrix_has_the_same_norm_in_any_company(method):
+    """Matrices of one short side are treated together, the tall ones on their backs."""
+    matrices = [
+        make("gaussian", m, n) * 10.0**k for k, (m, n) in enumerate([(8, 24), (24, 8), (8, 8), (6, 8), (8, 24)])
+    ]
+    together = torch.stack(spectral_norms(matrices, method), dim=1)
+    alone = torch.cat([torch.stack(spectral_norms([matrix], method), dim=1) for matrix in matrices])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
 def test_the_polar_modes_are_estimates_only():
     """They are offered under their names; were they as good as the bounds, nobody would need those."""
     matrices = [make("gaussian", 128, 512) for _ in range(3)]

@@ -115,7 +115,13 @@ def test_lone_surrogates_are_named(tokenizer):
     ):
         with pytest.raises(ValueError, match=f"the text {words}"):
             call("abc\ud83d!")
-    for call in (tokenizer.encode, tokenizer.batch_encode):
+    with pytest.raises(ValueError, match=r"the text .* at character 8"):  # of the text, not of what follows a name
+        tokenizer.encode("<|bos|>a\ud83d", allowed_special="all")
+    for call in (
+        tokenizer.encode,
+        tokenizer.batch_encode,
+        lambda texts: tokenizer.encode(texts, allowed_special="all"),
+    ):
         with pytest.raises(ValueError, match=f"text 1 {words}"):
             call(["fine", "abc\ud83d!"])
 
@@ -135,7 +141,7 @@ def test_repaired_text_is_what_tiktoken_makes_of_lone_surrogates(tokenizer, refe
 def test_special_tokens_where_they_are_allowed_as_in_tiktoken(tokenizer, reference, text, allowed):
     wanted = reference.encode(text, allowed_special=allowed, disallowed_special=())
     assert tokenizer.encode(text, allowed_special=allowed) == wanted
-    assert tokenizer.encode([text], allowed_special=allowed) == [wanted]
+    assert tokenizer.encode([text, "", text], allowed_special=allowed) == [wanted, [], wanted]
     assert tokenizer.encode(text) == tokenizer.encode_ordinary(text) == reference.encode_ordinary(text)
 
 

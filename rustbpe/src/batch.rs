@@ -11,10 +11,31 @@ use crate::vocab::Vocab;
 /// Text that a thread takes at once: one to two milliseconds of work, against some 20 µs to start a thread.
 const BLOCK_BYTES: usize = 64 * 1024;
 
+/// A token id as it is kept.
+pub trait Id: Copy + Send {
+    /// The id itself, which must fit.
+    fn of(id: u32) -> Self;
+}
+
+impl Id for u32 {
+    #[inline(always)]
+    fn of(id: u32) -> Self {
+        id
+    }
+}
+
+/// For vocabularies of at most 65,536 tokens.
+impl Id for u16 {
+    #[inline(always)]
+    fn of(id: u32) -> Self {
+        id as u16
+    }
+}
+
 /// Token ids of several documents, one after the other.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Encoded {
-    pub ids: Vec<u32>,
+#[derive(Debug, PartialEq, Eq)]
+pub struct Encoded<I> {
+    pub ids: Vec<I>,
     /// Where each document ends in `ids`.
     pub ends: Vec<usize>,
 }
@@ -56,11 +77,11 @@ impl Model {
     ///
     /// At most `threads` threads (None: one a core). They are started for the call and end with it: a standing
     /// pool would leave a process that forks (as data loaders do) with a pool whose threads are gone, and hang.
-    pub fn encode_batch<T: AsRef<str> + Sync>(
+    pub fn encode_batch<T: AsRef<str> + Sync, I: Id>(
         &self,
         texts: &[T],
         threads: Option<usize>,
-    ) -> Result<Vec<Encoded>, SplitError> {
+    ) -> Result<Vec<Encoded<I>>, SplitError> {
         let blocks = blocks(texts);
         let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
         let threads = threads.unwrap_or_else(cores).clamp(1, blocks.len().max(1));
@@ -68,19 +89,21 @@ impl Model {
         let work = || {
             self.with_worker(|worker| {
                 let mut done = Vec::new();
+                // What a block is encoded into stays in the core's own cache from block to block.
+                let mut ids = Vec::new();
                 while let Some(block) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let texts = &texts[block.clone()];
-                    let mut encoded = Encoded::default();
-                    for text in texts {
-                        worker.encode(&self.vocab, text.as_ref(), &mut encoded.ids)?;
-                        encoded.ends.push(encoded.ids.len());
+                    ids.clear();
+                    let mut ends = Vec::with_capacity(block.len());
+                    for text in &texts[block.clone()] {
+                        worker.encode(&self.vocab, text.as_ref(), &mut ids)?;
+                        ends.push(ids.len());
                     }
-                    done.push((block.start, encoded));
+                    done.push((block.start, Encoded { ids: ids.iter().map(|&id| I::of(id)).collect(), ends }));
                 }
-                Ok(done)
+                Ok::<_, SplitError>(done)
             })
         };
-        let parts: Vec<Result<Vec<(usize, Encoded)>, SplitError>> = std::thread::scope(|scope| {
+        let parts: Vec<_> = std::thread::scope(|scope| {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
             let own = work();
             let join = |other: std::thread::ScopedJoinHandle<_>| {
@@ -88,7 +111,7 @@ impl Model {
             };
             std::iter::once(own).chain(others.into_iter().map(join)).collect()
         });
-        let mut done: Vec<(usize, Encoded)> = Vec::with_capacity(blocks.len());
+        let mut done: Vec<(usize, Encoded<I>)> = Vec::with_capacity(blocks.len());
         for part in parts {
             done.extend(part?);
         }
@@ -134,7 +157,7 @@ mod tests {
         let single: Vec<Vec<u32>> = texts.iter().map(|text| model.encode(text).unwrap()).collect();
         for threads in [None, Some(1), Some(2), Some(50)] {
             let mut found = Vec::new();
-            for block in model.encode_batch(&texts, threads).unwrap() {
+            for block in model.encode_batch::<_, u32>(&texts, threads).unwrap() {
                 let mut start = 0;
                 for end in block.ends {
                     found.push(block.ids[start..end].to_vec());
@@ -142,8 +165,11 @@ mod tests {
                 }
             }
             assert_eq!(found, single, "{threads:?} threads");
+            let ids = |block: Encoded<u16>| block.ids.into_iter().map(u32::from);
+            let narrow = model.encode_batch(&texts, threads).unwrap().into_iter().flat_map(ids);
+            assert!(narrow.eq(single.concat()), "{threads:?} threads");
         }
-        assert_eq!(model.encode_batch::<&str>(&[], Some(4)).unwrap(), []);
+        assert_eq!(model.encode_batch::<&str, u32>(&[], Some(4)).unwrap(), []);
     }
 
     #[test]
@@ -151,6 +177,6 @@ mod tests {
         let splitter = Splitter::new(r"(?:a|aa)+(?!\S)b|[^a]").unwrap();
         let model = Model::new(Vocab::from_merges(&[]), splitter);
         let texts = ["x".repeat(BLOCK_BYTES), "a".repeat(200), "x".repeat(BLOCK_BYTES)];
-        assert!(model.encode_batch(&texts, Some(2)).unwrap_err().to_string().contains("gave up"));
+        assert!(model.encode_batch::<_, u32>(&texts, Some(2)).unwrap_err().to_string().contains("gave up"));
     }
 }

@@ -10,6 +10,8 @@ use crate::vocab::Vocab;
 
 /// Short chunks that wait until they are encoded together.
 const AHEAD: usize = 32;
+/// As many ids as these may have, and as are written at once.
+const ROOM: usize = (AHEAD + 1) * MOST;
 
 /// What one thread needs to encode with one vocabulary. Always use it with the same vocabulary.
 pub struct Worker {
@@ -48,8 +50,8 @@ struct Encoding<'a> {
     long: &'a mut LongCache,
     text: &'a [u8],
     out: &'a mut Vec<u32>,
-    /// Short chunks with their hashes. While they wait, their places of the cache come from memory.
-    waiting: [(ShortKey, u64); AHEAD],
+    /// Short chunks and their first places of the cache, which come from memory while the chunks wait.
+    waiting: [(ShortKey, u32); AHEAD],
     length: usize,
 }
 
@@ -60,9 +62,9 @@ impl Chunks for &mut Encoding<'_> {
             return self.add_long(start, end);
         }
         let key = ShortKey::of(self.text, start, end);
-        let hash = key.hash();
-        self.cache.announce(hash);
-        self.waiting[self.length] = (key, hash);
+        let place = self.cache.first(key.hash());
+        self.cache.announce(place);
+        self.waiting[self.length] = (key, place as u32);
         self.length += 1;
         if self.length == AHEAD {
             self.flush();
@@ -74,31 +76,45 @@ impl Encoding<'_> {
     /// Encodes the chunks that wait.
     #[inline(never)]
     fn flush(&mut self) {
-        // All ids of a place are written, those beyond its count to be overwritten: a copy of varying length takes
-        // longer.
-        let mut ids = [0; (AHEAD + 1) * MOST];
-        let mut length = 0;
-        for at in 0..self.length {
-            let (key, hash) = self.waiting[at];
-            if let Some(tokens) = self.cache.get(key, hash) {
-                ids[length..length + MOST].copy_from_slice(&tokens.ids());
-                length += tokens.count();
-            } else {
-                self.out.extend_from_slice(&ids[..length]);
-                length = 0;
-                self.miss(key, hash);
-            }
+        let mut at = 0;
+        while let Some(key) = self.flush_known(&mut at) {
+            self.miss(key);
         }
-        self.out.extend_from_slice(&ids[..length]);
         self.length = 0;
         self.cache.grow_if_small();
     }
 
+    /// Encodes the chunks that wait from `at` on, up to the first that is not in its first place of the cache.
+    #[inline(always)]
+    fn flush_known(&mut self, at: &mut usize) -> Option<ShortKey> {
+        self.out.reserve(ROOM);
+        let room = self.out.spare_capacity_mut();
+        let mut length = 0;
+        let mut unknown = None;
+        for &(key, place) in self.waiting[..self.length].get(*at..)? {
+            *at += 1;
+            let count = self.cache.write(key, place as usize, room[length..].first_chunk_mut().expect("room for all"));
+            if count == 0 {
+                unknown = Some(key);
+                break;
+            }
+            length += count;
+        }
+        // SAFETY: the first `length` ids are written, to where there is room.
+        unsafe { self.out.set_len(self.out.len() + length) };
+        unknown
+    }
+
     /// Encodes a short chunk that is not in its first place of the cache, and remembers its tokens.
     #[inline(never)]
-    fn miss(&mut self, key: ShortKey, hash: u64) {
-        if let Some(tokens) = self.cache.get_second(key, hash) {
-            self.out.extend_from_slice(&tokens.ids()[..tokens.count()]);
+    fn miss(&mut self, key: ShortKey) {
+        let hash = key.hash();
+        self.out.reserve(MOST);
+        let room = self.out.spare_capacity_mut().first_chunk_mut().expect("room for them");
+        let count = self.cache.write(key, self.cache.second(hash), room);
+        if count > 0 {
+            // SAFETY: the first `count` ids are written, to where there is room.
+            unsafe { self.out.set_len(self.out.len() + count) };
             return;
         }
         let before = self.out.len();

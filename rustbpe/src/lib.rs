@@ -16,6 +16,7 @@ mod join_table;
 mod merge;
 pub mod pack;
 mod pages;
+mod place;
 mod scan;
 pub mod split;
 mod split_default;

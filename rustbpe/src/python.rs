@@ -1,15 +1,17 @@
 //! The Python module. It only converts and checks; while anything is computed, the GIL is released.
 
+use std::mem::MaybeUninit;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyByteArray, PyBytes, PyInt, PyList, PyString};
 
-use crate::batch::{Encoded, Model};
+use crate::batch::{Encoded, Id, Model};
 use crate::learning::{self, Plan, at_least};
 use crate::pack;
 use crate::split::{SPLIT_PATTERN, SplitError, Splitter};
@@ -69,12 +71,12 @@ impl Tokenizer {
         self.model.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn batch(
+    fn batch<I: Id>(
         py: Python<'_>,
         model: &Model,
         texts: &Bound<'_, PyAny>,
         num_threads: Option<i64>,
-    ) -> PyResult<Vec<Encoded>> {
+    ) -> PyResult<Vec<Encoded<I>>> {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts is one str; pass a list of str, or use encode"));
         }
@@ -207,26 +209,25 @@ impl Tokenizer {
         texts: &Bound<'py, PyAny>,
         num_threads: Option<i64>,
     ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
-        let blocks = Self::batch(py, &self.model(), texts, num_threads)?;
-        let tokens: usize = blocks.iter().map(|block| block.ids.len()).sum();
-        let count: usize = blocks.iter().map(|block| block.ends.len()).sum();
-        let ids = blocks.iter().flat_map(|block| &block.ids);
-        let token_bytes = PyBytes::new_with(py, tokens * 4, |out| {
-            out.chunks_exact_mut(4).zip(ids).for_each(|(out, id)| out.copy_from_slice(&id.to_le_bytes()));
-            Ok(())
-        })?;
-        let offset_bytes = PyBytes::new_with(py, (count + 1) * 8, |out| {
-            let mut places = out.chunks_exact_mut(8).skip(1);
-            let mut base = 0;
-            for block in &blocks {
-                for (end, out) in block.ends.iter().zip(places.by_ref()) {
-                    out.copy_from_slice(&((base + end) as u64).to_le_bytes());
-                }
-                base += block.ids.len();
-            }
-            Ok(())
-        })?;
-        Ok((token_bytes, offset_bytes))
+        join(py, &Self::batch(py, &self.model(), texts, num_threads)?, u32::to_le_bytes)
+    }
+
+    /// As `batch_encode_u32`, with tokens of 16 bits ("<u2"): half the memory, for at most 65,536 tokens.
+    #[pyo3(signature = (texts, num_threads=None))]
+    fn batch_encode_u16<'py>(
+        &self,
+        py: Python<'py>,
+        texts: &Bound<'py, PyAny>,
+        num_threads: Option<i64>,
+    ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
+        let model = self.model();
+        if model.vocab.len() > 1 << 16 {
+            let size = model.vocab.len();
+            return Err(PyValueError::new_err(format!(
+                "{size} tokens do not fit 16 bits, which hold 65536; use batch_encode_u32"
+            )));
+        }
+        join(py, &Self::batch(py, &model, texts, num_threads)?, u16::to_le_bytes)
     }
 
     /// The text of these ids. Bytes that are not UTF-8 become U+FFFD, as with `bytes.decode(errors="replace")`.
@@ -283,6 +284,49 @@ impl Tokenizer {
         }
         py.detach(|| model.vocab.decode(&numbers)).map_err(|id| unknown(&id))
     }
+}
+
+/// Bytes that `fill` writes, all of them. `PyBytes::new_with` would fill them with zeros before.
+fn bytes_with(py: Python<'_>, size: usize, fill: impl FnOnce(&mut [MaybeUninit<u8>])) -> PyResult<Bound<'_, PyBytes>> {
+    let length = size.try_into().map_err(|_| PyValueError::new_err("too many tokens"))?;
+    // SAFETY: a new bytes object of this size, or an error; nobody else has seen it yet, so it may be written to.
+    unsafe {
+        let object = Bound::from_owned_ptr_or_err(py, ffi::PyBytes_FromStringAndSize(std::ptr::null(), length))?;
+        let start = ffi::PyBytes_AsString(object.as_ptr()).cast();
+        fill(std::slice::from_raw_parts_mut(start, size));
+        Ok(object.cast_into_unchecked())
+    }
+}
+
+/// The tokens of all blocks as bytes, and where each text begins, as u64, and the last one ends.
+fn join<'py, I: Id, const WIDTH: usize>(
+    py: Python<'py>,
+    blocks: &[Encoded<I>],
+    to_bytes: fn(I) -> [u8; WIDTH],
+) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
+    let tokens: usize = blocks.iter().map(|block| block.ids.len()).sum();
+    let count: usize = blocks.iter().map(|block| block.ends.len()).sum();
+    let token_bytes = bytes_with(py, tokens * WIDTH, |mut out| {
+        for block in blocks {
+            let (own, rest) = out.split_at_mut(block.ids.len() * WIDTH);
+            for (place, &id) in own.chunks_exact_mut(WIDTH).zip(&block.ids) {
+                place.copy_from_slice(&to_bytes(id).map(MaybeUninit::new));
+            }
+            out = rest;
+        }
+    })?;
+    let offset_bytes = PyBytes::new_with(py, (count + 1) * 8, |out| {
+        let mut places = out.chunks_exact_mut(8).skip(1);
+        let mut base = 0;
+        for block in blocks {
+            for (end, out) in block.ends.iter().zip(places.by_ref()) {
+                out.copy_from_slice(&((base + end) as u64).to_le_bytes());
+            }
+            base += block.ids.len();
+        }
+        Ok(())
+    })?;
+    Ok((token_bytes, offset_bytes))
 }
 
 /// Documents packed into rows of `row_len` tokens: (rows, how many tokens were cropped).
