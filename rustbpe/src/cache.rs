@@ -3,65 +3,110 @@
 
 use std::mem::MaybeUninit;
 
-use crate::hash::{ShortKey, prefetch};
+use crate::borders::BLOCK;
+use crate::hash::{SHORT, ShortKey, prefetch};
 use crate::pages;
 pub use crate::place::MOST;
 use crate::place::{DEAREST, FREE, Place, Tokens, is_wide};
+use crate::simd::{BASELINE, Simd};
 
 /// Places at first, and at most: 16 KB, which is nothing to set up, and 8 MB, of which 20 MB of English with their
 /// 210,000 distinct chunks use some 60 %. Twice as many were not faster: fewer misses, but more of it out of reach.
 const SMALLEST: usize = 1 << 8;
-const LARGEST: usize = 1 << 17;
+const LARGEST: usize = 1 << 18;
+
+/// A chunk and its first place.
+#[derive(Clone, Copy, Default)]
+pub struct Wanted {
+    pub key: ShortKey,
+    place: u32,
+}
 
 /// Tokens of short chunks.
 pub struct Cache {
     places: Vec<Place>,
+    /// 64 less the bits of a place's number.
+    shift: u32,
     /// Since the cache has its present size.
     misses: usize,
 }
 
 impl Default for Cache {
     fn default() -> Self {
-        Cache { places: vec![Place::default(); SMALLEST], misses: 0 }
+        Cache { places: vec![Place::default(); SMALLEST], shift: 64 - SMALLEST.ilog2(), misses: 0 }
     }
 }
 
 impl Cache {
-    /// The first place of a chunk. The vocabulary's table of tokens uses the low bits of a hash; these are others, so
-    /// that clashes differ.
+    /// The first place of a chunk.
     #[inline(always)]
-    pub fn first(&self, hash: u64) -> usize {
-        (hash >> 40) as usize & (self.places.len() - 1)
+    fn first(&self, key: ShortKey) -> usize {
+        (key.quick_hash() >> self.shift) as usize
     }
 
-    /// A second place for chunks that come to a full first one: 1.4 % of English are found there.
-    pub fn second(&self, hash: u64) -> usize {
-        (hash >> 20) as usize & (self.places.len() - 1)
+    /// A second place for chunks that come to a full first one: 1 % of English are found there.
+    fn second(&self, key: ShortKey) -> usize {
+        (key.hash() >> self.shift) as usize
     }
 
-    /// Announces that a place will be looked at soon.
+    /// Fills `waiting` with the chunks between the borders, and asks for their first places from memory.
     #[inline(always)]
-    pub fn announce(&self, place: usize) {
-        prefetch(&self.places, place);
-    }
-
-    /// Writes the tokens of a chunk, and something beyond them. How many they are; 0 if the chunk is not in this place.
-    #[inline(always)]
-    pub fn write(&mut self, key: ShortKey, place: usize, room: &mut [MaybeUninit<u32>; MOST]) -> usize {
-        self.places[place].write(key, room)
-    }
-
-    /// Remembers the tokens of a chunk, if they are few.
-    pub fn put(&mut self, key: ShortKey, hash: u64, ids: &[u32]) {
-        if let Some(tokens) = Tokens::of(ids) {
-            self.misses += 1;
-            self.put_tokens(key, hash, tokens);
+    pub fn announce(&self, text: &[u8], borders: &[usize], waiting: &mut [Wanted; BLOCK]) {
+        let (places, shift) = (self.places.as_slice(), self.shift);
+        for (border, wanted) in borders.windows(2).zip(waiting) {
+            let (start, end) = (border[0], border[1]);
+            let key = if end - start > SHORT { ShortKey::NONE } else { ShortKey::of(text, start, end) };
+            let place = (key.quick_hash() >> shift) as usize;
+            prefetch(places, place);
+            *wanted = Wanted { key, place: place as u32 };
         }
     }
 
-    fn put_tokens(&mut self, key: ShortKey, hash: u64, tokens: Tokens) {
+    /// Writes the tokens of the chunks that wait, up to one that is not in its first place. How many chunks, and how many
+    /// tokens.
+    #[inline(always)]
+    pub fn write(&mut self, simd: impl Simd, waiting: &[Wanted], room: &mut [MaybeUninit<u32>]) -> (usize, usize) {
+        assert!(room.len() >= waiting.len() * MOST, "no room for all");
+        let places = self.places.as_mut_slice();
+        let mut written = 0;
+        for (index, wanted) in waiting.iter().enumerate() {
+            // SAFETY: `first` made the place, and there are never less places than then; each chunk before has written
+            // at most MOST tokens, so there is room for as many as that for this one.
+            let (place, room) = unsafe {
+                let room = room.get_unchecked_mut(written..).as_mut_ptr().cast::<[MaybeUninit<u32>; MOST]>();
+                (places.get_unchecked_mut(wanted.place as usize), &mut *room)
+            };
+            let count = place.write(simd, wanted.key, room);
+            if count == 0 {
+                return (index, written);
+            }
+            written += count;
+        }
+        (waiting.len(), written)
+    }
+
+    /// Appends the tokens of a chunk that is in its second place, or says that it is not.
+    pub fn write_second(&mut self, key: ShortKey, out: &mut Vec<u32>) -> bool {
+        out.reserve(MOST);
+        let room = out.spare_capacity_mut().first_chunk_mut().expect("room for them");
+        let place = self.second(key);
+        let count = self.places[place].write(BASELINE, key, room);
+        // SAFETY: the first `count` ids are written, to where there is room.
+        unsafe { out.set_len(out.len() + count) };
+        count > 0
+    }
+
+    /// Remembers the tokens of a chunk, if they are few.
+    pub fn put(&mut self, key: ShortKey, ids: &[u32]) {
+        if let Some(tokens) = Tokens::of(ids) {
+            self.misses += 1;
+            self.put_tokens(key, tokens);
+        }
+    }
+
+    fn put_tokens(&mut self, key: ShortKey, tokens: Tokens) {
         let wide = is_wide(key, tokens);
-        let (first, second) = (self.first(hash), self.second(hash));
+        let (first, second) = (self.first(key), self.second(key));
         let (price, at) = self.places[first].cheapest(wide);
         if price == FREE {
             return self.places[first].put(at, key, tokens);
@@ -86,12 +131,13 @@ impl Cache {
 
     #[cold]
     fn grow(&mut self) {
-        let size = self.places.len() * 4;
-        let old = std::mem::replace(&mut self.places, pages::table(size.min(LARGEST), Place::default()));
+        let size = (self.places.len() * 4).min(LARGEST);
+        let old = std::mem::replace(&mut self.places, pages::table(size, Place::default()));
+        self.shift = 64 - size.ilog2();
         // First those that come often, which may all have their first places then.
         for often in [true, false] {
             for (key, tokens, _) in old.iter().flat_map(Place::each).filter(|&(_, _, seen)| seen == often) {
-                self.put_tokens(key, key.hash(), tokens);
+                self.put_tokens(key, tokens);
             }
         }
         self.misses = 0;
@@ -99,51 +145,52 @@ impl Cache {
 }
 
 /// Long chunks that are remembered, and their longest: the borders of tables are some hundred bytes, come again, and
-/// take long to merge. The bytes of all chunks and their ids stay near `LONG_BYTES`: beyond, all are forgotten. With
-/// the places themselves that is less than 3 MB.
-const LONG_PLACES: usize = 1 << 13;
+/// take long to merge. All chunks and their tokens together take some `LONG_BYTES`: beyond, all are forgotten.
+const LONG_PLACES: usize = 1 << 15;
 const LONGEST: usize = 512;
 const LONG_BYTES: usize = 2 << 20;
 
 /// Tokens of longer chunks, and of those that have more of them.
 #[derive(Default)]
 pub struct LongCache {
-    /// Empty before the first use.
-    places: Vec<LongPlace>,
-    bytes: usize,
-}
-
-#[derive(Default)]
-struct LongPlace {
-    chunk: Box<[u8]>,
-    ids: Box<[u32]>,
-}
-
-impl LongPlace {
-    fn bytes(&self) -> usize {
-        self.chunk.len() + size_of_val(&*self.ids)
-    }
+    /// By the lowest bits of the hash, where an entry starts. Empty before the first use.
+    places: Vec<u32>,
+    /// An entry is two numbers of 16 bits, how long the chunk is and how many its tokens, then these and the chunk. All
+    /// of it lies together, for each look at another place may wait for memory.
+    entries: Vec<u8>,
 }
 
 impl LongCache {
-    pub fn get(&self, chunk: &[u8], hash: u64) -> Option<&[u32]> {
-        let place = self.places.get(hash as usize % LONG_PLACES)?;
-        (*place.chunk == *chunk).then_some(&place.ids)
+    /// Appends the tokens of a chunk that is known, or says that it is not.
+    pub fn write(&self, chunk: &[u8], hash: u64, out: &mut Vec<u32>) -> bool {
+        let Some(&start) = self.places.get(hash as usize % LONG_PLACES) else {
+            return false;
+        };
+        let entry = &self.entries[start as usize..];
+        let (length, count) = (u16::from_le_bytes([entry[0], entry[1]]), u16::from_le_bytes([entry[2], entry[3]]));
+        let (ids, rest) = entry[4..].split_at(4 * usize::from(count));
+        if rest[..usize::from(length)] != *chunk {
+            return false;
+        }
+        out.extend(ids.chunks_exact(4).map(|id| u32::from_le_bytes(id.try_into().expect("four bytes"))));
+        true
     }
 
     pub fn put(&mut self, chunk: &[u8], hash: u64, ids: &[u32]) {
         if chunk.len() > LONGEST {
             return;
         }
-        if self.places.is_empty() || self.bytes > LONG_BYTES {
+        if self.places.is_empty() || self.entries.len() > LONG_BYTES {
+            // The first entry is of no chunk.
+            self.entries.clear();
+            self.entries.extend([0; 4]);
             self.places.clear();
-            self.places.resize_with(LONG_PLACES, Default::default);
-            self.bytes = 0;
+            self.places.resize(LONG_PLACES, 0);
         }
-        let place = &mut self.places[hash as usize % LONG_PLACES];
-        self.bytes -= place.bytes();
-        *place = LongPlace { chunk: chunk.into(), ids: ids.into() };
-        self.bytes += place.bytes();
+        self.places[hash as usize % LONG_PLACES] = self.entries.len() as u32;
+        self.entries.extend([chunk.len() as u16, ids.len() as u16].map(u16::to_le_bytes).as_flattened());
+        ids.iter().for_each(|id| self.entries.extend(id.to_le_bytes()));
+        self.entries.extend(chunk);
     }
 }
 
@@ -154,13 +201,12 @@ mod tests {
     use crate::testing::Random;
 
     fn known(cache: &mut Cache, key: ShortKey) -> Option<Vec<u32>> {
-        let hash = key.hash();
-        [cache.first(hash), cache.second(hash)].into_iter().find_map(|place| {
-            let mut room = [MaybeUninit::new(0); MOST];
-            let count = cache.write(key, place, &mut room);
-            // SAFETY: all were initialised to begin with.
-            (count > 0).then(|| room[..count].iter().map(|id| unsafe { id.assume_init() }).collect())
-        })
+        let place = cache.first(key) as u32;
+        let mut room = [MaybeUninit::new(0); MOST];
+        let (_, count) = cache.write(BASELINE, &[Wanted { key, place }], &mut room);
+        // SAFETY: all were initialised to begin with.
+        let mut ids = room[..count].iter().map(|id| unsafe { id.assume_init() }).collect();
+        (count > 0 || cache.write_second(key, &mut ids)).then_some(ids)
     }
 
     #[test]
@@ -180,7 +226,7 @@ mod tests {
                 assert_eq!(tokens, ids, "{word:?}");
                 found += 1;
             } else {
-                cache.put(key, key.hash(), &ids);
+                cache.put(key, &ids);
                 assert_eq!(known(&mut cache, key), Some(ids), "{word:?}");
             }
             if round % 32 == 0 {
@@ -195,33 +241,44 @@ mod tests {
         let mut cache = Cache::default();
         let key = ShortKey::of(b"abc", 0, 3);
         for ids in [&[1, 2, 3, 4, 5, 6][..], &[1 << 24]] {
-            cache.put(key, key.hash(), ids);
+            cache.put(key, ids);
             assert_eq!(known(&mut cache, key), None);
         }
         let most = vec![0, (1 << 24) - 1];
-        cache.put(key, key.hash(), &most);
+        cache.put(key, &most);
         assert_eq!(known(&mut cache, key), Some(most));
+    }
+
+    fn known_long(cache: &LongCache, chunk: &[u8], hash: u64) -> Option<Vec<u32>> {
+        let mut ids = Vec::new();
+        cache.write(chunk, hash, &mut ids).then_some(ids)
     }
 
     #[test]
     fn long_chunks_are_told_apart() {
         let mut cache = LongCache::default();
-        assert_eq!(cache.get(b"one", 5), None);
-        cache.put(b"one", 5, &[1]);
-        assert_eq!((cache.get(b"one", 5), cache.get(b"two", 5)), (Some(&[1][..]), None));
+        assert_eq!(known_long(&cache, b"one", 5), None);
+        cache.put(b"one", 5, &[1, u32::MAX]);
+        assert_eq!(known_long(&cache, b"one", 5), Some(vec![1, u32::MAX]));
+        for (other, hash) in [(&b"two"[..], 5), (b"on", 5), (b"ones", 5), (b"one", 6)] {
+            assert_eq!(known_long(&cache, other, hash), None);
+        }
         cache.put(&[b'x'; LONGEST + 1], 5, &[2]);
-        assert_eq!(cache.get(&[b'x'; LONGEST + 1], 5), None);
+        assert_eq!(known_long(&cache, &[b'x'; LONGEST + 1], 5), None);
     }
 
     #[test]
     fn long_chunks_take_bounded_memory() {
         let mut cache = LongCache::default();
+        let mut forgotten = 0;
         for number in 0..20_000_u64 {
-            let chunk = [number.to_le_bytes(); LONGEST / 8].concat();
-            cache.put(&chunk, number, &[1; LONGEST]);
-            assert_eq!(cache.get(&chunk, number), Some(&[1; LONGEST][..]));
-            let bytes: usize = cache.places.iter().map(LongPlace::bytes).sum();
-            assert!(number % 500 > 0 || bytes == cache.bytes && bytes <= LONG_BYTES + 5 * LONGEST);
+            let chunk = |number: u64| [number.to_le_bytes(); LONGEST / 8].concat();
+            cache.put(&chunk(number), number, &[1; LONGEST]);
+            assert_eq!(known_long(&cache, &chunk(number), number), Some(vec![1; LONGEST]));
+            let before = number.saturating_sub(1);
+            forgotten += usize::from(known_long(&cache, &chunk(before), before).is_none());
+            assert!(cache.entries.len() <= LONG_BYTES + 5 * LONGEST + 4);
         }
+        assert!((20..30).contains(&forgotten), "{forgotten}");
     }
 }

@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::borders::{BLOCK, Chunks};
 use crate::hash::{Fast, SHORT, ShortKey};
-use crate::split::{Chunks, SplitError, Splitter};
+use crate::split::{SplitError, Splitter};
 use crate::word_table::WordTable;
 
 /// Documents laid end to end: one allocation for a buffer, not one for each document.
@@ -157,48 +158,34 @@ impl WordCounter {
     }
 }
 
-/// Short chunks that wait until they are counted together.
-const AHEAD: usize = 32;
-
-/// Counts chunks. The short ones wait until there are [`AHEAD`]: their slots come from memory meanwhile. Counting
-/// 100 MB of English spends 0.13 s here, against 0.3 s if each is counted at once.
+/// Counts chunks. The slots of a block come from memory together: counting 100 MB of English spends 0.13 s here, against
+/// 0.3 s if each chunk is counted at once.
 struct Counting<'a> {
     tables: &'a mut [WordTable],
-    text: &'a [u8],
-    waiting: [(ShortKey, u64); AHEAD],
-    length: usize,
+    /// The short chunks of a block and their hashes.
+    waiting: Box<[(ShortKey, u64); BLOCK]>,
 }
 
 impl Chunks for &mut Counting<'_> {
-    #[inline(always)]
-    fn add(&mut self, start: usize, end: usize) {
-        if end - start > SHORT {
-            return self.add_long(start, end);
-        }
-        let key = ShortKey::of(self.text, start, end);
-        let hash = key.hash();
-        table_of(self.tables, hash).announce(hash);
-        self.waiting[self.length] = (key, hash);
-        self.length += 1;
-        if self.length == AHEAD {
-            self.flush();
-        }
-    }
-}
-
-impl Counting<'_> {
     #[inline(never)]
-    fn flush(&mut self) {
-        for &(key, hash) in &self.waiting[..self.length] {
+    fn add(&mut self, text: &[u8], borders: &[usize]) {
+        let mut count = 0;
+        for border in borders.windows(2) {
+            let (start, end) = (border[0], border[1]);
+            if end - start > SHORT {
+                let word = &text[start..end];
+                table_of(self.tables, Fast::default().hash_one(word)).add_long(word, 1);
+                continue;
+            }
+            let key = ShortKey::of(text, start, end);
+            let hash = key.hash();
+            table_of(self.tables, hash).announce(hash);
+            self.waiting[count] = (key, hash);
+            count += 1;
+        }
+        for &(key, hash) in &self.waiting[..count] {
             table_of(self.tables, hash).add_short(key, hash, 1);
         }
-        self.length = 0;
-    }
-
-    #[inline(never)]
-    fn add_long(&mut self, start: usize, end: usize) {
-        let word = &self.text[start..end];
-        table_of(self.tables, Fast::default().hash_one(word)).add_long(word, 1);
     }
 }
 
@@ -208,13 +195,10 @@ fn count_into(
     documents: &Documents,
     run: Range<usize>,
 ) -> Result<(), SplitError> {
-    let mut counting = Counting { tables, text: &[], waiting: [(ShortKey::default(), 0); AHEAD], length: 0 };
+    let mut counting = Counting { tables, waiting: Box::new([(ShortKey::NONE, 0); BLOCK]) };
     for index in run {
-        let text = documents.get(index);
-        counting.text = text.as_bytes();
-        splitter.split(text, &mut counting)?;
+        splitter.split(documents.get(index), &mut counting)?;
     }
-    counting.flush();
     Ok(())
 }
 

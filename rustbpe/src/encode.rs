@@ -2,16 +2,16 @@
 
 use std::hash::BuildHasher;
 
-use crate::cache::{Cache, LongCache, MOST};
+use crate::borders::{BLOCK, Chunks};
+use crate::cache::{Cache, LongCache, MOST, Wanted};
 use crate::hash::{Fast, SHORT, ShortKey};
 use crate::merge::Merger;
-use crate::split::{Chunks, SplitError, Splitter};
+use crate::simd::{self, Job, Simd};
+use crate::split::{SplitError, Splitter};
 use crate::vocab::Vocab;
 
-/// Short chunks that wait until they are encoded together.
-const AHEAD: usize = 32;
-/// As many ids as these may have, and as are written at once.
-const ROOM: usize = (AHEAD + 1) * MOST;
+/// As many ids as the short chunks of a block may have, and as are written at once.
+const ROOM: usize = BLOCK * MOST;
 
 /// What one thread needs to encode with one vocabulary. Always use it with the same vocabulary.
 pub struct Worker {
@@ -19,6 +19,8 @@ pub struct Worker {
     merger: Merger,
     cache: Cache,
     long: LongCache,
+    /// The chunks of a block and their first places of the cache.
+    waiting: Box<[Wanted; BLOCK]>,
 }
 
 impl Worker {
@@ -28,17 +30,14 @@ impl Worker {
             merger: Merger::default(),
             cache: Cache::default(),
             long: LongCache::default(),
+            waiting: Box::new([Wanted::default(); BLOCK]),
         }
     }
 
     /// Appends the tokens of `text`.
     pub fn encode(&mut self, vocab: &Vocab, text: &str, out: &mut Vec<u32>) -> Result<(), SplitError> {
-        let Worker { splitter, merger, cache, long } = self;
-        let waiting = [(ShortKey::default(), 0); AHEAD];
-        let mut encoding = Encoding { vocab, merger, cache, long, text: text.as_bytes(), out, waiting, length: 0 };
-        splitter.split(text, &mut encoding)?;
-        encoding.flush();
-        Ok(())
+        let Worker { splitter, merger, cache, long, waiting } = self;
+        splitter.split(text, Encoding { vocab, merger, cache, long, waiting, out })
     }
 }
 
@@ -48,86 +47,62 @@ struct Encoding<'a> {
     merger: &'a mut Merger,
     cache: &'a mut Cache,
     long: &'a mut LongCache,
-    text: &'a [u8],
+    waiting: &'a mut [Wanted; BLOCK],
     out: &'a mut Vec<u32>,
-    /// Short chunks and their first places of the cache, which come from memory while the chunks wait.
-    waiting: [(ShortKey, u32); AHEAD],
-    length: usize,
 }
 
-impl Chunks for &mut Encoding<'_> {
+impl Chunks for Encoding<'_> {
     #[inline(always)]
-    fn add(&mut self, start: usize, end: usize) {
-        if end - start > SHORT {
-            return self.add_long(start, end);
+    fn add(&mut self, text: &[u8], borders: &[usize]) {
+        simd::run(Block { encoding: self, text, borders });
+    }
+}
+
+/// Chunks in a row: those of `text` between the `borders`.
+struct Block<'a, 'b> {
+    encoding: &'a mut Encoding<'b>,
+    text: &'a [u8],
+    borders: &'a [usize],
+}
+
+impl Job for Block<'_, '_> {
+    /// Announces all chunks to the cache, so that their places come from memory together, then writes their tokens.
+    #[inline(always)]
+    fn run(self, simd: impl Simd) {
+        let Block { encoding, text, borders } = self;
+        let count = borders.len() - 1;
+        encoding.cache.announce(text, borders, encoding.waiting);
+        let mut at = 0;
+        loop {
+            encoding.out.reserve(ROOM);
+            let waiting = &encoding.waiting[at..count];
+            let (known, ids) = encoding.cache.write(simd, waiting, encoding.out.spare_capacity_mut());
+            // SAFETY: as many ids are written, to where there is room.
+            unsafe { encoding.out.set_len(encoding.out.len() + ids) };
+            at += known;
+            if at == count {
+                break;
+            }
+            encoding.add_unknown(encoding.waiting[at].key, &text[borders[at]..borders[at + 1]]);
+            at += 1;
         }
-        let key = ShortKey::of(self.text, start, end);
-        let place = self.cache.first(key.hash());
-        self.cache.announce(place);
-        self.waiting[self.length] = (key, place as u32);
-        self.length += 1;
-        if self.length == AHEAD {
-            self.flush();
-        }
+        encoding.cache.grow_if_small();
     }
 }
 
 impl Encoding<'_> {
-    /// Encodes the chunks that wait.
+    /// Encodes a chunk that is not in its first place of the cache.
     #[inline(never)]
-    fn flush(&mut self) {
-        let mut at = 0;
-        while let Some(key) = self.flush_known(&mut at) {
-            self.miss(key);
+    fn add_unknown(&mut self, key: ShortKey, chunk: &[u8]) {
+        if key == ShortKey::NONE {
+            return self.encode_chunk(chunk, Fast::default().hash_one(chunk));
         }
-        self.length = 0;
-        self.cache.grow_if_small();
-    }
-
-    /// Encodes the chunks that wait from `at` on, up to the first that is not in its first place of the cache.
-    #[inline(always)]
-    fn flush_known(&mut self, at: &mut usize) -> Option<ShortKey> {
-        self.out.reserve(ROOM);
-        let room = self.out.spare_capacity_mut();
-        let mut length = 0;
-        let mut unknown = None;
-        for &(key, place) in self.waiting[..self.length].get(*at..)? {
-            *at += 1;
-            let count = self.cache.write(key, place as usize, room[length..].first_chunk_mut().expect("room for all"));
-            if count == 0 {
-                unknown = Some(key);
-                break;
-            }
-            length += count;
-        }
-        // SAFETY: the first `length` ids are written, to where there is room.
-        unsafe { self.out.set_len(self.out.len() + length) };
-        unknown
-    }
-
-    /// Encodes a short chunk that is not in its first place of the cache, and remembers its tokens.
-    #[inline(never)]
-    fn miss(&mut self, key: ShortKey) {
-        let hash = key.hash();
-        self.out.reserve(MOST);
-        let room = self.out.spare_capacity_mut().first_chunk_mut().expect("room for them");
-        let count = self.cache.write(key, self.cache.second(hash), room);
-        if count > 0 {
-            // SAFETY: the first `count` ids are written, to where there is room.
-            unsafe { self.out.set_len(self.out.len() + count) };
+        if self.cache.write_second(key, self.out) {
             return;
         }
         let before = self.out.len();
-        let (bytes, length) = key.bytes();
-        self.encode_chunk(&bytes[..length], hash);
-        self.cache.put(key, hash, &self.out[before..]);
-    }
-
-    #[inline(never)]
-    fn add_long(&mut self, start: usize, end: usize) {
-        self.flush();
-        let chunk = &self.text[start..end];
-        self.encode_chunk(chunk, Fast::default().hash_one(chunk));
+        self.encode_chunk(chunk, key.hash());
+        self.cache.put(key, &self.out[before..]);
     }
 
     fn encode_chunk(&mut self, chunk: &[u8], hash: u64) {
@@ -138,8 +113,7 @@ impl Encoding<'_> {
             self.out.push(id);
             return;
         }
-        if let Some(ids) = self.long.get(chunk, hash) {
-            self.out.extend_from_slice(ids);
+        if self.long.write(chunk, hash, self.out) {
             return;
         }
         let before = self.out.len();

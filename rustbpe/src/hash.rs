@@ -24,8 +24,8 @@ impl Hasher for FastHasher {
     #[inline]
     fn write(&mut self, bytes: &[u8]) {
         for part in bytes.chunks(16) {
-            let key = ShortKey::from_part(part);
-            self.0 = mix(self.0 ^ key.low, key.high);
+            let key = u128::from_le_bytes(padded(part));
+            self.0 = mix(self.0 ^ key as u64, (key >> 64) as u64);
         }
     }
 
@@ -48,16 +48,39 @@ impl Hasher for FastHasher {
 /// The longest chunk that fits a [`ShortKey`].
 pub const SHORT: usize = 15;
 
-/// Masks of the first so many bytes: looked up, for shifting 128 bits by a variable takes a dozen instructions.
-const FIRST: [u128; 16] = {
-    let mut masks = [0; 16];
+/// Where a key has its tag: 16 less the length of its chunk.
+pub const TAG_AT: u32 = 57;
+pub const TAG: u64 = 15 << TAG_AT;
+
+/// By the length of a chunk: which bits of the 16 bytes from its start are its key. Looked up, for shifting 128 bits by a
+/// variable takes a dozen instructions.
+static LOW: [u64; 16] = first_bytes(0);
+static HIGH: [u64; 16] = first_bytes(8);
+
+/// By the length of a chunk: its tag.
+static TAGS: [u64; 16] = {
+    let mut tags = [0; 16];
     let mut length = 1;
     while length < 16 {
-        masks[length] = (1 << (8 * length)) - 1;
+        tags[length] = (16 - length as u64) << TAG_AT;
+        length += 1;
+    }
+    tags
+};
+
+/// As many of eight bytes as a chunk of the index's length reaches beyond `skipped`.
+const fn first_bytes(skipped: u32) -> [u64; 16] {
+    let mut masks = [0; 16];
+    let mut length: u32 = 0;
+    while length < 16 {
+        masks[length as usize] = match 8 * length.saturating_sub(skipped) {
+            bits @ 0..64 => (1 << bits) - 1,
+            _ => u64::MAX,
+        };
         length += 1;
     }
     masks
-};
+}
 
 /// Asks the processor for the cache line at this place of a table ahead of its use.
 #[inline(always)]
@@ -72,7 +95,7 @@ pub fn prefetch<T>(table: &[T], at: usize) {
     let _ = (table, at);
 }
 
-/// A chunk of 1 to 15 bytes as two integers: its bytes, and its length in the highest byte. Comparing and
+/// A chunk of 1 to 15 bytes as two integers: its bytes, and in the highest byte its length. Comparing and
 /// hashing it costs a few instructions and no look at memory. 99.7 % of the chunks of English text are this short.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct ShortKey {
@@ -81,45 +104,66 @@ pub struct ShortKey {
 }
 
 impl ShortKey {
+    /// Equal to no key of a chunk, and to nothing in a table of them.
+    pub const NONE: ShortKey = ShortKey { low: 0, high: 1 };
+
     /// The key of `text[start..end]`, which must be 1 to [`SHORT`] bytes long. Never equal to the default key.
     #[inline(always)]
     pub fn of(text: &[u8], start: usize, end: usize) -> Self {
-        let length = end - start;
-        debug_assert!((1..=SHORT).contains(&length));
         // Away from the end of the text, one load of 16 bytes and a mask beat a copy of `length` bytes.
-        let key = match text.get(start..start + 16) {
-            Some(bytes) => u128::from_le_bytes(bytes.try_into().expect("16 bytes")) & FIRST[length % 16],
-            None => Self::load(&text[start..end]),
-        };
-        Self::from_u128(key | (length as u128) << 120)
+        if start < text.len().saturating_sub(15) {
+            // SAFETY: these are 16 bytes of the text.
+            let bytes = unsafe { text.as_ptr().add(start).cast::<[u8; 16]>().read_unaligned() };
+            Self::cut(bytes, end - start)
+        } else {
+            Self::at_the_end(&text[start..end])
+        }
+    }
+
+    #[cold]
+    fn at_the_end(chunk: &[u8]) -> Self {
+        Self::cut(padded(chunk), chunk.len())
+    }
+
+    /// The key of the first `length` bytes, 1 to [`SHORT`].
+    #[inline(always)]
+    fn cut(bytes: [u8; 16], length: usize) -> Self {
+        debug_assert!((1..=SHORT).contains(&length));
+        let (all, length) = (u128::from_le_bytes(bytes), length % 16);
+        ShortKey { low: all as u64 & LOW[length], high: (all >> 64) as u64 & HIGH[length] | TAGS[length] }
     }
 
     /// The bytes of the key.
     pub fn bytes(self) -> ([u8; 16], usize) {
-        let length = (self.high >> 56) as usize;
-        let all = u128::from(self.low) | u128::from(self.high) << 64;
+        let length = 16 - self.tag();
+        let all = u128::from(self.low) | u128::from(self.high & !TAG) << 64;
         (all.to_le_bytes(), length)
     }
 
+    /// 16 less the length.
+    #[inline(always)]
+    pub fn tag(self) -> usize {
+        (self.high >> TAG_AT) as usize % 16
+    }
+
+    /// A well mixed hash.
     #[inline(always)]
     pub fn hash(self) -> u64 {
         mix(self.low, self.high)
     }
 
-    fn from_part(part: &[u8]) -> Self {
-        Self::from_u128(Self::load(part))
-    }
-
+    /// A cheaper hash, of which the highest bits are good.
     #[inline(always)]
-    fn from_u128(key: u128) -> Self {
-        ShortKey { low: key as u64, high: (key >> 64) as u64 }
+    pub fn quick_hash(self) -> u64 {
+        self.low.wrapping_mul(K0) ^ self.high.wrapping_mul(K1)
     }
+}
 
-    fn load(part: &[u8]) -> u128 {
-        let mut bytes = [0; 16];
-        bytes[..part.len()].copy_from_slice(part);
-        u128::from_le_bytes(bytes)
-    }
+/// At most 16 bytes, and zeros.
+fn padded(part: &[u8]) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..part.len()].copy_from_slice(part);
+    bytes
 }
 
 #[cfg(test)]

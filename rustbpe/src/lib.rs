@@ -7,6 +7,7 @@
 //! `python`, behind the `python` feature, so that everything else is tested by a plain `cargo test`.
 
 pub mod batch;
+pub mod borders;
 mod cache;
 pub mod classes;
 pub mod count;
@@ -18,6 +19,7 @@ pub mod pack;
 mod pages;
 mod place;
 mod scan;
+mod simd;
 pub mod split;
 mod split_default;
 mod split_gpt2;

@@ -10,43 +10,58 @@
 //! found together, as bits of a word, without a branch a chunk; the scan does the rest. Tests hold both equal to
 //! the regex engine over every scalar value in many contexts and over random strings.
 
+use crate::borders::{Borders, Chunks};
 use crate::classes::{CLASSES, Class, ClassTable};
-use crate::split::Chunks;
+use crate::simd::{self, Job, Simd};
 use crate::window::{Masks, WINDOW};
 
 /// The rules of one family of patterns.
 pub trait Rules: Copy {
     /// Ends of chunks in a window where a chunk starts at byte 0: bit i says that one ends before byte i. They are the
     /// first ends, without a gap; none if the first cannot be told from these bytes.
-    fn window_ends(self, window: &[u8; WINDOW]) -> u64;
+    fn window_ends(self, window: &[u8; WINDOW], masks: &Masks) -> u64;
 
     /// Where the chunk that starts at `start` ends.
     fn chunk_end(self, text: &Text, start: usize) -> usize;
 }
 
-/// Calls `chunks.add(start, end)` for each match of the pattern in `bytes`, which must be valid UTF-8.
+/// Finds each match of the pattern in `bytes`, which must be valid UTF-8.
 #[inline(always)]
-pub fn split(rules: impl Rules, bytes: &[u8], mut chunks: impl Chunks) {
-    let text = Text { bytes, table: &CLASSES };
-    let (mut start, mut base, mut ends) = (0, 0, 0_u64);
-    while start < bytes.len() {
-        if ends == 0 {
-            base = start;
-            ends = match bytes.get(start..start + WINDOW) {
+pub fn split(rules: impl Rules, bytes: &[u8], chunks: impl Chunks) {
+    simd::run(Split { rules, bytes, chunks });
+}
+
+struct Split<'a, R, C> {
+    rules: R,
+    bytes: &'a [u8],
+    chunks: C,
+}
+
+impl<R: Rules, C: Chunks> Job for Split<'_, R, C> {
+    #[inline(always)]
+    fn run(self, simd: impl Simd) {
+        let Split { rules, bytes, mut chunks } = self;
+        let text = Text { bytes, table: &CLASSES };
+        let mut borders = Borders::from(0);
+        let mut start = 0;
+        while start < bytes.len() {
+            let ends = match bytes.get(start..start + WINDOW) {
                 // A word in another script: a look at the window would be in vain.
                 Some(window) if window[0] | window[1] < 0x80 => {
-                    rules.window_ends(window.try_into().expect("as many bytes as asked"))
+                    let window = window.try_into().expect("as many bytes as asked");
+                    rules.window_ends(window, &Masks::of(simd, window))
                 }
                 _ => 0,
             };
+            start = match ends {
+                0 => borders.push(rules.chunk_end(&text, start)),
+                _ => borders.push_all(start, ends),
+            };
+            if borders.are_many() {
+                borders.hand_over(bytes, &mut chunks);
+            }
         }
-        let end = match ends {
-            0 => rules.chunk_end(&text, start),
-            _ => base + ends.trailing_zeros() as usize,
-        };
-        ends &= ends.wrapping_sub(1);
-        chunks.add(start, end);
-        start = end;
+        borders.hand_over(bytes, &mut chunks);
     }
 }
 
@@ -57,7 +72,7 @@ pub fn split_without_windows(rules: impl Rules, bytes: &[u8], mut chunks: impl C
     let mut start = 0;
     while start < bytes.len() {
         let end = rules.chunk_end(&text, start);
-        chunks.add(start, end);
+        chunks.add(bytes, &[start, end]);
         start = end;
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::borders::{Borders, Chunks};
 use crate::scan;
 use crate::split_default::Style;
 use crate::split_gpt2::Gpt2;
@@ -27,18 +28,6 @@ impl fmt::Display for SplitError {
 }
 
 impl std::error::Error for SplitError {}
-
-/// Takes chunks as they are found. Closures do; a type of its own can say `inline(always)`, which a closure cannot.
-pub trait Chunks {
-    fn add(&mut self, start: usize, end: usize);
-}
-
-impl<F: FnMut(usize, usize)> Chunks for F {
-    #[inline(always)]
-    fn add(&mut self, start: usize, end: usize) {
-        self(start, end);
-    }
-}
 
 /// A compiled split pattern. Clone it for each thread: clones of a regex do not contend for scratch memory.
 #[derive(Clone, Debug)]
@@ -90,7 +79,7 @@ impl Splitter {
         &self.pattern
     }
 
-    /// Calls `chunks.add(start, end)` for every chunk of the text, as byte offsets, in order.
+    /// Hands every chunk of the text to `chunks`, as byte offsets, in order.
     ///
     /// Text that a custom pattern does not match is left out, and empty matches are ignored, as tiktoken does
     /// with the former; the default pattern matches every character.
@@ -100,7 +89,7 @@ impl Splitter {
             Engine::Default(style) => scan::split(*style, text.as_bytes(), chunks),
             Engine::Gpt2(gpt2) => scan::split(*gpt2, text.as_bytes(), chunks),
             Engine::O200k(o200k) => scan::split(*o200k, text.as_bytes(), chunks),
-            Engine::Regex(regex) => self.split_with(regex, text, &mut |start, end| chunks.add(start, end))?,
+            Engine::Regex(regex) => self.split_with(regex, text, &mut chunks)?,
         }
         Ok(())
     }
@@ -116,21 +105,23 @@ impl Splitter {
         }
     }
 
-    fn split_with(
-        &self,
-        regex: &fancy_regex::Regex,
-        text: &str,
-        chunk: &mut dyn FnMut(usize, usize),
-    ) -> Result<(), SplitError> {
+    fn split_with(&self, regex: &fancy_regex::Regex, text: &str, chunks: &mut impl Chunks) -> Result<(), SplitError> {
+        let mut borders = Borders::from(0);
         for found in regex.find_iter(text) {
             let found = found.map_err(|error| {
                 let (pattern, length, error) = (&self.pattern, text.len(), one_line(&error));
                 SplitError(format!("the split pattern {pattern:?} gave up on a text of {length} bytes ({error}); use a simpler pattern or shorter texts"))
             })?;
-            if found.end() > found.start() {
-                chunk(found.start(), found.end());
+            if found.end() == found.start() {
+                continue;
             }
+            if found.start() > borders.end() || borders.are_many() {
+                borders.hand_over(text.as_bytes(), chunks);
+                borders.restart(found.start());
+            }
+            borders.push(found.end());
         }
+        borders.hand_over(text.as_bytes(), chunks);
         Ok(())
     }
 }

@@ -51,11 +51,10 @@ impl Style {
 
 impl Rules for Style {
     #[inline(always)]
-    fn window_ends(self, window: &[u8; WINDOW]) -> u64 {
-        let masks = Masks::of(window);
-        let Masks { newline, space, wide, .. } = masks;
-        let starts = starts(&masks, self.digits);
-        let ends = starts | Contractions::at(starts | 1, window, &masks, contraction_in_any_case).ends;
+    fn window_ends(self, window: &[u8; WINDOW], masks: &Masks) -> u64 {
+        let Masks { newline, space, wide, .. } = *masks;
+        let starts = starts(masks, self.digits);
+        let ends = starts | Contractions::at(starts | 1, window, masks, contraction_in_any_case).ends;
         // At a newline after a space the chunk depends on all of the white space.
         settled(ends, space | newline, wide | newline & (space << 1))
     }
@@ -129,7 +128,7 @@ pub fn punctuation_end(text: &Text, at: usize) -> usize {
 /// bytes before and the one after.
 #[inline(always)]
 pub fn starts(masks: &Masks, digits: u32) -> u64 {
-    let &Masks { letter, number, newline, space, blank, wide, .. } = masks;
+    let Masks { letter, number, newline, space, blank, wide, .. } = *masks;
     let white = space | newline;
     let other = !(letter | number | white | wide);
     let word = letter & ((number | newline) << 1 | (other << 1) & ((other | blank) << 2));

@@ -29,9 +29,8 @@ impl Gpt2 {
 
 impl Rules for Gpt2 {
     #[inline(always)]
-    fn window_ends(self, window: &[u8; WINDOW]) -> u64 {
-        let masks = Masks::of(window);
-        let Masks { letter, number, newline, space, blank, apostrophe, wide, .. } = masks;
+    fn window_ends(self, window: &[u8; WINDOW], masks: &Masks) -> u64 {
+        let Masks { letter, number, newline, space, blank, apostrophe, wide, .. } = *masks;
         let white = space | newline;
         let other = !(letter | number | white | wide);
         // A run starts after anything but its own kind and a space that leads it.
@@ -40,7 +39,7 @@ impl Rules for Gpt2 {
         // The last of a run is left over: a plain space leads what follows, and any other is a chunk.
         let last_white = white & !(white >> 1);
         let ends = starts(letter) | starts(number) | starts(other) | first_white | last_white;
-        let contractions = Contractions::at(ends | 1, window, &masks, contraction);
+        let contractions = Contractions::at(ends | 1, window, masks, contraction);
         // Whether the last byte continues a contraction cannot be told.
         let cut_off = apostrophe << 1 & 1 << (WINDOW - 1);
         settled(ends & !contractions.letters | contractions.ends, white, wide | cut_off)

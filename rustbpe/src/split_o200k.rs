@@ -35,11 +35,10 @@ impl O200k {
 
 impl Rules for O200k {
     #[inline(always)]
-    fn window_ends(self, window: &[u8; WINDOW]) -> u64 {
-        let masks = Masks::of(window);
-        let Masks { letter, upper, newline, space, apostrophe, slash, wide, .. } = masks;
+    fn window_ends(self, window: &[u8; WINDOW], masks: &Masks) -> u64 {
+        let Masks { letter, upper, newline, space, apostrophe, slash, wide, .. } = *masks;
         let capital_after_small = upper & ((letter & !upper) << 1);
-        let starts = split_default::starts(&masks, LIKE.digits) | capital_after_small;
+        let starts = split_default::starts(masks, LIKE.digits) | capital_after_small;
         let after_word = apostrophe & (letter << 1);
         let (inside, ends) = contractions(window, after_word & (letter >> 1));
         // An apostrophe at the end may begin a contraction; one before a byte that is not ASCII, too (the long s).

@@ -1,5 +1,7 @@
 //! What stands in 64 bytes of text, one bit a byte: so a splitter can look at all of them with a few operations.
 
+use crate::simd::Simd;
+
 /// Bytes looked at together: the bits of a word.
 pub const WINDOW: usize = 64;
 
@@ -22,102 +24,208 @@ pub struct Masks {
 }
 
 impl Masks {
-    /// With the baseline instructions of the processor. Splitting 100 MB of English takes 0.06 s with them and 0.13 s
-    /// with portable code.
-    #[cfg(target_arch = "x86_64")]
+    /// Splitting 100 MB of English takes 0.06 s with the baseline instructions of x86-64, and 0.13 s with portable code.
     #[inline(always)]
-    pub fn of(window: &[u8; WINDOW]) -> Self {
-        sse2(window)
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    #[inline(always)]
-    pub fn of(window: &[u8; WINDOW]) -> Self {
-        portable(window)
+    pub fn of<S: Simd>(_simd: S, window: &[u8; WINDOW]) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        return if S::AVX2 { by::<x86::ThirtyTwo>(window) } else { by::<x86::Sixteen>(window) };
+        #[cfg(not(target_arch = "x86_64"))]
+        return by::<Eight>(window);
     }
 }
 
-/// Without intrinsics: eight bytes at a time in the lanes of a 64-bit word.
-#[cfg(any(test, not(target_arch = "x86_64")))]
+/// Bytes that are looked at together. What comes of a comparison has the highest bit of each byte set or not.
+trait Lanes: Copy {
+    const COUNT: usize;
+    /// From `COUNT` bytes.
+    fn load(bytes: &[u8]) -> Self;
+    /// This bit set in all bytes.
+    fn with(self, bit: u8) -> Self;
+    fn or(self, other: Self) -> Self;
+    fn equal(self, byte: u8) -> Self;
+    /// `count` values from `first` on, all below 0x80.
+    fn among(self, first: u8, count: u8) -> Self;
+    /// The highest bits.
+    fn bits(self) -> u64;
+}
+
 #[inline(always)]
-fn portable(window: &[u8; WINDOW]) -> Masks {
+fn by<L: Lanes>(window: &[u8; WINDOW]) -> Masks {
     let mut masks = Masks::default();
-    for (index, eight) in window.chunks_exact(8).enumerate() {
-        let bytes = u64::from_le_bytes(eight.try_into().expect("eight bytes"));
-        // The product moves bit 7 of lane i to bit 56 + i.
-        let bits = |lanes: u64| (((lanes & HIGH) >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56) << (8 * index);
-        let among = |bytes, first, last| among(bytes, first, last) & !bytes;
-        let newline = among(bytes, b'\n', b'\n') | among(bytes, b'\r', b'\r');
-        let blank = among(bytes, b' ', b' ');
-        masks.letter |= bits(among(bytes | (0x20 * ONES), b'a', b'z'));
-        masks.upper |= bits(among(bytes, b'A', b'Z'));
-        masks.number |= bits(among(bytes, b'0', b'9'));
-        masks.newline |= bits(newline);
-        masks.space |= bits(among(bytes, b'\t', b'\r') & !newline | blank);
-        masks.blank |= bits(blank);
-        masks.apostrophe |= bits(among(bytes, b'\'', b'\''));
-        masks.slash |= bits(among(bytes, b'/', b'/'));
+    for (index, bytes) in window.chunks_exact(L::COUNT).enumerate() {
+        let bytes = L::load(bytes);
+        let bits = |lanes: L| lanes.bits() << (L::COUNT * index);
+        let newline = bits(bytes.equal(b'\n').or(bytes.equal(b'\r')));
+        let blank = bits(bytes.equal(b' '));
+        masks.letter |= bits(bytes.with(0x20).among(b'a', 26));
+        masks.upper |= bits(bytes.among(b'A', 26));
+        masks.number |= bits(bytes.among(b'0', 10));
+        masks.newline |= newline;
+        masks.space |= bits(bytes.among(b'\t', 5)) & !newline | blank;
+        masks.blank |= blank;
+        masks.apostrophe |= bits(bytes.equal(b'\''));
+        masks.slash |= bits(bytes.equal(b'/'));
         masks.wide |= bits(bytes);
     }
     masks
 }
 
+/// Without intrinsics: in the bytes of a word.
 #[cfg(any(test, not(target_arch = "x86_64")))]
-const ONES: u64 = 0x0101_0101_0101_0101;
-#[cfg(any(test, not(target_arch = "x86_64")))]
-const HIGH: u64 = 0x80 * ONES;
+#[derive(Clone, Copy)]
+struct Eight(u64);
 
-/// Bit 7 of each lane says whether its low seven bits are in the range; the other bits say nothing.
 #[cfg(any(test, not(target_arch = "x86_64")))]
-#[inline(always)]
-fn among(bytes: u64, first: u8, last: u8) -> u64 {
-    let low = bytes & !HIGH;
-    // No lane carries into the next: both sums are below 256.
-    let from_first = low + u64::from(0x80 - first) * ONES;
-    let beyond_last = low + u64::from(0x7f - last) * ONES;
-    from_first & !beyond_last
+impl Eight {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = 0x80 * Self::ONES;
+}
+
+#[cfg(any(test, not(target_arch = "x86_64")))]
+impl Lanes for Eight {
+    const COUNT: usize = 8;
+
+    #[inline(always)]
+    fn load(bytes: &[u8]) -> Self {
+        Eight(u64::from_le_bytes(bytes.try_into().expect("eight bytes")))
+    }
+
+    #[inline(always)]
+    fn with(self, bit: u8) -> Self {
+        Eight(self.0 | (u64::from(bit) * Self::ONES))
+    }
+
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        Eight(self.0 | other.0)
+    }
+
+    #[inline(always)]
+    fn equal(self, byte: u8) -> Self {
+        self.among(byte, 1)
+    }
+
+    #[inline(always)]
+    fn among(self, first: u8, count: u8) -> Self {
+        let low = self.0 & !Self::HIGH;
+        // No byte carries into the next: both sums are below 256.
+        let from_first = low + u64::from(0x80 - first) * Self::ONES;
+        let beyond_last = low + u64::from(0x80 - count - first) * Self::ONES;
+        Eight(from_first & !beyond_last & !self.0)
+    }
+
+    #[inline(always)]
+    fn bits(self) -> u64 {
+        // The product moves bit 7 of byte i to bit 56 + i.
+        ((self.0 & Self::HIGH) >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn sse2(window: &[u8; WINDOW]) -> Masks {
-    use std::arch::x86_64::{
-        __m128i, _mm_add_epi8, _mm_cmpeq_epi8, _mm_cmpgt_epi8, _mm_loadu_si128, _mm_movemask_epi8, _mm_or_si128,
-        _mm_set1_epi8,
-    };
-    let mut masks = Masks::default();
-    for (index, sixteen) in window.chunks_exact(16).enumerate() {
-        // SAFETY: SSE2 is part of every x86_64; the load reads the 16 bytes of `sixteen`, aligned or not.
-        unsafe {
-            let bytes = _mm_loadu_si128(sixteen.as_ptr().cast::<__m128i>());
-            let bits = |lanes| u64::from(_mm_movemask_epi8(lanes) as u16) << (16 * index);
-            let equal = |bytes, byte: u8| _mm_cmpeq_epi8(bytes, _mm_set1_epi8(byte as i8));
-            // Shifted so that `first` becomes the lowest signed number, a range is one comparison.
-            let among = |bytes, first: u8, count: u8| {
-                let shifted = _mm_add_epi8(bytes, _mm_set1_epi8(0x80_u8.wrapping_sub(first) as i8));
-                _mm_cmpgt_epi8(_mm_set1_epi8((0x80 + count) as i8), shifted)
-            };
-            let newline = _mm_or_si128(equal(bytes, b'\n'), equal(bytes, b'\r'));
-            let blank = bits(equal(bytes, b' '));
-            masks.letter |= bits(among(_mm_or_si128(bytes, _mm_set1_epi8(0x20)), b'a', 26));
-            masks.upper |= bits(among(bytes, b'A', 26));
-            masks.number |= bits(among(bytes, b'0', 10));
-            masks.newline |= bits(newline);
-            masks.space |= bits(among(bytes, b'\t', 5)) & !bits(newline) | blank;
-            masks.blank |= blank;
-            masks.apostrophe |= bits(equal(bytes, b'\''));
-            masks.slash |= bits(equal(bytes, b'/'));
-            masks.wide |= bits(bytes);
-        }
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Lanes;
+
+    /// With SSE2, which is part of every x86-64.
+    #[derive(Clone, Copy)]
+    pub struct Sixteen(__m128i);
+
+    /// With AVX2.
+    #[derive(Clone, Copy)]
+    pub struct ThirtyTwo(__m256i);
+
+    /// Shifted so that its first becomes the lowest signed number, a range is one comparison.
+    macro_rules! lanes {
+        ($lanes:ident, $count:literal, $load:ident, $set:ident, $or:ident, $equal:ident, $add:ident, $greater:ident, $bits:ident, $unsigned:ty) => {
+            // SAFETY, of all: the instructions are there, or nobody would ask for these lanes; and the load reads as many
+            // bytes as there must be, aligned or not.
+            #[allow(unused_unsafe, reason = "newer compilers need less of it")]
+            impl Lanes for $lanes {
+                const COUNT: usize = $count;
+
+                #[inline(always)]
+                fn load(bytes: &[u8]) -> Self {
+                    debug_assert_eq!(bytes.len(), $count);
+                    unsafe { $lanes($load(bytes.as_ptr().cast())) }
+                }
+
+                #[inline(always)]
+                fn with(self, bit: u8) -> Self {
+                    unsafe { $lanes($or(self.0, $set(bit as i8))) }
+                }
+
+                #[inline(always)]
+                fn or(self, other: Self) -> Self {
+                    unsafe { $lanes($or(self.0, other.0)) }
+                }
+
+                #[inline(always)]
+                fn equal(self, byte: u8) -> Self {
+                    unsafe { $lanes($equal(self.0, $set(byte as i8))) }
+                }
+
+                #[inline(always)]
+                fn among(self, first: u8, count: u8) -> Self {
+                    unsafe {
+                        let shifted = $add(self.0, $set(0x80_u8.wrapping_sub(first) as i8));
+                        $lanes($greater($set((0x80 + count) as i8), shifted))
+                    }
+                }
+
+                #[inline(always)]
+                fn bits(self) -> u64 {
+                    unsafe { u64::from($bits(self.0) as $unsigned) }
+                }
+            }
+        };
     }
-    masks
+
+    lanes!(
+        Sixteen,
+        16,
+        _mm_loadu_si128,
+        _mm_set1_epi8,
+        _mm_or_si128,
+        _mm_cmpeq_epi8,
+        _mm_add_epi8,
+        _mm_cmpgt_epi8,
+        _mm_movemask_epi8,
+        u16
+    );
+    lanes!(
+        ThirtyTwo,
+        32,
+        _mm256_loadu_si256,
+        _mm256_set1_epi8,
+        _mm256_or_si256,
+        _mm256_cmpeq_epi8,
+        _mm256_add_epi8,
+        _mm256_cmpgt_epi8,
+        _mm256_movemask_epi8,
+        u32
+    );
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::classes::{CLASSES, Class};
+    use crate::simd::{self, Job};
     use crate::testing::Random;
+
+    #[derive(Clone, Copy)]
+    struct Check<'a> {
+        window: &'a [u8; WINDOW],
+        want: &'a Masks,
+    }
+
+    impl Job for Check<'_> {
+        #[inline(always)]
+        fn run(self, simd: impl Simd) {
+            assert_eq!(Masks::of(simd, self.window), *self.want, "{:?}", self.window);
+        }
+    }
 
     #[test]
     fn masks_tell_what_the_class_table_tells() {
@@ -148,8 +256,8 @@ mod tests {
                 want.apostrophe |= if byte == b'\'' { bit } else { 0 };
                 want.slash |= if byte == b'/' { bit } else { 0 };
             }
-            assert_eq!(Masks::of(&window), want, "{window:?}");
-            assert_eq!(portable(&window), want, "{window:?}");
+            assert_eq!(by::<Eight>(&window), want);
+            simd::run_each(Check { window: &window, want: &want });
         }
     }
 }
