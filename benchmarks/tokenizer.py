@@ -274,9 +274,11 @@ def encoder(job: Job, ranks: Ranks) -> tuple[Ways, Ways]:
         import rustbpe
 
         ours = rustbpe.Tokenizer.from_ranks(ranks, job.pattern)
+        # As nanochat.tokenizer does.
+        arrays, kind = (ours.batch_encode_u16, "H") if len(ranks) <= 1 << 16 else (ours.batch_encode_u32, "I")
         return {"one by one": lambda texts: [ours.encode(text) for text in texts]}, {
             "batch": lambda texts: ours.batch_encode(texts, num_threads=job.threads),
-            "batch, arrays": lambda texts: Arrays(*ours.batch_encode_u32(texts, num_threads=job.threads)),
+            "batch, arrays": lambda texts: Arrays(kind, *arrays(texts, num_threads=job.threads)),
         }
     if job.tokenizer == RUSTBPE:
         published = trained(replace(job, action="train", megabytes=job.train_megabytes))
@@ -323,11 +325,13 @@ def ids_of(encoded: Any) -> Any:
 class Arrays:
     """Tokens and offsets as bytes; numpy arrays of them cost nothing."""
 
+    kind: str
+    """Of the tokens, as `struct` names it."""
     tokens: bytes
     offsets: bytes
 
     def __iter__(self) -> Iterator[Any]:
-        tokens, offsets = memoryview(self.tokens).cast("I"), memoryview(self.offsets).cast("Q")
+        tokens, offsets = memoryview(self.tokens).cast(self.kind), memoryview(self.offsets).cast("Q")
         return (tokens[start:end] for start, end in pairwise(offsets))
 
 

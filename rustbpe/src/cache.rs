@@ -10,8 +10,9 @@ pub use crate::place::MOST;
 use crate::place::{DEAREST, FREE, Place, Tokens, is_wide};
 use crate::simd::{BASELINE, Simd};
 
-/// Places at first, and at most: 16 KB, which is nothing to set up, and 8 MB, of which 20 MB of English with their
-/// 210,000 distinct chunks use some 60 %. Twice as many were not faster: fewer misses, but more of it out of reach.
+/// Places at first, and at most: 16 KB, which is nothing to set up, and 16 MB. 20 MB of English have 210,000 distinct chunks;
+/// encoding them again, 0.7 % of 4.6 million look-ups miss their first place. With half as many places it is 1.6 % and takes
+/// 1.15 times as long, for each miss waits for memory; twice as many are no faster.
 const SMALLEST: usize = 1 << 8;
 const LARGEST: usize = 1 << 18;
 
@@ -44,7 +45,7 @@ impl Cache {
         (key.quick_hash() >> self.shift) as usize
     }
 
-    /// A second place for chunks that come to a full first one: 1 % of English are found there.
+    /// A second place for chunks that come to a full first one: 0.4 % of English are found there.
     fn second(&self, key: ShortKey) -> usize {
         (key.hash() >> self.shift) as usize
     }

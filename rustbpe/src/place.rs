@@ -99,6 +99,7 @@ static MASKS: [Slot; 16] = {
 };
 
 /// Two bits a slot, in the order 0, 2, 1, 3: the slot of the first two that are both set, or [`NOWHERE`].
+#[cfg(target_arch = "x86_64")]
 static SLOTS: [u8; 256] = {
     let mut slots = [NOWHERE as u8; 256];
     let mut bits = 0;

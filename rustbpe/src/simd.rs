@@ -3,6 +3,7 @@
 /// Says which instructions there are. Whoever has one of these may use them.
 pub trait Simd: Copy {
     /// AVX2, and what came before and with it: all of x86-64-v3 that the innermost loops have a use for.
+    #[cfg(target_arch = "x86_64")]
     const AVX2: bool;
 }
 
@@ -12,6 +13,7 @@ pub struct Baseline(());
 pub const BASELINE: Baseline = Baseline(());
 
 impl Simd for Baseline {
+    #[cfg(target_arch = "x86_64")]
     const AVX2: bool = false;
 }
 

@@ -156,6 +156,8 @@ mod tests {
     fn custom_patterns_drop_what_they_do_not_match() {
         let splitter = Splitter::new(r"[a-z]+|x*").unwrap();
         assert_eq!(chunks(&splitter, "ab 12 cd"), vec!["ab", "cd"]);
+        let many = "ab1cd".repeat(300);
+        assert_eq!(chunks(&splitter, &many), [["ab"].as_slice(), &["cdab"; 299], &["cd"]].concat());
     }
 
     #[test]
