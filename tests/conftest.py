@@ -14,8 +14,8 @@ _store = tempfile.mkdtemp(prefix="nanochat-tests-")
 os.environ["NANOCHAT_BASE_DIR"] = _store
 for _name in ("NANOCHAT_RUN_ID", "NANOCHAT_CONTINUE", "NANOCHAT_DTYPE", "PROFILE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(_name, None)
-# A shell lets what it starts in the background ignore Ctrl-C, and those tests that send it would wait for their training
-# to end by itself: 12 minutes.
+# A shell lets what it starts in the background ignore Ctrl-C, and those tests that send it would wait until training
+# ends by itself: 12 minutes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
