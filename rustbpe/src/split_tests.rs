@@ -75,7 +75,7 @@ fn random_strings_of_telling_characters() {
 }
 
 #[test]
-#[ignore = "half a minute; run by runtests.sh --all"]
+#[ignore = "a minute; run by runtests.sh --all"]
 fn millions_of_random_strings() {
     let pairs = [SPLIT_PATTERN, GPT2, O200K].map(Pair::new);
     let telling: Vec<char> = "aZsTdlvrReEſé中٣½129   \t\r\n\u{85}\u{a0}''.,!/_\u{301}😀EL".chars().collect();
