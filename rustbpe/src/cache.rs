@@ -23,41 +23,50 @@ pub struct Wanted {
     place: u32,
 }
 
+/// The first place of a chunk, by the highest bits of its hash.
+#[inline(always)]
+fn first(key: ShortKey, shift: u32) -> usize {
+    (key.quick_hash() >> shift) as usize
+}
+
 /// Tokens of short chunks.
 pub struct Cache {
     places: Vec<Place>,
-    /// 64 less the bits of a place's number.
-    shift: u32,
     /// Since the cache has its present size.
     misses: usize,
 }
 
 impl Default for Cache {
     fn default() -> Self {
-        Cache { places: vec![Place::default(); SMALLEST], shift: 64 - SMALLEST.ilog2(), misses: 0 }
+        Cache { places: vec![Place::default(); SMALLEST], misses: 0 }
     }
 }
 
 impl Cache {
-    /// The first place of a chunk.
+    /// 64 less the bits of a place's number.
     #[inline(always)]
+    fn shift(&self) -> u32 {
+        64 - self.places.len().ilog2()
+    }
+
+    /// The first place of a chunk.
     fn first(&self, key: ShortKey) -> usize {
-        (key.quick_hash() >> self.shift) as usize
+        first(key, self.shift())
     }
 
     /// A second place for chunks that come to a full first one: 0.4 % of English are found there.
     fn second(&self, key: ShortKey) -> usize {
-        (key.hash() >> self.shift) as usize
+        (key.hash() >> self.shift()) as usize
     }
 
     /// Fills `waiting` with the chunks between the borders, and asks for their first places from memory.
     #[inline(always)]
     pub fn announce(&self, text: &[u8], borders: &[usize], waiting: &mut [Wanted; BLOCK]) {
-        let (places, shift) = (self.places.as_slice(), self.shift);
+        let (places, shift) = (self.places.as_slice(), self.shift());
         for (border, wanted) in borders.windows(2).zip(waiting) {
             let (start, end) = (border[0], border[1]);
             let key = if end - start > SHORT { ShortKey::NONE } else { ShortKey::of(text, start, end) };
-            let place = (key.quick_hash() >> shift) as usize;
+            let place = first(key, shift);
             prefetch(places, place);
             *wanted = Wanted { key, place: place as u32 };
         }
@@ -134,7 +143,6 @@ impl Cache {
     fn grow(&mut self) {
         let size = (self.places.len() * 4).min(LARGEST);
         let old = std::mem::replace(&mut self.places, pages::table(size, Place::default()));
-        self.shift = 64 - size.ilog2();
         // First those that come often, which may all have their first places then.
         for often in [true, false] {
             for (key, tokens, _) in old.iter().flat_map(Place::each).filter(|&(_, _, seen)| seen == often) {

@@ -187,34 +187,34 @@ pub fn contraction_in_any_case(first: u8, second: Option<u8>) -> usize {
     }
 }
 
-/// Contractions in a window: one bit each.
+/// Contractions in a window.
 #[derive(Clone, Copy, Default)]
 pub struct Contractions {
-    /// Their first letters.
+    /// Their letters.
     pub letters: u64,
     /// The bytes after them, as far as they are in the window.
     pub ends: u64,
 }
 
 impl Contractions {
-    /// Those whose apostrophe is at one of the chunk `starts`; see [`Text::contraction_end`].
+    /// Those at these apostrophes, each before a letter; see [`Text::contraction_end`]. Unless they `may_touch`, one whose
+    /// apostrophe is where another ends is none.
     #[inline(always)]
     pub fn at(
-        starts: u64,
+        mut apostrophes: u64,
         window: &[u8; WINDOW],
-        masks: &Masks,
         length: impl Fn(u8, Option<u8>) -> usize,
+        may_touch: bool,
     ) -> Contractions {
         let mut found = Contractions::default();
-        let mut quotes = masks.apostrophe & starts & (masks.letter >> 1);
-        while quotes != 0 {
-            let at = quotes.trailing_zeros() as usize + 1;
+        while apostrophes != 0 {
+            let at = apostrophes.trailing_zeros() as usize + 1;
             let length = length(window[at], window.get(at + 1).copied());
-            if length > 0 {
-                found.letters |= 1 << at;
+            if length > 0 && (may_touch || found.ends >> (at - 1) & 1 == 0) {
+                found.letters |= ((1 << length) - 1) << at;
                 found.ends |= (1 << at) << length;
             }
-            quotes &= quotes - 1;
+            apostrophes &= apostrophes - 1;
         }
         found
     }

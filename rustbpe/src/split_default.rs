@@ -52,9 +52,10 @@ impl Style {
 impl Rules for Style {
     #[inline(always)]
     fn window_ends(self, window: &[u8; WINDOW], masks: &Masks) -> u64 {
-        let Masks { newline, space, wide, .. } = *masks;
+        let Masks { letter, newline, space, apostrophe, wide, .. } = *masks;
         let starts = starts(masks, self.digits);
-        let ends = starts | Contractions::at(starts | 1, window, masks, contraction_in_any_case).ends;
+        let apostrophes = apostrophe & (starts | 1) & (letter >> 1);
+        let ends = starts | Contractions::at(apostrophes, window, contraction_in_any_case, true).ends;
         // At a newline after a space the chunk depends on all of the white space.
         settled(ends, space | newline, wide | newline & (space << 1))
     }

@@ -39,7 +39,8 @@ impl Rules for Gpt2 {
         // The last of a run is left over: a plain space leads what follows, and any other is a chunk.
         let last_white = white & !(white >> 1);
         let ends = starts(letter) | starts(number) | starts(other) | first_white | last_white;
-        let contractions = Contractions::at(ends | 1, window, masks, contraction);
+        let apostrophes = apostrophe & (ends | 1) & (letter >> 1);
+        let contractions = Contractions::at(apostrophes, window, contraction, true);
         // Whether the last byte continues a contraction cannot be told.
         let cut_off = apostrophe << 1 & 1 << (WINDOW - 1);
         settled(ends & !contractions.letters | contractions.ends, white, wide | cut_off)

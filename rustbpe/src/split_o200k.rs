@@ -4,7 +4,7 @@
 //! contraction is part of the word before it, and slashes stick to the newlines after punctuation.
 
 use crate::classes::Class;
-use crate::scan::{Rules, Text, contraction_in_any_case, settled};
+use crate::scan::{Contractions, Rules, Text, contraction_in_any_case, settled};
 use crate::split_default::{self, Style};
 use crate::window::{Masks, WINDOW};
 
@@ -40,11 +40,13 @@ impl Rules for O200k {
         let capital_after_small = upper & ((letter & !upper) << 1);
         let starts = split_default::starts(masks, LIKE.digits) | capital_after_small;
         let after_word = apostrophe & (letter << 1);
-        let (inside, ends) = contractions(window, after_word & (letter >> 1));
+        // One where another ends leads the next word.
+        let contractions = Contractions::at(after_word & (letter >> 1), window, contraction_in_any_case, false);
+        let inside = contractions.letters | contractions.letters >> 1;
         // An apostrophe at the end may begin a contraction; one before a byte that is not ASCII, too (the long s).
         let maybe = after_word & (wide >> 1 | 0b11 << (WINDOW - 2));
         let unknown = wide | maybe | newline & (space << 1) | slash & (newline << 1);
-        settled(starts & !inside | ends, space | newline, unknown)
+        settled(starts & !inside | contractions.ends, space | newline, unknown)
     }
 
     /// The alternatives are tried in the pattern's order.
@@ -134,22 +136,6 @@ fn punctuation_end(text: &Text, at: usize) -> usize {
         end += 1;
     }
     end
-}
-
-/// All bytes of the contractions at these apostrophes, and the bytes after them as far as in the window. One that starts where another ends is none, but leads the next word.
-#[inline(always)]
-fn contractions(window: &[u8; WINDOW], mut apostrophes: u64) -> (u64, u64) {
-    let (mut inside, mut ends) = (0, 0_u64);
-    while apostrophes != 0 {
-        let at = apostrophes.trailing_zeros() as usize + 1;
-        let length = contraction_in_any_case(window[at], window.get(at + 1).copied());
-        if length > 0 && ends >> (at - 1) & 1 == 0 {
-            inside |= ((1 << length) - 1) << at | 1 << (at - 1);
-            ends |= (1 << at) << length;
-        }
-        apostrophes &= apostrophes - 1;
-    }
-    (inside, ends)
 }
 
 #[cfg(test)]

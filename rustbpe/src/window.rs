@@ -135,7 +135,6 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct ThirtyTwo(__m256i);
 
-    /// Shifted so that its first becomes the lowest signed number, a range is one comparison.
     macro_rules! lanes {
         ($lanes:ident, $count:literal, $load:ident, $set:ident, $or:ident, $equal:ident, $add:ident, $greater:ident, $bits:ident, $unsigned:ty) => {
             // SAFETY, of all: the instructions are there, or nobody would ask for these lanes; and the load reads as many
@@ -167,6 +166,7 @@ mod x86 {
 
                 #[inline(always)]
                 fn among(self, first: u8, count: u8) -> Self {
+                    // Shifted so that its first becomes the lowest signed number, a range is one comparison.
                     unsafe {
                         let shifted = $add(self.0, $set(0x80_u8.wrapping_sub(first) as i8));
                         $lanes($greater($set((0x80 + count) as i8), shifted))
