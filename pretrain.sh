@@ -10,7 +10,7 @@
 # Several nodes: the same command on every node, as volc/, slurm/ and sky/ do it (see `python -m nanochat.launch`). The
 # store must be one folder that all nodes share, because all of them write the checkpoints. Node 0 alone walks through
 # the stages and keeps the ledger; what runs as one process runs there. For what runs as one process a GPU it leaves
-# word in the store, and the others join in (nanochat/nodes.py). Nobody waits for ever: each says every minute what it
+# word in the store, and the others join in (nanochat/cluster/nodes.py). Nobody waits for ever: each says every minute what it
 # waits for, and ends WAIT_SECONDS after the last sign of life of the other.
 #
 # Call it again to continue: stages that are done are skipped, training goes on from its last checkpoint.
@@ -148,7 +148,7 @@ CHECKPOINT=checkpoints/base/$TAG
 if [ "$NODES" -gt 1 ]; then
   NODES_FOLDER=$NANOCHAT_BASE_DIR/runs/$TAG/nodes
   if [ "$NODE_RANK" -gt 0 ]; then
-    exec python -m nanochat.nodes "$NODES_FOLDER" --node-rank="$NODE_RANK" --patience="$WAIT_SECONDS"
+    exec python -m nanochat.cluster.nodes "$NODES_FOLDER" --node-rank="$NODE_RANK" --patience="$WAIT_SECONDS"
   fi
   NODES_ATTEMPT=$(date +%s)-$$-$RANDOM # an attempt of its own: the same job may have been here before
   export NODES_FOLDER NODES_ATTEMPT

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
+from nanochat.cli import whole
 from nanochat.errors import UserError
 from nanochat.fp8 import E4M3, E5M2, MULTIPLE, fp8_linear, quantize, require_fp8, transposed
 from nanochat.loss import fused_head_loss
 from nanochat.runtime import compute_init, device_name
-from nanochat.settings import whole
 
 WARM_UP = 5  # calls left out
 CAP = 15.0

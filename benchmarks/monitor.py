@@ -1,4 +1,4 @@
-"""What the instruments of nanochat.monitor cost, and how exact spectral norms are, on random tokens and weights.
+"""What the instruments of nanochat.train.monitor cost, and how exact spectral norms are, on random tokens and weights.
 
     python -m benchmarks.monitor --out=monitor.json                                            the 124M-class model
     python -m benchmarks.monitor --depth=2 --width=128 --vocab-size=512 --max-seq-len=64       a small one, on a CPU
@@ -22,13 +22,13 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
+from nanochat.cli import whole
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.monitor import Monitor, MonitorSettings, Reading
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import DeviceType, compute_dtype, compute_init, device_name, synchronize
-from nanochat.settings import whole
-from nanochat.spectral import Method, spectral_norms
+from nanochat.train.monitor import Monitor, MonitorSettings, Reading
+from nanochat.train.spectral import Method, spectral_norms
 
 BARS = {"microseconds_per_matrix": 50.0, "spectral_ms": 2.0, "activations_ms": 1.0, "overhead_at_10": 0.005,
         "worst_error": 0.0025}  # fmt: skip

@@ -15,9 +15,10 @@ from typing import Annotated, Any
 
 import torch
 
+from nanochat import cli as settings_module
 from nanochat import parallel
-from nanochat import settings as settings_module
 from nanochat.arch import model_config
+from nanochat.cli import whole
 from nanochat.gpt import GPT
 from nanochat.model_config import InitSpec
 from nanochat.optim import MuonAdamW
@@ -32,7 +33,6 @@ from nanochat.runtime import (
     print0,
     ranks_per_node,
 )
-from nanochat.settings import whole
 from scripts.base_train import Settings as TrainSettings
 
 WARM_UP = 2

@@ -33,9 +33,9 @@ from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
+from nanochat.cli import whole
 from nanochat.errors import UserError
-from nanochat.settings import whole
 
 Ranks = list[tuple[bytes, int]]
 

@@ -19,12 +19,12 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from nanochat import attention, parallel
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
 from nanochat.arch import TRAINING, Arch, model_config
+from nanochat.cli import whole
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
 from nanochat.runtime import compute_dtype, compute_init, device_name, peak_flops, peak_memory_bytes, synchronize
-from nanochat.settings import whole
 from scripts.base_train import Settings as TrainSettings
 
 KERNELS = {

@@ -82,7 +82,7 @@ prepare() {
 }
 
 # deciding WORD...: those of base_train's flags that decide what the weights become, a line each, in an order of their
-# own. The others are OBSERVERS in nanochat/run_folder.py: a finished run is not trained again for the sake of those.
+# own. The others are OBSERVERS in nanochat/train/run_folder.py: a finished run is not trained again for the sake of those.
 deciding() {
   local word name
   for word in "$@"; do

@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+from nanochat.cli import real, whole
 from nanochat.errors import UserError
 from nanochat.model_config import VALUE_EMBED_STD, GPTConfig, Init, InitSpec, ValueEmbeds
-from nanochat.settings import real, whole
 
 Arch = Literal["nanochat", "speedrun"]
 S = TypeVar("S", bound="ArchSettings")

@@ -1,6 +1,6 @@
 """The form of a conversation as a Jinja2 template, for programs that know it by that: transformers, vLLM, llama.cpp.
 
-What nanochat.conversation says in Python, said again: `apply_chat_template` of a tokenizer that was loaded from a
+What nanochat.chat_format says in Python, said again: `apply_chat_template` of a tokenizer that was loaded from a
 tokenizer directory gives the ids of `render_conversation`, and its {% generation %} marks the same mask. There is one
 difference, which lies in those programs: they find special tokens inside text, where nanochat leaves them text. And
 what a conversation may not be (a system message in the middle, two questions in a row) is an error here too.

@@ -27,13 +27,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nanochat import settings
+from nanochat import cli as settings
+from nanochat.data.parquet import replacing
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, slug
 from nanochat.runtime import compute_dtype, get_dist_info, print0
-from nanochat.shards import replacing
 from nanochat.tensor_files import damaged, read_file, read_parts, write_file
 
 if TYPE_CHECKING:

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.batching import even_batches
+from nanochat.data.batching import even_batches
+from nanochat.data.packing import pack_rows
+from nanochat.data.parquet import open_shard, read_texts
+from nanochat.data.prefetch import Prefetcher
 from nanochat.dataset import dataset_bytes, list_shards
 from nanochat.errors import UserError
 from nanochat.loss import IGNORED
-from nanochat.packing import pack_rows
-from nanochat.prefetch import Prefetcher
-from nanochat.shards import open_shard, read_texts
 
 UNIT_DOCUMENTS = 128  # packing 1,024 at a time would crop 9.6 % instead of 10.3 % (T=2048) but make coarse units
 PREFETCH_BATCHES = 4

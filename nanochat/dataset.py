@@ -20,11 +20,13 @@ from typing import Annotated, Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nanochat import local_text, pydocs, shards
+from nanochat.cli import as_dict, run, short, whole
+from nanochat.data import local as local_text
+from nanochat.data import parquet as shards
+from nanochat.data import pydocs
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
 from nanochat.report import write_section
-from nanochat.settings import as_dict, run, short, whole
 
 Split = Literal["train", "val"]
 
@@ -195,7 +197,7 @@ def fetch_files(
     count `counted`; raises UserError where the file is not what it should be, and it is not kept. `otherwise` says what
     one can do without the hub. Raises UserError as hub.download does.
     """
-    from nanochat import hub  # huggingface_hub takes 0.5 s to import: only for those who download
+    from nanochat.data import hub  # huggingface_hub takes 0.5 s to import: only for those who download
 
     manifest = shards.load_manifest(folder)
     missing = [name for name in wanted if not _stands(folder / name, manifest["files"].get(name))]

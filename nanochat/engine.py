@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nanochat.calculator import use_calculator
-from nanochat.conversation import without_oldest_turn
+from nanochat.chat_format import without_oldest_turn
+from nanochat.cluster.watchdog import sign_of_life
 from nanochat.errors import UserError
-from nanochat.watchdog import sign_of_life
 
 CHAT_TOKENS = (
     "<|bos|>",

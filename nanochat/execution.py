@@ -1,4 +1,4 @@
-"""Running model-written code: the name that outside code imports; see nanochat/sandbox.py."""
+"""Running model-written code: the name that outside code imports; see nanochat/sandbox."""
 
 from nanochat.sandbox import ExecutionResult, execute_code
 

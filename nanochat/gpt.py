@@ -154,7 +154,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     stats: Tensor | None = None
-    """(2, 5) fp32: where statistics of what attention and MLP add are written to; None: not taken (nanochat.monitor)"""
+    """(2, 5) fp32: where statistics of what attention and MLP add are written to; None: not taken"""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -367,8 +367,8 @@ class GPT(nn.Module):
         use_mup: bool | None = None,
         base_width: int | None = None,
     ) -> "MuonAdamW":
-        """One optimizer over all parameters: see nanochat.param_groups.gpt_optimizer."""
-        from nanochat.param_groups import gpt_optimizer
+        """One optimizer over all parameters: see nanochat.optim.param_groups.gpt_optimizer."""
+        from nanochat.optim.param_groups import gpt_optimizer
 
         return gpt_optimizer(
             self,

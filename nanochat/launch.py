@@ -4,7 +4,7 @@
     python -m nanochat.launch -- -m scripts.base_train --depth=20            start it: the same command on every node
     python -m nanochat.launch --dry-run -- -m scripts.base_train --depth=20  only print the line
     python -m nanochat.launch --show=node_rank                               one fact, for scripts
-    python -m nanochat.launch plan --depth=48 --nodes=16                     what a size would cost (nanochat/plan.py)
+    python -m nanochat.launch plan --depth=48 --nodes=16                     what a size would cost (cluster/plan.py)
 
 Where no scheduler says otherwise it is this machine alone. To say it by hand, set NNODES, NODE_RANK,
 MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE on every node.
@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Literal
 
-from nanochat import nodes, settings
+from nanochat import cli as settings
+from nanochat.cli import whole
+from nanochat.cluster import nodes
 from nanochat.errors import UserError, exit_on_user_error
-from nanochat.settings import whole
 
 DEFAULT_PORT = 29500  # torchrun's own
 MAX_THREADS = 16  # a process of ours has no use for more
@@ -382,7 +383,7 @@ def main(asked: Settings, command: Sequence[str]) -> None:
 def _run() -> None:
     words = sys.argv[1:]
     if words[:1] == ["plan"]:
-        from nanochat import plan
+        from nanochat.cluster import plan
 
         plan.main(settings.parse(plan.Settings, words[1:]))
         return

@@ -62,7 +62,7 @@ HASHED_BYTES = 16 * 2**20
 
 # These describe a run and cannot change what a stage writes: editing the report must not retrain a model.
 DESCRIBING_MODULES = frozenset(
-    f"nanochat.{name}" for name in ("formats", "ledger", "pipeline", "plot", "report", "sysinfo")
+    f"nanochat.{name}" for name in ("formats", "hardware", "ledger", "pipeline", "report", "studies.plot")
 )
 
 Record = dict[str, Any]

@@ -31,7 +31,9 @@ from typing import IO, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from nanochat import ledger, paths, settings, sysinfo
+from nanochat import cli as settings
+from nanochat import hardware as sysinfo
+from nanochat import ledger, paths
 from nanochat.errors import UserError, exit_on_user_error
 from nanochat.formats import duration
 

@@ -15,9 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat import ledger, paths, plot, settings, sysinfo
+from nanochat import cli as settings
+from nanochat import hardware as sysinfo
+from nanochat import ledger, paths
 from nanochat.errors import UserError
 from nanochat.formats import STDERR_SUFFIXES, cell, duration, fence, label, metric_text, number, plain
+from nanochat.studies import plot
 
 TEMPLATES = sysinfo.REPO / "report"
 CURVE = "report_loss.svg"

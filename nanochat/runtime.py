@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
-from nanochat.metrics import metric
+from nanochat.train.metrics import metric
 
 PEAK_ALLOCATED = metric("Hardware/peak_memory_gib", "most memory held by tensors so far; on a CPU peak RSS", "GiB")
 PEAK_RESERVED = metric("Hardware/peak_reserved_gib", "most memory taken by the allocator so far", "GiB")
@@ -68,7 +68,7 @@ def ranks_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", get_dist_info().world_size))
 
 
-listeners: list[Callable[[str], object]] = []  # hear all that print0 prints (nanochat.run_log)
+listeners: list[Callable[[str], object]] = []  # hear all that print0 prints (nanochat.train.run_log)
 
 
 def print0(*values: object, **options: Any) -> None:

@@ -33,12 +33,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from nanochat.checkpoint import FORMAT, discard, prune, rng_state, step_dir
+from nanochat.cluster.watchdog import sign_of_life
+from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import print0
-from nanochat.sharding import is_sharded, local, row_range
 from nanochat.tensor_files import write_file
-from nanochat.watchdog import sign_of_life
 
 ALIVE_SECONDS = 30.0  # between two signs of life while waiting for the disk
 SLOWEST_DISK = datetime.timedelta(hours=2)  # how long ranks that have written their part wait for the last one

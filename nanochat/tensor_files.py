@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanochat.data.parquet import replacing
+from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
-from nanochat.sharding import is_sharded, local, row_range
-from nanochat.shards import replacing
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import FileSystemReader

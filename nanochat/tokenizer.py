@@ -26,11 +26,11 @@ import safetensors.torch
 import torch
 
 import rustbpe
+from nanochat.chat_format import Piece, completion_pieces, conversation_pieces
 from nanochat.chat_template import tokenizer_config
-from nanochat.conversation import Piece, completion_pieces, conversation_pieces
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
-from nanochat.tokenizer_files import fingerprint, parse_ranks, rank_lines, read_meta, unusable, write_files
+from nanochat.tokenizer_io import fingerprint, parse_ranks, rank_lines, read_meta, unusable, write_files
 from nanochat.tokenizer_json import huggingface_json, read_json
 
 SPECIAL_TOKENS = [
@@ -289,7 +289,7 @@ class RustBPETokenizer:
     def render_conversation(
         self, conversation: Mapping[str, Any], max_tokens: int = 2048
     ) -> tuple[list[int], list[int]]:
-        """(ids, mask) of equal length <= max_tokens; mask is 1 on the tokens to train on. See nanochat/conversation.py.
+        """(ids, mask) of equal length <= max_tokens; mask is 1 on the tokens to train on. See nanochat/chat_format.py.
 
         Raises UserError where the conversation is not well formed.
         """

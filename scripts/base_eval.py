@@ -9,14 +9,14 @@ Scores go to base_eval/<tag>_<step>.csv, the answer to every item to the .jsonl 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
 from nanochat.checkpoint import load_model
-from nanochat.core_eval import CoreResult, evaluate_core, write_results
-from nanochat.eval_bundle import load_bundle
+from nanochat.cli import whole
+from nanochat.eval.bundle import load_bundle
+from nanochat.eval.core import CoreResult, evaluate_core, write_results
 from nanochat.paths import eval_bundle_dir, get_base_dir, slug
 from nanochat.report import write_section
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
-from nanochat.settings import whole
 
 
 @dataclass(frozen=True, kw_only=True)

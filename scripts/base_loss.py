@@ -11,17 +11,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from nanochat import settings as settings_module
-from nanochat.baselines import order0_bpb, trigram_bpb, xz_bpb
+from nanochat import cli as settings_module
 from nanochat.checkpoint import load_model
+from nanochat.cli import whole
 from nanochat.dataloader import fixed_rows, row_batches
 from nanochat.dataset import iter_documents
 from nanochat.errors import UserError
-from nanochat.loss_eval import BpbResult, measure_bpb
+from nanochat.eval.baselines import order0_bpb, trigram_bpb, xz_bpb
+from nanochat.eval.bpb import BpbResult, measure_bpb
+from nanochat.eval.samples import make_samples
 from nanochat.report import write_section
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
-from nanochat.samples import make_samples
-from nanochat.settings import whole
 from nanochat.tokenizer import get_token_bytes
 
 BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s for the 3-gram

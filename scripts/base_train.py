@@ -16,24 +16,23 @@ import numpy as np
 import torch
 
 from nanochat import checkpoint, mup, parallel
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
 from nanochat.arch import RATES, TUNED_AT, ArchSettings, init_spec, model_config, resolve
-from nanochat.batching import BatchPlan, plan_batch
-from nanochat.coord_check import CoordRecorder
-from nanochat.core_eval import evaluate_core
+from nanochat.cli import real, short, whole
+from nanochat.data.batching import BatchPlan, plan_batch
+from nanochat.data.train_data import TrainData, open_data
 from nanochat.dataloader import row_batches
 from nanochat.errors import UserError
-from nanochat.eval_bundle import load_bundle
+from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
+from nanochat.eval.bundle import load_bundle
+from nanochat.eval.core import evaluate_core
+from nanochat.eval.samples import make_samples
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
-from nanochat.loss_eval import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
-from nanochat.metrics import metric
-from nanochat.monitor import Monitor, monitor_settings
+from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum, window_length
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
 from nanochat.report import write_section
-from nanochat.run_folder import Resume, describe_run, earlier_run
-from nanochat.run_log import RunLog, free_name, run_name
 from nanochat.runtime import (
     DeviceType,
     compute_cleanup,
@@ -42,12 +41,13 @@ from nanochat.runtime import (
     device_name,
     print0,
 )
-from nanochat.samples import make_samples
-from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, window_length
-from nanochat.settings import real, short, whole
-from nanochat.tracking import AUTO, NO_WANDB, Tracker, wandb_project
-from nanochat.train_data import TrainData, open_data
-from nanochat.trainer import Evaluation, Outcome, TrainingRun, resume, train
+from nanochat.studies.coord_check import CoordRecorder
+from nanochat.train.loop import Evaluation, Outcome, TrainingRun, resume, train
+from nanochat.train.metrics import metric
+from nanochat.train.monitor import Monitor, monitor_settings
+from nanochat.train.run_folder import Resume, describe_run, earlier_run
+from nanochat.train.run_log import RunLog, free_name, run_name
+from nanochat.train.tracking import AUTO, NO_WANDB, Tracker, wandb_project
 
 
 @dataclass(frozen=True, kw_only=True)

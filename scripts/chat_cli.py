@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
 from nanochat.checkpoint import load_model
+from nanochat.cli import real, short, whole
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.models import require_model
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init
-from nanochat.settings import real, short, whole
 from nanochat.tokenizer import repaired
 
 STOPS = ("<|assistant_end|>", "<|bos|>")
@@ -154,7 +154,7 @@ class Chat:
 
 
 def stream_text(tokenizer: Any, tokens: Iterable[int], parts: list[Part]) -> Iterator[str]:
-    """What to show of an answer, token by token; `parts` is filled with its parts (see nanochat/conversation.py).
+    """What to show of an answer, token by token; `parts` is filled with its parts (see nanochat/chat_format.py).
 
     Never a part of a character: its bytes are held back until it is whole. Special tokens are not shown, but
     <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|> reads [2+3 → 5].

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
 from nanochat.dataset import canonical
 from nanochat.errors import UserError
 from nanochat.report import write_section
-from nanochat.tasks import hub_data, make_task, parse_spec
+from nanochat.tasks import hub as hub_data
 from nanochat.tasks.common import Split
+from nanochat.tasks.registry import make_task, parse_spec
 
 FULL_SET = "SmolTalk,MMLU,GSM8K,ARC-Easy,ARC-Challenge,HumanEval,SimpleSpelling,SpellingBee,Identity"
 COLUMNS = ["Task", "Train items", "Test items", "Source", "Published"]

@@ -12,8 +12,12 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanochat import settings as settings_module
-from nanochat.chat_eval import (
+from nanochat import cli as settings_module
+from nanochat.checkpoint import load_model
+from nanochat.cli import real, short, whole
+from nanochat.engine import Engine
+from nanochat.errors import UserError
+from nanochat.eval.chat import (
     Composite,
     TaskScore,
     Tokenizer,
@@ -22,17 +26,13 @@ from nanochat.chat_eval import (
     evaluate_generative,
     write_results,
 )
-from nanochat.checkpoint import load_model
-from nanochat.engine import Engine
-from nanochat.errors import UserError
 from nanochat.formats import duration
 from nanochat.paths import get_base_dir, slug
 from nanochat.report import write_section
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
 from nanochat.sandbox import isolation_level, require_isolation
-from nanochat.settings import real, short, whole
-from nanochat.tasks import TASK_NAMES, make_task, parse_tasks
 from nanochat.tasks.common import Task
+from nanochat.tasks.registry import TASK_NAMES, make_task, parse_tasks
 from nanochat.tasks.splits import stable_hash
 
 SAMPLES = 3  # conversations shown in the report

@@ -3,7 +3,7 @@
     python -m scripts.chat_rl --model-tag=d12
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl --task=GSM8K
 
-The method is in nanochat/rollouts.py; learning rates are those of the SFT run times --init-lr-frac.
+The method is in nanochat/train/rollouts.py; learning rates are those of the SFT run times --init-lr-frac.
 """
 
 from collections.abc import Callable
@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from nanochat import checkpoint, parallel
-from nanochat import settings as settings_module
-from nanochat.chat_eval import evaluate_generative
-from nanochat.chat_train import plan_steps, present
+from nanochat import cli as settings_module
+from nanochat.cli import real, whole
 from nanochat.engine import Engine
 from nanochat.errors import UserError
+from nanochat.eval.chat import evaluate_generative
+from nanochat.eval.samples import make_chat_samples
 from nanochat.formats import STDERR_SUFFIXES, metric_text
-from nanochat.metrics import metric
+from nanochat.optim.schedule import lr_multiplier, muon_momentum
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir
 from nanochat.report import write_section
-from nanochat.rollouts import REWARD, RolloutLoader, Sampling, questions_at_once, row_width
-from nanochat.run_folder import Resume, describe_run, earlier_run
 from nanochat.runtime import (
     DeviceType,
     compute_cleanup,
@@ -31,13 +30,14 @@ from nanochat.runtime import (
     out_of_memory_is_one_line,
     print0,
 )
-from nanochat.samples import make_chat_samples
-from nanochat.schedule import lr_multiplier, muon_momentum
-from nanochat.settings import real, whole
-from nanochat.tasks import make_task
 from nanochat.tasks.common import Task
-from nanochat.tracking import NO_WANDB, Tracker
-from nanochat.trainer import Evaluation, TrainingRun, resume, train
+from nanochat.tasks.registry import make_task
+from nanochat.train.chat import plan_steps, present
+from nanochat.train.loop import Evaluation, TrainingRun, resume, train
+from nanochat.train.metrics import metric
+from nanochat.train.rollouts import REWARD, RolloutLoader, Sampling, questions_at_once, row_width
+from nanochat.train.run_folder import Resume, describe_run, earlier_run
+from nanochat.train.tracking import NO_WANDB, Tracker
 
 MEMORY_ADVICE = "halve --device-batch-size (but for rounding the result stays the same), or lower --max-new-tokens"
 

@@ -9,9 +9,9 @@ Sequence length, batch and learning rates are those of the stage before unless a
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nanochat import settings as settings_module
-from nanochat.chat_train import ChatTrainSettings, train_on_chats
-from nanochat.settings import real, whole
+from nanochat import cli as settings_module
+from nanochat.cli import real, whole
+from nanochat.train.chat import ChatTrainSettings, train_on_chats
 
 
 @dataclass(frozen=True, kw_only=True)

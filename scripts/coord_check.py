@@ -19,17 +19,18 @@ from typing import Annotated, Literal
 import torch
 from cyclopts import Parameter
 
-from nanochat import coord_check, mup
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
+from nanochat import mup
 from nanochat.arch import ARCH_RATES, RATES, Arch, arch_config
-from nanochat.coord_check import Record, Slope
+from nanochat.cli import real, whole
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.model_config import GPTConfig, Init, InitSpec
 from nanochat.optim import MuonAdamW
-from nanochat.run_log import log_dir
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
-from nanochat.settings import real, whole
+from nanochat.studies import coord_check
+from nanochat.studies.coord_check import Record, Slope
+from nanochat.train.run_log import log_dir
 
 VOCAB_SIZE, SEQUENCE_LEN, HEAD_DIM = 256, 64, 64
 RECORDS = "coord_check.jsonl"  # what base_train --coord-check writes into its folder

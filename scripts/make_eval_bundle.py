@@ -9,11 +9,11 @@ A published bundle that already stands there is not replaced by a generated one.
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
 from nanochat.dataset import iter_documents
 from nanochat.errors import UserError
-from nanochat.eval_bundle import load_bundle
-from nanochat.offline_bundle import copy_bundle, write_offline_bundle
+from nanochat.eval.bundle import load_bundle
+from nanochat.eval.offline_bundle import copy_bundle, write_offline_bundle
 from nanochat.paths import eval_bundle_dir
 from nanochat.report import write_section
 

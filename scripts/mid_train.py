@@ -9,10 +9,10 @@ Sequence length, batch and learning rates are those of the base run unless a fla
 from dataclasses import dataclass
 from typing import Annotated
 
-from nanochat import settings as settings_module
-from nanochat.chat_loader import LossOn, Packing
-from nanochat.chat_train import ChatTrainSettings, train_on_chats
-from nanochat.settings import real
+from nanochat import cli as settings_module
+from nanochat.cli import real
+from nanochat.data.chat_rows import LossOn, Packing
+from nanochat.train.chat import ChatTrainSettings, train_on_chats
 
 
 @dataclass(frozen=True, kw_only=True)

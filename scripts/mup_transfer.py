@@ -31,14 +31,14 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from nanochat import settings as settings_module
-from nanochat import transfer
+from nanochat import cli as settings_module
+from nanochat.cli import real, whole
+from nanochat.data.parquet import replacing
 from nanochat.errors import UserError
 from nanochat.paths import run_dir
 from nanochat.runtime import DeviceType, compute_init, device_name, print0
-from nanochat.settings import real, whole
-from nanochat.shards import replacing
-from nanochat.sweep import (
+from nanochat.studies import transfer
+from nanochat.studies.sweep import (
     Bench,
     Run,
     SweepSettings,

@@ -17,7 +17,8 @@ import tiktoken
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import report, settings
+from nanochat import cli as settings
+from nanochat import report
 from nanochat.dataset import iter_documents
 from nanochat.tok_texts import TEXTS
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer

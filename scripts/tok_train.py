@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanochat import report, settings
+from nanochat import cli as settings
+from nanochat import report
+from nanochat.cli import whole
 from nanochat.dataset import list_shards
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
-from nanochat.settings import whole
 from nanochat.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, RustBPETokenizer
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from nanochat.paths import tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train
-from tests.test_base_train import words
+from tests.scripts.test_base_train import words
 from tests.test_dataloader import write_source
 
 QUESTIONS = "How many apples does Ada have now? 0123456789 + - * = #### python output "

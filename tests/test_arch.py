@@ -10,8 +10,8 @@ from nanochat.arch import ArchSettings, arch_config, init_spec, model_config, re
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.optim.schedule import window_length
 from nanochat.parallel import eager
-from nanochat.schedule import window_length
 
 BOS = 0
 SMALL = {"n_layer": 6, "n_embd": 64, "head_dim": 16, "vocab_size": 97, "sequence_len": 64, "document_token": BOS}

@@ -14,9 +14,9 @@ from nanochat.attention import GPU_KERNELS, make_masks, masked_attention
 from nanochat.fp8 import CAPABILITY, apply_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.model_config import InitSpec
-from nanochat.monitor import Monitor, MonitorSettings
 from nanochat.optim import MuonAdamW
-from nanochat.spectral import spectral_norms
+from nanochat.train.monitor import Monitor, MonitorSettings
+from nanochat.train.spectral import spectral_norms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DDP = parallel.Policy("ddp", torch.float32)

@@ -15,7 +15,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from nanochat import dataset, hub, local_text, pydocs, shards
+from nanochat import dataset
+from nanochat.data import hub, pydocs
+from nanochat.data import local as local_text
+from nanochat.data import parquet as shards
 from nanochat.dataset import HubSource, Settings, dataset_bytes, iter_documents, list_shards, main
 from nanochat.errors import UserError
 from nanochat.paths import data_dir

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from nanochat import mup, optim, parallel
 from nanochat.arch import ARCH_RATES, arch_config
+from nanochat.dtensor import is_sharded, local
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, norm
 from nanochat.model_config import VALUE_EMBED_STD, InitSpec
 from nanochat.mup import Dim, InfShape
-from nanochat.sharding import is_sharded, local
 from tests.processes import run_processes
 
 EVERYTHING = {"value_embeds": "gated", "attn_gate": True, "smear": True, "backout": True}

@@ -7,11 +7,11 @@ import torch.distributed as dist
 
 from nanochat import parallel
 from nanochat.arch import arch_config
+from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.model_config import InitSpec
-from nanochat.sharding import is_sharded, local, row_range
 from tests.processes import run_processes
 
 # Uneven on purpose: 3 rows of 8 do not divide, the second moment of both orientations occurs, 2 layers of 6 matrices

@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from nanochat import ledger, paths, report, sysinfo
+from nanochat import hardware as sysinfo
+from nanochat import ledger, paths, report
 from nanochat.errors import UserError
 from nanochat.formats import duration, fence, number, plain
 

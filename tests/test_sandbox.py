@@ -1,4 +1,4 @@
-"""nanochat/sandbox.py: programs that try to do harm, under all layers together and under each one alone."""
+"""nanochat/sandbox: programs that try to do harm, under all layers together and under each one alone."""
 
 import os
 import shutil

@@ -25,9 +25,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from nanochat import checkpoint, saver
+from nanochat.dtensor import is_sharded
 from nanochat.errors import UserError
 from nanochat.saver import Saver
-from nanochat.sharding import is_sharded
 from tests.processes import run_processes
 
 # Rows that divide by four ranks, that do not, and that are fewer.

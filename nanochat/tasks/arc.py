@@ -6,7 +6,7 @@ Source: allenai/ai2_arc on the Hugging Face hub.
 from typing import Any, Literal
 
 from nanochat.errors import UserError
-from nanochat.tasks import hub_data
+from nanochat.tasks import hub as hub_data
 from nanochat.tasks.common import Conversation, Split, Task, graded_letter, multiple_choice
 
 LETTERS = "ABCDE"

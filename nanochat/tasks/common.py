@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from nanochat.errors import UserError
 
-Conversation = dict[str, Any]  # {"messages": [...]}, see nanochat/conversation.py; tasks may add keys of their own
+Conversation = dict[str, Any]  # {"messages": [...]}, see nanochat/chat_format.py; tasks may add keys of their own
 Split = Literal["train", "test"]
 MIXTURE_SEED = 42
 

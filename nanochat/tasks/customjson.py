@@ -3,14 +3,14 @@
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small model."}]
     {"messages": [{"role": "system", "content": "..."}, {"role": "user", ...}, {"role": "assistant", ...}]}
 
-nanochat/conversation.py says what a conversation may look like. About one in 20 is kept to measure on.
+nanochat/chat_format.py says what a conversation may look like. About one in 20 is kept to measure on.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from nanochat.conversation import conversation_pieces
+from nanochat.chat_format import conversation_pieces
 from nanochat.errors import UserError
 from nanochat.tasks.common import Conversation, Split, Task
 from nanochat.tasks.splits import split_of

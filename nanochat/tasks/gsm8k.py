@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.tasks import hub_data
+from nanochat.tasks import hub as hub_data
 from nanochat.tasks.common import Conversation, Split, Task
 
 _CALL = re.compile(r"<<([^<>]*)>>")

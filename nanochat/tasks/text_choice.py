@@ -12,11 +12,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from nanochat import dataset, shards
+from nanochat import dataset
+from nanochat.data import parquet as shards
 from nanochat.errors import UserError
-from nanochat.offline_bundle import Item, Passage, find_passages, next_sentence, seen_word
+from nanochat.eval.offline_bundle import Item, Passage, find_passages, next_sentence, seen_word
 from nanochat.tasks.common import Conversation, Split, Task, graded_letter, multiple_choice
-from nanochat.tasks.made import fingerprint, is_made, mark_made, require_made, source_dir
+from nanochat.tasks.generated import fingerprint, is_made, mark_made, require_made, source_dir
 from nanochat.tasks.splits import item_rng
 
 COUNTS: dict[Split, int] = {"train": 4000, "test": 400}

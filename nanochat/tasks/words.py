@@ -8,10 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from nanochat import dataset, shards
+from nanochat import dataset
+from nanochat.data import parquet as shards
 from nanochat.errors import UserError
 from nanochat.tasks.common import Split
-from nanochat.tasks.made import fingerprint, is_made, mark_made, require_made, source_dir
+from nanochat.tasks.generated import fingerprint, is_made, mark_made, require_made, source_dir
 from nanochat.tasks.splits import split_of
 
 MAX_CHARS = 30_000_000  # of the train text; the rarest words kept are then still ordinary ones

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nanochat import settings as settings_module
+from nanochat import cli as settings_module
+from nanochat.cli import short, whole
+from nanochat.data.bins import describe_folder, read_header, tokenized_dir
 from nanochat.dataset import fetch_files
 from nanochat.errors import UserError
-from nanochat.settings import short, whole
-from nanochat.token_files import describe_folder, read_header, tokenized_dir
 
 
 @dataclass(frozen=True)

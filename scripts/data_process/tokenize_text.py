@@ -3,7 +3,7 @@
     python -m scripts.data_process.tokenize_text --source=local:DIR --shard-tokens=1e8
 
 Get the text (python -m nanochat.dataset) and the tokenizer (python -m scripts.tok_train) first. Writes token files (see
-nanochat/token_files.py) and, last, their meta.json to tokenized_data/<source>-<tokenizer hash> of the artifact store,
+nanochat/data/bins.py) and, last, their meta.json to tokenized_data/<source>-<tokenizer hash> of the artifact store,
 for `scripts.base_train --source=bin:<source>-<tokenizer hash>`. <|bos|> starts every document.
 """
 
@@ -19,13 +19,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanochat import settings as settings_module
-from nanochat import shards
+from nanochat import cli as settings_module
+from nanochat.cli import whole
+from nanochat.data import parquet as shards
+from nanochat.data.bins import HEADER_BYTES, MOST_IDS, Split, tokenized_dir, write_tokens
 from nanochat.dataset import canonical, dataset_bytes, iter_documents, text_hash
 from nanochat.errors import UserError
 from nanochat.paths import slug
-from nanochat.settings import whole
-from nanochat.token_files import HEADER_BYTES, MOST_IDS, Split, tokenized_dir, write_tokens
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 BATCH_CHARS = 1 << 23  # encoded at a time: keeps all threads busy and takes some 100 MB

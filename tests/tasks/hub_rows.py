@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.tasks import hub_data
+from nanochat.tasks import hub as hub_data
 
 Row = dict[str, Any]
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.conversation import conversation_pieces
+from nanochat.chat_format import conversation_pieces
 from nanochat.errors import UserError
-from nanochat.tasks import hub_data
+from nanochat.tasks import hub as hub_data
 from nanochat.tasks.gsm8k import GSM8K, answer_parts, final_number
 from tests.tasks.hub_rows import gsm8k_row, put
 

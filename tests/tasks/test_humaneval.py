@@ -10,8 +10,10 @@ import pytest
 
 from nanochat.errors import UserError
 from nanochat.sandbox import ExecutionResult
-from nanochat.tasks import hub_data, humaneval, make_task
+from nanochat.tasks import hub as hub_data
+from nanochat.tasks import humaneval
 from nanochat.tasks.humaneval import HumanEval, build_program, extract_code
+from nanochat.tasks.registry import make_task
 
 CLAMP = {
     "task_id": "Own/0",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanochat.calculator import use_calculator
-from nanochat.conversation import conversation_pieces
+from nanochat.chat_format import conversation_pieces
 from nanochat.paths import task_data_dir
 from nanochat.tasks import text_choice, words
 from nanochat.tasks.arithmetic import TEMPLATES, Arithmetic

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from nanochat.conversation import conversation_pieces
+from nanochat.chat_format import conversation_pieces
 from nanochat.errors import UserError
 from nanochat.tasks.reasoning_gym import HARMLESS, INSTALL, ReasoningGym
 

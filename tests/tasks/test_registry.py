@@ -6,11 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import tasks
 from nanochat.errors import UserError
-from nanochat.tasks import CHATCORE_TASKS, TASK_NAMES, TaskSpec, canonical_name, make_task, parse_spec, parse_tasks
+from nanochat.tasks import registry as tasks
 from nanochat.tasks.arc import ARC
 from nanochat.tasks.gsm8k import GSM8K
+from nanochat.tasks.registry import (
+    CHATCORE_TASKS,
+    TASK_NAMES,
+    TaskSpec,
+    canonical_name,
+    make_task,
+    parse_spec,
+    parse_tasks,
+)
 from tests.tasks.hub_rows import arc_row, gsm8k_row, mmlu_row, put, talk_row
 
 

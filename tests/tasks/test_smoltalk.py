@@ -1,7 +1,7 @@
 import pytest
 
 from nanochat.errors import UserError
-from nanochat.tasks import hub_data
+from nanochat.tasks import hub as hub_data
 from nanochat.tasks.smoltalk import SmolTalk
 from tests.tasks.hub_rows import put, talk_row
 

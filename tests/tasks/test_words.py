@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import shards
+from nanochat.data import parquet as shards
 from nanochat.errors import UserError
 from nanochat.paths import data_dir, task_data_dir
 from nanochat.tasks import words

@@ -1,0 +1,1 @@
+"""Several hosts: nodes, preflight, watchdog, stragglers."""

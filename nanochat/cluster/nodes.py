@@ -1,0 +1,167 @@
+"""Several nodes, one of which decides: what pretrain.sh uses so that stages run on all nodes or on node 0 alone.
+
+    python -m nanochat.cluster.nodes FOLDER      on every node but node 0: run what node 0 starts, until it ends
+
+Node 0 alone keeps the ledger, and so knows which stages are done. In a folder of the shared store it leaves
+
+    beat      "<attempt> <count>", a new count every few seconds while it lives (written by pretrain.sh)
+    order     the last command that all nodes run together (written by nanochat.launch just before it becomes it)
+    end       "<attempt> <exit code>", once its script has ended (written by pretrain.sh)
+
+and waits at the start until each of the others, having seen its beat, has left joined-<attempt>-<node rank> there.
+A file of an earlier attempt is known by a beat that does not change, so neither clocks nor times of files matter.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+from nanochat import cli as settings
+from nanochat.cli import real, whole
+from nanochat.errors import UserError, exit_on_user_error
+
+STOPPED = 128 + signal.SIGTERM
+GRACE_SECONDS = 60.0  # for a command here to end by itself once node 0 has ended
+
+
+def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:
+    """On node 0: have all other nodes run `python -m nanochat.launch` with these words. Nothing where NODES_FOLDER is
+    not set, which pretrain.sh does on several nodes."""
+    if not environment.get("NODES_FOLDER"):
+        return
+    folder, attempt = Path(environment["NODES_FOLDER"]), environment.get("NODES_ATTEMPT", "")
+    before = _order(folder)
+    number = before["number"] + 1 if before and before["attempt"] == attempt else 1
+    temporary = folder / "order.tmp"
+    temporary.write_text(json.dumps({"attempt": attempt, "number": number, "words": list(words)}))
+    os.replace(temporary, folder / "order")
+
+
+def _order(folder: Path) -> dict[str, Any] | None:
+    text = _read(folder / "order")
+    return json.loads(text) if text else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+class Follower:
+    """Runs what node 0 announces in `folder`, one command after the other."""
+
+    def __init__(self, folder: Path, node_rank: int, patience: float) -> None:
+        self.folder = folder
+        self.node_rank = node_rank
+        self.patience = patience  # seconds without a beat after which node 0 counts as dead
+        self.beat = _read(folder / "beat")  # may be left from an earlier attempt: only a change is a sign of life
+        self.alive_at = time.monotonic()
+        self.attempt = ""
+        self.done = 0  # number of the last order that was begun
+        self.child: subprocess.Popen[bytes] | None = None
+        self.must_end_at = 0.0
+        self.stopped = False
+
+    def stop(self, _number: int, _frame: FrameType | None) -> None:
+        """Handler of signals: the command saves and ends, then we wait for node 0 to say how it went."""
+        self.stopped = True
+        if self.child:
+            self.child.send_signal(signal.SIGTERM)
+
+    def look(self) -> int | None:
+        """One look at the folder and at what runs here; an exit code once there is no more to do.
+
+        Raises UserError when node 0 has shown no sign of life for too long.
+        """
+        self._listen()
+        attempt, _, end_code = _read(self.folder / "end").partition(" ")
+        ended = bool(self.attempt) and attempt == self.attempt
+        if self.child is not None:
+            code = self.child.poll()
+            if code is None:
+                if not ended:
+                    self.must_end_at = time.monotonic() + GRACE_SECONDS
+                elif time.monotonic() > self.must_end_at:
+                    self.end_child()  # it waits for a process of node 0 that is gone
+                return None
+            self.child = None
+            if code != 0 and not self.stopped and not ended:
+                return code if code > 0 else 128 - code
+        if ended:
+            return int(end_code)
+        if self.stopped and not self.attempt:  # nothing has begun
+            return STOPPED
+        order = _order(self.folder)
+        if not self.stopped and order and order["attempt"] == self.attempt and order["number"] > self.done:
+            self.done = order["number"]
+            environment = {name: value for name, value in os.environ.items() if name != "NODES_FOLDER"}
+            self.child = subprocess.Popen([sys.executable, "-m", "nanochat.launch", *order["words"]], env=environment)
+        return None
+
+    def _listen(self) -> None:
+        beat = _read(self.folder / "beat")
+        if beat and beat != self.beat:
+            self.beat, self.alive_at = beat, time.monotonic()
+            attempt = beat.partition(" ")[0]
+            if attempt != self.attempt:  # node 0 has started anew
+                self.end_child()
+                self.attempt, self.done = attempt, 0
+                (self.folder / f"joined-{attempt}-{self.node_rank}").touch()
+        elif time.monotonic() - self.alive_at > self.patience:
+            self.end_child()
+            raise UserError(
+                f"no sign of life from node 0 in {self.folder} for {self.patience:g} s: see its log, and check that "
+                "NANOCHAT_BASE_DIR is one shared folder on all nodes"
+            )
+
+    def end_child(self) -> None:
+        """End what runs here, if anything does."""
+        if self.child is not None:
+            self.child.terminate()
+            self.child.wait()
+            self.child = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Run what node 0 starts on all nodes, until its script ends; the exit code is the one of that script."""
+
+    folder: Path
+    """where node 0 leaves its word, below the shared store"""
+    _: KW_ONLY
+    node_rank: Annotated[int, whole(gte=1)] = 1
+    """number of this node"""
+    patience: Annotated[float, real(gte=0)] = 900.0
+    """seconds without a sign of life from node 0 after which it counts as dead"""
+    poll: Annotated[float, real(gte=0.01)] = 1.0
+    """seconds between two looks"""
+
+
+def main(asked: Settings) -> None:
+    """Follow node 0 to the end. Raises UserError when it is silent for too long."""
+    follower = Follower(asked.folder, asked.node_rank, asked.patience)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, follower.stop)
+    next_word = time.monotonic()
+    while (code := follower.look()) is None:
+        if follower.child is None and time.monotonic() >= next_word:
+            waits_for = "its next command" if follower.attempt else "a first sign of life"
+            print(f"waiting for {waits_for} from node 0, in {asked.folder}", flush=True)
+            next_word = time.monotonic() + 60
+        time.sleep(asked.poll)
+    print(f"node 0 has ended, or a command failed here: exit code {code}", flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(settings.parse(Settings, sys.argv[1:])))

@@ -1,0 +1,263 @@
+"""Is every host fit to train on? Measured in about a second before a run; slow ones are named.
+
+    python -m nanochat.cluster.preflight                                     this machine
+    torchrun --nproc-per-node=8 -m nanochat.cluster.preflight                all of its GPUs; several hosts likewise
+
+It warns and does not stop a run. Only a disk that cannot be written is an error.
+"""
+
+import math
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from nanochat import cli as settings
+from nanochat import paths, runtime
+from nanochat.errors import UserError
+from nanochat.runtime import print0, synchronize
+
+REPEATS = 5  # the best counts: what disturbs a measurement only ever makes it slower
+SLOW = 0.8  # of the median. Healthy cards of one model differ by some per cent; a throttled or shared one by far more
+SLOW_DISK = 0.5  # of the median: the disks of equal hosts differ more, as their caches are in different states
+SKEW_SECONDS = 1.0  # clocks beyond this spoil the order of log lines, and the ages of files on a shared disk
+DISK_BYTES = 32 * 2**20
+CLOCK_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one rank found. NaN: not measured here."""
+
+    rank: int
+    host: str
+    matmul_tflops: float
+    """bf16 on a GPU, fp32 elsewhere."""
+    all_reduce_gbytes: float
+    """Bus bandwidth in GB/s: 2 (n - 1)/n × bytes / seconds, which does not depend on the number of ranks n."""
+    disk_mbytes: float
+    """MB/s into the artifact store, flushed to disk; one rank of each host writes."""
+    free_gib: float
+    """Free memory of the GPU, or of the host."""
+    clock_seconds: float
+    """This clock minus that of rank 0."""
+    clock_accuracy: float
+    """The true difference lies within ± this."""
+    error: str = ""
+    """Why the artifact store cannot be written."""
+
+
+def check(device: torch.device, folder: Path) -> list[Measurement]:
+    """Measure all ranks, print a table and warnings on rank 0. Collective; returns the same list, by rank, everywhere.
+
+    `folder`: where disk speed is measured (created if missing). Raises UserError, on all ranks, when it cannot be
+    written on some host.
+    """
+    hosts = _gather(socket.gethostname())
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    disk, error = math.nan, ""
+    if hosts.index(hosts[rank]) == rank:
+        try:
+            disk = disk_mbytes(folder)
+        except OSError as problem:
+            error = problem.strerror or str(problem)
+    skew, accuracy = clock_offset(device)
+    tflops, gbytes = matmul_tflops(device), all_reduce_gbytes(device)
+    mine = Measurement(rank, hosts[rank], tflops, gbytes, disk, free_gib(device), skew, accuracy, error)
+    measurements = _gather(mine)
+    if failed := next((m for m in measurements if m.error), None):
+        raise UserError(
+            f"rank {failed.rank} on {failed.host} cannot write to {folder}: {failed.error}; free or mount that disk "
+            "there, or set NANOCHAT_BASE_DIR to one that all hosts can write to"
+        )
+    print0(table(measurements))
+    for line in warnings(measurements):
+        print0(f"warning: {line}")
+    return measurements
+
+
+def _gather(value):
+    """The values of all ranks, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Shortest of REPEATS runs after one to warm up."""
+    work()
+    best = math.inf
+    for _ in range(REPEATS):
+        synchronize(device)
+        begun = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    return best
+
+
+def matmul_tflops(device: torch.device) -> float:
+    """TFLOP/s of square matmuls: bf16 of 8192 on a GPU (1.4 ms on an H100), fp32 of 512 elsewhere."""
+    gpu = device.type == "cuda"
+    size, times = (8192, 20) if gpu else (512, 4)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if gpu else torch.float32) for _ in range(2))
+
+    def work() -> None:
+        for _ in range(times):
+            c = torch.mm(a, b)
+        c[0, 0].item()  # waits, on every kind of device
+
+    return times * 2 * size**3 / _best_seconds(work, device) / 1e12
+
+
+def all_reduce_gbytes(device: torch.device) -> float:
+    """Bus bandwidth of an all-reduce over all ranks, GB/s: 256 MiB on GPUs, 4 MiB elsewhere. NaN for one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return math.nan
+    world = dist.get_world_size()
+    data = torch.zeros((256 if device.type == "cuda" else 4) * 2**20 // 4, device=device)
+    seconds = _best_seconds(lambda: dist.all_reduce(data), device)
+    return 2 * (world - 1) / world * data.nbytes / seconds / 1e9
+
+
+def disk_mbytes(folder: Path) -> float:
+    """MB/s of one file of DISK_BYTES written to `folder` and flushed. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".preflight-{socket.gethostname()}-{os.getpid()}"
+    data = os.urandom(2**20) * (DISK_BYTES // 2**20)
+    begun = time.perf_counter()
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        seconds = time.perf_counter() - begun
+    finally:
+        path.unlink(missing_ok=True)
+    return len(data) / seconds / 1e6
+
+
+def free_gib(device: torch.device) -> float:
+    """Free memory of the GPU, or of the host, in GiB."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free / 2**30
+
+
+def clock_offset(device: torch.device, clock: Callable[[], float] = time.time) -> tuple[float, float]:
+    """(this clock minus rank 0's in seconds, accuracy): the true offset lies within ± accuracy.
+
+    Nobody leaves an all-gather before everybody has entered it. So with the times of entry and exit, that of this rank
+    in its own clock and that of rank 0 in rank 0's: entry - exit of rank 0 <= offset <= exit - entry of rank 0. Each
+    round gives such an interval, half as wide as a round trip or so; the offset lies in all of them.
+    """
+    if not dist.is_initialized():
+        return 0.0, 0.0
+    world, rank = dist.get_world_size(), dist.get_rank()
+    low, high = -math.inf, math.inf
+    entered, left = torch.zeros(2, dtype=torch.float64, device=device)  # float64 resolves 0.2 µs at today's date
+    all_entered, all_left = ([torch.zeros_like(entered) for _ in range(world)] for _ in range(2))
+    for _ in range(CLOCK_ROUNDS):
+        runtime.barrier()
+        entered.fill_(clock())
+        synchronize(device)
+        dist.all_gather(all_entered, entered)
+        synchronize(device)
+        left.fill_(clock())
+        dist.all_gather(all_left, left)
+        low = max(low, (entered - all_left[0]).item())
+        high = min(high, (left - all_entered[0]).item())
+    if rank == 0:
+        return 0.0, 0.0
+    return (low + high) / 2, max(high - low, 0.0) / 2
+
+
+# What is compared: label, field, share of the median below which a rank is named, what to look at.
+COMPARED = (
+    ("matmul, TFLOP/s", "matmul_tflops", SLOW, "power, temperature and other programs"),
+    ("all-reduce, GB/s (bus)", "all_reduce_gbytes", 0.0, ""),  # the ranks wait for each other: it names nobody
+    ("disk write, MB/s", "disk_mbytes", SLOW_DISK, "the disk under the artifact store"),
+    ("free memory, GiB", "free_gib", SLOW, "programs left over there"),
+)
+
+
+def table(measurements: list[Measurement]) -> str:
+    """Worst and median of each number, with the rank of the worst."""
+    hosts = len({m.host for m in measurements})
+    lines = [f"preflight: {len(measurements)} rank(s) on {hosts} host(s)"]
+    for label, field, *_ in COMPARED:
+        if known := _known(measurements, field):
+            worst = min(known, key=lambda m: getattr(m, field))
+            median = statistics.median(getattr(m, field) for m in known)
+            where = f"(rank {worst.rank} on {worst.host})" if len(known) > 1 else ""
+            lines.append(f"  {label:24} worst {getattr(worst, field):9.2f}  median {median:9.2f}  {where}".rstrip())
+    if len(measurements) > 1:
+        worst = max(measurements, key=lambda m: abs(m.clock_seconds))
+        accuracy = max(m.clock_accuracy for m in measurements)
+        lines.append(
+            f"  {'clock against rank 0, s':24} worst {worst.clock_seconds:+9.4f}  known within ±{accuracy:.4f}  "
+            f"(rank {worst.rank} on {worst.host})"
+        )
+    return "\n".join(lines)
+
+
+def warnings(measurements: list[Measurement]) -> list[str]:
+    """One line for each rank that is slow in something, or whose clock is off."""
+    lines = []
+    for label, field, share, look in COMPARED:
+        known = _known(measurements, field)
+        median = statistics.median(getattr(m, field) for m in known) if known else math.nan
+        for m in known:
+            value = getattr(m, field)
+            if value < share * median:
+                lines.append(
+                    f"rank {m.rank} on {m.host}: {label} {value:.2f}, {100 * value / median:.0f} % of the median "
+                    f"{median:.2f}; look at {look}, or leave that host out"
+                )
+    usual = statistics.median(m.clock_seconds for m in measurements)  # it may be rank 0 whose clock is off
+    lines += [
+        f"rank {m.rank} on {m.host}: its clock is {m.clock_seconds - usual:+.2f} s from the median of all "
+        f"(±{m.clock_accuracy:.2f}); start time synchronisation there"
+        for m in measurements
+        if abs(m.clock_seconds - usual) > SKEW_SECONDS + m.clock_accuracy
+    ]
+    return lines
+
+
+def _known(measurements: list[Measurement], field: str) -> list[Measurement]:
+    return [m for m in measurements if not math.isnan(getattr(m, field))]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure every rank's matmuls, all-reduce, disk, memory and clock, and name what is slow."""
+
+    device_type: runtime.DeviceType = "auto"
+    """Device to run on."""
+
+
+def main(asked: Settings) -> None:
+    try:
+        folder = paths.get_base_dir()
+    except OSError as problem:
+        raise UserError(
+            f"cannot write to the artifact store {problem.filename}: {problem.strerror}; free or mount "
+            "that disk, or set NANOCHAT_BASE_DIR to another"
+        ) from None
+    *_, device = runtime.compute_init(asked.device_type)
+    try:
+        check(device, folder)
+    finally:
+        runtime.compute_cleanup()
+
+
+if __name__ == "__main__":
+    settings.run(main, Settings)

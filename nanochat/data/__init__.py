@@ -1,0 +1,1 @@
+"""Text in: parquet shards, sources, packing, and rows for the loader."""

@@ -1,0 +1,257 @@
+"""Runs Python that a model wrote, where it can do no harm. Linux; no root and no other software needed.
+
+Every program gets a process of its own below a fresh interpreter (sandbox_child.py), and these layers, as far as the
+kernel grants them; isolation_level() says which are in force:
+    process limits  address space, CPU time, file size, open files, no core dumps; wall-clock time; a scratch folder
+                    as working directory; an environment and open files of its own, no input, output that is cut
+    namespaces      no network, no other processes to be seen, and all processes of the program end with it
+    scratch limit   the scratch folder is memory of limited size
+    Landlock        reads only Python's and the system's libraries, writes only in the scratch folder
+    seccomp         no sockets, no new processes or programs, no signals to others, no debugging, no administration
+
+It protects the user's files and secrets, the network, other processes, and memory, disk and time of the machine.
+It does NOT protect from
+    - defects of the kernel: who faces attackers rather than a clumsy model needs a virtual machine
+    - programs that feign success: one that searches its own process can find how success is reported
+    - learning that a file exists, how large it is and who owns it (its contents stay closed); the machine's clock,
+      processor type and memory size are plain to see, too
+    - what a missing layer would have refused: without Landlock every file that the user may read can be read, and all
+      that he may write can be changed; without seccomp and namespaces there is network; without the scratch limit a
+      program can fill the disk for as long as it runs
+    - heat: a program may keep one core (several, from libraries written in C) busy until its time is up
+"""
+
+import contextlib
+import functools
+import marshal
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanochat.errors import UserError
+from nanochat.sandbox.child import READY
+
+OUTPUT_LIMIT = 256 << 10  # bytes kept of stdout, and of stderr
+ALLOW_UNSAFE = "NANOCHAT_ALLOW_UNSAFE_CODE"
+MAX_TIMEOUT = 3600
+GRACE = 30.0  # seconds that the supervisor gets on top of the program's time before it is killed itself
+LOST = {"lost": True, "said": READY, "status": 0}  # outcome where the supervisor was killed
+_probe_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ExecutionResult:
+    """How a program ended."""
+
+    success: bool
+    """It ran to its last line. sys.exit() is not that: a grader must not take leaving early for passing."""
+    stdout: str
+    """The first 256 KiB of it, undecodable bytes replaced."""
+    stderr: str
+    """As stdout; ends with the traceback of an exception."""
+    error: str | None
+    """One line, mostly `Type: message` of the exception; None on success."""
+    timeout: bool
+    """Its time was up."""
+    memory_exceeded: bool
+    """It ended on a MemoryError, or the system killed it for its memory."""
+
+
+class Isolation(NamedTuple):
+    """The layers that this kernel grants."""
+
+    namespaces: bool = False
+    scratch_limit: bool = False
+    landlock: int = 0
+    """Its version (ABI), 0 for none. From 4 on it refuses TCP, from 6 on signals to other processes."""
+    seccomp: bool = False
+
+    def describe(self) -> str:
+        """For reports: `process limits, namespaces, scratch limit, Landlock (ABI 7), seccomp`."""
+        layers = ["process limits"] + [
+            name.replace("_", " ") for name in ("namespaces", "scratch_limit") if getattr(self, name)
+        ]
+        layers += [f"Landlock (ABI {self.landlock})"] * bool(self.landlock) + ["seccomp"] * self.seccomp
+        return ", ".join(layers)
+
+
+def isolation_level() -> Isolation:
+    """The layers in force here. Each is tried once, in a process that is thrown away. Raises UserError off Linux."""
+    with _probe_lock:  # two first callers at once: one probe
+        return _probed()
+
+
+@functools.cache
+def _probed() -> Isolation:
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"model-written code runs only on Linux, this is {sys.platform}: evaluate on a Linux machine")
+    return Isolation(**_supervised({"probe": True}, GRACE)[0])
+
+
+def require_isolation() -> Isolation:
+    """The layers in force, for those who run code; to be asked before long work that ends with running some.
+
+    Raises UserError off Linux, and where no layer keeps a program from harm unless NANOCHAT_ALLOW_UNSAFE_CODE=1 is set.
+    """
+    level = isolation_level()
+    if not (level.namespaces or level.landlock or level.seccomp) and os.environ.get(ALLOW_UNSAFE) != "1":
+        raise UserError(
+            "this kernel grants no namespaces, Landlock or seccomp, so model-written code could reach your files and "
+            f"network: use another machine, or set {ALLOW_UNSAFE}=1 to run it all the same"
+        )
+    return level
+
+
+def execute_code(
+    code: str, timeout: float = 5.0, maximum_memory_bytes: int | None = 256 * 1024 * 1024
+) -> ExecutionResult:
+    """Run `code` as a main program of its own; from any thread, several at once.
+
+    `timeout` is wall-clock seconds. `maximum_memory_bytes` is address space, of which the interpreter takes 20 MB.
+    The standard library is there, other packages are not. Raises UserError like require_isolation, RuntimeError
+    where a layer that was there is refused now.
+    """
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise UserError(f"timeout={timeout}: expected more than 0 and at most {MAX_TIMEOUT} seconds")
+    level = require_isolation()
+    # lone surrogates, which model output can hold, become a SyntaxError or a replaced character, not a crash here
+    text = code.encode("utf-8", errors="replace")
+    job = {"code": text, "timeout": timeout, "memory": maximum_memory_bytes, **level._asdict()}
+    outcome, stdout, stderr = _supervised(job, timeout + GRACE)
+    error, timed_out, memory = _judge(outcome, timeout)
+    return ExecutionResult(
+        success=error is None,
+        stdout=stdout.decode("utf-8", errors="replace"),
+        stderr=stderr.decode("utf-8", errors="replace"),
+        error=error,
+        timeout=timed_out,
+        memory_exceeded=memory,
+    )
+
+
+def _judge(outcome: dict[str, Any], timeout: float) -> tuple[str | None, bool, bool]:
+    """(error, timeout, memory_exceeded) from what the supervisor saw and the program said."""
+    said, status = outcome["said"], outcome["status"]
+    if not said.startswith(READY) and os.WIFEXITED(status):
+        raise RuntimeError(f"the sandbox could not be set up: {said.decode(errors='replace')}")
+    if outcome.get("lost"):  # by the program, where no layer forbids it, or by the system when memory ran out
+        return "its supervisor was killed", False, False
+    said = said.removeprefix(READY)
+    killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    out_of_cpu = killed in (signal.SIGKILL, signal.SIGXCPU) and outcome["cpu_seconds"] >= timeout
+    if outcome["stopped"] or out_of_cpu:
+        return f"stopped after {timeout:g} seconds", True, False
+    if said == b"memory" or killed == signal.SIGKILL:  # nobody else kills it: the kernel, out of memory
+        return "MemoryError: the memory limit was reached", False, True
+    if killed:
+        return f"ended by signal {killed}", False, False
+    if said == b"ok":
+        return None, False, False
+    if said.startswith(b"error"):
+        return " ".join(said.removeprefix(b"error").decode(errors="replace").split()), False, False
+    return f"left with exit code {os.WEXITSTATUS(status)} before its end", False, False
+
+
+def _supervised(job: dict[str, Any], patience: float) -> tuple[Any, bytes, bytes]:
+    """(outcome, stdout, stderr) of a job for sandbox_child.main. RuntimeError when the supervisor itself fails."""
+    scratch = tempfile.mkdtemp(prefix="nanochat-sandbox-", dir=os.path.realpath(tempfile.gettempdir()))
+    try:
+        inlet, outlet = os.pipe()
+        with open(inlet, "rb", buffering=0) as report:
+            try:
+                job = {**job, "scratch": scratch, "parent": os.getpid(), "report": outlet}
+                process = _start(outlet)
+            finally:
+                os.close(outlet)
+            with process:
+                try:
+                    _send(process, marshal.dumps(job))
+                    outcome, stdout, stderr = _collect(process, report, patience)
+                finally:
+                    _end(process)
+        if not outcome and process.returncode == -signal.SIGKILL:
+            return LOST, stdout, stderr
+        if not outcome:
+            last = stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
+            raise RuntimeError(f"the sandbox's supervisor ended with code {process.returncode}: {last[0]}")
+        return marshal.loads(outcome), stdout, stderr
+    finally:
+        _remove(scratch)
+
+
+def _remove(folder: str) -> None:
+    """Delete it, also when the program locked folders below it, or nested them deeper than Python's stack."""
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.exists(folder):
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _start(report: int) -> subprocess.Popen[bytes]:
+    # A fresh interpreter rather than a fork: this process may hold torch's threads and a CUDA context. Without `site`
+    # it sees no installed packages and starts faster.
+    root = str(Path(__file__).resolve().parents[2])
+    source = f"import sys; sys.path.append({root!r}); from nanochat import sandbox_child; sys.path.pop()"
+    environment = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "LANG": "C.UTF-8"}  # the same program, the same end
+    if libraries := os.environ.get("LD_LIBRARY_PATH"):
+        environment["LD_LIBRARY_PATH"] = libraries  # some builds of Python do not start without
+    return subprocess.Popen(
+        [sys.executable, "-S", "-s", "-P", "-X", "utf8", "-c", f"{source}; sandbox_child.main()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        cwd="/",
+        pass_fds=(report,),
+        start_new_session=True,
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """It has ended mostly; otherwise (Ctrl-C here, or no report) it is told to, so that it clears its program away."""
+    process.terminate()
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _send(process: subprocess.Popen[bytes], job: bytes) -> None:
+    assert process.stdin is not None
+    try:
+        with process.stdin:
+            process.stdin.write(job)
+    except BrokenPipeError:
+        pass  # it died at once; _collect finds out
+
+
+def _collect(process: subprocess.Popen[bytes], report: Any, patience: float) -> tuple[bytes, bytes, bytes]:
+    """What comes out of (report, stdout, stderr) until the supervisor closes its report; read on but not kept beyond
+    the limit, so that a program that prints without end neither fills memory nor blocks."""
+    streams: tuple[Any, ...] = (report, process.stdout, process.stderr)
+    kept: dict[Any, bytearray] = {stream: bytearray() for stream in streams}
+    deadline = time.monotonic() + patience
+    with selectors.DefaultSelector() as selector:
+        for stream in streams:
+            selector.register(stream, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select(max(0.0, deadline - time.monotonic())):
+                chunk = os.read(key.fd, 1 << 16)
+                if not chunk:
+                    selector.unregister(key.fileobj)
+                room = OUTPUT_LIMIT - len(kept[key.fileobj])
+                kept[key.fileobj] += chunk[:room]
+            if time.monotonic() > deadline:
+                break
+    said, stdout, stderr = (bytes(kept[stream]) for stream in streams)
+    return said, stdout, stderr

@@ -1,0 +1,1 @@
+"""Width studies: coordinate checks, transfer, sweeps."""

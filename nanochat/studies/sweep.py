@@ -1,0 +1,353 @@
+"""Runs of a learning-rate sweep: short trainings on text that is new at every step, the same for all that are compared.
+
+A model is built and compiled once for all runs of its width, the text is read once for all runs of a seed, and each run
+that ends is a line of DIR/runs.jsonl. Several processes may work on one folder: a run belongs to whoever has locked its
+file in DIR/claims. What the runs say is the business of nanochat.studies.transfer.
+"""
+
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from nanochat import parallel
+from nanochat.arch import ARCH_RATES, RATES, TRAINING, TUNED_AT, Arch, arch_config
+from nanochat.cli import whole
+from nanochat.data.batching import plan_batch
+from nanochat.data.bin_loader import BinLoader
+from nanochat.data.parquet import replacing
+from nanochat.data.train_data import open_data
+from nanochat.dataloader import TrainLoader, row_batches
+from nanochat.dataset import text_hash
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.model_config import GPTConfig, InitSpec
+from nanochat.optim import MuonAdamW
+from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum, set_schedule
+from nanochat.runtime import compute_dtype, device_name
+from nanochat.studies import transfer
+
+Sweep = Literal["all", "matrix", "embedding", "head"]
+SWEPT: dict[Sweep, tuple[str, ...]] = {
+    "all": RATES,
+    "matrix": ("matrix_lr",),
+    "embedding": ("embedding_lr", "value_embedding_lr"),
+    "head": ("unembedding_lr",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """What runs must have in common to be compared."""
+
+    # ---- what is swept
+    base_width: Annotated[int, whole(gte=1)] = 128
+    """Width whose best rate is carried over to the others; one of them."""
+    sweep: Sweep = "all"
+    """Which rates the factors go to: all, or those of the matrices, the embeddings or the head alone."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Of the matrices."""
+
+    # ---- each run
+    arch: Arch = "nanochat"
+    """Architecture: nanochat or speedrun."""
+    depth: Annotated[int, whole(gte=1, lte=128)] = 6
+    """Transformer layers."""
+    head_dim: Annotated[int, whole(gte=2)] = 64
+    """Width of one attention head."""
+    max_seq_len: Annotated[int, whole(gte=1)] = 512
+    """Tokens in a row."""
+    steps: Annotated[int, whole(gte=1)] = 500
+    """Optimizer steps."""
+    total_batch_size: Annotated[int, whole(gte=1)] = 32_768
+    """Tokens per step, a multiple of max_seq_len."""
+    device_batch_size: Annotated[int, whole(gte=1)] = 64
+    """Rows per forward pass, at most."""
+    eval_tokens: Annotated[int, whole(gte=1)] = 524_288
+    """Validation tokens that the loss is measured on."""
+    source: str = "fineweb-edu"
+    """Text, as in base_train: fineweb-edu, climbmix, pydocs, local:DIR, bin:DIR."""
+
+
+class Run(NamedTuple):
+    """What tells one run of a sweep from the others."""
+
+    mup: bool
+    width: int
+    log2_rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{'muP' if self.mup else 'SP'} width {self.width} x{2**self.log2_rate:g} seed {self.seed}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What has been done
+
+
+def recipe(settings: SweepSettings, identity: Mapping[str, str]) -> dict[str, Any]:
+    """What must be the same for runs to be comparable. identity: of their text."""
+    names = [field.name for field in fields(SweepSettings) if field.name != "device_batch_size"]
+    return {**{name: getattr(settings, name) for name in names}, **identity}
+
+
+def open_folder(folder: Path, wanted: dict[str, Any]) -> None:
+    """Make the folder of a sweep, or check that the one that is there is of the same recipe. Raises UserError."""
+    path = folder / "settings.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        for name, value in wanted.items():
+            if there.get(name) != value:
+                raise UserError(
+                    f"{folder} holds runs with {name}={there.get(name)}, and now it is {value}: give another --out"
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def finished_runs(folder: Path) -> dict[Run, dict[str, Any]]:
+    """Records of runs.jsonl; a last line that was cut short is no record."""
+    path = folder / "runs.jsonl"
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        found[Run(record["mup"], record["width"], record["log2_rate"], record["seed"])] = record
+    return found
+
+
+def append_run(folder: Path, record: dict[str, Any]) -> None:
+    """Add a line to runs.jsonl, on the disk when this returns; behind one that was cut short, on a line of its own."""
+    with open(folder / "runs.jsonl", "a+b") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def claim(folder: Path, run: Run) -> Iterator[bool]:
+    """Whether this process may make the run: nobody else can while this is entered, and anybody when the process ends,
+    however it ends. False where another one has it, or has made it."""
+    path = folder / "claims" / str(run)
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield run not in finished_runs(folder)
+        path.unlink(missing_ok=True)
+
+
+def in_turn(folder: Path, runs: Sequence[Run], built: Container[tuple[bool, int]]) -> Iterator[Run]:
+    """Runs that are not finished, in the order in which this process should try to claim them: as they are given, so
+    that all widths go seed by seed, but those of models that others are training last, since it would have to compile
+    those first. built: (mup, width) of models that this process has."""
+    done = finished_runs(folder)
+    others = {path.name.rpartition(" x")[0] for path in (folder / "claims").glob("*")}
+
+    def foreign(run: Run) -> bool:
+        return run[:2] not in built and str(run).rpartition(" x")[0] in others
+
+    yield from sorted((run for run in runs if run not in done), key=foreign)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class Text(NamedTuple):
+    """Where rows of tokens come from."""
+
+    vocab_size: int
+    document_token: int
+    identity: dict[str, str]
+    """source, with a folder's path in full; tokens, a hash of what turns text into them, or of token files; text, a
+    hash of the shards."""
+    train: Callable[[int], Iterator[np.ndarray]]
+    """Seed -> batches (rows a step, max_seq_len + 1), a step after the other, none of them twice."""
+    val: Callable[[], np.ndarray]
+    """Validation rows (N, max_seq_len + 1)."""
+
+
+def open_text(settings: SweepSettings) -> Text:
+    """The text of --source. Raises UserError where there is none."""
+    data, length = open_data(settings.source), settings.max_seq_len
+    plan = plan_batch(settings.total_batch_size, max(1, settings.total_batch_size // length), length, 1)
+    identity = {"source": data.source, "tokens": data.fingerprint or data.tokenizer_hash}
+    if data.folder is None:
+        identity["text"] = text_hash(data.source)
+
+    def train(seed: int) -> Iterator[np.ndarray]:
+        # token files keep their order, whatever the seed: seeds are given one stretch after the other
+        skipped = 0 if data.folder is None else seed * settings.steps
+        loader = data.loader(plan, length, torch.device("cpu"), 0, 1, seed, None)
+        try:
+            for step in range(skipped + settings.steps):
+                batch = loader.next_batch()
+                if _repeats(loader):
+                    raise _not_fresh(settings, seed, step - skipped)
+                if step >= skipped:
+                    yield _rows(*batch)
+        finally:
+            loader.close()
+
+    val = partial(data.val_rows, length, settings.eval_tokens)
+    return Text(data.vocab_size, data.document_token, identity, train, val)
+
+
+def _repeats(loader: TrainLoader | BinLoader) -> bool:
+    """Whether the last batch holds text that has been given before."""
+    if isinstance(loader, BinLoader):
+        return loader.epoch() > 1
+    state = loader.state_dict()
+    units = [number + (begun - 1) * loader.streams for number, (begun, _, _) in enumerate(state["positions"])]
+    return max(units) >= state["units_per_epoch"]
+
+
+def _rows(inputs: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    return torch.cat([inputs, targets[:, -1:]], dim=1).to(torch.int32).numpy()
+
+
+def _not_fresh(settings: SweepSettings, seed: int, step: int) -> UserError:
+    return UserError(
+        f"--source={settings.source} is new text for {max(step, 0)} of --steps={settings.steps} steps of seed {seed}; "
+        "repeated text measures memory: get more of it, or lower --steps or --total-batch-size"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Bench:
+    """Models and text that runs share: a model is built and compiled once for all runs of its width."""
+
+    def __init__(self, settings: SweepSettings, text: Text, device: torch.device) -> None:
+        self.settings, self.text, self.device = settings, text, device
+        self.plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, 1)
+        self.lr_scale = batch_lr_scale(
+            settings.total_batch_size, settings.steps * settings.total_batch_size, *TUNED_AT[settings.arch]
+        )
+        self.models: dict[tuple[bool, int], tuple[GPT, Callable[..., torch.Tensor]]] = {}
+        self.tokens: tuple[int, torch.Tensor] | None = None  # seed, (rows of all steps, T + 1) int32 on the device
+        self.val = text.val()
+
+    def config(self, width: int, mup: bool) -> GPTConfig:
+        settings = self.settings
+        return arch_config(
+            settings.arch,
+            n_layer=settings.depth,
+            n_embd=width,
+            head_dim=settings.head_dim,
+            vocab_size=self.text.vocab_size,
+            sequence_len=settings.max_seq_len,
+            document_token=self.text.document_token if settings.arch == "speedrun" else -1,
+            mup_base_width=settings.base_width if mup else 0,
+        )
+
+    def model(self, width: int, mup: bool) -> tuple[GPT, Callable[..., torch.Tensor]]:
+        """(the model, what to train with: compiled on CUDA)."""
+        key = (mup, width)
+        if key not in self.models:
+            with torch.device("meta"):
+                model = GPT(self.config(width, mup), compute_dtype(self.device))
+            policy = parallel.spread(model, "ddp", self.device)
+            model.to_empty(device=self.device)
+            forward: Callable[..., torch.Tensor] = model
+            if self.device.type == "cuda":
+                forward = parallel.compile_model(model, policy)
+            self.models[key] = model, forward
+        return self.models[key]
+
+    def optimizer(self, model: GPT, run: Run) -> MuonAdamW:
+        """At the rates of this run."""
+        settings = self.settings
+        factor = {name: 2**run.log2_rate if name in SWEPT[settings.sweep] else 1.0 for name in RATES}
+        rates = {name: ARCH_RATES[settings.arch][name] * self.lr_scale * factor[name] for name in RATES}
+        options: dict[str, Any] = {"weight_decay": 0.0, "use_muon": settings.optimizer == "muon", **rates}
+        optimizer = model.setup_optimizer(**options)
+        if not run.mup:
+            with torch.device("meta"):
+                base = GPT(self.config(settings.base_width, mup=False))
+            use_rates_of(base.setup_optimizer(**options), optimizer)
+        return optimizer
+
+    def batches(self, seed: int) -> torch.Tensor:
+        """All rows of a seed's runs, in the order of the steps."""
+        if self.tokens is None or self.tokens[0] != seed:
+            self.tokens = None
+            rows = torch.from_numpy(np.concatenate(list(self.text.train(seed))))
+            self.tokens = seed, rows.to(self.device)
+        return self.tokens[1]
+
+
+def use_rates_of(base: MuonAdamW, optimizer: MuonAdamW) -> None:
+    """Give every parameter of `optimizer` the learning rate that the parameter of the same name has in `base`."""
+    rates = {name: group["lr"] for group in base.param_groups for name in group["names"]}
+    for group in optimizer.param_groups:
+        (rate,) = {rates[name] for name in group["names"]}
+        group["lr"] = group["initial_lr"] = rate
+
+
+def train_run(bench: Bench, run: Run) -> dict[str, Any]:
+    """Train one model from the start; its record for runs.jsonl. A loss that is not finite becomes None."""
+    settings, started = bench.settings, time.perf_counter()
+    model, forward = bench.model(run.width, run.mup)
+    preset = TRAINING[settings.arch]
+    spec = InitSpec(seed=run.seed, head_std=preset["head_init_std"], gain=preset["init_gain"])
+    parallel.init_weights(model, spec)
+    model.train()
+    optimizer = bench.optimizer(model, run)
+    rows_per_step, size = bench.plan.rows_per_step, bench.plan.device_batch_size
+    tokens = bench.batches(run.seed)
+    losses = torch.zeros(settings.steps, device=bench.device)  # read once, at the end
+    for step in range(settings.steps):
+        multiplier = lr_multiplier(step, settings.steps, 0.0, preset["warmdown_ratio"], preset["final_lr_frac"])
+        set_schedule(optimizer.param_groups, multiplier, muon_momentum(step))
+        batch = tokens[step * rows_per_step : (step + 1) * rows_per_step].long()
+        for part in batch.split(size):
+            # contiguous, as in training: a model is compiled for each layout
+            loss = forward(part[:, :-1].contiguous(), part[:, 1:].contiguous(), loss_reduction="sum")
+            loss = loss / (rows_per_step * settings.max_seq_len)
+            loss.backward()
+            losses[step] += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    curve = [(step, _finite(mean)) for step, mean in transfer.block_means(losses.tolist())]
+    val_loss = _finite(evaluate(model, forward, bench.val, size, bench.device))
+    seconds = round(time.perf_counter() - started, 2)
+    return {**run._asdict(), "loss": val_loss, "curve": curve, "seconds": seconds, "device": device_name(bench.device)}
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, forward: Callable[..., torch.Tensor], rows: np.ndarray, size: int, device: torch.device
+) -> float:
+    """Mean loss in nats per token over rows (N, T + 1)."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    for inputs, targets in row_batches(rows, size, device):
+        total += forward(inputs, targets, loss_reduction="sum")
+    return total.item() / (len(rows) * (rows.shape[1] - 1))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,392 @@
+"""Does the best learning rate of a narrow model stay the best of a wide one? Arithmetic over finished runs, no model.
+
+Losses come from a grid: widths x learning rates (a factor 2 apart) x seeds, trained on fresh text. The literature says
+"the same grid point is best at every width", which a coarse grid grants too easily: here the minimum is placed between
+grid points by a parabola (vertices of one sweep agreed to 0.05 log2 where argmins could only say "within a factor 2"),
+and what counts in use is asked as well: how much is lost by training a wide model at the narrow one's rate.
+
+Rates are in log2, relative to the base rates: 0 is the base rates themselves, 1 twice as much.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import NamedTuple
+
+from nanochat.errors import UserError
+from nanochat.studies.plot import LinePanel, Series, render_lines
+
+MAX_SHIFT = 0.5  # log2, between the vertices of any two widths
+MAX_EXCESS = 0.5  # % of the loss, at the transferred rate
+MIN_CONTROL_SHIFT = 1.0  # log2, that the standard parametrisation must show, or the test has no power
+MIN_WIDTHS, MIN_SPAN = 4, 8  # how many widths, and the widest over the narrowest
+CROSSING_ERRORS = 3.0  # standard errors of the gap between two widths beyond which the wider one is worse
+BLOCKS = 50  # a curve of losses is compared in means over 1/50 of the run: single batches differ by more than widths
+
+Grid = Mapping[float, Mapping[int, float]]
+"""log2 rate -> seed -> loss; inf where a run diverged."""
+
+
+class Vertex(NamedTuple):
+    """Where the loss is least, in log2 of the rate. Where the grid cannot say, log2_rate and loss are nan and `problem`
+    says why; [low, high] is what surely holds the minimum then (of a parabola that is found: the vertex itself)."""
+
+    log2_rate: float
+    loss: float
+    low: float
+    high: float
+    problem: str = ""
+
+
+def vertex(points: Sequence[tuple[float, float]]) -> Vertex:
+    """The minimum of the parabola through the best of (log2 rate, loss) and its two neighbours.
+
+    Points need not be evenly spaced; a diverged run has loss inf or nan. There is no vertex where the best point lies
+    at an edge of the grid or beside a diverged run, where the three are equally good, or where all diverged. Raises
+    UserError when fewer than three points are given or two share a rate.
+    """
+    ordered = sorted((rate, loss if math.isfinite(loss) else math.inf) for rate, loss in points)
+    rates = [rate for rate, _ in ordered]
+    if len(set(rates)) < 3 or len(set(rates)) < len(rates):
+        raise UserError(
+            f"a parabola needs three different learning rates, got {len(points)} runs at {sorted(set(rates))}"
+        )
+    best = min(range(len(ordered)), key=lambda index: ordered[index][1])
+    x, y = ordered[best]
+    if y == math.inf:
+        return Vertex(math.nan, math.nan, -math.inf, math.inf, "diverged at every rate")
+    x0, y0 = ordered[best - 1] if best > 0 else (-math.inf, math.inf)
+    x2, y2 = ordered[best + 1] if best < len(ordered) - 1 else (math.inf, math.inf)
+    # a parabola's vertex lies within half a step of the best of three points; a diverged one gives only its own place
+    low = (x0 + x) / 2 if math.isfinite(y0) else x0
+    high = (x + x2) / 2 if math.isfinite(y2) else x2
+    if math.isinf(x0) or math.isinf(x2):
+        end = "lowest" if math.isinf(x0) else "highest"
+        return Vertex(math.nan, math.nan, low, high, f"the best rate is the {end} of the grid")
+    if math.isinf(y0) or math.isinf(y2):
+        return Vertex(math.nan, math.nan, low, high, "a run next to the best one diverged")
+    left, right = (y - y0) / (x - x0), (y2 - y) / (x2 - x)  # slopes of the two chords
+    curvature = (right - left) / (x2 - x0)
+    if not curvature > 0:
+        return Vertex(math.nan, math.nan, low, high, "three rates are equally good")
+    # Newton's form: y0 + left (t - x0) + curvature (t - x0)(t - x)
+    at = (x0 + x) / 2 - left / (2 * curvature)
+    at = min(max(at, low), high)  # rounding alone can carry it out
+    return Vertex(at, y + (at - x) * (left + curvature * (at - x0)), at, at)
+
+
+class Spread(NamedTuple):
+    """Mean over seeds and its standard error (nan for one seed)."""
+
+    mean: float
+    stderr: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard error of the mean; (inf, nan) where a value is not finite."""
+    if not all(map(math.isfinite, values)):
+        return Spread(math.inf, math.nan)
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return Spread(mean, math.nan)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Spread(mean, math.sqrt(variance / len(values)))
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """One width of a sweep."""
+
+    width: int
+    losses: dict[float, Spread]
+    """log2 rate -> loss over the seeds, in nats."""
+    seeds: int
+    """How many are finished at this width."""
+    compared: int
+    """How many of them are finished at all widths: all that is said here is over those, since each has its own text."""
+    argmin: float
+    """Best rate of the grid, log2; nan where all diverged."""
+    best: Spread
+    """Its loss."""
+    vertex: Vertex
+    """Of the mean losses."""
+    vertex_stderr: float
+    """Standard error over the vertices of single seeds; nan where a seed has none, or is alone."""
+    transferred: float
+    """Best rate of the base width, log2."""
+    excess: Spread
+    """Loss at that rate beyond `best`, in % of it; the standard error is of the seeds' differences, since a seed sees
+    the same text at all rates."""
+
+
+def transfer_results(grids: Mapping[int, Grid], base_width: int) -> list[TransferResult]:
+    """One result for each width, in order of width, over the seeds that all widths have.
+
+    Raises UserError where seeds are not the same at all rates of a width (means over different seeds are over different
+    text), no seed is finished at all widths, a width has no run at the base width's best rate, or the base width is not
+    among them or diverged at every rate.
+    """
+    if base_width not in grids:
+        raise UserError(f"no finished grid of the base width {base_width}: widths with one are {sorted(grids)}")
+    for width, grid in grids.items():
+        if len({frozenset(by_seed) for by_seed in grid.values()}) != 1 or not all(grid.values()):
+            raise UserError(f"width {width}: not the same seeds at all learning rates")
+    seeds = shared_seeds(grids)
+    if not seeds:
+        raise UserError("no seed is finished at all widths: let the sweep go on, or give fewer --widths")
+    finished = {width: len(next(iter(grid.values()))) for width, grid in grids.items()}
+    grids = {
+        width: {rate: {seed: by_seed[seed] for seed in seeds} for rate, by_seed in grid.items()}
+        for width, grid in grids.items()
+    }
+    transferred = _argmin(grids[base_width])
+    if math.isnan(transferred):
+        raise UserError(f"a run of the base width {base_width} diverged at every rate: lower --multipliers")
+    results = []
+    for width, grid in sorted(grids.items()):
+        if transferred not in grid:
+            raise UserError(f"width {width} has no run at the base width's best rate, log2 {transferred:g}")
+        losses = {rate: spread(list(by_seed.values())) for rate, by_seed in sorted(grid.items())}
+        best = _argmin(grid)
+        least, lost = Spread(math.inf, math.nan), Spread(math.inf, math.nan)
+        if not math.isnan(best):
+            least = losses[best]
+            nats = spread([grid[transferred][seed] - grid[best][seed] for seed in seeds])
+            lost = Spread(nats.mean * 100 / least.mean, nats.stderr * 100 / least.mean)
+        singles = [vertex([(rate, by_seed[seed]) for rate, by_seed in grid.items()]).log2_rate for seed in seeds]
+        results.append(
+            TransferResult(
+                width=width,
+                losses=losses,
+                seeds=finished[width],
+                compared=len(seeds),
+                argmin=best,
+                best=least,
+                vertex=vertex([(rate, loss.mean) for rate, loss in losses.items()]),
+                vertex_stderr=spread(singles).stderr,
+                transferred=transferred,
+                excess=lost,
+            )
+        )
+    return results
+
+
+def shared_seeds(grids: Mapping[int, Grid]) -> list[int]:
+    """Seeds that have a run at every rate of every width: what widths can be compared on."""
+    every = [set(by_seed) for grid in grids.values() for by_seed in grid.values()]
+    return sorted(set.intersection(*every)) if every else []
+
+
+def _argmin(grid: Grid) -> float:
+    """The rate with the least mean loss; nan where none is finite."""
+    means = {rate: spread(list(by_seed.values())).mean for rate, by_seed in grid.items()}
+    best = min(means, key=lambda rate: means[rate])
+    return best if math.isfinite(means[best]) else math.nan
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wider is better
+
+
+def block_means(losses: Sequence[float], blocks: int = BLOCKS) -> list[tuple[int, float]]:
+    """Losses of single steps -> (last step of the block, counted from 1; mean over it), at most `blocks` blocks of
+    equal length (the last may be shorter). This is all the smoothing that wider_is_better gets to see."""
+    size = max(1, math.ceil(len(losses) / blocks))
+    parts = [losses[first : first + size] for first in range(0, len(losses), size)]
+    return [(size * index + len(part), math.fsum(part) / len(part)) for index, part in enumerate(parts)]
+
+
+class Crossing(NamedTuple):
+    """A recorded step at which a wider model had the higher loss."""
+
+    step: int
+    narrow: int
+    wide: int
+    gap: float
+
+
+Curve = Sequence[tuple[int, float]]
+"""(step, loss) in order of step."""
+
+
+def wider_is_better(curves: Mapping[int, Sequence[Curve]], noise: float = 0.0) -> list[Crossing]:
+    """Where it is not: crossings between neighbouring widths, in order of step; none is what muP promises.
+
+    curves: width -> one curve a seed, in the same order of seeds at each width, made by block_means or at least with
+    the same steps everywhere. The gap is the mean over seeds of wide minus narrow; it is a crossing where it exceeds
+    CROSSING_ERRORS standard errors, or `noise` in nats where that is larger (one seed has no standard error). The
+    standard error is that of the step or, where that is larger, the median over the steps: of three seeds a single one
+    is often small by chance, and alone would find 5 % of the steps of equal widths to cross; so it is 0.5 %.
+    A wide model that diverged is a crossing; seeds of which only the narrow one did are left out. Before the first
+    update all widths have the loss ln(vocabulary), so a millionth of the loss is never a crossing.
+    Raises UserError for fewer than two widths or steps that differ.
+    """
+    widths = sorted(curves)
+    if len(widths) < 2:
+        raise UserError(f"wider is better than what? Curves of two widths are needed, got {widths}")
+    steps = {tuple(step for step, _ in curve) for by_seed in curves.values() for curve in by_seed}
+    if len(steps) != 1 or len({len(by_seed) for by_seed in curves.values()}) != 1:
+        raise UserError("loss curves of different lengths or numbers of seeds cannot be compared: finish all runs")
+    found = []
+    (recorded,) = steps
+    for narrow, wide in pairwise(widths):
+        pairs = list(zip(curves[narrow], curves[wide], strict=True))
+        gaps = [
+            _gap([(before[index][1], after[index][1]) for before, after in pairs]) for index in range(len(recorded))
+        ]
+        known = [gap.stderr for gap in gaps if not math.isnan(gap.stderr)]
+        usual = median(known) if known else 0.0
+        for index, (step, gap) in enumerate(zip(recorded, gaps, strict=True)):
+            level = spread([before[index][1] for before, _ in pairs if math.isfinite(before[index][1])] or [0.0]).mean
+            stderr = usual if math.isnan(gap.stderr) else max(usual, gap.stderr)
+            if gap.mean > max(noise, CROSSING_ERRORS * stderr, 1e-6 * abs(level)):
+                found.append(Crossing(step, narrow, wide, gap.mean))
+    return sorted(found)
+
+
+def _gap(losses: Sequence[tuple[float, float]]) -> Spread:
+    """Wide minus narrow over the seeds' (narrow, wide); inf where a wide one diverged, -inf where only narrow ones."""
+    if not all(math.isfinite(wide) for _, wide in losses):
+        return Spread(math.inf, math.nan)
+    finite = [wide - narrow for narrow, wide in losses if math.isfinite(narrow)]
+    return spread(finite) if finite else Spread(-math.inf, math.nan)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The bars
+
+
+class Verdict(NamedTuple):
+    """One bar: passed is None where it was not measured, or not well enough to tell."""
+
+    bar: str
+    passed: bool | None
+    detail: str
+
+
+def judge(
+    results_mup: Sequence[TransferResult],
+    results_sp: Sequence[TransferResult],
+    crossings: Sequence[Crossing] | None = None,
+) -> list[Verdict]:
+    """The bars, each with what was found. results_sp: the control, empty where it was not run; crossings: of
+    wider_is_better, None where there was nothing to compare."""
+    widths = [result.width for result in results_mup]
+    span = max(widths) / min(widths)
+    verdicts = [
+        Verdict(
+            f"at least {MIN_WIDTHS} widths spanning {MIN_SPAN}x",
+            len(widths) >= MIN_WIDTHS and span >= MIN_SPAN,
+            f"{len(widths)} widths spanning {span:g}x",
+        )
+    ]
+    unknown = [result for result in results_mup if result.vertex.problem]
+    shift = max(result.vertex.high for result in results_mup) - min(result.vertex.low for result in results_mup)
+    detail = f"{shift:.2f}" if not unknown else f"width {unknown[0].width}: {unknown[0].vertex.problem}"
+    verdicts.append(Verdict(f"muP: vertices within {MAX_SHIFT} log2", not unknown and shift <= MAX_SHIFT, detail))
+
+    verdicts.append(_judge_excess(results_mup))
+    bar = f"control: the optimum shifts by at least {MIN_CONTROL_SHIFT:g} log2"
+    if len(results_sp) < 2:
+        verdicts.append(Verdict(bar, None, "not run"))
+    else:
+        least = control_shift(results_sp)
+        detail = f"at least {least:.2f}"
+        if ruined := [result.width for result in results_sp if not math.isfinite(result.best.mean)]:
+            detail += f"; width {ruined[0]} diverged at every rate: lower --multipliers"
+        verdicts.append(Verdict(bar, least >= MIN_CONTROL_SHIFT, detail))
+    bar = "muP: wider is better at every recorded step"
+    if crossings is None:
+        verdicts.append(Verdict(bar, None, "nothing to compare"))
+    else:
+        detail = "no crossing"
+        if crossings:
+            last = crossings[-1]
+            detail = f"{len(crossings)} crossings, the last at step {last.step}: {last.wide} over {last.narrow}"
+            detail += f" by {last.gap:.4f}"
+        verdicts.append(Verdict(bar, not crossings, detail))
+    return verdicts
+
+
+def _judge_excess(results: Sequence[TransferResult]) -> Verdict:
+    """Missed where a width loses more than the bar, open where one does that is within a standard error of it."""
+    over = [result for result in results if not result.excess.mean <= MAX_EXCESS]
+    # one seed has no standard error (nan): its mean decides
+    missed = [result for result in over if not result.excess.mean - result.excess.stderr <= MAX_EXCESS]
+    worst = max(missed or over or results, key=lambda result: result.excess.mean)
+    detail = f"worst {_percent(worst.excess)} at width {worst.width}"
+    if over and not missed:
+        detail += ", within a standard error of the bar: more seeds decide"
+    bar = f"muP: at the transferred rate within {MAX_EXCESS} % of each width's best"
+    return Verdict(bar, False if missed else None if over else True, detail)
+
+
+def control_shift(results: Sequence[TransferResult]) -> float:
+    """log2 by which the optimum moves from the narrowest to the widest, at least: where a vertex could not be placed,
+    the end of its interval that is nearer counts."""
+    ordered = sorted(results, key=lambda result: result.width)
+    first, last = ordered[0].vertex, ordered[-1].vertex
+    return max(0.0, last.low - first.high, first.low - last.high)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shown
+
+
+def table(results: Sequence[TransferResult], base_width: int) -> str:
+    """Lines for the console: losses of the grid, then where the minimum is and what the transferred rate costs. Seeds
+    are those compared and, where there are more, those that are finished at this width."""
+    rates = sorted({rate for result in results for rate in result.losses})
+    heads = " ".join(f"{'x' + format(2**rate, 'g'):>8}" for rate in rates)
+    lines = [f"width | {'seeds':<6} | {heads} | {'vertex (log2)':<16} | {f'from {base_width}':<10} | excess"]
+    base = {result.width: result for result in results}[base_width].vertex.log2_rate
+    for result in results:
+        cells = " ".join(
+            f"{result.losses[rate].mean:>7.4f}{'*' if rate == result.argmin else ' '}"
+            if rate in result.losses
+            else " " * 8
+            for rate in rates
+        )
+        found, stderr = result.vertex, result.vertex_stderr
+        where = found.problem or f"{found.log2_rate:+.2f}" + ("" if math.isnan(stderr) else f" +- {stderr:.2f}")
+        moved = found.log2_rate - base
+        delta = "" if math.isnan(moved) else f"{moved:+.2f}"
+        seeds = f"{result.compared}" + (f" of {result.seeds}" if result.seeds > result.compared else "")
+        lines.append(
+            f"{result.width:>5} | {seeds:<6} | {cells} | {where:<16} | {delta:<10} | {_percent(result.excess)}"
+        )
+    return "\n".join(lines)
+
+
+def _percent(excess: Spread) -> str:
+    return f"{excess.mean:.2f} %" + ("" if math.isnan(excess.stderr) else f" +- {excess.stderr:.2f}")
+
+
+def rate_plot(named: Mapping[str, Sequence[TransferResult]]) -> str:
+    """SVG: loss over rate, a curve a width with its vertex as a ring, a panel for each parametrisation."""
+    panels = []
+    for name, results in named.items():
+        series = []
+        for result in results:
+            width = f"width {result.width}"
+            series.append(Series(width, [(2**rate, loss.mean) for rate, loss in result.losses.items()]))
+            if not result.vertex.problem:
+                series.append(Series(width, [(2**result.vertex.log2_rate, result.vertex.loss)]))
+        panels.append(LinePanel(name, "learning rate / base rate", series, log_x=True, y_label="loss, nats"))
+    return render_lines(panels, columns=2, share_y=True)
+
+
+def curve_plot(named: Mapping[str, Mapping[int, Sequence[Curve]]]) -> str:
+    """SVG: training loss over steps at the transferred rate, the first seed of each width, a panel each."""
+    panels = [
+        LinePanel(
+            name,
+            "step",
+            [Series(f"width {width}", by_seed[0]) for width, by_seed in sorted(curves.items())],
+            y_label="training loss, nats",
+        )
+        for name, curves in named.items()
+    ]
+    return render_lines(panels, columns=2, share_y=True)

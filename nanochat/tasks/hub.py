@@ -1,0 +1,359 @@
+"""Chat data sets of the Hugging Face hub: which files they are, how they get into the store, how tasks read them.
+
+    task_data/hub/<task>/train-00000-of-00001.parquet ...   task_data/hub/<task>/manifest.json
+
+Revisions are commits, so that everyone has the same items and scores can be compared. A file counts only once the
+manifest names it; a split is read only when all of its files are there.
+"""
+
+import contextlib
+import functools
+import hashlib
+import random
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.data import parquet as shards
+from nanochat.errors import UserError
+from nanochat.paths import task_data_dir
+
+LOCAL = "local directory"
+ORDER_SEED = 42
+
+
+@dataclass(frozen=True)
+class HubTask:
+    """A dataset repository, the commit that is used, the parquet files of each split, the columns they must have."""
+
+    repo: str
+    revision: str
+    files: dict[str, tuple[str, ...]]
+    columns: tuple[str, ...]
+
+
+def _files(*names: str) -> dict[str, tuple[str, ...]]:
+    """One parquet file a split; the split is the last part of the name."""
+    return {name.rpartition("/")[2]: (f"{name}-00000-of-00001.parquet",) for name in names}
+
+
+ARC_REVISION = "210d026faf9955653af8916fad021475a3f00453"
+ARC_COLUMNS = ("id", "question", "choices", "answerKey")
+
+HUB_TASKS = {
+    "SmolTalk": HubTask(
+        "HuggingFaceTB/smol-smoltalk",
+        "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
+        {"train": tuple(f"data/train-{i:05d}-of-00004.parquet" for i in range(4)), **_files("data/test")},
+        ("messages",),
+    ),
+    "MMLU": HubTask(
+        "cais/mmlu",
+        "c30699e8356da336a370243923dbaf21066bb9fe",
+        _files("auxiliary_train/train", "all/validation", "all/test"),
+        ("question", "subject", "choices", "answer"),
+    ),
+    "GSM8K": HubTask(
+        "openai/gsm8k",
+        "e53f048856ff4f594e959d75785d2c2d37b678ee",
+        _files("main/train", "main/test"),
+        ("question", "answer"),
+    ),
+    "ARC-Easy": HubTask(
+        "allenai/ai2_arc",
+        ARC_REVISION,
+        _files("ARC-Easy/train", "ARC-Easy/validation", "ARC-Easy/test"),
+        ARC_COLUMNS,
+    ),
+    "ARC-Challenge": HubTask(
+        "allenai/ai2_arc",
+        ARC_REVISION,
+        _files("ARC-Challenge/train", "ARC-Challenge/validation", "ARC-Challenge/test"),
+        ARC_COLUMNS,
+    ),
+    "HumanEval": HubTask(
+        "openai/openai_humaneval",
+        "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+        _files("openai_humaneval/test"),
+        ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: what tasks use
+
+
+def load_table(task: str, split: str) -> pa.Table:
+    """The items of one split as an Arrow table with the columns of HUB_TASKS; `row` makes Python objects of one item.
+
+    Read once a process. Raises UserError naming the command that gets the data when it is absent or damaged.
+    """
+    return _read(*_key(task, split))
+
+
+def load_rows(task: str, split: str) -> list[dict[str, Any]]:
+    """All items of one split as dicts, not to be changed; for small data sets. Raises UserError like load_table."""
+    return _read_rows(*_key(task, split))
+
+
+def row(table: pa.Table, index: int) -> dict[str, Any]:
+    """Item `index` of a table as a dict."""
+    return {name: table.column(name)[index].as_py() for name in table.column_names}
+
+
+def num_rows(task: str, split: str) -> int:
+    """Items in one split, from the manifest. Raises UserError when the data is absent."""
+    return sum(entry["rows"] for entry in _present(task, split).values())
+
+
+@functools.lru_cache(maxsize=16)
+def fixed_order(count: int) -> Sequence[int]:
+    """0 … count-1 in a random order that is always the same.
+
+    The data sets lie sorted by subject or origin; in this order the first n items are a fair sample of all.
+    """
+    order = list(range(count))
+    random.Random(ORDER_SEED).shuffle(order)
+    return tuple(order)
+
+
+def source_text(task: str) -> str:
+    """Where the items in the store come from, for reports: `openai/gsm8k at e53f048`.
+
+    A revision that is a branch is shown as not pinned, with the commit that was served; files of the user's own as
+    `local directory` with the beginnings of their sha256.
+    """
+    entries = list(shards.load_manifest(folder(task))["files"].values())
+    digests = ", ".join(entry["sha256"][:8] for entry in entries if entry["origin"] == LOCAL)
+    texts = [
+        f"{LOCAL} (sha256 {digests})" if entry["origin"] == LOCAL else _revision_text(entry["origin"], entry)
+        for entry in entries
+    ]
+    data = HUB_TASKS[task]
+    table = _revision_text(data.repo, {"asked": data.revision, "served": data.revision})
+    return " and ".join(dict.fromkeys(texts)) or table
+
+
+def _revision_text(repo: str, entry: shards.Manifest) -> str:
+    asked, served = entry["asked"], entry["served"]
+    if re.fullmatch(r"[0-9a-f]{40}", asked):
+        return f"{repo} at {served[:7]}"
+    return f"{repo} at {asked}, not pinned" + (f" (served {served[:7]})" if served != asked else "")
+
+
+def folder(task: str) -> Path:
+    """Where the files of a task lie in the store."""
+    return task_data_dir() / "hub" / task
+
+
+def _key(task: str, split: str) -> tuple[tuple[tuple[Path, str], ...], tuple[str, ...]]:
+    """What decides the content: the files with their sha256, and the columns wanted."""
+    files = tuple((path, entry["sha256"]) for path, entry in _present(task, split).items())
+    return files, HUB_TASKS[task].columns
+
+
+def _present(task: str, split: str) -> dict[Path, shards.Manifest]:
+    if split not in HUB_TASKS[task].files:
+        raise UserError(f"{task} has no {split} split: it has {', '.join(HUB_TASKS[task].files)}")
+    entries = _standing(task, split)
+    if not entries:
+        command = f"python -m scripts.chat_data --tasks={task}"
+        raise UserError(f"no {split} items of {task} in {folder(task)}, or not all of them: run `{command}`")
+    return entries
+
+
+def _standing(task: str, split: str) -> dict[Path, shards.Manifest]:
+    """The files of a split in order; none of them unless all are here, whole, and of the revision that is wanted."""
+    data, target = HUB_TASKS[task], folder(task)
+    entries = _entries(task, split)
+    local = all(entry["origin"] == LOCAL for entry in entries.values())
+    names = {Path(path).name for path in data.files[split]}
+    if not local and not (entries.keys() == names and all(_is_wanted(data, entry) for entry in entries.values())):
+        return {}
+    if not all(_stands(target / name, entry) for name, entry in entries.items()):
+        return {}
+    return {target / name: entries[name] for name in sorted(entries)}
+
+
+def _entries(task: str, split: str) -> shards.Manifest:
+    files = shards.load_manifest(folder(task))["files"]
+    return {name: entry for name, entry in files.items() if entry["split"] == split}
+
+
+def _is_wanted(data: HubTask, entry: shards.Manifest) -> bool:
+    return (entry["origin"], entry.get("asked")) == (data.repo, data.revision)
+
+
+def _stands(path: Path, entry: shards.Manifest) -> bool:
+    return path.exists() and path.stat().st_size == entry["size"]
+
+
+@functools.lru_cache(maxsize=16)
+def _read(files: tuple[tuple[Path, str], ...], columns: tuple[str, ...]) -> pa.Table:
+    return pa.concat_tables([_read_file(path).select(list(columns)) for path, _ in files])
+
+
+@functools.lru_cache(maxsize=16)
+def _read_rows(files: tuple[tuple[Path, str], ...], columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    return _read(files, columns).to_pylist()
+
+
+def _read_file(path: Path) -> pa.Table:
+    """All of one parquet file. MMLU's train file holds a single column `train` of structs: its fields are taken."""
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it and get it again") from None
+    if table.column_names == ["train"] and pa.types.is_struct(table.schema.field(0).type):
+        return pa.Table.from_struct_array(table.column(0))
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Getting
+
+
+def fetch(task: str, splits: Iterable[str]) -> None:
+    """Download what is not here of `splits`; local files in their place are replaced.
+
+    Raises UserError like hub.download, and for files of another form; where the hub cannot be reached, local ones stay.
+    """
+    data = HUB_TASKS[task]
+    for split in splits:
+        local = has_local(task, [split])
+        if _standing(task, split) and not local:
+            continue
+        entries = {name: entry for name, entry in _entries(task, split).items() if _is_wanted(data, entry)}
+        entries = {name: entry for name, entry in entries.items() if _stands(folder(task) / name, entry)}
+        for path in data.files[split]:
+            if Path(path).name not in entries:
+                otherwise = f"have {task}/{Path(path).name} in a folder and give --from-dir=FOLDER"
+                if local:
+                    otherwise = "give --from-dir=FOLDER again to go on with the local files that are in use"
+                entries[Path(path).name] = _download(task, split, path, otherwise)
+                _record(task, split, entries)
+
+
+def has_local(task: str, splits: Iterable[str]) -> bool:
+    """Whether one of `splits` in the store was copied from a folder."""
+    return any(entry["origin"] == LOCAL for split in splits for entry in _entries(task, split).values())
+
+
+def _download(task: str, split: str, path: str, otherwise: str) -> shards.Manifest:
+    from nanochat.data import hub  # huggingface_hub takes 0.5 s to import: only for those who download
+
+    data, name = HUB_TASKS[task], Path(path).name
+    entry: shards.Manifest = {}
+    try:
+        fetched = hub.download(
+            data.repo,
+            path,
+            data.revision,
+            folder(task) / name,
+            verify=lambda temporary: entry.update(_describe(temporary, split, data, path)),
+            otherwise=otherwise,
+        )
+    except UserError as error:
+        with contextlib.suppress(OSError):
+            folder(task).rmdir()  # where nothing came, nothing stays
+        raise UserError(f"{task}: {error}") from None
+    print(f"{task} {name}: {fetched.size / 1e6:,.1f} MB, {entry['rows']:,} items", flush=True)
+    return {**entry, "origin": data.repo, "asked": data.revision, "served": fetched.revision}
+
+
+def take_local(task: str, origin: Path) -> list[str]:
+    """Copy the splits of a task that lie in the folder `origin`; returns them. Equal files copied before are kept.
+
+    They are looked for in folders named after the task or its repository, in any case: at the paths of the hub, else
+    by file names that begin with the split, anywhere below. Raises UserError when files are missing, damaged or
+    could be meant in several ways.
+    """
+    if not origin.is_dir():
+        raise UserError(f"--from-dir={origin}: no such folder")
+    taken = []
+    for split in HUB_TASKS[task].files:
+        if found := _find(task, split, origin):
+            _copy(task, split, found)
+            taken.append(split)
+    return taken
+
+
+def _find(task: str, split: str, origin: Path) -> list[Path]:
+    data = HUB_TASKS[task]
+    names = {task.casefold(), data.repo.rpartition("/")[2].casefold()}
+    roots = [path for path in sorted(origin.iterdir()) if path.is_dir() and path.name.casefold() in names]
+    for root in roots:
+        exact = [root / path for path in data.files[split]]
+        if all(path.is_file() for path in exact):
+            return exact
+    found = sorted(path for root in roots for path in root.rglob("*.parquet") if _names_split(path, split))
+    if sum(other.repo == data.repo for other in HUB_TASKS.values()) > 1:  # the others' files may lie there as well
+        found = [path for path in found if task.casefold() in str(path.relative_to(origin)).casefold().split("/")]
+    folders = sorted({str(path.parent) for path in found})
+    if len(folders) > 1:
+        raise UserError(f"{task}: {split} files in {len(folders)} folders, {', '.join(folders[:3])}: keep one of them")
+    if found and (count := re.search(r"-of-(\d+)\.parquet$", found[0].name)) and int(count[1]) != len(found):
+        raise UserError(f"{task}: {len(found)} of {int(count[1])} {split} files are in {folders[0]}")
+    return found
+
+
+def _names_split(path: Path, split: str) -> bool:
+    return re.match(rf"{split}(?![A-Za-z])", path.name) is not None
+
+
+def _copy(task: str, split: str, found: list[Path]) -> None:
+    old, entries = _entries(task, split), {}
+    for index, path in enumerate(found):
+        name = f"{split}-{index:05d}-of-{len(found):05d}.parquet"
+        target = folder(task) / name
+        before = old.get(name, {})
+        if before.get("origin") == LOCAL and _stands(target, before) and before["sha256"] == _sha256(path):
+            entries[name] = before
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with shards.replacing(target) as temporary:
+            shutil.copyfile(path, temporary)
+            entry = _describe(temporary, split, HUB_TASKS[task], str(path))
+        entries[name] = {**entry, "origin": LOCAL}
+    if entries != old:
+        _record(task, split, entries)
+
+
+def _record(task: str, split: str, entries: shards.Manifest) -> None:
+    """Make `entries` all there is of a split, and remove its other files."""
+    data, target = HUB_TASKS[task], folder(task)
+    others = {name: entry for name, entry in shards.load_manifest(target)["files"].items() if entry["split"] != split}
+    about = {"repo": data.repo, "revision": data.revision}
+    shards.update_manifest(target, about, {**others, **entries}, replace=True)
+    for path in target.glob(f"{split}-*.parquet"):
+        if path.name not in entries:
+            path.unlink()
+
+
+def _describe(path: Path, split: str, data: HubTask, name: str) -> shards.Manifest:
+    """Manifest entry of a file: size, sha256, rows; every row is read on the way.
+
+    Raises UserError (under `name`) when it is not parquet, is empty or lacks columns.
+    """
+    try:
+        table = _read_file(path)
+    except UserError:
+        raise UserError(f"{name}: expected a parquet file, found something else or half of one") from None
+    missing = [column for column in data.columns if column not in table.column_names]
+    if missing:
+        raise UserError(f"{name}: no column {', '.join(missing)}, found {', '.join(table.column_names)}")
+    if not table.num_rows:
+        raise UserError(f"{name}: no rows")
+    return {"split": split, "size": path.stat().st_size, "sha256": _sha256(path), "rows": table.num_rows}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,252 @@
+"""Submitting to clusters: Volcengine, Slurm, SkyPilot."""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import launch
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/golden/volc_dry_run.yaml"
+SECRET = "s3cret-value"
+
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location("volc_render", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+render = _load(ROOT / "volc/render.py")
+
+ACCOUNT = {
+    "VOLC_QUEUE_ID": "q-1",
+    "VOLC_FLAVOR": "a-flavor",
+    "VOLC_IMAGE": "registry/nanochat:1",
+    "VOLC_STORAGE_TYPE": "Vepfs",
+    "VOLC_STORAGE_ID": "vepfs-1",
+    "VOLC_STORAGE_PATH": "team",
+    "VOLC_MOUNT_PATH": "/mnt/store",
+}
+COMMAND = ["bash", "pretrain.sh", "--depth=32"]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """volc/ in a folder of its own, where no volc/config of this machine counts."""
+    (tmp_path / "volc").mkdir()
+    for name in ("volc_submit.sh", "render.py", "task.yaml.j2", "config.example"):
+        shutil.copy(ROOT / "volc" / name, tmp_path / "volc")
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def submit(tree, *words, **environment):
+    everything = {
+        "PATH": f"{tree / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "TMPDIR": str(tree),
+        "SEEN": str(tree / "seen"),
+        **environment,
+    }
+    command = ["bash", "volc/volc_submit.sh", *words]
+    return subprocess.run(command, cwd=tree, env=everything, capture_output=True, text=True, timeout=60)
+
+
+def test_the_dry_run_is_the_golden_file(tree):
+    environment = {**ACCOUNT, "NNODES": "4", "WANDB_API_KEY": SECRET, "WANDB_RUN": "d32"}
+    done = submit(tree, "--dry-run", *COMMAND, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == GOLDEN.read_text(), "if this is meant to change, write it anew"
+    task = yaml.safe_load(done.stdout)
+    assert task["Framework"] == "PyTorchDDP" and task["TaskRoleSpecs"][0]["RoleReplicas"] == 4
+    assert task["Entrypoint"] == "cd /root/nanochat && exec bash pretrain.sh --depth=32"
+    assert {"Failed", "InstanceReclaimed"} <= set(task["RetryOptions"]["PolicySets"])
+
+
+def test_everything_missing_is_asked_for_by_name_at_once(tree):
+    done = submit(tree, "--dry-run", *COMMAND, VOLC_FLAVOR="x")
+    assert done.returncode == 1 and done.stderr.startswith("error: not set: ") and done.stderr.count("\n") == 1
+    for name in ACCOUNT:
+        assert (name in done.stderr) == (name not in ("VOLC_FLAVOR", "VOLC_STORAGE_PATH"))
+
+
+def test_the_example_filled_in_is_a_config_and_the_environment_goes_before_it(tree):
+    text = (tree / "volc/config.example").read_text()
+    for name, value in ACCOUNT.items():
+        text, times = re.subn(rf"^{name}=", f"{name}='{value}'", text, flags=re.M)
+        assert times == 1
+    (tree / "volc/config").write_text(text)
+    assert submit(tree, "--dry-run", *COMMAND).returncode == 0
+    task = yaml.safe_load(submit(tree, "--dry-run", *COMMAND, VOLC_FLAVOR="other", VOLC_CODE_PATH="/code dir").stdout)
+    assert task["TaskRoleSpecs"][0] == {"RoleName": "worker", "RoleReplicas": 1, "Flavor": "other"}
+    assert task["Entrypoint"].startswith("cd '/code dir' && ") and "UserCodePath" not in task
+
+
+VOLC = """#!/usr/bin/env bash
+cp -p "${@: -1}" "$SEEN" && echo "$*" >"$SEEN.words" && echo submitted
+exit "${CODE:-0}"
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_submission_hands_over_secrets_and_leaves_none_behind(tree, code):
+    (tree / "bin/volc").write_text(VOLC)
+    (tree / "bin/volc").chmod(0o755)
+    secrets = {"HF_TOKEN": SECRET, "VOLC_SECRETS": "MY_KEY", "MY_KEY": "another one"}
+    done = submit(tree, *COMMAND, **ACCOUNT, **secrets, CODE=str(code))
+    assert done.returncode == code and done.stdout.endswith("submitted\n")
+    assert SECRET not in done.stdout + done.stderr and "another one" not in done.stdout + done.stderr
+    private = {
+        one["Name"]: one["Value"] for one in yaml.safe_load((tree / "seen").read_text())["Envs"] if one["IsPrivate"]
+    }
+    assert private == {"HF_TOKEN": SECRET, "MY_KEY": "another one"}
+    words = (tree / "seen.words").read_text().split()
+    assert words[:3] == ["ml_task", "submit", "--conf"] and not Path(words[3]).exists()
+    assert stat.S_IMODE((tree / "seen").stat().st_mode) == 0o600
+    shown = yaml.safe_load(done.stdout.removesuffix("submitted\n"))
+    assert {one["Value"] for one in shown["Envs"] if one["IsPrivate"]} == {"***"}
+
+
+def test_without_the_cli_it_says_so_and_writes_nothing(tree):
+    for tool in ("bash", "env", "dirname"):
+        (tree / "bin" / tool).symlink_to(shutil.which(tool))
+    before = sorted(tree.rglob("*"))
+    done = submit(tree, *COMMAND, **ACCOUNT, PATH=str(tree / "bin"))
+    assert done.returncode == 1 and "volc CLI is not on PATH" in done.stderr
+    assert [path for path in sorted(tree.rglob("*")) if "__pycache__" not in str(path)] == before
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "needle"),
+    [
+        (["--dry-run"], {}, "no command"),
+        (["--nodes=4", *COMMAND], {}, "--nodes=4"),
+        (["--dry-run", *COMMAND], {"NNODES": "four"}, "NNODES=four"),
+        (["--dry-run", *COMMAND], {"NNODES": "0"}, "NNODES=0"),
+        (["--dry-run", *COMMAND], {"VOLC_STORAGE_TYPE": "Disk"}, "VOLC_STORAGE_TYPE=Disk"),
+        (["--dry-run", *COMMAND], {"VOLC_SECRETS": "NOT_SET"}, "NOT_SET"),
+        (["--dry-run", *COMMAND], {"VOLC_PRIORITY": "high"}, "VOLC_PRIORITY=high"),
+    ],
+)
+def test_mistakes_are_one_line(tree, words, environment, needle):
+    done = submit(tree, *words, **{**ACCOUNT, **environment})
+    assert done.returncode == 1 and needle in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_damaged_config_names_the_line(tree):
+    for line in ("VOLC_IMAGE='open", "VOLC_IMAGE: x", "VOLC_IMAGE=two words"):
+        (tree / "volc/config").write_text(f"# first\n{line}\n")
+        done = submit(tree, "--dry-run", *COMMAND, **ACCOUNT)
+        assert done.returncode == 1 and "line 2" in done.stderr and done.stderr.count("\n") == 1
+
+
+@given(st.text(), st.text(min_size=1), st.lists(st.text(), min_size=1), st.booleans())
+def test_any_value_survives_yaml(image, secret, command, hide):
+    known = {**ACCOUNT, "VOLC_IMAGE": image or "x", "HF_TOKEN": secret, "VOLC_ENVS": "ANY", "ANY": secret[::-1]}
+    task = yaml.safe_load(render.render(render.fields(known, command), hide))
+    values = {one["Name"]: one["Value"] for one in task["Envs"]}
+    assert task["ImageUrl"] == (image or "x") and task["Description"] == shlex.join(command)
+    assert values["ANY"] == secret[::-1] and values["HF_TOKEN"] == ("***" if hide else secret)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Slurm, SkyPilot
+
+
+def sbatch_options(text):
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.M))
+
+
+def test_slurm_starts_one_launcher_a_node_and_warns_before_the_end():
+    text = (ROOT / "slurm/pretrain.sbatch").read_text()
+    options = sbatch_options(text)
+    assert options["ntasks-per-node"] == "1" and options["signal"] == "USR1@120" and "requeue" in options
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (143, False)])
+def test_slurm_goes_on_after_a_stop_and_not_after_a_failure(tmp_path, code, requeued):
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n' + (f"exit {code}\n" if name == "srun" else ""))
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    script = ["bash", str(ROOT / "slurm/pretrain.sbatch"), "--depth=32", "--run=a b"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == code and done.stdout.splitlines()[0].endswith(" bash pretrain.sh --depth=32 --run=a b")
+    assert ("scontrol requeue 7" in done.stdout) == requeued
+
+
+def test_skypilot_runs_the_same_command_on_every_node():
+    task = yaml.safe_load((ROOT / "sky/pretrain.yaml").read_text())
+    assert task["run"].strip() == "exec bash pretrain.sh $ARGS"
+    assert task["envs"]["NANOCHAT_BASE_DIR"].startswith(tuple(task["volumes"]))
+    subprocess.run(["bash", "-n"], input=task["setup"] + task["run"], text=True, check=True)
+    sky = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    cluster = launch.detect({**sky, "SKYPILOT_NUM_GPUS_PER_NODE": task["resources"]["accelerators"].split(":")[1]})
+    assert (cluster.nodes, cluster.node_rank, cluster.address, cluster.processes) == (2, 1, "10.0.0.1", 8)
+
+
+@pytest.mark.parametrize(
+    "script", ["pretrain.sh", "volc/volc_submit.sh", "slurm/pretrain.sbatch", "benchmarks/scale.sh"]
+)
+def test_scripts_are_strict_and_parse(script):
+    assert "set -euo pipefail" in (ROOT / script).read_text()
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def scale(tree, *words, **environment):
+    everything = {"PATH": f"{tree / 'bin'}:{os.environ['PATH']}", **environment}
+    done = subprocess.run(
+        ["bash", "benchmarks/scale.sh", *words], cwd=tree, env=everything, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_the_commands_of_the_scale_table():
+    code, lines = scale(ROOT, "--dry-run")
+    assert code == 0 and len(lines) == len(set(lines)) == 11 * 2 * (2 + 4 * 3)
+    assert not any("hsdp" in line for line in lines if line.startswith("1 x "))
+    wanted = "--depth=48 --parallel=hsdp --use-muon=False --device-batch-size=1 --total-batch-size=524288"
+    assert sum(wanted in line and line.startswith("16 x 8 GPUs: ") for line in lines) == 1
+    for line in lines:  # no row asks for a batch that the GPUs cannot divide
+        nodes, rows = int(line.split()[0]), int(re.search(r"--device-batch-size=(\d+)", line)[1])
+        assert 524288 % (2048 * rows * nodes * 8) == 0
+
+
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+  *--show=node_rank) echo 0 ;;
+  *--show=nodes) echo 1 ;;
+  *--show=processes) echo 8 ;;
+  *--parallel=ddp*) echo "out of memory" && exit 1 ;;
+  *) echo start && echo "$*" >>calls && echo '{"mfu": 0.5}' && echo end ;;
+esac
+"""
+
+
+def test_a_row_that_fails_does_not_stop_the_others_and_results_are_kept(tmp_path):
+    for folder in ("bin", "dev", "benchmarks"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "benchmarks/scale.sh", tmp_path / "benchmarks")
+    (tmp_path / "dev/setup.sh").touch()
+    (tmp_path / "bin/python").write_text(STAND_IN)
+    (tmp_path / "bin/python").chmod(0o755)
+    for _ in range(2):
+        code, lines = scale(tmp_path, DEPTHS="20", MUON="True")
+        assert code == 1 and "out of memory" in lines
+    assert (tmp_path / "benchmarks/results/scale_d20_8gpu_fsdp_muon.json").read_text() == '{"mfu": 0.5}\n'
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+    assert scale(tmp_path, "--all")[0] == 2

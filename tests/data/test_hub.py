@@ -1,0 +1,144 @@
+import os
+import socket
+
+import pytest
+
+from nanochat.data import hub
+from nanochat.errors import UserError
+from tests.standin_hub import COMMIT, StandInHub, parquet, serving
+
+REPO, NAME = "someone/texts", "shard_00000.parquet"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(hub, "FIRST_WAIT", 0.001)
+    with serving(
+        StandInHub(REPO, {NAME: parquet([f"text {i} " + os.urandom(200).hex() for i in range(100)])})
+    ) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+        yield server
+
+
+def get(path, name=NAME, repo=REPO, revision="main", verify=lambda _: None, **options):
+    return hub.download(repo, name, revision, path, verify, otherwise="use --source=pydocs", **options)
+
+
+def assert_only(folder, *names):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+def test_a_file_arrives_whole(server, tmp_path):
+    progress = []
+    fetched = get(tmp_path / "deep" / NAME, on_bytes=lambda done, total: progress.append((done, total)))
+    size = len(server.files[NAME])
+    assert (tmp_path / "deep" / NAME).read_bytes() == server.files[NAME]
+    assert fetched == (COMMIT, size)
+    assert progress[-1] == (size, size)
+    assert server.revisions == {"main", COMMIT}  # described at the branch, fetched at the commit
+    assert_only(tmp_path / "deep", NAME)
+
+
+def test_endpoint_is_read_at_call_time(monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert hub.endpoint() == "https://huggingface.co"
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example:8080/")
+    assert hub.endpoint() == "http://mirror.example:8080"
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
+    with pytest.raises(UserError, match=r"HF_ENDPOINT=mirror\.example: expected"):
+        hub.endpoint()
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429])
+def test_passing_server_errors_are_tried_again(server, tmp_path, fault):
+    server.faults[NAME] = [fault, fault]
+    get(tmp_path / NAME)
+    assert (tmp_path / NAME).read_bytes() == server.files[NAME]
+    assert server.gets(NAME) == 3
+
+
+def test_lasting_server_error_ends_after_all_attempts(server, tmp_path):
+    server.faults[NAME] = [500] * 99
+    with pytest.raises(UserError, match=rf"could not get {NAME} from {server.url} \(HTTP 500; 5 attempts\)"):
+        get(tmp_path / NAME)
+    assert server.gets(NAME) == hub.ATTEMPTS
+    assert_only(tmp_path)
+
+
+def test_cut_transfer_goes_on_where_it_stopped(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "CHUNK", 1000)
+    server.faults[NAME] = ["cut"]
+    get(tmp_path / NAME)
+    assert (tmp_path / NAME).read_bytes() == server.files[NAME]
+    ranges = [wanted for method, _, wanted in server.requests if method == "GET"]
+    assert ranges == [None, f"bytes={len(server.files[NAME]) // 2 // 1000 * 1000}-"]
+
+
+def test_content_that_does_not_match_its_hash_is_fetched_again(server, tmp_path):
+    server.faults[NAME] = ["html"]
+    get(tmp_path / NAME)
+    assert (tmp_path / NAME).read_bytes() == server.files[NAME]
+    server.faults[NAME] = ["html"] * 99
+    with pytest.raises(UserError, match="sha256"):
+        get(tmp_path / "again.parquet")
+    assert_only(tmp_path, NAME)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": "shard_99999.parquet"}, r"dataset someone/texts on .* has no file shard_99999\.parquet \(404"),
+        ({"repo": "no/body"}, "has no dataset no/body, or it is private"),
+        ({"revision": "v9"}, "someone/texts on .* has no revision v9"),
+    ],
+)
+def test_what_is_not_there_is_said_at_once(server, tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        get(tmp_path / "x.parquet", **change)
+    assert "\n" not in str(caught.value)
+    assert_only(tmp_path)
+
+
+def test_forbidden_is_not_tried_again(server, tmp_path):
+    server.faults[NAME] = [403]
+    with pytest.raises(UserError, match=f"refused {NAME} of {REPO}: HTTP 403"):
+        get(tmp_path / NAME)
+    assert server.gets(NAME) == 1
+
+
+def test_no_network_names_the_endpoint_and_the_ways_out(monkeypatch, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound but not listening: refused
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setattr(hub, "FIRST_WAIT", 0.001)
+        with pytest.raises(UserError) as caught:
+            get(tmp_path / NAME)
+    message = str(caught.value)
+    assert address in message and "HF_ENDPOINT" in message and "--source=pydocs" in message and "\n" not in message
+    assert_only(tmp_path)
+
+
+def test_a_plain_file_server_will_do(server, tmp_path):
+    server.plain = True
+    assert get(tmp_path / NAME) == ("main", len(server.files[NAME]))
+    assert (tmp_path / NAME).read_bytes() == server.files[NAME]
+
+
+def test_refused_content_leaves_nothing(server, tmp_path):
+    def refuse(path):
+        assert path.read_bytes() == server.files[NAME]
+        raise UserError("not what was expected")
+
+    with pytest.raises(UserError, match="not what was expected"):
+        get(tmp_path / NAME, verify=refuse)
+    assert_only(tmp_path)
+
+
+def test_full_disk_leaves_no_half_file(server, tmp_path):
+    def full(_done, _total):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        get(tmp_path / NAME, on_bytes=full)
+    assert_only(tmp_path)

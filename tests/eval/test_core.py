@@ -1,0 +1,396 @@
+"""core_eval.py: the batched scorer against a slow one, the prompts, the bundle's checks, several ranks."""
+
+import csv
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from nanochat.errors import UserError
+from nanochat.eval.bundle import PUBLISHED_TASKS, Task, load_bundle
+from nanochat.eval.core import evaluate_core, evaluate_task, make_rows, pick_shots, render_prompts, write_results
+from tests.processes import run_processes
+
+BOS = 256
+CPU = torch.device("cpu")
+DATA = Path(os.environ.get("NANOCHAT_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+class ByteTokenizer:
+    """One token a byte."""
+
+    def encode(self, text, prepend=None):
+        if isinstance(text, list):
+            return [self.encode(one, prepend) for one in text]
+        return ([] if prepend is None else [prepend]) + list(text.encode())
+
+    def get_bos_token_id(self) -> int:
+        return BOS
+
+
+class TinyModel(torch.nn.Module):
+    """Random, causal, and dependent on the whole past; float64, so that padding cannot change a ranking."""
+
+    def __init__(self, vocab_size: int = 257, width: int = 8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.wte = torch.randn(vocab_size, width, generator=generator, dtype=torch.float64)
+        self.head = torch.randn(width, vocab_size, generator=generator, dtype=torch.float64)
+        self.forwards = 0
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        steps = torch.arange(1, idx.size(1) + 1, dtype=torch.float64)[:, None]
+        return torch.tanh(self.wte[idx].cumsum(dim=1) / steps.sqrt()) @ self.head
+
+
+def oracle(idx: torch.Tensor) -> torch.Tensor:
+    """Knows the next token."""
+    return 20.0 * torch.nn.functional.one_hot(idx.roll(-1, dims=1), 257).float()
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choice(["alpha", "beta", "be", "gamma", "delta", "epsilon"]) for _ in range(count))
+
+
+def make_task(kind: str, n: int, num_fewshot: int, seed: int = 0, delimiter: str = " ") -> Task:
+    rng = random.Random(seed)
+    items = []
+    for _ in range(n):
+        options = [words(rng, rng.randint(1, 5)) for _ in range(rng.randint(2, 4))]
+        gold = rng.randrange(len(options))
+        if kind == "multiple_choice":
+            items.append({"query": words(rng, 6), "choices": options, "gold": gold})
+        elif kind == "schema":
+            items.append({"context_options": options, "continuation": words(rng, 3), "gold": gold})
+        else:
+            items.append({"context": words(rng, 6) + "  ", "continuation": rng.choice("abcde")})
+    return Task(label=kind, kind=kind, num_fewshot=num_fewshot, delimiter=delimiter, baseline=25.0, items=items)
+
+
+def write_bundle(path: Path, tasks: list[Task]) -> Path:
+    entries = []
+    for task in tasks:
+        file = path / "eval_data" / "some" / f"{task.label}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(item) + "\n" for item in task.items))
+        entry = {"label": task.label, "dataset_uri": f"some/{task.label}.jsonl", "num_fewshot": [task.num_fewshot]}
+        entries.append({**entry, "icl_task_type": task.kind, "continuation_delimiter": task.delimiter})
+    (path / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": entries}))
+    lines = "".join(f"{task.label},{task.baseline}\n" for task in tasks)
+    (path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n" + lines)
+    return path
+
+
+# ---- a slow, obvious scorer: one prompt a forward, one item at a time
+
+
+def slow_losses(model, tokens: list[int]) -> tuple[list[float], list[bool]]:
+    """(loss, hit) of predicting tokens[i], at index i; nothing at 0."""
+    logits = model(torch.tensor([tokens]))[0].float()
+    losses, hits = [0.0], [False]
+    for i in range(1, len(tokens)):
+        losses.append(float(-torch.log_softmax(logits[i - 1], dim=0)[tokens[i]]))
+        hits.append(int(logits[i - 1].argmax()) == tokens[i])
+    return losses, hits
+
+
+def slow_task(model, tokenizer, task: Task, sequence_len: int, max_per_task: int = -1) -> list[tuple]:
+    """(correct, chosen, loss of the right answer) an item."""
+    data = list(task.items)
+    random.Random(1337).shuffle(data)
+    data = data[:max_per_task] if max_per_task > 0 else data
+    out = []
+    for index, item in enumerate(data):
+        rest = [i for i in range(len(data)) if i != index]
+        shots = [data[i] for i in random.Random(1234 + index).sample(rest, task.num_fewshot)]
+        joint, prompts = task.delimiter, []
+        if task.kind == "multiple_choice":
+            head = "".join(s["query"] + joint + s["choices"][s["gold"]] + "\n\n" for s in shots)
+            prompts = [head + item["query"] + joint + choice for choice in item["choices"]]
+        elif task.kind == "schema":
+            head = "".join(s["context_options"][s["gold"]] + joint + s["continuation"] + "\n\n" for s in shots)
+            prompts = [head + option + joint + item["continuation"] for option in item["context_options"]]
+        else:
+            head = "".join(s["context"].strip() + joint + s["continuation"] + "\n\n" for s in shots)
+            prompts = [head + item["context"].strip() + joint + item["continuation"]]
+        rows = [tokenizer.encode(prompt, prepend=BOS) for prompt in prompts]
+        spans = []
+        for row in rows:
+            if task.kind == "multiple_choice":
+                start = 0
+                while start < min(map(len, rows)) - 1 and len({r[start] for r in rows}) == 1:
+                    start += 1
+            elif task.kind == "schema":
+                start = len(row)
+                while (
+                    start > 1
+                    and all(len(r) >= len(row) - start + 1 for r in rows)
+                    and (len({r[start - 1 - len(row)] for r in rows}) == 1)
+                ):
+                    start -= 1
+            else:
+                start = len(tokenizer.encode((head + item["context"].strip() + joint).rstrip(), prepend=BOS))
+            cut = max(0, len(row) - sequence_len)
+            losses, hits = slow_losses(model, row[cut:])
+            start = max(1, start - cut)
+            spans.append((float(np.mean(losses[start:])), all(hits[start:])))
+        if task.kind == "language_modeling":
+            out.append((spans[0][1], -1, spans[0][0]))
+        else:
+            chosen = min(range(len(spans)), key=lambda i: spans[i][0])
+            out.append((chosen == item["gold"], chosen, spans[item["gold"]][0]))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+@pytest.mark.parametrize(("num_fewshot", "sequence_len", "device_batch_size"), [(0, 512, 4), (3, 512, 1), (2, 70, 3)])
+def test_batched_equals_one_prompt_a_forward(kind, num_fewshot, sequence_len, device_batch_size):
+    task = make_task(kind, n=12, num_fewshot=num_fewshot, delimiter="\nAnswer: ")
+    model, tokenizer = TinyModel(), ByteTokenizer()
+    expected = slow_task(model, tokenizer, task, sequence_len)
+    model.forwards = 0
+    result = evaluate_task(model, tokenizer, task, CPU, sequence_len=sequence_len, device_batch_size=device_batch_size)
+    assert result.correct.tolist() == [correct for correct, _, _ in expected]
+    assert result.chosen.tolist() == [chosen for _, chosen, _ in expected]
+    np.testing.assert_allclose(result.loss, [loss for _, _, loss in expected], rtol=1e-5)
+    if device_batch_size > 1 and sequence_len > 100:
+        assert model.forwards < len(expected)  # several items share a forward
+
+
+@given(st.sampled_from(["multiple_choice", "schema"]), st.integers(0, 10_000), st.integers(0, 3), st.integers(1, 20))
+@hypothesis_settings(max_examples=12, deadline=None)
+def test_any_items_and_truncation(kind, seed, num_fewshot, max_per_task):
+    task = make_task(kind, n=12, num_fewshot=num_fewshot, seed=seed)
+    max_per_task = max(max_per_task, num_fewshot + 1)
+    expected = slow_task(TinyModel(), ByteTokenizer(), task, 256, max_per_task)
+    result = evaluate_task(
+        TinyModel(), ByteTokenizer(), task, CPU, sequence_len=256, device_batch_size=2, max_per_task=max_per_task
+    )
+    assert result.correct.tolist() == [correct for correct, _, _ in expected]
+    order = list(range(12))
+    random.Random(1337).shuffle(order)
+    assert result.line.tolist() == order[:max_per_task]
+
+
+def test_bf16_logits_are_scored_in_fp32():
+    task = make_task("multiple_choice", n=10, num_fewshot=1)
+    low = evaluate_task(lambda idx: TinyModel()(idx).bfloat16(), ByteTokenizer(), task, CPU, sequence_len=512)
+    high = evaluate_task(lambda idx: TinyModel()(idx).bfloat16().double(), ByteTokenizer(), task, CPU, sequence_len=512)
+    np.testing.assert_allclose(low.loss, high.loss, rtol=1e-5)
+
+
+def test_prompts_of_the_three_kinds():
+    mc = make_task("multiple_choice", 1, 0, delimiter="\nAnswer: ")
+    shot = {"query": "1+1?", "choices": ["3", "2"], "gold": 1}
+    item = {"query": "2+2?", "choices": ["4", "5"], "gold": 0}
+    assert render_prompts(mc, item, [shot]) == [
+        "1+1?\nAnswer: 2\n\n2+2?\nAnswer: 4",
+        "1+1?\nAnswer: 2\n\n2+2?\nAnswer: 5",
+    ]
+    schema = make_task("schema", 1, 0)
+    shot = {"context_options": ["the cat", "the dog"], "continuation": "barked", "gold": 1}
+    item = {"context_options": ["A sun", "A moon"], "continuation": "shone", "gold": 0}
+    assert render_prompts(schema, item, [shot]) == ["the dog barked\n\nA sun shone", "the dog barked\n\nA moon shone"]
+    lm = make_task("language_modeling", 1, 0)
+    shot = {"context": " a b \n", "continuation": "c"}
+    item = {"context": "d e ", "continuation": "f"}
+    assert render_prompts(lm, item, [shot]) == ["a b c\n\nd e", "a b c\n\nd e f"]
+
+
+def test_shots_never_hold_the_item_and_repeat():
+    task = make_task("multiple_choice", n=12, num_fewshot=10)
+    for index, item in enumerate(task.items):
+        shots = pick_shots(task, task.items, index)
+        assert len(shots) == 10 and all(shot is not item for shot in shots)
+        assert shots == pick_shots(task, task.items, index)
+    assert len(pick_shots(task, task.items[:4], 0)) == 3
+
+
+def test_rows_stay_inside_the_window_and_keep_an_answer():
+    same = make_rows("multiple_choice", [[BOS, 1, 2], [BOS, 1, 2]], 10)  # identical options
+    assert all(row.end - row.start == 1 for row in same)
+    prefix = make_rows("multiple_choice", [[BOS, 1, 2], [BOS, 1, 2, 3]], 10)  # one option begins another
+    assert [row.tokens[row.start : row.end] for row in prefix] == [[2], [2, 3]]
+    long = make_rows("language_modeling", [[BOS, 1, 2, 3], [BOS, 1, 2, 3, 4, 5]], 4)[0]
+    assert (long.tokens, long.start, long.end) == ([2, 3, 4, 5], 2, 4)
+    answer_too_long = make_rows("language_modeling", [[BOS, 1], [BOS, 1, 2, 3, 4, 5]], 3)[0]
+    assert (answer_too_long.tokens, answer_too_long.start, answer_too_long.end) == ([3, 4, 5], 1, 3)
+    merged = make_rows("language_modeling", [[BOS, 7, 8], [BOS, 7, 9, 10]], 10)[0]  # merged across the border
+    assert merged.tokens[merged.start : merged.end] == [9, 10]
+
+
+def test_oracle_scores_one_and_centering():
+    result = evaluate_task(oracle, ByteTokenizer(), make_task("language_modeling", 20, 2), CPU, sequence_len=512)
+    assert result.accuracy == 1.0 and result.stderr == 0.0 and result.centered == 1.0
+    task = make_task("multiple_choice", 40, 0)
+    guess = evaluate_task(TinyModel(), ByteTokenizer(), task, CPU, sequence_len=512)
+    p = guess.accuracy
+    assert 0 < p < 1 and guess.n == 40
+    assert guess.centered == pytest.approx((p - 0.25) / 0.75)
+    assert guess.centered_stderr == pytest.approx((p * (1 - p) / 40) ** 0.5 / 0.75)
+
+
+def test_core_is_the_plain_mean_and_files_say_so(tmp_path):
+    tasks = [make_task("multiple_choice", 20, 1), make_task("schema", 30, 0), make_task("language_modeling", 10, 1)]
+    bundle = load_bundle(write_bundle(tmp_path, tasks))
+    assert bundle.name == "CORE-custom (3 tasks)"
+    lines = []
+    result = evaluate_core(TinyModel(), ByteTokenizer(), bundle, CPU, sequence_len=512, log=lines.append)
+    assert result.core == pytest.approx(np.mean([task.centered for task in result.tasks]))
+    assert result.stderr == pytest.approx(np.sqrt(sum(task.centered_stderr**2 for task in result.tasks)) / 3)
+    assert len(lines) == 3
+    path = write_results(result, tmp_path / "base_eval", "d4_000010")
+    table = list(csv.reader(path.open()))
+    assert table[0] == ["Task", "Accuracy", "Centered", "n", "stderr"]
+    assert [row[0] for row in table[1:]] == ["multiple_choice", "schema", "language_modeling", "CORE-custom (3 tasks)"]
+    assert float(table[-1][2]) == pytest.approx(result.core, abs=1e-6)
+    items = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    assert len(items) == 60
+    assert sum(item["correct"] for item in items if item["task"] == "schema") == result.tasks[1].correct.sum()
+    by_line = {item["line"]: item for item in items if item["task"] == "multiple_choice"}
+    for line, item in by_line.items():  # the line numbers lead back to the data
+        assert item["correct"] == (item["chosen"] == tasks[0].items[line]["gold"])
+
+
+def test_names(tmp_path):
+    def named(labels: list[str]) -> str:
+        tasks = []
+        for label in labels:
+            task = make_task("schema", 3, 0)
+            tasks.append(Task(**{**vars(task), "label": label}))
+        folder = tmp_path / str(len(os.listdir(tmp_path)))
+        return load_bundle(write_bundle(folder, tasks)).name
+
+    labels = sorted(PUBLISHED_TASKS)
+    assert len(labels) == 22
+    assert named(labels) == "CORE"
+    assert named(labels[:10]) == "CORE (10 of 22 tasks)"
+    assert named(["offline_x", *labels[:2]]) == "CORE-offline (3 tasks)"
+
+
+def _score_on_this_rank() -> dict:
+    task = make_task("multiple_choice", n=9, num_fewshot=2)
+    result = evaluate_task(TinyModel(), ByteTokenizer(), task, CPU, sequence_len=512, device_batch_size=2)
+    # with a single item the second rank has nothing to do, and must not hang the first
+    single = evaluate_task(TinyModel(), ByteTokenizer(), make_task("schema", 1, 0), CPU, sequence_len=64)
+    return {"correct": result.correct, "chosen": result.chosen, "loss": result.loss, "single": single.loss}
+
+
+def test_two_ranks_agree_with_one():
+    alone = _score_on_this_rank()
+    for of_rank in run_processes(2, _score_on_this_rank):
+        assert of_rank["correct"].tolist() == alone["correct"].tolist()
+        assert of_rank["chosen"].tolist() == alone["chosen"].tolist()
+        np.testing.assert_allclose(of_rank["loss"], alone["loss"], rtol=1e-12)
+        np.testing.assert_allclose(of_rank["single"], alone["single"], rtol=1e-12)
+
+
+# ---- damaged bundles: one line each
+
+
+def damage_missing_yaml(path: Path) -> None:
+    (path / "core.yaml").unlink()
+
+
+def damage_yaml(path: Path) -> None:
+    (path / "core.yaml").write_text("icl_tasks: [")
+
+
+def damage_empty_yaml(path: Path) -> None:
+    (path / "core.yaml").write_text("")
+
+
+def damage_kind(path: Path) -> None:
+    config = path / "core.yaml"
+    config.write_text(config.read_text().replace("icl_task_type: schema", "icl_task_type: essay"))
+
+
+def damage_baseline(path: Path) -> None:
+    (path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nother,25\n")
+
+
+def damage_baseline_value(path: Path) -> None:
+    (path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nschema,100\n")
+
+
+def damage_columns(path: Path) -> None:
+    (path / "eval_meta_data.csv").write_text("a,b\n1,2\n")
+
+
+def damage_data(path: Path) -> None:
+    (path / "eval_data/some/schema.jsonl").unlink()
+
+
+def damage_json(path: Path) -> None:
+    file = path / "eval_data/some/schema.jsonl"
+    file.write_text(file.read_text()[:-20])
+
+
+def damage_gold(path: Path) -> None:
+    file = path / "eval_data/some/schema.jsonl"
+    file.write_text('{"context_options": ["a", "b"], "continuation": "c", "gold": 2}\n')
+
+
+def damage_field(path: Path) -> None:
+    (path / "eval_data/some/schema.jsonl").write_text('{"continuation": "c", "gold": 0}\n')
+
+
+def damage_marker(path: Path) -> None:
+    (path / "bundle.json").write_text("{")
+
+
+def damage_bytes(path: Path) -> None:
+    (path / "eval_data/some/schema.jsonl").write_bytes(b"\xff\xfe\x00")
+
+
+def damage_list_line(path: Path) -> None:
+    (path / "eval_data/some/schema.jsonl").write_text("[1, 2]\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (damage_missing_yaml, "core.yaml is missing"),
+        (damage_yaml, "damaged"),
+        (damage_empty_yaml, "damaged"),
+        (damage_kind, "essay"),
+        (damage_baseline, "no row in eval_meta_data.csv"),
+        (damage_baseline_value, "100.0"),
+        (damage_columns, "Eval Task"),
+        (damage_data, "schema.jsonl is missing"),
+        (damage_json, "schema.jsonl line 3 is not JSON"),
+        (damage_gold, "gold 2"),
+        (damage_field, "context_options"),
+        (damage_marker, "bundle.json is damaged"),
+        (damage_bytes, "damaged"),
+        (damage_list_line, "damaged"),
+    ],
+)
+def test_damaged_bundle_is_one_clear_line(tmp_path, damage, word):
+    write_bundle(tmp_path, [make_task("schema", 3, 0)])
+    load_bundle(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=word):
+        load_bundle(tmp_path)
+
+
+@pytest.mark.skipif(not (DATA / "eval_bundle").is_dir(), reason=f"no real bundle at {DATA / 'eval_bundle'}")
+def test_real_bundle_runs():
+    bundle = load_bundle(DATA / "eval_bundle")
+    assert bundle.name == "CORE (10 of 22 tasks)"
+    assert sum(len(task.items) for task in bundle.tasks) == 15_869
+    result = evaluate_core(TinyModel(), ByteTokenizer(), bundle, CPU, sequence_len=1024, max_per_task=6)
+    assert [task.n for task in result.tasks] == [6] * 10
+    for task, scored in zip(bundle.tasks[:4], result.tasks[:4], strict=True):
+        few = Task(**{**vars(task), "num_fewshot": scored.num_fewshot})
+        expected = slow_task(TinyModel(), ByteTokenizer(), few, 1024, 6)
+        assert scored.correct.tolist() == [correct for correct, _, _ in expected]

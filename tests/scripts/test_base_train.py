@@ -1,0 +1,223 @@
+"""The pretraining script from the outside: its arithmetic, what it writes, and what it says to bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat import checkpoint, ledger
+from nanochat import cli as settings_module
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir, tokenizer_dir
+from nanochat.tokenizer import RustBPETokenizer
+from scripts.base_train import Settings, main, model_config, plan_horizon
+from tests.test_dataloader import write_source
+
+SMALL = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 32, "device_batch_size": 4,
+         "total_batch_size": 256, "num_iterations": 6, "eval_tokens": 512, "core_metric_every": -1,
+         "sample_every": -1, "eval_every": 3, "source": "pydocs", "device_type": "cpu"}  # fmt: skip
+
+
+def words(seed, count=400):
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = [f"word{i}" for i in range(50)]
+    return " ".join(vocabulary[i] for i in torch.randint(50, (count,), generator=generator).tolist())
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """A store with a small data set and tokenizer."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_RUN_ID", "test")
+    documents = [words(seed) for seed in range(24)]
+    write_source([documents[:10], documents[10:20], documents[20:]])
+    RustBPETokenizer.train_from_iterator(documents, 300).save(tokenizer_dir())
+    return tmp_path
+
+
+@pytest.mark.parametrize(("depth", "steps"), [(20, 21_400), (32, 71_680)])
+def test_the_classic_horizons(depth, steps):
+    settings = Settings(depth=depth)
+    with torch.device("meta"):
+        model = GPT(model_config(settings, 65536))
+    assert plan_horizon(settings, model.num_params(), model.estimate_flops())[0] == steps
+
+
+def test_horizon_precedence_and_errors():
+    flops = Settings(num_iterations=-1, target_flops=1e15, total_batch_size=1000)
+    assert plan_horizon(flops, 10, 1e9)[0] == 1000
+    assert plan_horizon(Settings(num_iterations=7, target_flops=1e15), 10, 1e9)[0] == 7
+    with pytest.raises(UserError, match="no horizon"):
+        plan_horizon(Settings(target_param_data_ratio=-1), 10, 1e9)
+    with pytest.raises(UserError, match="less than one step"):
+        plan_horizon(Settings(target_flops=1.0), 10, 1e9)
+
+
+def test_trains_saves_and_reports(prepared):
+    main(Settings(**{**SMALL, "sample_every": 6}))
+    folder = checkpoint_dir("base", "d1")
+    assert checkpoint.committed_steps(folder) == [6] and (folder / "COMPLETE").exists()
+    section = json.loads((run_dir() / "report" / "base_train.json").read_text())
+    assert section["metrics"]["steps"] == 6 and len(section["samples"]) == 9
+    records = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "Loss/val_bpb" in r] == [3, 6]
+    assert [r["step"] for r in records if "Loss/train_loss" in r] == [1, 2, 3, 4, 5, 6]
+    meta = checkpoint.read_meta(folder, 6)
+    assert meta["settings"]["depth"] == 1 and meta["val_bpb"] == section["metrics"]["final val_bpb"]
+    assert ledger.missing([str(folder / "COMPLETE")]) == []
+
+
+def write_bundle(folder):
+    """One multiple-choice task in the published layout."""
+    (folder / "eval_data").mkdir(parents=True)
+    items = [{"query": words(seed, 5), "choices": ["word1", "word2"], "gold": seed % 2} for seed in range(6)]
+    (folder / "eval_data" / "pick.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    task = {
+        "label": "offline_pick",
+        "dataset_uri": "pick.jsonl",
+        "num_fewshot": [1],
+        "icl_task_type": "multiple_choice",
+    }
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": [task]}))  # JSON is YAML
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\noffline_pick,50\n")
+
+
+def test_core_and_samples_at_their_intervals(prepared, capsys):
+    write_bundle(eval_bundle_dir())
+    changes = {"core_metric_every": 4, "core_metric_max_per_task": 4, "sample_every": 2, "max_seq_len": 64}
+    main(Settings(**{**SMALL, **changes}))
+    records = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+    scores = {r["step"]: v for r in records for name, v in r.items() if name.startswith("Eval/CORE-offline")}
+    assert sorted(scores) == [4, 6] and all(-1 <= score <= 1 for score in scores.values())
+    assert capsys.readouterr().out.count("--- The capital of Italy is") == 3
+
+
+def test_two_runs_never_share_a_folder(prepared, capsys):
+    settings = Settings(**{**SMALL, "num_iterations": 2})
+    main(settings)
+    with pytest.raises(UserError, match="holds a run already"):
+        main(settings)
+    main(Settings(**{**SMALL, "num_iterations": 3, "resume": "auto"}))
+    assert "differs in num_iterations: kept as d1.1" in capsys.readouterr().out
+    assert checkpoint.committed_steps(checkpoint_dir("base", "d1.1")) == [2]
+    assert checkpoint.committed_steps(checkpoint_dir("base", "d1")) == [3]
+
+
+def command(**changes):
+    values = {**SMALL, **changes}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return [sys.executable, "-m", "scripts.base_train", *flags]
+
+
+def test_sigterm_saves_exits_0_and_the_rest_is_bit_for_bit(prepared):
+    many = {"num_iterations": 400, "eval_every": -1, "save_every": -1}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    subprocess.run(command(**many, model_tag="whole"), env=environment, check=True, capture_output=True)
+    parts = command(**many, model_tag="parts", resume="auto")
+    process = subprocess.Popen(parts, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 00003"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by SIGTERM" in rest
+    folder = checkpoint_dir("base", "parts")
+    (stopped_at,) = checkpoint.committed_steps(folder)
+    assert 3 <= stopped_at < 400 and not (folder / "COMPLETE").exists()
+    done = subprocess.run(parts, env=environment, check=True, capture_output=True, text=True)
+    assert f"resumed from step {stopped_at}" in done.stdout
+    whole, again = (
+        load_file(checkpoint_dir("base", tag) / "step_000400" / "model.safetensors") for tag in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_two_processes_under_torchrun(prepared):
+    one = command(num_iterations=4, model_tag="one")
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+           *command(num_iterations=4, model_tag="two")[1:]]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for words_ in (one, two):
+        subprocess.run(words_, env=environment, check=True, capture_output=True)
+    single, double = (checkpoint.read_meta(checkpoint_dir("base", tag), 4) for tag in ("one", "two"))
+    assert double["val_bpb"] == pytest.approx(single["val_bpb"], rel=1e-4)
+    assert double["world_size"] == 2 and len(double["rng"]) == 2
+    assert double["loader"] == single["loader"]
+    longer = [word.replace("--num-iterations=4", "--num-iterations=5") for word in two]
+    done = subprocess.run([*longer, "--resume=auto"], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.count("differs in num_iterations: kept as two.1") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--depht=3"], 2, "Unknown option: --depht. Did you mean --depth?"),
+        (["--depth=0"], 2, 'Invalid value "0" for --depth. Must be >= 1.'),
+        (["--total-batch-size=300"], 1, "--total-batch-size=300 is no multiple of --max-seq-len=32"),
+        (["--device-type=cuda"], 1, "--device-type=cuda: no such device"),
+        (["--source=nowhere"], 1, "--source=nowhere: expected"),
+        (["--source=climbmix"], 1, "no train shards of climbmix"),
+        (["--core-metric-every=1"], 1, "eval_bundle"),
+        (["--window-pattern=XY"], 1, "window_pattern='XY'"),
+        (["--head-dim=31"], 1, "even multiple"),
+    ],
+)
+def test_bad_input_is_one_line(prepared, monkeypatch, capsys, flags, code, message):
+    if flags == ["--device-type=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    changed = {flag.partition("=")[0] for flag in flags}
+    usual = [word for word in command()[3:] if word.partition("=")[0] not in changed]
+    monkeypatch.setattr(sys, "argv", ["base_train", *usual, *flags])
+    with pytest.raises(SystemExit) as end:
+        settings_module.run(main, Settings)
+    assert end.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not checkpoint_dir("base", "d1").exists()
+
+
+def test_no_tokenizer(prepared):
+    for path in tokenizer_dir().iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"scripts\.tok_train"):
+        main(Settings(**SMALL))
+
+
+def test_damaged_checkpoint_stops_a_resume_with_one_line(prepared):
+    settings = Settings(**{**SMALL, "num_iterations": 4, "save_every": 2, "resume": "auto"})
+    main(settings)
+    folder = checkpoint_dir("base", "d1")
+    (folder / "COMPLETE").unlink()
+    (folder / "step_000004" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        main(settings)
+
+
+def test_too_little_data_is_said_before_training(prepared, capsys):
+    main(Settings(**{**SMALL, "num_iterations": 400, "total_batch_size": 128, "eval_every": -1}))
+    out = capsys.readouterr().out
+    assert "too little data" in out and out.index("too little data") < out.index("step 00001")
+
+
+def test_time_is_not_spent_on_evaluations(prepared, monkeypatch):
+    import scripts.base_train as script
+    from nanochat.train import loop as trainer
+
+    evaluations, clock, measure = [], time.perf_counter, script.evaluate_bpb
+
+    def an_hour_long(*args):
+        evaluations.append(1)
+        return measure(*args)
+
+    monkeypatch.setattr(script, "evaluate_bpb", an_hour_long)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock() + 3600 * len(evaluations))
+    main(Settings(**SMALL))
+    section = json.loads((run_dir() / "report" / "base_train.json").read_text())
+    assert len(evaluations) == 2 and section["metrics"]["training minutes"] < 30

@@ -1,0 +1,245 @@
+"""scripts/chat_cli.py and nanochat/models.py, with an untrained model that says random things."""
+
+import io
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import checkpoint
+from nanochat import cli as settings
+from nanochat.engine import Engine
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.models import list_models
+from nanochat.paths import checkpoint_dir, tokenizer_dir
+from nanochat.tokenizer import RustBPETokenizer
+from scripts import chat_cli
+from scripts.chat_cli import Chat, Settings, content, stream_text
+
+TOKENIZER = RustBPETokenizer.train_from_iterator(["the cat sat on the mat, 2 + 3 = 5 and café"] * 20, 300)
+CONTEXT = 96
+
+
+def random_model() -> GPT:
+    config = GPTConfig(
+        sequence_len=CONTEXT, vocab_size=TOKENIZER.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32
+    )
+    model = GPT(config)
+    model.init_weights()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # starts at zero, which makes all tokens alike
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    return random_model()
+
+
+@pytest.fixture
+def stored(store, model):
+    """A store with one checkpoint each of stage sft and base."""
+    TOKENIZER.save(tokenizer_dir())
+    meta = {"model_config": vars(model.config), "settings": {}, "tokenizer_hash": TOKENIZER.hash}
+    for stage, tag in (("sft", "d1"), ("base", "d1"), ("base", "wide")):
+        checkpoint.save(checkpoint_dir(stage, tag), 7, model, None, meta)
+    return store
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """say("lines for stdin", setting=…) -> (stdout, stderr) of the program."""
+
+    def run(lines: str = "", **changes) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        chat_cli.main(Settings(**{"device_type": "cpu", "max_tokens": 12, **changes}))
+        return capsys.readouterr()
+
+    return run
+
+
+def expected(model: GPT, messages: list[dict], seed: int = 42, max_tokens: int = 12) -> list[int]:
+    """The answer's ids, from generate_batch."""
+    prompt = TOKENIZER.render_for_completion({"messages": messages})
+    options = {"max_tokens": max_tokens, "temperature": 0.6, "top_k": 50, "seed": seed}
+    return Engine(model, TOKENIZER).generate_batch(prompt, **options)[0][0][len(prompt) :]
+
+
+def shown(tokens: list[int]) -> str:
+    return "".join(stream_text(TOKENIZER, tokens, []))
+
+
+def special(*names: str) -> list[int]:
+    return [TOKENIZER.encode_special(f"<|{name}|>") for name in names]
+
+
+def call(expression: str, result: str | None) -> list[int]:
+    ids = [*special("python_start"), *TOKENIZER.encode(expression), *special("python_end")]
+    return (
+        ids if result is None else [*ids, *special("output_start"), *TOKENIZER.encode(result), *special("output_end")]
+    )
+
+
+# What is shown of an answer
+
+
+@given(st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 10), max_size=40))
+def test_streamed_text_is_the_decoded_text(tokens):
+    parts: list = []
+    assert "".join(stream_text(TOKENIZER, tokens, parts)) == TOKENIZER.decode(tokens) == content(parts)
+
+
+def test_characters_come_whole():
+    tokens = TOKENIZER.encode("a🙂é中")
+    pieces = [text for text in stream_text(TOKENIZER, tokens, [])]
+    assert "".join(pieces) == "a🙂é中" and "�" not in "".join(pieces)
+    assert len(tokens) > len(pieces)
+    assert shown(tokens[:3]) == "a�"  # cut within the emoji: said at the end, not before
+
+
+def test_calls_of_the_calculator_are_readable():
+    text = TOKENIZER.encode
+    assert shown([*text("is "), *call("2+3", "5"), *text(" so")]) == "is [2+3 → 5] so"
+    assert shown([*call("2+x", None), *text(" so")]) == "[2+x] so"
+    assert shown([*call("1", None), *call("2", "2")]) == "[1] [2 → 2]"
+    assert shown(call("2+3", "5")[:-1]) == shown(call("2+3", "5")) == "[2+3 → 5]"
+    assert shown(special("user_start", "output_end", "python_end")) == ""
+    assert shown([*special("output_start"), *text("5")]) == "[→ 5]"
+
+
+def test_the_history_keeps_the_parts():
+    parts: list = []
+    tokens = [*TOKENIZER.encode("is "), *call("2+3", "5"), *TOKENIZER.encode(" so")]
+    list(stream_text(TOKENIZER, tokens, parts))
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content(parts)}]
+    ids, _ = TOKENIZER.render_conversation({"messages": messages})
+    assert ids[-len(tokens) - 1 :] == [*tokens, *special("assistant_end")]
+
+
+# One message
+
+
+def test_one_message_is_answered_like_generate_batch_does(stored, say, model):
+    out, err = say(prompt="the cat")
+    wanted = expected(model, [{"role": "user", "content": "the cat"}])
+    assert len(wanted) > 3 and out == shown(wanted) + "\n"
+    assert "loaded" in err and "base model" not in err
+    assert say(prompt="the cat").out == out != say(prompt="the cat", seed=43).out
+
+
+def test_a_base_model_goes_on_with_the_text(stored, say, model):
+    out, err = say(stage="base", model_tag="d1", prompt="the cat")
+    prompt = TOKENIZER.encode("the cat", prepend="<|bos|>")
+    options = {"max_tokens": 12, "temperature": 0.6, "top_k": 50, "seed": 42}
+    sequences, _ = Engine(model, TOKENIZER).generate_batch(prompt, **options)
+    assert out == shown(sequences[0][len(prompt) :]) + "\n"
+    assert "goes on with your text" in err
+
+
+def test_an_answer_takes_at_most_half_of_the_context(stored, model):
+    chat = Chat(Engine(model, TOKENIZER), Settings(max_tokens=512))
+    assert chat.max_tokens == CONTEXT // 2
+
+
+# A conversation
+
+
+def test_lines_of_stdin_are_one_conversation(stored, say, model):
+    out, _ = say("the cat\n\nthe mat\nquit\nnever read\n")
+    first = {"role": "user", "content": "the cat"}
+    answer = expected(model, [first])
+    parts: list = []
+    text = "".join(stream_text(TOKENIZER, answer, parts))
+    history = [first, {"role": "assistant", "content": content(parts)}, {"role": "user", "content": "the mat"}]
+    assert out == f"{text}\n{shown(expected(model, history, seed=43))}\n"
+
+
+def test_clear_forgets_and_exit_ends(stored, say, model):
+    out, err = say("the cat\nCLEAR\nthe mat\nexit\nthe cat\n")
+    answers = [
+        expected(model, [{"role": "user", "content": text}], seed) for text, seed in (("the cat", 42), ("the mat", 43))
+    ]
+    assert out == "".join(shown(answer) + "\n" for answer in answers)
+    assert "(forgotten)" in err
+
+
+def test_a_message_too_long_is_one_line_and_the_chat_goes_on(stored, say, model):
+    out, err = say(f"{'xyz ' * 200}\nthe cat\n")
+    assert out == shown(expected(model, [{"role": "user", "content": "the cat"}])) + "\n"
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "shorten" in line
+    _, err = say(f"{'xyz ' * 200}\n", stage="base")
+    assert "shorten" in err
+
+
+def test_a_long_conversation_drops_its_oldest_turns(stored, say):
+    out, err = say("the cat sat on the mat\n" * 8)
+    assert "error" not in err and len(out) > 8
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_at_a_terminal_control_d_and_control_c_end_politely(stored, monkeypatch, capsys):
+    for ending in (EOFError, KeyboardInterrupt):
+        words = iter(["the cat"])
+
+        def typed(_prompt: str, words=words, ending=ending) -> str:
+            for word in words:
+                return word
+            raise ending
+
+        monkeypatch.setattr(sys, "stdin", Terminal())
+        monkeypatch.setattr("builtins.input", typed)
+        chat_cli.main(Settings(device_type="cpu", max_tokens=5))
+        out, err = capsys.readouterr()
+        assert out.endswith("\n") and "Ctrl-D ends" in err
+
+
+# Which models there are
+
+
+def test_models_of_the_store(stored, model):
+    assert list_models() == {"base": ["d1", "wide"], "sft": ["d1"]}
+    (checkpoint_dir("rl", "half") / "step_000001").mkdir(parents=True)  # no whole checkpoint in it
+    assert list_models() == {"base": ["d1", "wide"], "sft": ["d1"]}
+
+
+def test_a_missing_checkpoint_lists_what_is_there(stored, say):
+    for changes, missing in (
+        ({"stage": "rl"}, "no rl checkpoint"),
+        ({"model_tag": "d9"}, "no sft checkpoint tagged d9"),
+    ):
+        with pytest.raises(UserError, match=rf"{missing} .*; there are base: d1, wide; sft: d1") as caught:
+            say(**changes)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="step 7"):
+        say(model_step=8)
+
+
+def test_an_empty_store(store, say):
+    with pytest.raises(UserError, match=r"none at all.*speedrun\.sh"):
+        say()
+
+
+def test_flags():
+    words = ["-i", "mid", "-g", "d4", "-s", "3", "-p", "hello", "-t", "0.5", "-k", "0", "-m", "100"]
+    words += ["--seed=1", "--device-type=cpu"]
+    assert settings.parse(Settings, words) == Settings(
+        stage="mid",
+        model_tag="d4",
+        model_step=3,
+        prompt="hello",
+        temperature=0.5,
+        top_k=0,
+        max_tokens=100,
+        seed=1,
+        device_type="cpu",
+    )
+    with pytest.raises(SystemExit):
+        settings.parse(Settings, ["-t", "-1"])

@@ -1,0 +1,266 @@
+"""The run_*.sh scripts from the outside, with stand-ins for all that takes time: which commands they start."""
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat.train.run_folder import OBSERVERS
+from scripts import base_train
+
+ROOT = Path(__file__).parents[2]
+BASIC, MUP, GROUP = "run_basic_speedrun.sh", "run_mup_width.sh", "run_mup_width_group_scaling.sh"
+
+# Logs what it is called with, and under which names. Training ends as CODE says, and is complete then; what starts it
+# on several GPUs is the real thing up to a torchrun that is this as well, and so is the comparison where REPORT is set.
+PYTHON = """#!/usr/bin/env bash
+case $2 in nanochat.launch) exec "$REAL" "$@" ;; esac
+if [ "$2" = scripts.mup_transfer ] && [ -n "${REPORT:-}" ]; then exec "$REAL" "$@"; fi
+[ -z "${SLEEP:-}" ] || trap 'echo saved >"$CALLS.saved"; exit 0' TERM
+echo $$ >"$CALLS.pid"
+printf '%q ' "$(basename "$0")" "${NANOCHAT_RUN_ID:-none}" "${WANDB_PROJECT:-none}" "$@" >>"$CALLS" && echo >>"$CALLS"
+[ -z "${SLEEP:-}" ] || for i in {1..600}; do sleep 0.05; done
+[ "${CODE:-0}" = 0 ] || exit "$CODE"
+folder=$NANOCHAT_BASE_DIR/checkpoints/base/$NANOCHAT_RUN_ID
+[ -z "${NANOCHAT_RUN_ID:-}" ] || { mkdir -p "$folder" && touch "$folder/COMPLETE"; }
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in (BASIC, MUP, GROUP):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    shutil.copy(ROOT / "dev/width_runs.sh", tmp_path / "dev")
+    (tmp_path / "dev/setup.sh").write_text("touch set-up\nPATH=$PWD/bin:$PATH\n")
+    for name in ("python", "torchrun"):
+        (tmp_path / "bin" / name).write_text(PYTHON)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def start(tree, script, *words, **environment):
+    everything = {"PATH": os.environ["PATH"], "HOME": str(tree), "PYTHONPATH": str(ROOT), "REAL": sys.executable,
+                  "CALLS": str(tree / "calls"), "NANOCHAT_BASE_DIR": str(tree / "store"), **environment}  # fmt: skip
+    return subprocess.Popen(["bash", f"scripts/{script}", *map(str, words)], cwd=tree, env=everything, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)  # fmt: skip
+
+
+def run(tree, script, *words, **environment):
+    process = start(tree, script, *words, **environment)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def calls(tree):
+    """Words of each command: program, run id, W&B project, arguments."""
+    path = tree / "calls"
+    return [shlex.split(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+COMMON = {
+    "--arch=speedrun",
+    "--depth=12",
+    "--head-dim=128",
+    "--total-batch-size=393216",
+    "--resume=auto",
+    "--run=dummy",
+}
+
+
+def test_the_basic_run(tree):
+    code, _, err = run(tree, BASIC, 768, 1750, 1337)
+    assert code == 0, err
+    ((program, run_id, project, *words),) = calls(tree)
+    assert (program, project, words[:2]) == ("python", "speedrun-basic", ["-m", "scripts.base_train"])
+    asked = {"--width=768", "--iterations=1750", "--seed=1337", "--source=fineweb-edu", f"--model-tag={run_id}"}
+    assert asked | COMMON <= set(words) and "--mup" not in words
+    names = [word.split("=")[0] for word in words[2:]]
+    assert len(names) == len(set(names))  # nothing is said twice
+
+
+def test_a_width_under_mup_with_further_flags_and_text(tree):
+    environment = {"SOURCE": "bin:fineweb10B", "WANDB_RUN": "a b"}
+    code, _, err = run(tree, MUP, 1024, 768, 1000, 1337, "--depth=6", "--head_dim=64", "--no-compile", **environment)
+    assert code == 0, err
+    ((_, run_id, project, *words),) = calls(tree)
+    asked = {"--mup", "--width=1024", "--base-width=768", "--iterations=1000", "--seed=1337"}
+    asked |= {"--run=a b-w1024-base768"}
+    assert asked | {"--depth=6", "--head-dim=64", "--no-compile", "--source=bin:fineweb10B"} <= set(words)
+    assert "--depth=12" not in words and "--head-dim=128" not in words and project == "speedrun-mup"
+    assert "1024" in run_id and "768" in run_id
+
+
+def test_on_several_gpus_torchrun_starts_it(tree):
+    code, _, err = run(tree, MUP, 1024, 768, 1000, 1337, NPROC_PER_NODE="2")
+    assert code == 0, err
+    ((program, *_, words),) = [(call[0], call) for call in calls(tree)]
+    assert program == "torchrun" and any(word.replace("_", "-") == "--nproc-per-node=2" for word in words)
+    assert {"scripts.base_train", "--mup", "--width=1024"} <= set(words)
+
+
+def test_a_group_trains_the_base_and_every_width_alike_and_compares_them(tree):
+    code, _, err = run(tree, GROUP, 256, "512 1024 768", 1000, 1337)
+    assert code == 0, err
+    *trained, last = calls(tree)
+    flags = [set(words) for *_, words in ((call[0], call[3:]) for call in trained)]
+    for width, words in zip((256, 512, 768, 1024), flags, strict=True):
+        assert {"--mup", f"--width={width}", "--base-width=256", "--iterations=1000", "--seed=1337"} | COMMON <= words
+    assert all(len(words - flags[0]) == 2 for words in flags[1:])  # the width and the tag
+    assert {call[2] for call in trained} == {"speedrun-mup-group"}
+    tags = [call[1] for call in trained]
+    assert len(set(tags)) == 4
+    assert last[3:] == ["-m", "scripts.mup_transfer", "--widths=256,512,768,1024", f"--compare-runs={','.join(tags)}"]
+
+
+def test_finished_runs_are_skipped_unless_the_flags_differ(tree):
+    assert run(tree, GROUP, 256, "512", 1000, 1337, CODE="3")[0] == 3
+    assert len(calls(tree)) == 1  # the first failed, and nothing came after it
+    assert run(tree, GROUP, 256, "512", 1000, 1337)[0] == 0
+    assert len(calls(tree)) == 4
+    code, out, _ = run(tree, GROUP, 256, "512 768", 1000, 1337, WANDB_RUN="another")
+    assert code == 0 and out.count("finished before") == 2
+    assert [call[3:][1] for call in calls(tree)[4:]] == ["scripts.base_train", "scripts.mup_transfer"]
+    (tree / "calls").unlink()
+    code, out, _ = run(tree, GROUP, 256, "512", 1000, 1337, "--depth=6")
+    assert code == 0 and out.count("with other flags") == 2 and len(calls(tree)) == 3
+    (tree / "calls").unlink()
+    assert run(tree, GROUP, 256, "512", 1000, 1337, "--depth=4", CODE="3")[0] == 3
+    assert "with other flags" in run(tree, GROUP, 256, "512", 1000, 1337, "--depth=6")[1]  # what is there is unknown
+
+
+def write_losses(tree, tag, shift, steps=40):
+    folder = tree / "store/runs" / tag
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [{"stage": "base", "step": step, "Loss/train_loss": 5 - shift - 0.01 * step} for step in range(1, steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_group_fails_where_wider_is_not_better(tree):
+    """The real comparison of what training has logged; tests/studies/test_mup_transfer.py has the rest of it."""
+    for width, shift in ((256, 0.256), (512, 0.512), (768, 0.5)):
+        write_losses(tree, f"mup-group-w{width}-base256-i1000-s1337", shift)
+    code, out, err = run(tree, GROUP, 256, "512 768", 1000, 1337, REPORT="1")
+    assert code == 1 and "width 768 is 0.0120 above width 512" in out and err.count("error:") == 1
+    assert [line.split()[0] for line in out.splitlines() if "|" in line] == ["width", "256", "512", "768"]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [(BASIC, [768, 1750]), (BASIC, []), (MUP, [1024, 768, 1000]), (GROUP, [256, "512", 1000])],
+)
+def test_too_few_words_show_the_usage(tree, script, words):
+    code, out, err = run(tree, script, *words)
+    assert code == 2 and out == "" and f"bash scripts/{script}" in err and "SOURCE" in err and "set -euo" not in err
+    assert not (tree / "set-up").exists() and not calls(tree)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (BASIC, ["wide", 1750, 1337]),
+        (BASIC, [768, 0, 1337]),
+        (BASIC, [768, 1750, -1]),
+        (BASIC, [768, "1e3", 1]),
+        (BASIC, [800, 1750, 1337]),
+        (BASIC, [768, 1750, 1337, "depth=6"]),
+        (BASIC, [768, 1750, 1337, "--depth", "6"]),
+        (BASIC, [768, 1750, 1337, "--mup"]),
+        (BASIC, [768, 1750, 1337, "--num_iterations=5"]),
+        (MUP, [1024, 700, 1000, 1337]),
+        (MUP, [1024, 768, 1000, 1337, "--base-width=512"]),
+        (GROUP, [256, "", 1000, 1337]),
+        (GROUP, [256, "512 many", 1000, 1337]),
+        (GROUP, [256, "256", 1000, 1337]),
+        (GROUP, [256, "512", 1000, 1337, "--head-dim=0"]),
+        (GROUP, [256, "512", 1000, 1337, "--model-tag=x"]),
+    ],
+)
+def test_nonsense_is_refused_in_one_line_before_anything_is_set_up(tree, script, words):
+    code, out, err = run(tree, script, *words)
+    assert code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tree / "set-up").exists() and not calls(tree)
+
+
+@pytest.mark.parametrize("environment", [{"SOURCE": "local:/no/such/folder"}, {"NPROC_PER_NODE": "two"}])
+def test_mistakes_in_the_environment_are_refused(tree, environment):
+    code, _, err = run(tree, BASIC, 768, 10, 1, **environment)
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and not calls(tree)
+
+
+def test_training_that_was_stopped_from_outside_is_not_taken_for_finished(tree):
+    """A signal that reaches training alone: it saves, and ends with 0, but it has not come to its end."""
+    process = start(tree, GROUP, 256, "512", 1000, 1337, SLEEP="1")
+    for _ in range(600):
+        if calls(tree):
+            break
+        time.sleep(0.05)
+    os.kill(int((tree / "calls.pid").read_text()), signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "call again to continue" in err and len(calls(tree)) == 1
+    (tree / "calls").unlink()
+    code, out, _ = run(tree, GROUP, 256, "512", 1000, 1337)
+    assert code == 0 and "finished before" not in out and len(calls(tree)) == 3
+
+
+def test_training_that_fails_at_once_fails_the_script(tree):
+    """So soon that bash has buried it before it is asked whether it lives."""
+    (tree / "dev/setup.sh").write_text('PATH=$PWD/bin:$PATH\nkill() { sleep 0.3; builtin kill "$@"; }\n')
+    code, _, _ = run(tree, BASIC, 768, 10, 1, CODE="3")
+    assert code == 3 and not (tree / "store/runs").exists()
+
+
+def test_what_only_observes_a_run_does_not_repeat_it(tree):
+    """Exactly those of base_train's settings that are OBSERVERS."""
+    names = [field.name for field in dataclasses.fields(base_train.Settings)]
+    flags = [f"--{name.replace('_', '-')}" for name in names]
+    shown = subprocess.run(
+        ["bash", "-c", 'source dev/width_runs.sh; deciding "$@"', "x", *(f"{flag}=1" for flag in flags), "--no-compile",
+         "--no-coord-check"],
+        cwd=tree, capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    expected = {f"{flag}=1" for flag, name in zip(flags, names, strict=True) if name not in OBSERVERS}
+    assert set(shown) == expected | {"--no-compile"} and len(expected) < len(flags)
+
+    assert run(tree, BASIC, 768, 1750, 1337)[0] == 0
+    watched = ["--eval-every=5", "--eval_tokens=64", "--monitor-interval=10", "--coord-check", "--device-batch-size=1"]
+    code, out, _ = run(tree, BASIC, 768, 1750, 1337, "--save-every=7", *watched, "--depth=12")
+    assert code == 0 and "finished before\n" in out and len(calls(tree)) == 1
+
+
+@pytest.mark.parametrize(("name", "expected"), [("us", "us-w{}"), ("auto", "auto"), ("dummy", "dummy")])
+def test_each_width_of_a_group_has_a_name_of_its_own(tree, name, expected):
+    assert run(tree, GROUP, 256, "512", 1000, 1337, WANDB_RUN=name)[0] == 0
+    named = [[word for word in call if word.startswith("--run=")] for call in calls(tree)[:2]]
+    assert named == [[f"--run={expected.format(width)}"] for width in (256, 512)]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [(BASIC, [768, 10, 1]), (MUP, [1024, 768, 10, 1]), (GROUP, [256, "512", 10, 1])],
+)
+def test_the_users_project_stands(tree, script, words):
+    assert run(tree, script, *words, WANDB_PROJECT="mine")[0] == 0
+    assert {call[2] for call in calls(tree)} == {"mine"}
+
+
+def test_a_signal_lets_training_save_and_nothing_follows(tree):
+    process = start(tree, GROUP, 256, "512", 1000, 1337, SLEEP="1")
+    for _ in range(600):
+        if calls(tree):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and (tree / "calls.saved").exists() and len(calls(tree)) == 1
+    (tree / "calls").unlink()
+    assert run(tree, GROUP, 256, "512", 1000, 1337)[0] == 0 and len(calls(tree)) == 3  # none counts as finished

@@ -1,0 +1,316 @@
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from nanochat.data import hub
+from nanochat.errors import UserError
+from nanochat.tasks import hub as hub_data
+from nanochat.tasks.hub import HUB_TASKS, HubTask, fetch, fixed_order, load_rows, load_table, source_text
+from tests.standin_hub import COMMIT, StandInHub, serving
+from tests.tasks.hub_rows import arc_row, gsm8k_row, mmlu_row, parquet_rows, put, talk_row
+
+TRAIN, TEST = "main/train-00000-of-00001.parquet", "main/test-00000-of-00001.parquet"
+PARTS = [f"data/train-{i:05d}-of-00003.parquet" for i in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def _store(store):
+    pass
+
+
+def serve(monkeypatch, task, repo, files, revision=COMMIT):
+    """A context with `task` at a repository on loopback that has these files."""
+    splits = {}
+    for path in files:
+        split = re.match("[a-z]+", path.rpartition("/")[2])[0]
+        splits[split] = (*splits.get(split, ()), path)
+    monkeypatch.setattr(hub, "FIRST_WAIT", 0.001)
+    monkeypatch.setitem(HUB_TASKS, task, HubTask(repo, revision, splits, HUB_TASKS[task].columns))
+    return serving(StandInHub(repo, files))
+
+
+@pytest.fixture
+def gsm8k(monkeypatch):
+    files = {
+        TRAIN: parquet_rows([gsm8k_row(i) for i in range(5)]),
+        TEST: parquet_rows([gsm8k_row(i) for i in range(100, 103)]),
+    }
+    with serve(monkeypatch, "GSM8K", "someone/problems", files) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def manifest(task):
+    return json.loads((hub_data.folder(task) / "manifest.json").read_text())
+
+
+# ---- the table
+
+
+def test_every_revision_is_a_commit_and_every_file_begins_with_its_split():
+    for task, data in HUB_TASKS.items():
+        assert re.fullmatch("[0-9a-f]{40}", data.revision), task
+        for split, paths in data.files.items():
+            assert all(Path(path).name.startswith(f"{split}-") for path in paths), task
+            assert len({Path(path).name for path in paths}) == len(paths)
+            assert int(paths[0].rpartition("-of-")[2].removesuffix(".parquet")) == len(paths)
+
+
+def test_before_anything_is_fetched_the_source_is_what_would_be():
+    assert source_text("GSM8K") == "openai/gsm8k at e53f048"
+
+
+# ---- fetching
+
+
+def test_fetched_rows_are_those_of_the_repository(gsm8k, capsys):
+    fetch("GSM8K", ["train", "test"])
+    assert load_rows("GSM8K", "train") == [gsm8k_row(i) for i in range(5)]
+    assert load_rows("GSM8K", "test") == [gsm8k_row(i) for i in range(100, 103)]
+    assert (hub_data.num_rows("GSM8K", "train"), hub_data.num_rows("GSM8K", "test")) == (5, 3)
+    assert source_text("GSM8K") == f"someone/problems at {COMMIT[:7]}"
+    assert gsm8k.revisions == {COMMIT}
+    assert "GSM8K train-00000-of-00001.parquet: 0.0 MB, 5 items" in capsys.readouterr().out
+    about = manifest("GSM8K")
+    assert (about["repo"], about["revision"]) == ("someone/problems", COMMIT)
+    assert about["files"]["train-00000-of-00001.parquet"]["size"] == len(gsm8k.files[TRAIN])
+
+
+def test_what_is_here_is_not_fetched_again(gsm8k):
+    fetch("GSM8K", ["train"])
+    before = len(gsm8k.requests)
+    fetch("GSM8K", ["train"])
+    assert len(gsm8k.requests) == before
+    fetch("GSM8K", ["train", "test"])
+    assert (gsm8k.gets(TRAIN), gsm8k.gets(TEST)) == (1, 1)
+
+
+def test_a_truncated_file_is_not_read_and_is_fetched_again(gsm8k):
+    fetch("GSM8K", ["train"])
+    path = hub_data.folder("GSM8K") / "train-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"no train items of GSM8K .*`python -m scripts.chat_data --tasks=GSM8K`"):
+        load_rows("GSM8K", "train")
+    fetch("GSM8K", ["train"])
+    assert len(load_rows("GSM8K", "train")) == 5
+
+
+def test_an_interrupted_split_is_not_read_and_goes_on_where_it_stopped(monkeypatch):
+    files = {path: parquet_rows([talk_row(10 * i), talk_row(10 * i + 1)]) for i, path in enumerate(PARTS)}
+    with serve(monkeypatch, "SmolTalk", "someone/talks", files) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        server.faults[PARTS[1]] = [500] * hub.ATTEMPTS
+        with pytest.raises(UserError, match=r"^SmolTalk: could not get .*--from-dir=FOLDER$"):
+            fetch("SmolTalk", ["train"])
+        with pytest.raises(UserError, match=r"no train items of SmolTalk in .*, or not all of them"):
+            load_table("SmolTalk", "train")
+        fetch("SmolTalk", ["train"])
+        assert server.gets(PARTS[0]) == 1
+        table = load_table("SmolTalk", "train")
+    assert table.column_names == ["messages"]  # other columns are left where they are
+    assert [hub_data.row(table, i)["messages"][0]["content"] for i in range(6)] == [
+        f"Say {n}." for n in (0, 1, 10, 11, 20, 21)
+    ]
+    assert load_table("SmolTalk", "train") is table  # read once
+
+
+def test_another_pinned_revision_is_fetched_anew(gsm8k, monkeypatch):
+    fetch("GSM8K", ["train"])
+    path = hub_data.folder("GSM8K") / "manifest.json"
+    path.write_text(path.read_text().replace(COMMIT, "f" * 40))
+    with pytest.raises(UserError, match="no train items"):
+        load_rows("GSM8K", "train")
+    fetch("GSM8K", ["train"])
+    assert gsm8k.gets(TRAIN) == 2
+
+
+def test_a_branch_is_shown_as_not_pinned_with_the_commit_that_was_served(monkeypatch):
+    files = {TRAIN: parquet_rows([gsm8k_row(1)])}
+    with serve(monkeypatch, "GSM8K", "someone/problems", files, revision="main") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        assert source_text("GSM8K") == "someone/problems at main, not pinned"
+        fetch("GSM8K", ["train"])
+    assert source_text("GSM8K") == f"someone/problems at main, not pinned (served {COMMIT[:7]})"
+    assert manifest("GSM8K")["files"]["train-00000-of-00001.parquet"]["served"] == COMMIT
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"<!DOCTYPE html><title>Sign in</title>", "GSM8K: .*expected a parquet file, found something else"),
+        (parquet_rows([{"prompt": "?", "answer": "!"}]), "GSM8K: .*no column question, found prompt, answer"),
+    ],
+)
+def test_content_of_another_form_is_refused(gsm8k, content, message):
+    gsm8k.files[TRAIN] = content
+    with pytest.raises(UserError, match=message) as caught:
+        fetch("GSM8K", ["train"])
+    assert "\n" not in str(caught.value)
+    assert not hub_data.folder("GSM8K").exists()
+
+
+def test_absent_data_and_absent_splits_are_said():
+    with pytest.raises(UserError, match=r"run `python -m scripts\.chat_data --tasks=MMLU`"):
+        load_rows("MMLU", "test")
+    with pytest.raises(UserError, match="HumanEval has no train split: it has test"):
+        load_rows("HumanEval", "train")
+
+
+# ---- taking files from a folder
+
+
+@pytest.mark.parametrize(
+    "place", ["gsm8k", "GSM8K", "gsm8k/main", "Gsm8k/deep/down"], ids=["repo", "task", "hub layout", "anywhere"]
+)
+def test_files_are_found_in_folders_of_several_names(tmp_path, place):
+    folder = tmp_path / "data" / place
+    folder.mkdir(parents=True)
+    (folder / "train-00000-of-00001.parquet").write_bytes(parquet_rows([gsm8k_row(7)]))
+    (folder / "test.parquet").write_bytes(parquet_rows([gsm8k_row(8)]))
+    assert hub_data.take_local("GSM8K", tmp_path / "data") == ["train", "test"]
+    assert load_rows("GSM8K", "train") == [gsm8k_row(7)]
+    assert load_rows("GSM8K", "test") == [gsm8k_row(8)]
+    digests = [entry["sha256"][:8] for entry in manifest("GSM8K")["files"].values()]
+    assert source_text("GSM8K") == f"local directory (sha256 {', '.join(digests)})"
+
+
+def test_a_checkout_of_the_hub_is_read_at_the_paths_of_the_hub(tmp_path):
+    for name, row in {"main": gsm8k_row(1), "socratic": gsm8k_row(2)}.items():
+        path = tmp_path / "gsm8k" / name / "train-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(parquet_rows([row]))
+    assert hub_data.take_local("GSM8K", tmp_path) == ["train"]
+    assert load_rows("GSM8K", "train") == [gsm8k_row(1)]
+
+
+def test_the_two_arc_sets_in_one_checkout_are_told_apart(tmp_path):
+    path = tmp_path / "ai2_arc" / "ARC-Challenge" / "test-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(parquet_rows([arc_row(1)]))
+    assert hub_data.take_local("ARC-Easy", tmp_path) == []
+    assert hub_data.take_local("ARC-Challenge", tmp_path) == ["test"]
+
+
+def test_files_in_several_folders_are_not_guessed_between(tmp_path):
+    for name in ("anatomy", "astronomy"):
+        path = tmp_path / "mmlu" / name / "test-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(parquet_rows([mmlu_row(1, name)]))
+    with pytest.raises(UserError, match=r"MMLU: test files in 2 folders, .*anatomy, .*astronomy: keep one"):
+        hub_data.take_local("MMLU", tmp_path)
+
+
+def test_part_of_a_split_is_refused(tmp_path):
+    for index in (0, 2):
+        path = tmp_path / "smol-smoltalk" / f"train-{index:05d}-of-00003.parquet"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(parquet_rows([talk_row(index)]))
+    with pytest.raises(UserError, match="SmolTalk: 2 of 3 train files are in"):
+        hub_data.take_local("SmolTalk", tmp_path)
+
+
+def test_a_folder_without_the_data_gives_nothing_and_no_folder_is_an_error(tmp_path):
+    assert hub_data.take_local("GSM8K", tmp_path) == []
+    with pytest.raises(UserError, match=r"--from-dir=.*nowhere: no such folder"):
+        hub_data.take_local("GSM8K", tmp_path / "nowhere")
+
+
+def test_files_are_copied_once_and_again_when_they_change(tmp_path, monkeypatch):
+    copies = []
+    copy = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda *args: copies.append(args) or copy(*args))
+    put(tmp_path, "GSM8K", train=[gsm8k_row(1)])
+    assert hub_data.take_local("GSM8K", tmp_path) == ["train"]
+    assert len(copies) == 1
+    put(tmp_path, "GSM8K", train=[gsm8k_row(1), gsm8k_row(2)])
+    assert len(copies) == 2
+    assert len(load_rows("GSM8K", "train")) == 2
+
+
+def test_a_folder_moved_or_touched_changes_nothing(tmp_path, monkeypatch):
+    put(tmp_path / "a", "GSM8K", train=[gsm8k_row(1)])
+    before = manifest("GSM8K")
+    assert str(tmp_path) not in json.dumps(before)
+    (tmp_path / "a").rename(tmp_path / "b")
+    os.utime(tmp_path / "b" / "GSM8K" / "train-00000-of-00001.parquet", (1, 1))
+    monkeypatch.setattr(shutil, "copyfile", None)  # nothing is copied again
+    assert hub_data.take_local("GSM8K", tmp_path / "b") == ["train"]
+    assert manifest("GSM8K") == before
+
+
+def test_fetching_puts_published_files_in_the_place_of_local_ones(gsm8k, tmp_path):
+    put(tmp_path, "GSM8K", train=[gsm8k_row(7)], test=[gsm8k_row(1)])
+    assert hub_data.has_local("GSM8K", ["train"]) and hub_data.has_local("GSM8K", ["test"])
+    fetch("GSM8K", ["train", "test"])
+    assert load_rows("GSM8K", "train") == [gsm8k_row(i) for i in range(5)]
+    assert load_rows("GSM8K", "test") == [gsm8k_row(i) for i in range(100, 103)]
+    assert source_text("GSM8K") == f"someone/problems at {COMMIT[:7]}"
+    assert not hub_data.has_local("GSM8K", ["train", "test"])
+
+
+def test_local_files_stay_where_the_hub_cannot_be_reached(gsm8k, tmp_path):
+    put(tmp_path, "GSM8K", train=[gsm8k_row(7)])
+    before = manifest("GSM8K")
+    gsm8k.faults[TRAIN] = [500] * hub.ATTEMPTS
+    with pytest.raises(UserError, match=r"GSM8K: could not get .*give --from-dir=FOLDER again to go on with the local"):
+        fetch("GSM8K", ["train"])
+    assert manifest("GSM8K") == before and load_rows("GSM8K", "train") == [gsm8k_row(7)]
+
+
+def test_local_files_of_one_split_are_kept_while_another_is_fetched(gsm8k, tmp_path):
+    put(tmp_path, "GSM8K", test=[gsm8k_row(1)])
+    fetch("GSM8K", ["train"])
+    assert (gsm8k.gets(TRAIN), gsm8k.gets(TEST)) == (1, 0)
+    assert load_rows("GSM8K", "test") == [gsm8k_row(1)]
+    assert re.fullmatch(
+        rf"local directory \(sha256 [0-9a-f]{{8}}\) and someone/problems at {COMMIT[:7]}", source_text("GSM8K")
+    )
+
+
+def test_local_files_replace_fetched_ones_wholly(monkeypatch, tmp_path):
+    files = {path: parquet_rows([talk_row(i)]) for i, path in enumerate(PARTS)}
+    with serve(monkeypatch, "SmolTalk", "someone/talks", files) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        fetch("SmolTalk", ["train"])
+    put(tmp_path, "SmolTalk", train=[talk_row(5)])
+    assert len(load_rows("SmolTalk", "train")) == 1
+    assert [path.name for path in hub_data.folder("SmolTalk").glob("*.parquet")] == ["train-00000-of-00001.parquet"]
+
+
+def test_a_damaged_local_file_is_refused_and_leaves_nothing(tmp_path):
+    path = tmp_path / "gsm8k" / "train.parquet"
+    path.parent.mkdir()
+    path.write_bytes(parquet_rows([gsm8k_row(1)])[:-20])
+    with pytest.raises(UserError, match=r"gsm8k/train\.parquet: expected a parquet file, found something else or half"):
+        hub_data.take_local("GSM8K", tmp_path)
+    assert not list(hub_data.folder("GSM8K").glob("*"))
+
+
+# ---- reading
+
+
+def test_rows_wrapped_in_a_column_named_train_are_unwrapped(tmp_path):
+    put(tmp_path, "MMLU", train=[{"train": mmlu_row(i)} for i in range(3)])
+    assert load_rows("MMLU", "train") == [mmlu_row(i) for i in range(3)]
+
+
+def test_a_table_gives_the_same_rows_as_the_list(tmp_path):
+    put(tmp_path, "ARC-Easy", test=[arc_row(i) for i in range(4)])
+    table = load_table("ARC-Easy", "test")
+    assert isinstance(table, pa.Table)
+    assert [hub_data.row(table, i) for i in range(4)] == load_rows("ARC-Easy", "test")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000])
+def test_fixed_order_is_a_permutation_and_always_the_same(count):
+    order = fixed_order(count)
+    assert sorted(order) == list(range(count))
+    fixed_order.cache_clear()
+    assert fixed_order(count) == order
+    if count == 1000:
+        assert 300 < sum(order[:500]) / 500 < 700  # items from everywhere among the first

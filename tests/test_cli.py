@@ -1,0 +1,164 @@
+import dataclasses
+import subprocess
+import sys
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import cli as settings
+from nanochat.cli import real, short, whole
+from nanochat.errors import UserError, exit_on_user_error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """Does nothing with its settings."""
+
+    device_batch_size: Annotated[int, whole(gte=1, lte=4096)] = 32
+    """Rows per forward pass."""
+    max_chars: Annotated[int, whole(gte=-1)] = -1
+    """Characters."""
+    matrix_lr: Annotated[float, real(gte=0.0, lte=1.0)] = 0.02
+    """Learning rate."""
+    num_files: Annotated[int, whole(gte=-1), short("-n")] = 8
+    """Shards."""
+    init: Literal["uniform", "spectral"] = "uniform"
+    """Initialisation."""
+    compile: bool = True
+    """Compile the model."""
+    name: str = ""
+    """Anything."""
+
+
+def parse(*words):
+    return settings.parse(Example, words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--device-batch-size=8"], ["--device_batch_size", "8"], ["--device_batch_size=8"], ["--device-batch-size=8e0"]],
+)
+def test_spellings_of_one_flag(words):
+    assert parse(*words).device_batch_size == 8
+
+
+def test_nothing_given_is_the_defaults():
+    assert parse() == Example()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demanding:
+    """One flag must be given."""
+
+    stage: Annotated[Literal["mid", "sft"], short("-i")]
+    """Which."""
+
+
+def test_a_flag_that_must_be_given(capsys):
+    assert settings.parse(Demanding, ["-i", "sft"]) == Demanding(stage="sft")
+    with pytest.raises(SystemExit) as end:
+        settings.parse(Demanding, [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "--stage" in line
+
+
+def test_scientific_whole_numbers_short_names_and_switches():
+    found = parse("--max_chars=2e9", "-n", "4", "--no-compile", "--init=spectral", "--matrix-lr=1e-3")
+    assert found == Example(max_chars=2_000_000_000, num_files=4, compile=False, init="spectral", matrix_lr=1e-3)
+
+
+@given(st.integers(-1, 10**30))
+def test_whole_numbers_are_exact(number):
+    assert parse(f"--max-chars={number}").max_chars == number
+
+
+@pytest.mark.parametrize(
+    ("words", "needles"),
+    [
+        (["--device-batch-sise=8"], ["--device-batch-sise", "--device-batch-size"]),
+        (["--device-batch-size=0"], ["0", ">= 1"]),
+        (["--device-batch-size=1e9"], ["<= 4096"]),
+        (["--max-chars=1.5"], ["--max-chars", "1.5"]),
+        (["--max-chars=many"], ["--max-chars", "many"]),
+        (["--max-chars=nan"], ["--max-chars", "nan"]),
+        (["--max-chars=inf"], ["--max-chars", "inf"]),
+        (["--matrix-lr=2"], ["<= 1"]),
+        (["--init=normal"], ["normal", "spectral"]),
+        (["--name"], ["--name"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_the_flag_and_the_range(words, needles, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*words)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    for needle in needles:
+        assert needle in error
+
+
+def test_help_shows_every_flag_its_default_and_its_meaning(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Example):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    for needle in ("Does nothing", "Rows per forward pass", "32", "0.02", "spectral"):
+        assert needle in shown
+
+
+def test_as_dict_gives_plain_values():
+    assert settings.as_dict(Example(name="x"))["name"] == "x"
+
+
+def test_a_script_ends_on_its_users_mistake_with_one_line():
+    script = (
+        "import sys; from tests.test_cli import Example; from nanochat import settings; "
+        "from nanochat.errors import UserError\n"
+        "def main(found):\n    raise UserError(f'no shards\\nfor {found.name}')\n"
+        "settings.run(main, Example)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, "--name=me"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: no shards for me\n")
+
+
+def failing(error):
+    def program():
+        raise error
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "needle"),
+    [
+        (UserError("a\n  b"), 1, "error: a b"),
+        (OSError(28, "No space left on device", "/x/shard"), 1, "disk full while writing /x/shard"),
+        (OSError(28, "No space left on device"), 1, "disk full"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_that_a_user_can_mend(error, code, needle, capsys):
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(failing(error))
+    assert end.value.code == code
+    shown = capsys.readouterr().err
+    assert needle in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("ours"), PermissionError(13, "Permission denied"), FileNotFoundError(2, "No")]
+)
+def test_defects_of_ours_keep_their_trace(error):
+    with pytest.raises(type(error)):
+        exit_on_user_error(failing(error))
+
+
+def test_a_program_that_ends_well_just_ends():
+    seen = []
+    exit_on_user_error(lambda: seen.append(1))
+    assert seen == [1]

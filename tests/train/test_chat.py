@@ -1,0 +1,259 @@
+"""mid_train and chat_sft from the outside: what they inherit, write, repeat, and say to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat import checkpoint
+from nanochat import cli as settings_module
+from nanochat.errors import UserError
+from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
+from nanochat.tasks.registry import parse_tasks
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train import chat as chat_train
+from nanochat.train.chat import inherit, plan_steps
+from scripts import chat_sft, mid_train
+from tests.chat_setup import make_base, make_text
+
+SMALL = {"tasks": "Arithmetic:60,Identity:40", "num_iterations": 4, "eval_tokens": 1024, "eval_every": 2,
+         "device_type": "cpu"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    patch.setenv("NANOCHAT_RUN_ID", "test")
+    make_text()
+    make_base()
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def store(base_store, tmp_path, monkeypatch):
+    """A copy of the store with a base model in it."""
+    subprocess.run(["cp", "-r", f"{base_store}/.", str(tmp_path)], check=True)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_RUN_ID", "test")
+    return tmp_path
+
+
+def mid(**changes):
+    mid_train.main(mid_train.Settings(**{**SMALL, **changes}))
+
+
+def sft(**changes):
+    chat_sft.main(chat_sft.Settings(**{**SMALL, **changes}))
+
+
+def last_weights(stage, tag="m", step=4):
+    return load_file(checkpoint_dir(stage, tag) / f"step_{step:06d}" / "model.safetensors")
+
+
+def test_base_to_mid_to_sft(store):
+    mid()
+    sft()
+    for stage, parent in (("mid", "base"), ("sft", "mid")):
+        folder = checkpoint_dir(stage, "m")
+        assert checkpoint.committed_steps(folder) == [4] and (folder / "COMPLETE").exists()
+        meta = checkpoint.read_meta(folder, 4)
+        assert meta["parent"]["stage"] == parent and meta["parent"]["tag"] == "m"
+        base = checkpoint.read_meta(checkpoint_dir("base", "m"), 3)["recipe"]
+        assert meta["recipe"] == base  # sequence length, batch, source and rates
+        model, _, _ = checkpoint.load_model(stage, torch.device("cpu"))
+        assert model.config.sequence_len == 128
+    lines = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+    for stage in ("mid", "sft"):
+        assert [line["step"] for line in lines if line["stage"] == stage and "Loss/val_bpb" in line] == [2, 4]
+        section = json.loads(
+            (run_dir() / "report" / f"{'mid_train' if stage == 'mid' else 'chat_sft'}.json").read_text()
+        )
+        assert section["synthetic"] and len(section["samples"]) == 6
+        assert [row[:2] for row in section["tables"][0]["rows"]] == [["Arithmetic", 60], ["Identity", 40]]
+    mid_section = json.loads((run_dir() / "report" / "mid_train.json").read_text())
+    assert mid_section["metrics"]["share of positions trained on"] > 0.95  # stream, all tokens
+    assert section["metrics"]["share of positions trained on"] < 0.7  # whole conversations, answers
+
+
+def test_the_answers_of_conversations_are_learnt(store):
+    sft(source_stage="base", num_iterations=60, tasks="Identity:20", out_tag="long", eval_every=-1)
+    lines = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["Loss/train_loss"] for line in lines if line["stage"] == "sft" and "Loss/train_loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_stopped_run_continues_bit_for_bit(store):
+    mid(save_every=2, out_tag="whole")
+    mid(save_every=2, out_tag="parts", resume="auto")
+    folder = checkpoint_dir("mid", "parts")
+    (folder / "COMPLETE").unlink()
+    (folder / "step_000004" / "COMMITTED").unlink()  # as if it had been stopped after step 2
+    mid(save_every=2, out_tag="parts", resume="auto")
+    whole, parts = last_weights("mid", "whole"), last_weights("mid", "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not checkpoint_dir("mid", "parts.1").exists()
+
+
+def test_runs_never_share_a_folder(store, capsys):
+    mid()
+    with pytest.raises(UserError, match=r"holds a run already .*, complete.: --out-tag=NAME writes elsewhere"):
+        mid()
+    make_base(model_tag="other")
+    mid(model_tag="other")
+    assert checkpoint.committed_steps(checkpoint_dir("mid", "other")) == [4]
+    # the same tag and settings on a base model that was trained anew is another run
+    (checkpoint_dir("mid", "m") / "COMPLETE").unlink()
+    checkpoint.set_aside(checkpoint_dir("base", "m"))
+    make_base(num_iterations=2)
+    mid(model_tag="m", resume="auto")
+    assert "differs in parent: kept as m.1" in capsys.readouterr().out
+
+
+def test_two_ranks_train_as_one(store):
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, "-m", "scripts.chat_sft", "--source-stage=base", *words]
+    two = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        *one[1:],
+        "--out-tag=two",
+    ]
+    for command in (one, two):
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    single, double = (checkpoint.read_meta(checkpoint_dir("sft", tag), 4) for tag in ("m", "two"))
+    assert double["world_size"] == 2 and double["loader"] == single["loader"]
+    assert double["val_bpb"] == pytest.approx(single["val_bpb"], rel=1e-4)
+    losses = [meta["loop"]["smoothed_loss"] for meta in (single, double)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_batches_without_a_single_target_train_on(store, tmp_path):
+    """Answers that lie behind the end of the row: every target is masked, the loss is 0 and never NaN."""
+    question = {"role": "user", "content": "word1 " * 200}
+    lines = [json.dumps([question, {"role": "assistant", "content": "yes"}])] * 6
+    lines.append(json.dumps([{"role": "user", "content": "word2"}, {"role": "assistant", "content": "word3"}]))
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    sft(source_stage="base", tasks=str(tmp_path / "long.jsonl"), num_iterations=14, eval_every=-1, max_seq_len=64,
+        device_batch_size=1, total_batch_size=64, out_tag="masked", eval_tokens=1024)  # fmt: skip
+    records = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["Loss/train_loss"] for line in records if line["stage"] == "sft" and "Loss/train_loss" in line]
+    assert len(losses) == 14 and losses.count(0.0) >= 8 and all(loss >= 0 for loss in losses) and max(losses) > 0
+    assert all(value.isfinite().all() for value in last_weights("sft", "masked", 14).values())
+
+
+RECIPE = {"source": "pydocs", "max_seq_len": 128, "device_batch_size": 32, "total_batch_size": 8192,
+          "matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "weight_decay": 0.1}  # fmt: skip
+
+
+def test_what_is_inherited():
+    assert inherit(mid_train.Settings(), RECIPE) == RECIPE
+    smaller = inherit(mid_train.Settings(total_batch_size=2048, embedding_lr=0.3), RECIPE)
+    assert smaller["matrix_lr"] == pytest.approx(0.01) and smaller["embedding_lr"] == 0.3
+    assert inherit(mid_train.Settings(device_batch_size=5), RECIPE)["device_batch_size"] == 5
+
+
+def test_steps():
+    assert plan_steps(mid_train.Settings(num_epochs=2), rows=100, rows_per_step=8) == 25
+    assert plan_steps(mid_train.Settings(num_iterations=7), 100, 8) == 7
+    assert plan_steps(mid_train.Settings(num_epochs=0.001), 100, 8) == 1
+    with pytest.raises(UserError, match="no horizon"):
+        plan_steps(mid_train.Settings(num_epochs=0), 100, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--tasks=Nothing"], 1, "unknown task 'Nothing': expected SmolTalk"),
+        (["--tasks="], 1, "no tasks given"),
+        (["--tasks=GSM8K"], 1, "scripts.chat_data"),
+        (["--tasks=absent.jsonl"], 1, "absent.jsonl"),
+        (["--model-tag=d99"], 1, "no base checkpoint tagged d99"),
+        (["--total-batch-size=100"], 1, "--total-batch-size=100 is no multiple of"),
+        (["--max-seq-len=4096"], 1, "--max-seq-len=4096: the model was trained on rows of 128"),
+        (["--packing=loose"], 2, "--packing"),
+    ],
+)
+def test_bad_input_is_one_line(store, monkeypatch, capsys, flags, code, message):
+    usual = {"tasks": "Identity", "num_iterations": 1, "device_type": "cpu"}
+    changed = {flag.partition("=")[0] for flag in flags}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in usual.items()]
+    words = [word for word in words if word.partition("=")[0] not in changed]
+    monkeypatch.setattr(sys, "argv", ["mid_train", *words, *flags])
+    with pytest.raises(SystemExit) as end:
+        settings_module.run(mid_train.main, mid_train.Settings)
+    assert end.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not checkpoint_dir("mid", "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "chats.jsonl:2"),
+        ('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', "chats.jsonl:2: message 1: role is"),
+        ('[{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image", "text": ""}]}]',
+         "unknown type 'image'"),
+        ("[]", "chats.jsonl:2"),
+    ],
+)  # fmt: skip
+def test_bad_lines_of_a_file_are_named(store, tmp_path, line, message):
+    good = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    (tmp_path / "chats.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(UserError) as error:
+        mid(tasks=str(tmp_path / "chats.jsonl"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_tokenizer(store):
+    RustBPETokenizer.train_from_iterator(["something else altogether"], 300).save(tokenizer_dir())
+    with pytest.raises(UserError, match="was trained with tokenizer"):
+        mid()
+
+
+def test_no_parent(store):
+    with pytest.raises(UserError, match=r"no mid checkpoint in .*: run `python -m scripts\.mid_train` first"):
+        sft()
+
+
+def test_other_data_under_the_same_name_is_another_run(store, tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+
+    def write(answer):
+        talk = [{"role": "user", "content": "word1"}, {"role": "assistant", "content": answer}]
+        path.write_text(f"{json.dumps(talk)}\n")
+
+    options = {"tasks": str(path), "num_iterations": 2, "eval_every": -1, "resume": "auto"}
+    write("word2")
+    mid(**options)
+    (checkpoint_dir("mid", "m") / "COMPLETE").unlink()
+    write("word3")
+    mid(**options)
+    assert "differs in data: kept as m.1" in capsys.readouterr().out
+
+
+def test_held_out_answers_behind_the_end_of_the_row_do_not_stop_a_run(store, tmp_path, monkeypatch, capsys):
+    question = {"role": "user", "content": "word1 " * 200}
+    (tmp_path / "long.jsonl").write_text(json.dumps([question, {"role": "assistant", "content": "yes"}]))
+    monkeypatch.setattr(
+        chat_train, "held_out", lambda spec, source: parse_tasks(str(tmp_path / "long.jsonl"), "train")[0]
+    )
+    sft(source_stage="base", num_iterations=2)
+    assert "nothing is measured on the way: no held-out answer" in capsys.readouterr().out
+
+
+def test_a_tag_is_found_as_it_was_written(store):
+    make_base(model_tag="my run", num_iterations=1)
+    mid(model_tag="my run", num_iterations=1)
+    assert checkpoint.committed_steps(checkpoint_dir("mid", "my run")) == [1]

@@ -1,0 +1,175 @@
+"""Reinforcement learning from the outside: it raises the reward, resumes, and says what is wrong."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat import checkpoint
+from nanochat import cli as settings_module
+from nanochat.errors import UserError
+from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
+from nanochat.tasks.arithmetic import Arithmetic
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train import chat as chat_train
+from scripts import chat_rl, chat_sft
+from tests.chat_setup import make_base, make_text
+from tests.processes import run_processes
+from tests.test_dataloader import write_source
+
+SMALL = {"task": "Arithmetic", "num_iterations": 4, "questions_per_step": 4, "num_samples": 4, "max_new_tokens": 24,
+         "device_batch_size": 8, "eval_every": -1, "eval_questions": 8, "eval_samples": 2,
+         "device_type": "cpu"}  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A store with an SFT model that has seen a few conversations."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_RUN_ID", "test")
+    make_text()
+    make_base()
+    chat_sft.main(chat_sft.Settings(source_stage="base", tasks="Arithmetic:60", num_iterations=2, eval_every=-1,
+                                    eval_tokens=512, device_type="cpu"))  # fmt: skip
+    return tmp_path
+
+
+def rl(**changes):
+    chat_rl.main(chat_rl.Settings(**{**SMALL, **changes}))
+
+
+def test_writes_a_checkpoint_and_a_section(store):
+    rl()
+    folder = checkpoint_dir("rl", "m")
+    assert checkpoint.committed_steps(folder) == [4] and (folder / "COMPLETE").exists()
+    meta = checkpoint.read_meta(folder, 4)
+    assert meta["parent"]["stage"] == "sft" and meta["loader"]["position"] == 16
+    section = json.loads((run_dir() / "report" / "chat_rl.json").read_text())
+    assert [row[0] for row in section["tables"][0]["rows"]] == ["pass@1", "pass@2"] and section["synthetic"]
+    lines = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "RL/reward" in line] == [1, 2, 3, 4]
+    assert checkpoint.load_model("rl", torch.device("cpu"))[2]["tag"] == "m"
+
+
+class Lengths(Arithmetic):
+    """Even a model that has learnt nothing earns something here, and not always the same."""
+
+    def reward(self, conversation, completion):
+        return len(completion) % 7 / 7
+
+
+def practise(out_tag, **changes):
+    """A few steps of reinforcement learning on Lengths, on all ranks that there are."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(chat_rl, "make_task", lambda name, split, source: Lengths(split, size=200))
+    patch.setattr(chat_rl, "compute_cleanup", lambda: None)  # the process group is the test's
+    rl(**{"num_iterations": 2, "num_samples": 8, "out_tag": out_tag, **changes})
+    patch.undo()
+
+
+def saved(stage, tag, step):
+    path = checkpoint_dir(stage, tag) / f"step_{step:06d}" / "model.safetensors"
+    return load_file(path if path.exists() else checkpoint.export(checkpoint_dir(stage, tag), step))
+
+
+def test_a_stopped_run_continues_bit_for_bit(store):
+    practise("whole", num_iterations=4, save_every=2)
+    practise("parts", num_iterations=4, save_every=2, resume="auto")
+    folder = checkpoint_dir("rl", "parts")
+    (folder / "COMPLETE").unlink()
+    (folder / "step_000004" / "COMMITTED").unlink()
+    practise("parts", num_iterations=4, save_every=2, resume="auto")
+    before, half, whole, parts = (
+        saved("sft", "m", 2),
+        saved("rl", "whole", 2),
+        saved("rl", "whole", 4),
+        saved("rl", "parts", 4),
+    )
+    for name in whole:
+        assert torch.equal(whole[name], parts[name])
+        assert not torch.equal(whole[name], half[name]) and not torch.equal(half[name], before[name])
+
+
+def test_nothing_moves_where_there_is_nothing_to_learn(store):
+    """No answer of this model earns anything on Arithmetic, so there is no gradient to follow."""
+    rl()
+    before, after = saved("sft", "m", 2), saved("rl", "m", 4)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    lines = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+    assert {line["Optimization/lr_multiplier"] for line in lines if "RL/reward" in line} == {0.0}
+
+
+def test_a_run_that_cannot_start_leaves_the_earlier_one_in_place(store):
+    rl()
+    with pytest.raises(UserError, match="no horizon"):
+        rl(resume="auto", num_iterations=-1, num_epochs=0)
+    assert checkpoint.committed_steps(checkpoint_dir("rl", "m")) == [4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--task=Nothing"], 1, "unknown task 'Nothing'"),
+        (["--task=Identity"], 1, "--task=Identity: its answers are not generated"),
+        (["--task=GSM8K"], 1, "scripts.chat_data"),
+        (["--num-samples=1"], 2, "--num-samples"),
+        (["--max-new-tokens=120"], 1, "--max-new-tokens=120: the longest question of Arithmetic has"),
+        (["--source-stage=mid"], 1, "no mid checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line(store, monkeypatch, capsys, flags, code, message):
+    changed = {flag.partition("=")[0] for flag in flags}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    words = [word for word in words if word.partition("=")[0] not in changed]
+    monkeypatch.setattr(sys, "argv", ["chat_rl", *words, *flags])
+    with pytest.raises(SystemExit) as end:
+        settings_module.run(chat_rl.main, chat_rl.Settings)
+    assert end.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not checkpoint_dir("rl", "m").exists()
+
+
+def test_it_raises_the_reward_on_generated_arithmetic(tmp_path, monkeypatch):
+    """A two-layer model that has half learnt one-step problems from worked examples practises on others without."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_RUN_ID", "test")
+
+    def easy(name, split, source=None, count=None):
+        return Arithmetic(split, size=count, steps=1, largest=9)
+
+    monkeypatch.setattr(chat_rl, "make_task", easy)
+    monkeypatch.setattr(chat_train, "make_task", easy)
+    monkeypatch.setattr(chat_train, "parse_tasks", lambda spec, split, source: [easy(spec, split, source, 2000)])
+    task = easy("", "train", count=800)
+    documents = [" ".join(spoken(task[i]) for i in range(first, first + 40)) for first in range(0, 800, 40)]
+    write_source([documents[:8], documents[8:16], documents[16:]])
+    RustBPETokenizer.train_from_iterator(documents, 500).save(tokenizer_dir())
+    make_base(depth=2, max_seq_len=64, device_batch_size=16, num_iterations=10)
+    chat_sft.main(chat_sft.Settings(source_stage="base", tasks="Arithmetic:2000", num_iterations=110, init_lr_frac=1.0,
+                                    eval_every=-1, eval_tokens=512, device_type="cpu"))  # fmt: skip
+    rl(num_iterations=40, questions_per_step=16, num_samples=8, max_new_tokens=18, device_batch_size=64,
+       init_lr_frac=0.3, eval_questions=64, eval_samples=4)  # fmt: skip
+    section = json.loads((run_dir() / "report" / "chat_rl.json").read_text())
+    before, after = section["metrics"]["first pass@1"], section["metrics"]["final pass@1"]
+    assert 0.2 < before < 0.8 and after > before + 0.15, (before, after)
+
+
+def spoken(conversation):
+    """All that is said, as plain text."""
+    contents = [message["content"] for message in conversation["messages"]]
+    return " ".join(c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents)
+
+
+def test_two_ranks_train_as_one(store):
+    practise("one")
+    run_processes(2, practise, "two")
+    before, single, double = saved("sft", "m", 2), saved("rl", "one", 2), saved("rl", "two", 2)
+    for name in single:
+        moved = (single[name] - before[name]).abs().max()
+        assert moved > 1e-4 and (double[name] - single[name]).abs().max() < 0.02 * moved, name
+    rewards = [line["RL/reward"] for line in map(json.loads, (run_dir() / "metrics.jsonl").read_text().splitlines())
+               if line["stage"] == "rl" and "RL/reward" in line]  # fmt: skip
+    assert len(rewards) == 2 and min(rewards) > 0  # those of the second run, which took the place of the first's

@@ -1,0 +1,103 @@
+import json
+from typing import ClassVar
+
+import pytest
+
+from nanochat.paths import run_dir
+from nanochat.train.metrics import GROUPS
+from nanochat.train.tracking import Tracker, wandb_project
+
+
+@pytest.fixture(autouse=True)
+def here(store, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_RUN_ID", "test")
+
+
+def records():
+    return [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_records_are_there_at_once():
+    tracker = Tracker("base", "dummy", {})
+    tracker.log(1, 100, {"Loss/train_loss": 2.5})
+    assert records() == [{"stage": "base", "step": 1, "tokens": 100, "Loss/train_loss": 2.5}]
+    tracker.close()
+
+
+def test_resuming_drops_what_will_be_repeated_and_only_that():
+    for stage in ("base", "mid"):
+        tracker = Tracker(stage, "dummy", {})
+        for step in range(1, 6):
+            tracker.log(step, step, {"Loss/train_loss": 1.0})
+        tracker.close()
+    with open(run_dir() / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "base", "st')  # a kill in the middle of a line
+    Tracker("base", "dummy", {}, resume_step=3).close()
+    assert [(r["stage"], r["step"]) for r in records()] == [("base", s) for s in (1, 2, 3)] + [
+        ("mid", s) for s in range(1, 6)
+    ]
+    Tracker("base", "dummy", {}).close()
+    assert {r["stage"] for r in records()} == {"mid"}
+
+
+def test_other_ranks_write_nothing(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    tracker = Tracker("base", "dummy", {})
+    tracker.log(1, 1, {"Loss/train_loss": 1.0})
+    tracker.close()
+    assert not (run_dir() / "metrics.jsonl").exists()
+
+
+def test_wandb_gets_the_same_records_when_asked(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(run_dir().parent))
+    logged = []
+    tracker = Tracker("base", "name-of-run", {"depth": 1})
+    monkeypatch.setattr(tracker.wandb, "log", logged.append)
+    tracker.log(2, 50, {"Loss/train_loss": 1.0})
+    tracker.close()
+    assert logged == [{"step": 2, "tokens": 50, "Loss/train_loss": 1.0}]
+    resumed = Tracker("base", "name-of-run", {"depth": 1}, resume_step=2, wandb_id=tracker.wandb_id)
+    resumed.close()
+    assert tracker.wandb_id is not None and resumed.wandb_id == tracker.wandb_id
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_names_outside_the_groups_are_refused_on_every_rank(monkeypatch, rank):
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    tracker = Tracker("base", "dummy", {})
+    with pytest.raises(ValueError, match="'Norms/x': expected Group/name"):
+        tracker.log(1, 1, {"Loss/train_loss": 1.0, "Norms/x": 1.0})
+    tracker.close()
+
+
+@pytest.mark.parametrize(
+    ("arch", "mup", "project"),
+    [("nanochat", False, "nanochat"), ("nanochat", True, "nanochat"), ("speedrun", False, "speedrun-basic"),
+     ("speedrun", True, "speedrun-mup")],
+)  # fmt: skip
+def test_wandb_projects(arch, mup, project, monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert wandb_project(arch, mup) == project
+    monkeypatch.setenv("WANDB_PROJECT", "speedrun-mup-group")
+    assert wandb_project(arch, mup) == "speedrun-mup-group"
+
+
+def test_wandb_gets_the_project_and_a_step_axis_for_each_group(monkeypatch):
+    import wandb
+
+    class Run:
+        id = "x"
+        axes: ClassVar[dict[str, str]] = {}
+
+        def define_metric(self, name, step_metric):
+            self.axes[name] = step_metric
+
+    asked = {}
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Run())
+    Tracker("base", "name", {}, project="speedrun-mup")
+    assert asked["project"] == "speedrun-mup" and asked["name"] == "name"
+    assert Run.axes == {f"{group}/*": "step" for group in GROUPS}
