@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 
-from nanochat import cli as settings_module
-from nanochat.cli import whole
+from nanochat import cli
+from nanochat.cli import int_flag
 from nanochat.errors import UserError
 from nanochat.fp8 import E4M3, E5M2, MULTIPLE, fp8_linear, quantize, require_fp8, transposed
 from nanochat.loss import fused_head_loss
@@ -31,13 +31,13 @@ CAP = 15.0
 class Settings:
     """Measure the head in bf16 and in 8 bits."""
 
-    tokens: Annotated[int, whole(gte=1)] = 65_536
+    tokens: Annotated[int, int_flag(gte=1)] = 65_536
     """Rows of hidden states."""
-    width: Annotated[int, whole(gte=16)] = 768
+    width: Annotated[int, int_flag(gte=16)] = 768
     """Their width, a multiple of 16."""
-    vocab_size: Annotated[int, whole(gte=16)] = 50_304
+    vocab_size: Annotated[int, int_flag(gte=16)] = 50_304
     """Vocabulary, a multiple of 16."""
-    repeats: Annotated[int, whole(gte=1)] = 20
+    repeats: Annotated[int, int_flag(gte=1)] = 20
     """Timed calls of each."""
     out: str | None = None
     """File for the results as JSON."""
@@ -102,7 +102,7 @@ def main(settings: Settings) -> None:
     report = {
         "device": device_name(device),
         "torch": torch.__version__,
-        "settings": settings_module.as_dict(settings, without=["out"]),
+        "settings": cli.as_dict(settings, without=["out"]),
         "results": results,
     }
     if settings.out:
@@ -110,4 +110,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

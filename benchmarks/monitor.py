@@ -22,8 +22,8 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat import cli as settings_module
-from nanochat.cli import whole
+from nanochat import cli
+from nanochat.cli import int_flag
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import DeviceType, compute_dtype, compute_init, device_name, synchronize
@@ -40,21 +40,21 @@ INTERVALS = (1, 10, 100)
 class Settings:
     """Measure the monitor."""
 
-    depth: Annotated[int, whole(gte=1)] = 12
+    depth: Annotated[int, int_flag(gte=1)] = 12
     """Layers of the model."""
-    width: Annotated[int, whole(gte=64)] = 768
+    width: Annotated[int, int_flag(gte=64)] = 768
     """Width of the model, a multiple of 64."""
-    vocab_size: Annotated[int, whole(gte=1)] = 50304
+    vocab_size: Annotated[int, int_flag(gte=1)] = 50304
     """Vocabulary."""
-    max_seq_len: Annotated[int, whole(gte=1)] = 2048
+    max_seq_len: Annotated[int, int_flag(gte=1)] = 2048
     """Tokens per row."""
-    device_batch_size: Annotated[int, whole(gte=1)] = 24
+    device_batch_size: Annotated[int, int_flag(gte=1)] = 24
     """Rows per forward pass."""
-    accumulation: Annotated[int, whole(gte=1)] = 1
+    accumulation: Annotated[int, int_flag(gte=1)] = 1
     """Forward passes per step: 1 x 24 x 2048 tokens is what one of eight GPUs does."""
-    repeats: Annotated[int, whole(gte=1)] = 20
+    repeats: Annotated[int, int_flag(gte=1)] = 20
     """Timed calls of each."""
-    seeds: Annotated[int, whole(gte=1)] = 3
+    seeds: Annotated[int, int_flag(gte=1)] = 3
     """Matrices of each spectrum and shape."""
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
@@ -275,7 +275,7 @@ def main(settings: Settings) -> None:
         "device": device_name(device),
         "torch": torch.__version__,
         "compiled": compiled,
-        "settings": settings_module.as_dict(settings, without=["out"]),
+        "settings": cli.as_dict(settings, without=["out"]),
         "matrices": len(matrices),
         "spectral": spectral,
         "errors": found,
@@ -290,4 +290,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -15,10 +15,9 @@ from typing import Annotated, Any
 
 import torch
 
-from nanochat import cli as settings_module
-from nanochat import parallel
+from nanochat import cli, parallel
 from nanochat.arch import model_config
-from nanochat.cli import whole
+from nanochat.cli import int_flag
 from nanochat.gpt import GPT
 from nanochat.model_config import InitSpec
 from nanochat.optim import MuonAdamW
@@ -42,23 +41,23 @@ WARM_UP = 2
 class Settings:
     """Measure the training step."""
 
-    depth: Annotated[int, whole(gte=1)] = 20
+    depth: Annotated[int, int_flag(gte=1)] = 20
     """Layers of the model."""
     parallel: Parallel = "auto"
     """auto, ddp, fsdp or hsdp."""
-    node_size: Annotated[int | None, whole(gte=1)] = None
+    node_size: Annotated[int | None, int_flag(gte=1)] = None
     """Ranks that hsdp counts as one node; default: as many as there are."""
     use_muon: bool = True
     """False: AdamW everywhere."""
-    device_batch_size: Annotated[int, whole(gte=1)] = 16
+    device_batch_size: Annotated[int, int_flag(gte=1)] = 16
     """Rows per forward pass."""
-    total_batch_size: Annotated[int, whole(gte=1)] = 524_288
+    total_batch_size: Annotated[int, int_flag(gte=1)] = 524_288
     """Tokens per step over all ranks."""
-    max_seq_len: Annotated[int, whole(gte=1)] = 2048
+    max_seq_len: Annotated[int, int_flag(gte=1)] = 2048
     """Tokens per row."""
-    vocab_size: Annotated[int, whole(gte=1)] = 65_536
+    vocab_size: Annotated[int, int_flag(gte=1)] = 65_536
     """Vocabulary."""
-    steps: Annotated[int, whole(gte=1)] = 5
+    steps: Annotated[int, int_flag(gte=1)] = 5
     """Timed steps."""
     save_to: Path | None = None
     """Folder for a checkpoint; measures what saving costs the steps that go on meanwhile."""
@@ -149,7 +148,7 @@ def main(settings: Settings) -> None:
         "ranks": world,
         "strategy": policy.strategy,
         "parameters": model.num_params(),
-        "settings": settings_module.as_dict(settings, without=["out", "save_to"]),
+        "settings": cli.as_dict(settings, without=["out", "save_to"]),
         "milliseconds": 1000 * seconds,
         "optimizer_milliseconds": 1000 * statistics.median(optimizer for _, optimizer in times),
         "tokens_per_second": settings.total_batch_size / seconds,
@@ -169,4 +168,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -33,8 +33,8 @@ from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 
-from nanochat import cli as settings_module
-from nanochat.cli import whole
+from nanochat import cli
+from nanochat.cli import int_flag
 from nanochat.errors import UserError
 
 Ranks = list[tuple[bytes, int]]
@@ -66,15 +66,15 @@ class Settings:
     """Folder of published tokenizers, as `pip install --target` makes it."""
     pattern: Literal["default", "gpt4", "gpt2"] = "default"
     """Split pattern: ours, GPT-4's, or GPT-2's."""
-    vocab_size: Annotated[int, whole(gte=256)] = 32_768
+    vocab_size: Annotated[int, int_flag(gte=256)] = 32_768
     """Tokens to learn: 32,768 or 65,536, say."""
-    megabytes: Annotated[int, whole(gte=1)] = 100
+    megabytes: Annotated[int, int_flag(gte=1)] = 100
     """Text to train on, in MB of 10^6 bytes."""
-    held_out_megabytes: Annotated[int, whole(gte=1)] = 20
+    held_out_megabytes: Annotated[int, int_flag(gte=1)] = 20
     """Text to encode, from the other end of the folder."""
-    threads: Annotated[int, whole(gte=1)] = os.cpu_count() or 1
+    threads: Annotated[int, int_flag(gte=1)] = os.cpu_count() or 1
     """Threads of the runs on all threads."""
-    repeats: Annotated[int, whole(gte=1)] = 3
+    repeats: Annotated[int, int_flag(gte=1)] = 3
     """Rounds."""
 
 
@@ -383,7 +383,7 @@ def main(settings: Settings) -> None:
     report = {
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(settings, name) for name in (RUSTBPE, TOKENIZERS, TIKTOKEN, GIGATOKEN, FASTOKENS)},
-        "settings": settings_module.as_dict(settings, without=["out"])
+        "settings": cli.as_dict(settings, without=["out"])
         | {"source": Path(settings.source).name, "peers": bool(settings.peers)},
         "rows": list(rows.values()),
     }
@@ -473,4 +473,4 @@ def cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

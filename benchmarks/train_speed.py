@@ -18,10 +18,9 @@ from typing import Annotated, Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from nanochat import attention, parallel
-from nanochat import cli as settings_module
+from nanochat import attention, cli, parallel
 from nanochat.arch import TRAINING, Arch, model_config
-from nanochat.cli import whole
+from nanochat.cli import int_flag
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
 from nanochat.runtime import compute_dtype, compute_init, device_name, peak_flops, peak_memory_bytes, synchronize
@@ -41,19 +40,19 @@ DOCUMENT_TOKENS = 690  # between starts of documents: the mean of FineWeb's
 class Settings:
     """Measure the training step."""
 
-    depth: Annotated[int, whole(gte=1)] = 12
+    depth: Annotated[int, int_flag(gte=1)] = 12
     """Layers of the model."""
-    device_batch_size: Annotated[int, whole(gte=1)] = 32
+    device_batch_size: Annotated[int, int_flag(gte=1)] = 32
     """Rows per step."""
-    max_seq_len: Annotated[int, whole(gte=1)] = 2048
+    max_seq_len: Annotated[int, int_flag(gte=1)] = 2048
     """Tokens per row."""
     arch: Arch = "nanochat"
     """nanochat: each attention kernel; speedrun: FlexAttention, with the head in bf16 and in 8 bits."""
-    vocab_size: Annotated[int, whole(gte=1)] = 32768
+    vocab_size: Annotated[int, int_flag(gte=1)] = 32768
     """Vocabulary."""
-    accumulation: Annotated[int, whole(gte=1)] = 1
+    accumulation: Annotated[int, int_flag(gte=1)] = 1
     """Device batches per step."""
-    steps: Annotated[int, whole(gte=1)] = 10
+    steps: Annotated[int, int_flag(gte=1)] = 10
     """Timed steps."""
     profile: bool = False
     """Print the kernels that take the time, too."""
@@ -126,7 +125,7 @@ def main(settings: Settings) -> None:
     report = {
         "device": device_name(device),
         "torch": torch.__version__,
-        "settings": settings_module.as_dict(settings, without=["out"]),
+        "settings": cli.as_dict(settings, without=["out"]),
         "results": results,
     }
     if settings.out:
@@ -134,4 +133,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from nanochat.cli import real, whole
+from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.model_config import VALUE_EMBED_STD, GPTConfig, Init, InitSpec, ValueEmbeds
 
@@ -100,33 +100,33 @@ class ArchSettings:
 
     arch: Arch = "nanochat"
     """nanochat: the classic; speedrun: modded-nanogpt's record 26. Each of its features is a flag of its own."""
-    depth: Annotated[int, whole(gte=1, lte=128)] = 20
+    depth: Annotated[int, int_flag(gte=1, lte=128)] = 20
     """Transformer layers; the one dial."""
-    aspect_ratio: Annotated[int, whole(gte=1)] = 64
+    aspect_ratio: Annotated[int, int_flag(gte=1)] = 64
     """Width per layer: n_embd = depth x aspect_ratio, rounded up to a multiple of head_dim."""
-    width: Annotated[int | None, whole(gte=1)] = None
+    width: Annotated[int | None, int_flag(gte=1)] = None
     """n_embd itself, a multiple of head_dim; default: from depth and aspect_ratio."""
-    head_dim: Annotated[int, whole(gte=2)] = 128
+    head_dim: Annotated[int, int_flag(gte=2)] = 128
     """Width of one attention head."""
-    max_seq_len: Annotated[int, whole(gte=1)] = 2048
+    max_seq_len: Annotated[int, int_flag(gte=1)] = 2048
     """Tokens in a training row."""
 
     # ---- features
     window_pattern: str | None = None
     """Attention window of each layer, tiled: L = long_window, S = short_window (SSSL, for example)."""
-    long_window: Annotated[int | None, whole(gte=-1)] = None
+    long_window: Annotated[int | None, int_flag(gte=-1)] = None
     """Tokens before its own that a query sees in layers of the letter L; -1: all."""
-    short_window: Annotated[int | None, whole(gte=-1)] = None
+    short_window: Annotated[int | None, int_flag(gte=-1)] = None
     """The same for the letter S; -1: a quarter of the row."""
     window_warmup: bool | None = None
     """Let the windows grow from 128 tokens to their full length over the run; needs a long_window."""
     document_mask: bool | None = None
     """Attention stays within the document."""
-    rotary_base: Annotated[float | None, real(gte=1)] = None
+    rotary_base: Annotated[float | None, float_flag(gte=1)] = None
     """Rotary frequencies go from 1 down to about 1/rotary_base."""
     rotary_half: bool | None = None
     """Half of the rotary dimensions carry no position."""
-    attn_scale: Annotated[float | None, real(gte=0)] = None
+    attn_scale: Annotated[float | None, float_flag(gte=0)] = None
     """Factor on attention logits at head_dim 128, goes with 1/head_dim; 0: 1/sqrt(head_dim)."""
     scaled_logits: bool | None = None
     """Divide the logits by the square root of the width (with --mup: of the base width)."""
@@ -148,45 +148,45 @@ class ArchSettings:
     # ---- width and depth that transfer (nanochat.mup)
     mup: bool = False
     """Maximal update parametrisation: the rates that are best at base_width are best at every width."""
-    base_width: Annotated[int | None, whole(gte=1)] = None
+    base_width: Annotated[int | None, int_flag(gte=1)] = None
     """Width at which muP and the standard parametrisation are the same (768); with --mup."""
-    base_depth: Annotated[int, whole(gte=0)] = 0
+    base_depth: Annotated[int, int_flag(gte=0)] = 0
     """Depth at which residual branches have weight 1, deeper models less (CompleteP); 0: everywhere; with --mup."""
 
     # ---- first weights
     init: Init = "uniform"
     """How matrices are drawn: uniform, or spectral = 1/sqrt(fan_in) x min(1, sqrt(fan_out/fan_in))."""
-    init_gain: Annotated[float | None, real(gte=0)] = None
+    init_gain: Annotated[float | None, float_flag(gte=0)] = None
     """Factor on the standard deviation of hidden matrices."""
-    head_init_std: Annotated[float | None, real(gte=0)] = None
+    head_init_std: Annotated[float | None, float_flag(gte=0)] = None
     """Standard deviation of the head, the same at every width; 0: the first loss is ln(vocabulary)."""
     zero_proj: bool = True
     """Projections back into the stream begin at zero; False: like other hidden matrices."""
-    seed: Annotated[int, whole(gte=0)] = 42
+    seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of the initial weights and the order of the data."""
 
     # ---- rates, at the batch and horizon that they were tuned with
-    matrix_lr: Annotated[float | None, real(gte=0)] = None
+    matrix_lr: Annotated[float | None, float_flag(gte=0)] = None
     """Muon learning rate of the matrices (0.02; speedrun 0.05); all rates follow batch and horizon from there."""
-    embedding_lr: Annotated[float | None, real(gte=0)] = None
+    embedding_lr: Annotated[float | None, float_flag(gte=0)] = None
     """AdamW learning rate of the embedding at width 768 (0.2; speedrun 0.6); goes with width^-0.5, not under muP."""
-    unembedding_lr: Annotated[float | None, real(gte=0)] = None
+    unembedding_lr: Annotated[float | None, float_flag(gte=0)] = None
     """The same of the head (0.004; speedrun 0.22)."""
-    value_embedding_lr: Annotated[float | None, real(gte=0)] = None
+    value_embedding_lr: Annotated[float | None, float_flag(gte=0)] = None
     """The same of value embeddings (0.2; speedrun 0.6)."""
-    scalar_lr: Annotated[float | None, real(gte=0)] = None
+    scalar_lr: Annotated[float | None, float_flag(gte=0)] = None
     """AdamW learning rate of learned scalars and gates (0.04), at every width."""
     use_muon: bool = True
     """False: AdamW for the matrices too, at matrix_lr x 0.05 x 768/width."""
-    weight_decay: Annotated[float, real(gte=0)] = 0.0
+    weight_decay: Annotated[float, float_flag(gte=0)] = 0.0
     """Weight decay of the matrices, times their learning rate; with Muon only where it agrees with the step."""
-    grad_clip: Annotated[float | None, real(gte=0)] = None
+    grad_clip: Annotated[float | None, float_flag(gte=0)] = None
     """Largest global gradient norm (1; speedrun 0); 0: no clipping."""
-    warmup_ratio: Annotated[float, real(gte=0, lte=1)] = 0.0
+    warmup_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
     """Share of the steps over which the learning rate rises."""
-    warmdown_ratio: Annotated[float | None, real(gte=0, lte=1)] = None
+    warmdown_ratio: Annotated[float | None, float_flag(gte=0, lte=1)] = None
     """Share of the steps over which it falls at the end (0.2; speedrun 0.45)."""
-    final_lr_frac: Annotated[float | None, real(gte=0, lte=1)] = None
+    final_lr_frac: Annotated[float | None, float_flag(gte=0, lte=1)] = None
     """Where it falls to, as a share of the full rate (0; speedrun 0.1)."""
 
 

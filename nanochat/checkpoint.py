@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nanochat import cli as settings
-from nanochat.data.parquet import replacing
+from nanochat import cli
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, slug
@@ -227,7 +227,7 @@ def _present(folder: Path) -> str:
 def update_meta(folder: Path, step: int, known: dict[str, Any]) -> None:
     """Add to meta.json what came to be known after the checkpoint was saved (rank 0)."""
     path = step_dir(folder, step) / "meta.json"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({**json.loads(path.read_text()), **known}, indent=1) + "\n")
 
 
@@ -235,7 +235,7 @@ def mark_complete(folder: Path) -> None:
     """Say that the run writing into `folder` is done, its section of the report included: rank 0's last deed."""
     if get_dist_info().rank != 0:
         return
-    with replacing(folder / COMPLETE) as temporary:
+    with atomic_write(folder / COMPLETE) as temporary:
         temporary.touch()
 
 
@@ -275,7 +275,7 @@ class Settings:
     """training stage that made the checkpoint"""
     tag: str | None = None
     """run of that stage; by default the newest"""
-    step: Annotated[int, settings.whole(gte=-1)] = -1
+    step: Annotated[int, cli.int_flag(gte=-1)] = -1
     """step of the checkpoint; -1: the last"""
     out: Path | None = None
     """file to write; by default model.safetensors in the folder of the checkpoint"""
@@ -290,4 +290,4 @@ def main(asked: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Settings)
+    cli.run(main, Settings)

@@ -1,7 +1,7 @@
 """Typed settings -> command line: one frozen dataclass a script; flags, help and defaults come from it.
 
 Each field's type gives the flag's type, the docstring under it gives the help (name the unit there), and
-`whole`/`real` give the valid range. cyclopts does the parsing; what is added here is `2e9` for integers and
+`int_flag`/`float_flag` give the valid range. cyclopts does the parsing; what is added here is `2e9` for integers and
 one-line errors instead of a box.
 """
 
@@ -35,18 +35,18 @@ def _whole_number(type_: Any, tokens: Sequence[Token]) -> int:
     return int(number)
 
 
-def whole(gte: int | None = None, lte: int | None = None) -> Parameter:
-    """An integer flag with its valid range, both ends included: `Annotated[int, whole(gte=1)]`."""
+def int_flag(gte: int | None = None, lte: int | None = None) -> Parameter:
+    """An integer flag with its valid range, both ends included: `Annotated[int, int_flag(gte=1)]`."""
     return Parameter(converter=_whole_number, validator=validators.Number(gte=gte, lte=lte))
 
 
-def real(gte: float | None = None, lte: float | None = None) -> Parameter:
+def float_flag(gte: float | None = None, lte: float | None = None) -> Parameter:
     """A float flag with its valid range, both ends included."""
     return Parameter(validator=validators.Number(gte=gte, lte=lte))
 
 
-def short(*names: str) -> Parameter:
-    """Extra names of a flag: `Annotated[int, whole(), short("-n")]`."""
+def alias(*names: str) -> Parameter:
+    """Extra names of a flag: `Annotated[int, int_flag(), alias("-n")]`."""
     return Parameter(alias=names)
 
 

@@ -30,7 +30,7 @@ from nanochat.data.parquet import open_shard, read_texts
 from nanochat.data.prefetch import Prefetcher
 from nanochat.dataset import dataset_bytes, list_shards
 from nanochat.errors import UserError
-from nanochat.loss import IGNORED
+from nanochat.runtime import IGNORE_INDEX
 
 UNIT_DOCUMENTS = 128  # packing 1,024 at a time would crop 9.6 % instead of 10.3 % (T=2048) but make coarse units
 PREFETCH_BATCHES = 4
@@ -228,7 +228,7 @@ class TrainLoader:
         # contiguous, as batches of every other kind are: a compiled model is compiled once for each layout
         inputs = rows[:, :-1].contiguous()
         targets = rows[:, 1:].clone(memory_format=torch.contiguous_format)  # a single row would share its memory
-        targets[len(positions) :] = IGNORED
+        targets[len(positions) :] = IGNORE_INDEX
         return Batch(inputs, targets)
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def target_batches(
         first = rank + batch * size * world_size
         mine = slice(first, first + size * world_size, world_size)
         x = torch.zeros(size, inputs.shape[1], dtype=torch.long)
-        y = torch.full_like(x, IGNORED)
+        y = torch.full_like(x, IGNORE_INDEX)
         count = len(inputs[mine])
         x[:count], y[:count] = (torch.from_numpy(part[mine].astype(np.int64)) for part in (inputs, targets))
         yield Batch(x.to(device), y.to(device))

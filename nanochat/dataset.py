@@ -20,13 +20,11 @@ from typing import Annotated, Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nanochat.cli import as_dict, run, short, whole
-from nanochat.data import local as local_text
-from nanochat.data import parquet as shards
-from nanochat.data import pydocs
+from nanochat.cli import alias, as_dict, int_flag, run
+from nanochat.data import local, parquet, pydocs
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
-from nanochat.report import write_section
+from nanochat.sections import write_section
 
 Split = Literal["train", "val"]
 
@@ -56,10 +54,10 @@ PYDOCS_ROW_GROUP = 128
 class Settings:
     """Get raw text as parquet shards; what is here already is kept."""
 
-    num_files: Annotated[int, whole(gte=-1), short("-n")] = -1
+    num_files: Annotated[int, int_flag(gte=-1), alias("-n")] = -1
     """Train shards to have, -1 for all; the validation shard comes on top. pydocs and converted folders: always all."""
 
-    num_workers: Annotated[int, whole(gte=1, lte=64), short("-w")] = 4
+    num_workers: Annotated[int, int_flag(gte=1, lte=64), alias("-w")] = 4
     """Files fetched at the same time."""
 
     source: str = "fineweb-edu"
@@ -75,7 +73,7 @@ def main(settings: Settings) -> None:
         make_pydocs()
     else:
         take_local(source, settings.num_files)
-    manifest = shards.load_manifest(data_dir(source))
+    manifest = parquet.load_manifest(data_dir(source))
     rows = []
     for split in ("train", "val"):
         entries = [entry for entry in manifest["files"].values() if entry["split"] == split]
@@ -124,9 +122,9 @@ def list_shards(source: str, split: Split) -> list[Path]:
 def iter_documents(source: str, split: Split) -> Iterator[str]:
     """Every document of one split, in the order of the shards. Raises UserError for absent or damaged shards."""
     for path in list_shards(source, split):
-        file = shards.open_shard(path)
+        file = parquet.open_shard(path)
         for group in range(file.num_row_groups):
-            yield from shards.read_texts(file, group, str(path))
+            yield from parquet.read_texts(file, group, str(path))
 
 
 def dataset_bytes(source: str, split: Split) -> int:
@@ -143,9 +141,9 @@ def text_hash(source: str) -> str:
     return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]
 
 
-def _entries(source: str, split: Split) -> dict[Path, shards.Manifest]:
+def _entries(source: str, split: Split) -> dict[Path, parquet.Manifest]:
     folder = data_dir(source)
-    manifest = shards.load_manifest(folder)
+    manifest = parquet.load_manifest(folder)
     found = {folder / name: entry for name, entry in manifest["files"].items() if entry["split"] == split}
     # two folders can have the same slug (/a/b and /a-b); the manifest says whose shards these are
     if not found or manifest.get("source") != source:
@@ -170,7 +168,7 @@ def fetch(source: str, num_files: int, num_workers: int = 4) -> None:
         spec.revision,
         data_dir(source),
         {_name(spec.last): "val", **{_name(index): "train" for index in range(train)}},
-        describe=shards.describe,
+        describe=parquet.describe,
         counted="documents",
         otherwise="use --source=pydocs, which needs none",
         num_workers=num_workers,
@@ -179,12 +177,12 @@ def fetch(source: str, num_files: int, num_workers: int = 4) -> None:
 
 
 def fetch_files(
-    about: shards.Manifest,
+    about: parquet.Manifest,
     revision: str,
     folder: Path,
     wanted: Mapping[str, str],
     *,
-    describe: Callable[[Path, str, str], shards.Manifest],
+    describe: Callable[[Path, str, str], parquet.Manifest],
     counted: str,
     otherwise: str,
     num_workers: int,
@@ -199,14 +197,14 @@ def fetch_files(
     """
     from nanochat.data import hub  # huggingface_hub takes 0.5 s to import: only for those who download
 
-    manifest = shards.load_manifest(folder)
+    manifest = parquet.load_manifest(folder)
     missing = [name for name in wanted if not _stands(folder / name, manifest["files"].get(name))]
     if len(wanted) > len(missing):
         print(f"{about['source']}: {len(wanted) - len(missing)} of {len(wanted)} {called} are here")
     if not missing:
         return
     stop = threading.Event()
-    entries: shards.Manifest = {}
+    entries: parquet.Manifest = {}
     with _progress() as progress:
 
         def get(name: str, revision: str) -> str:
@@ -221,7 +219,7 @@ def fetch_files(
                 on_bytes=lambda done, total: progress.update(task, completed=done, total=total or None),
                 stop=stop,
             )
-            shards.update_manifest(folder, {**about, "revision": fetched.revision}, {name: entries[name]})
+            parquet.update_manifest(folder, {**about, "revision": fetched.revision}, {name: entries[name]})
             progress.remove_task(task)
             print(f"{name}: {fetched.size / 1e6:,.1f} MB, {entries[name][counted]:,} {counted}", flush=True)
             return fetched.revision
@@ -243,7 +241,7 @@ def _name(index: int) -> str:
     return f"shard_{index:05d}.parquet"
 
 
-def _stands(path: Path, entry: shards.Manifest | None) -> bool:
+def _stands(path: Path, entry: parquet.Manifest | None) -> bool:
     return entry is not None and path.exists() and path.stat().st_size == entry["size"]
 
 
@@ -257,16 +255,16 @@ def _progress() -> Progress:
 def make_pydocs() -> None:
     """Harvest the documentation of the installed packages, unless the same packages have been harvested already."""
     folder = data_dir("pydocs")
-    manifest = shards.load_manifest(folder)
+    manifest = parquet.load_manifest(folder)
     fingerprint = pydocs.fingerprint()
     if manifest.get("fingerprint") == fingerprint and _all_stand(folder, manifest):
         print("pydocs: shards are here")
         return
-    documents = sorted(pydocs.harvest(), key=shards.text_hash)
+    documents = sorted(pydocs.harvest(), key=parquet.text_hash)
     size = sum(len(text.encode()) for text in documents)
     val_bytes = max(PYDOCS_MIN_VAL_BYTES, int(size * PYDOCS_VAL_SHARE))
     shard_bytes = (size - val_bytes) // PYDOCS_TRAIN_SHARDS + 1
-    files = shards.write_shards(folder, documents, val_bytes, shard_bytes, PYDOCS_ROW_GROUP)
+    files = parquet.write_shards(folder, documents, val_bytes, shard_bytes, PYDOCS_ROW_GROUP)
     about = {"source": "pydocs", "kind": "offline documentation", "synthetic": False, "fingerprint": fingerprint}
     _replace_all(folder, about, files)
 
@@ -275,39 +273,39 @@ def take_local(source: str, num_files: int) -> None:
     """Convert a local folder, or link its shards when it is in the standard layout; nothing when it is unchanged."""
     origin = Path(source.removeprefix("local:"))
     folder = data_dir(source)
-    inputs = local_text.input_files(origin)
-    ready = local_text.ready_shards(origin)
-    manifest = shards.load_manifest(folder)
-    fingerprint = local_text.fingerprint(origin, ready or inputs)
+    inputs = local.input_files(origin)
+    ready = local.ready_shards(origin)
+    manifest = parquet.load_manifest(folder)
+    fingerprint = local.fingerprint(origin, ready or inputs)
     about = {"source": source, "kind": "local files", "synthetic": False, "fingerprint": fingerprint}
     changed = any(manifest.get(key) != about[key] for key in ("source", "fingerprint"))
     if ready:
         _adopt(ready, num_files, folder, about, {} if changed else manifest["files"])
     elif changed or not _all_stand(folder, manifest):
-        _replace_all(folder, about, local_text.convert(inputs, folder))
+        _replace_all(folder, about, local.convert(inputs, folder))
     else:
         print(f"{source}: shards are here")
 
 
-def _adopt(ready: list[Path], num_files: int, folder: Path, about: shards.Manifest, have: shards.Manifest) -> None:
+def _adopt(ready: list[Path], num_files: int, folder: Path, about: parquet.Manifest, have: parquet.Manifest) -> None:
     *train, val = ready
     if not train:
         raise UserError(f"--source={about['source']}: {val.name} stands alone: one shard is needed to train on besides")
     files = dict(have)
     for path in [val, *(train if num_files == -1 else train[:num_files])]:
         if not _stands(folder / path.name, files.get(path.name)):
-            files[path.name] = local_text.adopt_shard(path, folder / path.name, "val" if path == val else "train")
+            files[path.name] = local.adopt_shard(path, folder / path.name, "val" if path == val else "train")
     _replace_all(folder, about, files)
 
 
-def _replace_all(folder: Path, about: shards.Manifest, files: shards.Manifest) -> None:
-    shards.update_manifest(folder, about, files, replace=True)
+def _replace_all(folder: Path, about: parquet.Manifest, files: parquet.Manifest) -> None:
+    parquet.update_manifest(folder, about, files, replace=True)
     for path in folder.glob("shard_*.parquet"):
         if path.name not in files:
             path.unlink()
 
 
-def _all_stand(folder: Path, manifest: shards.Manifest) -> bool:
+def _all_stand(folder: Path, manifest: parquet.Manifest) -> bool:
     files = manifest["files"]
     return bool(files) and all(_stands(folder / name, entry) for name, entry in files.items())
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nanochat.calculator import use_calculator
 from nanochat.chat_format import without_oldest_turn
-from nanochat.cluster.watchdog import sign_of_life
 from nanochat.errors import UserError
+from nanochat.runtime import heartbeat
 
 CHAT_TOKENS = (
     "<|bos|>",
@@ -275,7 +275,7 @@ class Engine:
         cache, logits = self._prefill(prompts, num_samples, width + max_tokens)
         alive = list(range(len(rows)))  # the row that each row of the batch stands for
         for step in range(max_tokens):
-            sign_of_life()
+            heartbeat()
             sampled = sample_next(logits, uniforms[alive, step], temperature, top_k).tolist()
             tokens, masks = [self.specials["<|assistant_end|>"]] * len(rows), [1] * len(rows)
             for number, token in zip(alive, sampled, strict=True):

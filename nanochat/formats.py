@@ -59,16 +59,3 @@ def fence(text: str) -> str:
     while marks in text:
         marks += "`"
     return f"{marks}text\n{text}\n{marks}"
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: tuples, paths and NumPy or torch scalars made plain, NaN and infinity null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if hasattr(value, "item"):
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)

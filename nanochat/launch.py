@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Literal
 
-from nanochat import cli as settings
-from nanochat.cli import whole
+from nanochat import cli
+from nanochat.cli import int_flag
 from nanochat.cluster import nodes
 from nanochat.errors import UserError, exit_on_user_error
 
@@ -347,9 +347,9 @@ class Settings:
 
     dry_run: bool = False
     """Print the line instead of running it."""
-    max_restarts: Annotated[int, whole(gte=0)] = 0
+    max_restarts: Annotated[int, int_flag(gte=0)] = 0
     """Times that torchrun starts all processes again after one of them died."""
-    nproc_per_node: Annotated[int | None, whole(gte=1)] = None
+    nproc_per_node: Annotated[int | None, int_flag(gte=1)] = None
     """Processes on each node; default: one a GPU, 1 without one."""
     show: Literal["platform", "nodes", "node_rank", "address", "port", "processes"] | None = None
     """Print one fact about this cluster and end."""
@@ -360,7 +360,7 @@ def main(asked: Settings, command: Sequence[str]) -> None:
     given = asked.nproc_per_node
     cluster = detect(os.environ, visible_gpus if given is None else lambda: given)
     if given is not None:
-        cluster = settings.replace(cluster, gpus_per_node=given)
+        cluster = cli.replace(cluster, gpus_per_node=given)
     if asked.show:
         print(getattr(cluster, asked.show))
         return
@@ -385,10 +385,10 @@ def _run() -> None:
     if words[:1] == ["plan"]:
         from nanochat.cluster import plan
 
-        plan.main(settings.parse(plan.Settings, words[1:]))
+        plan.main(cli.parse(plan.Settings, words[1:]))
         return
     cut = words.index("--") if "--" in words else len(words)
-    asked = settings.parse(Settings, words[:cut])
+    asked = cli.parse(Settings, words[:cut])
     main(asked, words[cut + 1 :])
 
 

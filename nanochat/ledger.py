@@ -7,14 +7,13 @@ import ast
 import glob
 import hashlib
 import itertools
-import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanochat import paths
+from nanochat.files import append_jsonl, read_jsonl
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -74,34 +73,14 @@ def ledger_path(run_dir: Path) -> Path:
 
 
 def append(run_dir: Path, record: Record) -> None:
-    """Add one record and its time, and bring it to the disk; a half line left by a kill before it is closed off."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": time.time(), **record}).encode() + b"\n"
-    with ledger_path(run_dir).open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one record and its time, and bring it to the disk."""
+    append_jsonl(ledger_path(run_dir), {"time": time.time(), **record}, sync=True)
 
 
 def read(run_dir: Path) -> list[Record]:
     """All records, oldest first. A line that a kill cut short is passed over: its stage counts as not finished."""
-    try:
-        text = ledger_path(run_dir).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and {"stage", "status", "time"} <= record.keys():
-            records.append(record)
-    return records
+    records = read_jsonl(ledger_path(run_dir))
+    return [record for record in records if {"stage", "status", "time"} <= record.keys()]
 
 
 def last_run(records: Sequence[Record], stage: str) -> Record | None:

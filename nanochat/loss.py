@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nanochat.fp8 import E4M3, E5M2, MULTIPLE, Scaled, matmul, quantize, scale_of, to_format, transposed
 from nanochat.kernels import kernel
+from nanochat.runtime import IGNORE_INDEX
 
 Reduction = Literal["mean", "sum", "none"]
-IGNORED = -1  # target value of positions that carry no loss
 
 # Up to this many logits in one piece. GPU: half a GiB in bf16 and as much for their gradient; the matmul is long
 # saturated. CPU: what stays in the caches; with everything in one piece the whole step took 2.2 times as long.
@@ -55,11 +55,11 @@ def head_loss(
 ) -> Tensor:
     """Cross-entropy in nats of softcapped logits `scale * lm_head(hidden)` against `targets`.
 
-    hidden (N, C), targets (N,) int64 with IGNORED where there is no loss, weights (N,) fp32 factors of the losses (1).
+    hidden (N, C), targets (N,) int64, IGNORE_INDEX where there is no loss, weights (N,) fp32 factors of the losses (1).
     Returns (N,) fp32 for "none" (0 where ignored), else a scalar; "mean" is over the targets that count, whatever they
     weigh, and 0 rather than NaN where there are none.
     """
-    counted = targets != IGNORED
+    counted = targets != IGNORE_INDEX
     weights = counted.float() if weights is None else weights * counted
     size = hidden.size(0) * lm_head.out_features
     if size <= PLAIN_LOGITS or (reduction == "none" and torch.is_grad_enabled()):
@@ -88,7 +88,7 @@ def fused_head_loss(
 
 def _row_losses(hidden: Tensor, lm_head: Head, targets: Tensor, cap: float, scale: float) -> Tensor:
     logits = softcap(lm_head(hidden).float(), cap, scale)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:

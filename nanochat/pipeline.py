@@ -31,9 +31,7 @@ from typing import IO, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from nanochat import cli as settings
-from nanochat import hardware as sysinfo
-from nanochat import ledger, paths
+from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UserError, exit_on_user_error
 from nanochat.formats import duration
 
@@ -112,7 +110,7 @@ def run_stage(stage: str, command: list[str], inputs: list[str], outputs: list[s
         "command": command,
         "key": key,
         "basis": basis,
-        "commit": sysinfo.short_commit(),
+        "commit": hardware.short_commit(),
         "log": str(log),
         "profile": os.environ.get("PROFILE"),
         "continue": os.environ.get("NANOCHAT_CONTINUE"),
@@ -332,7 +330,7 @@ def _say(line: str) -> None:
 def _run() -> None:
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
-    asked = settings.parse(Settings, words[:cut])
+    asked = cli.parse(Settings, words[:cut])
     sys.exit(main(asked, words[cut + 1 :]))
 
 

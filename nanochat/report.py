@@ -11,18 +11,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat import cli as settings
-from nanochat import hardware as sysinfo
-from nanochat import ledger, paths
+from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UserError
-from nanochat.formats import STDERR_SUFFIXES, cell, duration, fence, label, metric_text, number, plain
+from nanochat.files import atomic_write_text
+from nanochat.formats import STDERR_SUFFIXES, cell, duration, fence, label, metric_text, number
+from nanochat.sections import plain, sections_dir
 from nanochat.studies import plot
 
-TEMPLATES = sysinfo.REPO / "report"
+TEMPLATES = hardware.REPO / "report"
 CURVE = "report_loss.svg"
 
 # Column of the summary table that a stage's numbers stand in.
@@ -49,24 +48,6 @@ class Settings:
 
     action: Literal["generate", "reset"] = "generate"
     """generate or reset"""
-
-
-def write_section(stage: str, title: str, data: Mapping[str, Any]) -> None:
-    """Leave `stage`'s section for the report, as runs/<run id>/report/<stage>.json. Only rank 0 writes.
-
-    `data` may hold settings and metrics (name -> value; the standard error of metric `x` is `x_stderr` or
-    `x standard error`), tables ({title, columns, rows}), samples ({prompt, text}), notes (sentences) and synthetic
-    (True when the numbers come from made-up data). The metrics val_bpb and train_bpb of base stages, and all metrics
-    of evaluation stages, also go into the summary table.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    section = {"stage": stage, "title": title, "time": time.time(), **data}
-    _write(sections_dir(paths.run_dir()) / f"{stage}.json", json.dumps(plain(section), indent=1) + "\n")
-
-
-def sections_dir(run_dir: Path) -> Path:
-    return run_dir / "report"
 
 
 def reset(run_dir: Path) -> None:
@@ -97,14 +78,14 @@ def generate(run_dir: Path, copy_to: Path) -> Path:
     environment = _templates()
     for section in sections:
         text = environment.get_template("section.md.j2").render(section=section)
-        _write(sections_dir(run_dir) / f"{section['stage']}.md", text)
-    _write(target / "report.md", environment.get_template("report.md.j2").render(report))
-    _write(target / "report.json", json.dumps(plain(report), indent=1) + "\n")
+        atomic_write_text(sections_dir(run_dir) / f"{section['stage']}.md", text)
+    atomic_write_text(target / "report.md", environment.get_template("report.md.j2").render(report))
+    atomic_write_text(target / "report.json", json.dumps(plain(report), indent=1) + "\n")
     if curve:
-        _write(target / CURVE, curve)
+        atomic_write_text(target / CURVE, curve)
     for name in ("report.md", "report.json", *([CURVE] if curve else [])):
         if copy_to.resolve() != target.resolve():
-            _write(copy_to / name, (target / name).read_text(encoding="utf-8"))
+            atomic_write_text(copy_to / name, (target / name).read_text(encoding="utf-8"))
     return copy_to / "report.md"
 
 
@@ -125,21 +106,21 @@ def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Recor
     newest: ledger.Record = next((record for record in reversed(records) if record.get("profile")), {})
     stages = [_stage_row(row) for row in ledger.summarize(records)] if records else []
     stage_seconds = sum(row["seconds"] or 0.0 for row in stages)
-    hardware = sysinfo.hardware()
-    usd_per_hour = sysinfo.usd_per_hour(hardware["gpus"])
+    machine = hardware.hardware()
+    usd_per_hour = hardware.usd_per_hour(machine["gpus"])
     return {
         "title": f"nanochat report: {run}{data_label(sections)}",
         "run": run,
         "profile": newest.get("profile"),
         "command": newest.get("continue"),
         "generated": time.time(),
-        "git": sysinfo.git(),
-        "hardware": hardware,
-        "software": sysinfo.software(),
+        "git": hardware.git(),
+        "hardware": machine,
+        "software": hardware.software(),
         "cost": {
             "usd_per_hour": usd_per_hour,
             "usd": None if usd_per_hour is None else usd_per_hour * stage_seconds / 3600,
-            "prices_of": sysinfo.PRICES_DATE,
+            "prices_of": hardware.PRICES_DATE,
         },
         "stages": stages,
         "stage_seconds": stage_seconds,
@@ -276,14 +257,6 @@ def _templates() -> Any:
     return environment
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _current_run() -> Path:
     """The named run; when none is named and nothing was started by hand, the run that was last at work."""
     if "NANOCHAT_RUN_ID" in os.environ:
@@ -302,4 +275,4 @@ def main(asked: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Settings)
+    cli.run(main, Settings)

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
-from nanochat.train.metrics import metric
 
-PEAK_ALLOCATED = metric("Hardware/peak_memory_gib", "most memory held by tensors so far; on a CPU peak RSS", "GiB")
-PEAK_RESERVED = metric("Hardware/peak_reserved_gib", "most memory taken by the allocator so far", "GiB")
+PEAK_ALLOCATED = "Hardware/peak_memory_gib"  # most memory held by tensors so far; on a CPU peak RSS, GiB
+PEAK_RESERVED = "Hardware/peak_reserved_gib"  # most memory taken by the allocator so far, GiB
+
+IGNORE_INDEX = -1  # target of a position without a loss
 
 DeviceType = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -66,6 +67,22 @@ def get_dist_info() -> DistInfo:
 def ranks_per_node() -> int:
     """Ranks on each host, as torchrun says; a lone process is one."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", get_dist_info().world_size))
+
+
+_on_heartbeat: list[Callable[[], object]] = []
+
+
+def on_heartbeat(listener: Callable[[], object]) -> Callable[[], None]:
+    """Have `listener` called at every heartbeat of this process, until the function that is returned is called."""
+    _on_heartbeat.append(listener)
+    return lambda: _on_heartbeat.remove(listener)
+
+
+def heartbeat() -> None:
+    """Say from within long work (batches of an evaluation, sampled tokens, a disk) that this process is alive. Does
+    nothing until a watchdog listens."""
+    for listener in _on_heartbeat:
+        listener()
 
 
 listeners: list[Callable[[str], object]] = []  # hear all that print0 prints (nanochat.train.run_log)

@@ -33,11 +33,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from nanochat.checkpoint import FORMAT, discard, prune, rng_state, step_dir
-from nanochat.cluster.watchdog import sign_of_life
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import print0
+from nanochat.runtime import heartbeat, print0
 from nanochat.tensor_files import write_file
 
 ALIVE_SECONDS = 30.0  # between two signs of life while waiting for the disk
@@ -120,7 +119,7 @@ class Saver:
             return
         while self.thread.is_alive():
             self.thread.join(ALIVE_SECONDS)
-            sign_of_life()
+            heartbeat()
         self.thread = None
         failure, self.failure = self.failure, None
         self._agree(failure)

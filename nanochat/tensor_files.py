@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanochat.data.parquet import replacing
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import FileSystemReader
@@ -95,7 +95,7 @@ def write_file(state: Path, out: Path) -> None:
         header[name.removeprefix("model.")] = about
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # readers map the file and want the values aligned
-    with replacing(out) as temporary, temporary.open("wb") as file:
+    with atomic_write(out) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
             tensor = torch.empty(entry.size, dtype=torch.float32)  # type: ignore[union-attr]

@@ -9,14 +9,14 @@ Scores go to base_eval/<tag>_<step>.csv, the answer to every item to the .jsonl 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanochat import cli as settings_module
+from nanochat import cli
 from nanochat.checkpoint import load_model
-from nanochat.cli import whole
+from nanochat.cli import int_flag
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.core import CoreResult, evaluate_core, write_results
 from nanochat.paths import eval_bundle_dir, get_base_dir, slug
-from nanochat.report import write_section
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
+from nanochat.sections import write_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class Settings:
     """Training stage whose checkpoint is scored."""
     model_tag: str | None = None
     """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, whole(gte=0)] = None
+    model_step: Annotated[int | None, int_flag(gte=0)] = None
     """Optimizer step of the checkpoint; default: the last."""
-    max_per_task: Annotated[int, whole(gte=-1)] = -1
+    max_per_task: Annotated[int, int_flag(gte=-1)] = -1
     """Items per task; -1 for all."""
-    device_batch_size: Annotated[int, whole(gte=1)] = 8
+    device_batch_size: Annotated[int, int_flag(gte=1)] = 8
     """Rows of full length per forward pass on each device; shorter prompts go more to a pass."""
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
@@ -71,7 +71,7 @@ def section(settings: Settings, meta: dict[str, Any], result: CoreResult) -> dic
     if settings.max_per_task > 0:
         notes.append(f"At most {settings.max_per_task} items a task were scored.")
     return {
-        "settings": settings_module.as_dict(settings),
+        "settings": cli.as_dict(settings),
         "metrics": {result.name: result.core, f"{result.name} standard error": result.stderr, "step": meta["step"]},
         "tables": [
             {
@@ -87,4 +87,4 @@ def section(settings: Settings, meta: dict[str, Any], result: CoreResult) -> dic
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -11,17 +11,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from nanochat import cli as settings_module
+from nanochat import cli
 from nanochat.checkpoint import load_model
-from nanochat.cli import whole
+from nanochat.cli import int_flag
 from nanochat.dataloader import fixed_rows, row_batches
 from nanochat.dataset import iter_documents
 from nanochat.errors import UserError
 from nanochat.eval.baselines import order0_bpb, trigram_bpb, xz_bpb
 from nanochat.eval.bpb import BpbResult, measure_bpb
 from nanochat.eval.samples import make_samples
-from nanochat.report import write_section
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
+from nanochat.sections import write_section
 from nanochat.tokenizer import get_token_bytes
 
 BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s for the 3-gram
@@ -35,11 +35,11 @@ class Settings:
     """Training stage whose checkpoint is measured."""
     model_tag: str | None = None
     """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, whole(gte=0)] = None
+    model_step: Annotated[int | None, int_flag(gte=0)] = None
     """Optimizer step of the checkpoint; default: the last."""
-    device_batch_size: Annotated[int, whole(gte=1)] = 32
+    device_batch_size: Annotated[int, int_flag(gte=1)] = 32
     """Rows per forward pass on each device."""
-    split_tokens: Annotated[int, whole(gte=1)] = 1_048_576
+    split_tokens: Annotated[int, int_flag(gte=1)] = 1_048_576
     """Tokens measured on each of train and validation, over all devices."""
     source: str | None = None
     """Text source: fineweb-edu, climbmix, pydocs, local:DIR; default: what the model was trained on."""
@@ -117,7 +117,7 @@ def section(
     """What the report shows of this stage."""
     splits = [[split, r.bpb, r.stderr, r.tokens, r.bytes] for split, r in results.items()]
     return {
-        "settings": {**settings_module.as_dict(settings), "source": source},
+        "settings": {**cli.as_dict(settings), "source": source},
         "metrics": {
             "train_bpb": results["train"].bpb,
             "train_bpb_stderr": results["train"].stderr,
@@ -143,4 +143,4 @@ def section(
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

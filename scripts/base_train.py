@@ -15,10 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from nanochat import checkpoint, mup, parallel
-from nanochat import cli as settings_module
+from nanochat import checkpoint, cli, mup, parallel
 from nanochat.arch import RATES, TUNED_AT, ArchSettings, init_spec, model_config, resolve
-from nanochat.cli import real, short, whole
+from nanochat.cli import alias, float_flag, int_flag
 from nanochat.data.batching import BatchPlan, plan_batch
 from nanochat.data.train_data import TrainData, open_data
 from nanochat.dataloader import row_batches
@@ -32,7 +31,6 @@ from nanochat.gpt import GPT
 from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum, window_length
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
-from nanochat.report import write_section
 from nanochat.runtime import (
     DeviceType,
     compute_cleanup,
@@ -41,9 +39,9 @@ from nanochat.runtime import (
     device_name,
     print0,
 )
+from nanochat.sections import write_section
 from nanochat.studies.coord_check import CoordRecorder
 from nanochat.train.loop import Evaluation, Outcome, TrainingRun, resume, train
-from nanochat.train.metrics import metric
 from nanochat.train.monitor import Monitor, monitor_settings
 from nanochat.train.run_folder import Resume, describe_run, earlier_run
 from nanochat.train.run_log import RunLog, free_name, run_name
@@ -59,32 +57,32 @@ class Settings(ArchSettings):
     """Text: fineweb-edu, climbmix, pydocs or local:DIR, as fetched by nanochat.dataset; or bin:DIR, token files."""
 
     # ---- the horizon, in this order of precedence
-    num_iterations: Annotated[int, whole(gte=-1), short("--iterations")] = -1
+    num_iterations: Annotated[int, int_flag(gte=-1), alias("--iterations")] = -1
     """Optimizer steps; -1: from target_flops or target_param_data_ratio."""
-    target_flops: Annotated[float, real(gte=-1)] = -1.0
+    target_flops: Annotated[float, float_flag(gte=-1)] = -1.0
     """FLOPs to spend; -1: from target_param_data_ratio."""
-    target_param_data_ratio: Annotated[float, real(gte=-1)] = 20.0
+    target_param_data_ratio: Annotated[float, float_flag(gte=-1)] = 20.0
     """Training tokens per parameter."""
 
     # ---- the batch
-    device_batch_size: Annotated[int, whole(gte=1)] = 32
+    device_batch_size: Annotated[int, int_flag(gte=1)] = 32
     """Rows per forward pass on each device, at most; lower it when memory runs out, the result stays the same."""
-    total_batch_size: Annotated[int, whole(gte=1)] = 524_288
+    total_batch_size: Annotated[int, int_flag(gte=1)] = 524_288
     """Tokens per optimizer step over all devices, a multiple of max_seq_len."""
 
     # ---- watching it
     run: str = NO_WANDB
     """Name of the run in Weights & Biases and under logs/; auto: made from architecture, time and width; dummy: such a
     name too, but no W&B."""
-    eval_every: Annotated[int, whole(gte=-1)] = 250
+    eval_every: Annotated[int, int_flag(gte=-1)] = 250
     """Steps between measurements of validation bits per byte; -1: only at the end."""
-    eval_tokens: Annotated[int, whole(gte=1)] = 10_485_760
+    eval_tokens: Annotated[int, int_flag(gte=1)] = 10_485_760
     """Validation tokens measured, at most."""
-    core_metric_every: Annotated[int, whole(gte=-1)] = 2000
+    core_metric_every: Annotated[int, int_flag(gte=-1)] = 2000
     """Steps between CORE evaluations; -1: never. Also at the end."""
-    core_metric_max_per_task: Annotated[int, whole(gte=-1)] = 500
+    core_metric_max_per_task: Annotated[int, int_flag(gte=-1)] = 500
     """Items per CORE task in these; -1: all."""
-    sample_every: Annotated[int, whole(gte=-1)] = 2000
+    sample_every: Annotated[int, int_flag(gte=-1)] = 2000
     """Steps between samples from fixed prompts; -1: never. Also at the end."""
 
     monitor_interval: str = "0"
@@ -92,17 +90,17 @@ class Settings(ArchSettings):
     validation (1); 0: never."""
     coord_check: bool = False
     """Record the size of each module's output into logs/<run>/coord_check.jsonl, for scripts.coord_check --from."""
-    coord_check_every: Annotated[int, whole(gte=1)] = 10
+    coord_check_every: Annotated[int, int_flag(gte=1)] = 10
     """Steps between these."""
 
     # ---- checkpoints
-    save_every: Annotated[int, whole(gte=-1)] = 1000
+    save_every: Annotated[int, int_flag(gte=-1)] = 1000
     """Steps between checkpoints; -1: only the last."""
     resume: Resume = "never"
     """auto: continue the run of this tag where it stopped, if its settings are the same."""
-    keep_last: Annotated[int, whole(gte=1)] = 2
+    keep_last: Annotated[int, int_flag(gte=1)] = 2
     """Newest checkpoints to keep."""
-    keep_every: Annotated[int, whole(gte=-1)] = -1
+    keep_every: Annotated[int, int_flag(gte=-1)] = -1
     """Keep also the checkpoints of steps that are multiples of this; -1: none."""
     model_tag: str | None = None
     """Name of the checkpoint folder; default d<depth>."""
@@ -195,7 +193,7 @@ def make_evaluations(
                 device_batch_size=max(1, settings.device_batch_size // 4),
                 max_per_task=settings.core_metric_max_per_task,
             )
-        return {metric(f"Eval/{result.name}", "mean centered accuracy of few-shot tasks"): result.core}
+        return {f"Eval/{result.name}": result.core}
 
     def show_samples(step: int) -> dict[str, float]:
         if rank == 0 and tokenizer is not None:
@@ -246,7 +244,7 @@ def main(settings: Settings) -> None:
     _, rank, _, world_size, device = compute_init(settings.device_type)
     watched = monitor_settings(settings.monitor_interval)
     data = open_data(settings.source)
-    settings = settings_module.replace(settings, source=data.source)
+    settings = cli.replace(settings, source=data.source)
     plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
 
     # ---- the model: shapes first (an impossible horizon costs no memory), memory second, values last
@@ -277,10 +275,10 @@ def main(settings: Settings) -> None:
 
     # ---- where it goes, and whether some of it is there already
     recipe = {**{name: getattr(settings, name) for name in INHERITED}, **rates}
-    about = settings_module.as_dict(settings)
+    about = cli.as_dict(settings)
     meta = describe_run("base", about, config, data.tokenizer_hash, recipe, num_iterations, data=data.fingerprint)
     folder = checkpoint_dir("base", settings.model_tag or default_tag(settings))
-    usual = settings_module.as_dict(resolve(Settings()))  # flags that runs of older versions did not have yet
+    usual = cli.as_dict(resolve(Settings()))  # flags that runs of older versions did not have yet
     earlier = earlier_run(folder, settings.resume, meta, usual) or {}
     given = settings.run not in (NO_WANDB, AUTO)
     automatic = run_name(settings.arch, config.n_embd, config.mup_base_width, datetime.now())
@@ -364,4 +362,4 @@ def write_report(run: TrainingRun, outcome: Outcome, samples: list[dict[str, str
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanochat import cli as settings_module
+from nanochat import cli
 from nanochat.checkpoint import load_model
-from nanochat.cli import real, short, whole
+from nanochat.cli import alias, float_flag, int_flag
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.models import require_model
@@ -32,21 +32,21 @@ Part = dict[str, str]
 class Settings:
     """Talk to a trained model. In the chat, `clear` forgets what was said; `quit`, `exit` or Ctrl-D ends."""
 
-    stage: Annotated[Literal["base", "mid", "sft", "rl"], short("-i")] = "sft"
+    stage: Annotated[Literal["base", "mid", "sft", "rl"], alias("-i")] = "sft"
     """Training stage of the model. A base model knows no chat: it goes on with the text it is given."""
-    model_tag: Annotated[str | None, short("-g")] = None
+    model_tag: Annotated[str | None, alias("-g")] = None
     """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, whole(gte=0), short("-s")] = None
+    model_step: Annotated[int | None, int_flag(gte=0), alias("-s")] = None
     """Optimizer step of the checkpoint; default: the last."""
-    prompt: Annotated[str | None, short("-p")] = None
+    prompt: Annotated[str | None, alias("-p")] = None
     """Answer this one message and exit."""
-    temperature: Annotated[float, real(gte=0), short("-t")] = 0.6
+    temperature: Annotated[float, float_flag(gte=0), alias("-t")] = 0.6
     """Spread of sampling; 0 always takes the likeliest token."""
-    top_k: Annotated[int, whole(gte=0), short("-k")] = 50
+    top_k: Annotated[int, int_flag(gte=0), alias("-k")] = 50
     """Sample from this many likeliest tokens; 0 for all."""
-    max_tokens: Annotated[int, whole(gte=1), short("-m")] = 512
+    max_tokens: Annotated[int, int_flag(gte=1), alias("-m")] = 512
     """Length of an answer in tokens, at most; never more than half of the model's context."""
-    seed: Annotated[int, whole(gte=0)] = 42
+    seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of the first answer; each further one takes the next."""
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
@@ -206,4 +206,4 @@ def content(parts: list[Part]) -> str | list[Part]:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat import cli as settings_module
+from nanochat import cli
 from nanochat.dataset import canonical
 from nanochat.errors import UserError
-from nanochat.report import write_section
-from nanochat.tasks import hub as hub_data
+from nanochat.sections import write_section
+from nanochat.tasks import hub
 from nanochat.tasks.common import Split
 from nanochat.tasks.registry import make_task, parse_spec
 
@@ -51,19 +51,19 @@ def main(settings: Settings) -> None:
     write_section(
         "chat_data",
         "Chat data",
-        {"settings": settings_module.as_dict(settings), "tables": [table], "notes": notes},
+        {"settings": cli.as_dict(settings), "tables": [table], "notes": notes},
     )
 
 
 def provide(name: str, source: str, from_dir: Path | None) -> None:
     """Put what a task reads into the store. Raises UserError where it cannot be had."""
-    if name in hub_data.HUB_TASKS:
-        taken = hub_data.take_local(name, from_dir) if from_dir is not None else []
+    if name in hub.HUB_TASKS:
+        taken = hub.take_local(name, from_dir) if from_dir is not None else []
         if from_dir is not None and not taken:
             print(f"{name}: not in {from_dir}", flush=True)
         others = [split for split in splits(name) if split not in taken]
-        if not stands(name) or hub_data.has_local(name, others):
-            hub_data.fetch(name, others)
+        if not stands(name) or hub.has_local(name, others):
+            hub.fetch(name, others)
     elif name in ("SimpleSpelling", "SpellingBee"):
         from nanochat.tasks import words
 
@@ -89,7 +89,7 @@ def splits(name: str) -> list[Split]:
     if name.endswith(".jsonl"):
         return ["train"]
     every: list[Split] = ["train", "test"]
-    return [split for split in every if name not in hub_data.HUB_TASKS or split in hub_data.HUB_TASKS[name].files]
+    return [split for split in every if name not in hub.HUB_TASKS or split in hub.HUB_TASKS[name].files]
 
 
 def describe(name: str, source: str) -> list[Any]:
@@ -102,4 +102,4 @@ def describe(name: str, source: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

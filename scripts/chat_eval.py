@@ -12,9 +12,9 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanochat import cli as settings_module
+from nanochat import cli
 from nanochat.checkpoint import load_model
-from nanochat.cli import real, short, whole
+from nanochat.cli import alias, float_flag, int_flag
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.eval.chat import (
@@ -28,9 +28,9 @@ from nanochat.eval.chat import (
 )
 from nanochat.formats import duration
 from nanochat.paths import get_base_dir, slug
-from nanochat.report import write_section
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
 from nanochat.sandbox import isolation_level, require_isolation
+from nanochat.sections import write_section
 from nanochat.tasks.common import Task
 from nanochat.tasks.registry import TASK_NAMES, make_task, parse_tasks
 from nanochat.tasks.splits import stable_hash
@@ -44,27 +44,27 @@ RUNS_CODE = "HumanEval"
 class Settings:
     """Score a chat model on multiple-choice and open questions."""
 
-    stage: Annotated[Literal["mid", "sft", "rl"], short("-i", "--source")]
+    stage: Annotated[Literal["mid", "sft", "rl"], alias("-i", "--source")]
     """Training stage whose checkpoint is scored."""
-    task_name: Annotated[str | None, short("-a")] = None
+    task_name: Annotated[str | None, alias("-a")] = None
     """Tasks, joined by | or a comma; default: every task whose data is in the store."""
-    temperature: Annotated[float, real(gte=0), short("-t")] = 0.0
+    temperature: Annotated[float, float_flag(gte=0), alias("-t")] = 0.0
     """Sampling temperature; 0 takes the likeliest token."""
-    max_new_tokens: Annotated[int, whole(gte=1), short("-m")] = 512
+    max_new_tokens: Annotated[int, int_flag(gte=1), alias("-m")] = 512
     """Longest answer, in tokens; prompt and answer together stay within the model's sequence length."""
-    num_samples: Annotated[int, whole(gte=1), short("-n")] = 1
+    num_samples: Annotated[int, int_flag(gte=1), alias("-n")] = 1
     """Answers to each open question; it passes when any of them is right (pass@n)."""
-    top_k: Annotated[int, whole(gte=1), short("-k")] = 50
+    top_k: Annotated[int, int_flag(gte=1), alias("-k")] = 50
     """Tokens to sample from, the likeliest ones."""
-    batch_size: Annotated[int, whole(gte=1), short("-b")] = 32
+    batch_size: Annotated[int, int_flag(gte=1), alias("-b")] = 32
     """Items at a time on each device; open questions take num-samples rows each."""
-    model_tag: Annotated[str | None, short("-g")] = None
+    model_tag: Annotated[str | None, alias("-g")] = None
     """Name of the run among the stage's checkpoints; default: the newest."""
-    step: Annotated[int | None, whole(gte=0), short("-s")] = None
+    step: Annotated[int | None, int_flag(gte=0), alias("-s")] = None
     """Optimizer step of the checkpoint; default: the last."""
-    max_problems: Annotated[int, whole(gte=-1), short("-x")] = -1
+    max_problems: Annotated[int, int_flag(gte=-1), alias("-x")] = -1
     """Items per task, spread over it; -1 for all."""
-    seed: Annotated[int, whole(gte=0)] = 42
+    seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of sampling; each answer to each item has one of its own."""
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
@@ -197,7 +197,7 @@ def section(
     for group in composites:
         metrics |= {group.name: group.value, f"{group.name} standard error": group.stderr}
     return {
-        "settings": settings_module.as_dict(settings),
+        "settings": cli.as_dict(settings),
         "metrics": {**metrics, "step": meta["step"]},
         "tables": tables(scores),
         "samples": samples(tasks, scores),
@@ -257,4 +257,4 @@ def notes(settings: Settings, scores: list[TaskScore], composites: list[Composit
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanochat import checkpoint, parallel
-from nanochat import cli as settings_module
-from nanochat.cli import real, whole
+from nanochat import checkpoint, cli, parallel
+from nanochat.cli import float_flag, int_flag
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.eval.chat import evaluate_generative
@@ -21,7 +20,6 @@ from nanochat.formats import STDERR_SUFFIXES, metric_text
 from nanochat.optim.schedule import lr_multiplier, muon_momentum
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir
-from nanochat.report import write_section
 from nanochat.runtime import (
     DeviceType,
     compute_cleanup,
@@ -30,11 +28,11 @@ from nanochat.runtime import (
     out_of_memory_is_one_line,
     print0,
 )
+from nanochat.sections import write_section
 from nanochat.tasks.common import Task
 from nanochat.tasks.registry import make_task
 from nanochat.train.chat import plan_steps, present
 from nanochat.train.loop import Evaluation, TrainingRun, resume, train
-from nanochat.train.metrics import metric
 from nanochat.train.rollouts import REWARD, RolloutLoader, Sampling, questions_at_once, row_width
 from nanochat.train.run_folder import Resume, describe_run, earlier_run
 from nanochat.train.tracking import NO_WANDB, Tracker
@@ -54,57 +52,57 @@ class Settings:
     """Stage to start from."""
     model_tag: str | None = None
     """Run to start from, and to write to; default: the newest of that stage."""
-    model_step: Annotated[int | None, whole(gte=0)] = None
+    model_step: Annotated[int | None, int_flag(gte=0)] = None
     """Step of its checkpoint; default: the last."""
     out_tag: str | None = None
     """Another name for what is written."""
 
     # ---- how long
-    num_epochs: Annotated[float, real(gte=0)] = 1.0
+    num_epochs: Annotated[float, float_flag(gte=0)] = 1.0
     """Passes over the questions."""
-    num_iterations: Annotated[int, whole(gte=-1)] = -1
+    num_iterations: Annotated[int, int_flag(gte=-1)] = -1
     """Optimizer steps; -1: from num_epochs."""
 
     # ---- the answers
-    questions_per_step: Annotated[int, whole(gte=1)] = 16
+    questions_per_step: Annotated[int, int_flag(gte=1)] = 16
     """Questions per optimizer step, over all devices."""
-    num_samples: Annotated[int, whole(gte=2)] = 16
+    num_samples: Annotated[int, int_flag(gte=2)] = 16
     """Answers to each question."""
-    max_new_tokens: Annotated[int, whole(gte=1)] = 256
+    max_new_tokens: Annotated[int, int_flag(gte=1)] = 256
     """Tokens of an answer, at most."""
-    temperature: Annotated[float, real(gte=0.01)] = 1.0
+    temperature: Annotated[float, float_flag(gte=0.01)] = 1.0
     """Sampling temperature; at 1 the answers are drawn from the very distribution that is trained."""
-    top_k: Annotated[int, whole(gte=0)] = 0
+    top_k: Annotated[int, int_flag(gte=0)] = 0
     """Draw from the k likeliest tokens only; 0: from all."""
 
     # ---- the optimizer
-    device_batch_size: Annotated[int, whole(gte=1)] = 16
+    device_batch_size: Annotated[int, int_flag(gte=1)] = 16
     """Answers per forward and backward pass on each device; 16 times as many are sampled together."""
-    init_lr_frac: Annotated[float, real(gte=0)] = 0.05
+    init_lr_frac: Annotated[float, float_flag(gte=0)] = 0.05
     """Factor on the learning rates of the stage before."""
-    grad_clip: Annotated[float, real(gte=0)] = 1.0
+    grad_clip: Annotated[float, float_flag(gte=0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""
-    warmdown_ratio: Annotated[float, real(gte=0, lte=1)] = 1.0
+    warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 1.0
     """Share of the steps over which the learning rate falls to 0 at the end."""
-    seed: Annotated[int, whole(gte=0)] = 42
+    seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of the order of the questions and of the answers."""
 
     # ---- watching it
     run: str = NO_WANDB
     """Name of the run in Weights & Biases; dummy: no W&B."""
-    eval_every: Annotated[int, whole(gte=-1)] = 60
+    eval_every: Annotated[int, int_flag(gte=-1)] = 60
     """Steps between measurements of pass@k on test questions; -1: only before and after."""
-    eval_questions: Annotated[int, whole(gte=1)] = 400
+    eval_questions: Annotated[int, int_flag(gte=1)] = 400
     """Test questions in these."""
-    eval_samples: Annotated[int, whole(gte=1)] = 8
+    eval_samples: Annotated[int, int_flag(gte=1)] = 8
     """Answers to each."""
 
     # ---- checkpoints
-    save_every: Annotated[int, whole(gte=-1)] = 60
+    save_every: Annotated[int, int_flag(gte=-1)] = 60
     """Steps between checkpoints; -1: only the last."""
-    keep_last: Annotated[int, whole(gte=1)] = 2
+    keep_last: Annotated[int, int_flag(gte=1)] = 2
     """Newest checkpoints to keep."""
-    keep_every: Annotated[int, whole(gte=-1)] = -1
+    keep_every: Annotated[int, int_flag(gte=-1)] = -1
     """Keep also the checkpoints of steps that are multiples of this; -1: none."""
     resume: Resume = "never"
     """auto: continue the run of this tag where it stopped, if its settings are the same."""
@@ -146,7 +144,7 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
         )
         found: dict[str, float] = {}
         for k in sorted(wanted):
-            name = metric(f"Eval/pass@{k}", f"questions answered by one of {k} answers at least, over all")
+            name = f"Eval/pass@{k}"
             found[name] = score.pass_at[k]
             found[f"{name} standard error"] = score.pass_at_stderr(k)
         return found
@@ -181,7 +179,7 @@ def main(settings: Settings) -> None:
     measure = pass_at_k(settings, engine, test)
 
     # ---- where it goes, and whether some of it is there already
-    about = {**settings_module.as_dict(settings), "source": recipe["source"]}
+    about = {**cli.as_dict(settings), "source": recipe["source"]}
     meta = describe_run("rl", about, model.config, tokenizer.hash, recipe, num_iterations, parent)
     folder = checkpoint_dir("rl", settings.out_tag or parent["tag"])
     earlier = earlier_run(folder, settings.resume, meta) or {}
@@ -277,4 +275,4 @@ def describe(
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -9,8 +9,8 @@ Sequence length, batch and learning rates are those of the stage before unless a
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nanochat import cli as settings_module
-from nanochat.cli import real, whole
+from nanochat import cli
+from nanochat.cli import float_flag, int_flag
 from nanochat.train.chat import ChatTrainSettings, train_on_chats
 
 
@@ -21,9 +21,9 @@ class Settings(ChatTrainSettings):
     tasks: str = "ARC-Easy,ARC-Challenge,GSM8K,SmolTalk:10000,Identity,SimpleSpelling:300,SpellingBee:300"
     source_stage: Literal["mid", "base"] = "mid"
     """Stage to start from."""
-    init_lr_frac: Annotated[float, real(gte=0)] = 0.5
-    warmdown_ratio: Annotated[float, real(gte=0, lte=1)] = 1.0
-    eval_every: Annotated[int, whole(gte=-1)] = 100
+    init_lr_frac: Annotated[float, float_flag(gte=0)] = 0.5
+    warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 1.0
+    eval_every: Annotated[int, int_flag(gte=-1)] = 100
 
 
 def main(settings: Settings) -> None:
@@ -31,4 +31,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -19,10 +19,9 @@ from typing import Annotated, Literal
 import torch
 from cyclopts import Parameter
 
-from nanochat import cli as settings_module
-from nanochat import mup
+from nanochat import cli, mup
 from nanochat.arch import ARCH_RATES, RATES, Arch, arch_config
-from nanochat.cli import real, whole
+from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.model_config import GPTConfig, Init, InitSpec
@@ -43,29 +42,29 @@ class Settings:
 
     widths: str = "128,256,512,1024"
     """Widths to compare, multiples of 64."""
-    steps: Annotated[int, whole(gte=0)] = 10
+    steps: Annotated[int, int_flag(gte=0)] = 10
     """Updates of each model."""
-    seeds: Annotated[int, whole(gte=1)] = 5
+    seeds: Annotated[int, int_flag(gte=1)] = 5
     """Models of each width."""
     mup: bool = True
     """False: the standard parametrisation, the negative control: it should miss the bars."""
-    base_width: Annotated[int, whole(gte=64)] = 128
+    base_width: Annotated[int, int_flag(gte=64)] = 128
     """Width at which muP is the standard parametrisation."""
     arch: Arch = "nanochat"
     """Architecture, as in base_train; document masks are left out."""
-    depth: Annotated[int, whole(gte=1)] = 2
+    depth: Annotated[int, int_flag(gte=1)] = 2
     """Transformer layers."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Of the hidden matrices."""
     init: Init = "uniform"
     """How hidden matrices are drawn."""
-    head_std: Annotated[float, real(gte=0)] = 0.02
+    head_std: Annotated[float, float_flag(gte=0)] = 0.02
     """Standard deviation of the head."""
-    lr_scale: Annotated[float, real(gte=0)] = 1.0
+    lr_scale: Annotated[float, float_flag(gte=0)] = 1.0
     """Factor on all learning rates of the architecture; higher ones show more, noise too."""
-    symbols: Annotated[int, whole(gte=4, lte=VOCAB_SIZE)] = 32
+    symbols: Annotated[int, int_flag(gte=4, lte=VOCAB_SIZE)] = 32
     """Different tokens in the text; with as many as the narrowest width they are in each other's way there alone."""
-    rows: Annotated[int, whole(gte=1)] = 8
+    rows: Annotated[int, int_flag(gte=1)] = 8
     """Rows of 64 tokens in a step."""
     from_: Annotated[str | None, Parameter(name="--from")] = None
     """Folders with the coord_check.jsonl of runs, to compare these instead."""
@@ -176,7 +175,7 @@ def main(settings: Settings) -> None:
     print0("coordinate check: " + ("failed" if wrong else "passed"))
     settings.out.mkdir(parents=True, exist_ok=True)
     result = {
-        "settings": {name: str(value) for name, value in settings_module.as_dict(settings).items()},
+        "settings": {name: str(value) for name, value in cli.as_dict(settings).items()},
         "slopes": [slope._asdict() for slope in found],
         "missed": wrong,
         "records": records,
@@ -190,4 +189,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -9,13 +9,13 @@ A published bundle that already stands there is not replaced by a generated one.
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat import cli as settings_module
+from nanochat import cli
 from nanochat.dataset import iter_documents
 from nanochat.errors import UserError
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.offline_bundle import copy_bundle, write_offline_bundle
 from nanochat.paths import eval_bundle_dir
-from nanochat.report import write_section
+from nanochat.sections import write_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def main(settings: Settings) -> None:
     print(f"{bundle.name}: {items:,} items in {target}")
     rows = [[task.label, task.kind, task.num_fewshot, len(task.items), task.baseline] for task in bundle.tasks]
     table = {"title": bundle.name, "columns": ["Task", "Kind", "Shots", "Items", "Guessing %"], "rows": rows}
-    recorded = settings_module.as_dict(settings)
+    recorded = cli.as_dict(settings)
     if settings.from_dir is not None:
         del recorded["source"]  # nothing was made from it, and the report's title names the sources that were used
     section = {
@@ -56,4 +56,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -9,8 +9,8 @@ Sequence length, batch and learning rates are those of the base run unless a fla
 from dataclasses import dataclass
 from typing import Annotated
 
-from nanochat import cli as settings_module
-from nanochat.cli import real
+from nanochat import cli
+from nanochat.cli import float_flag
 from nanochat.data.chat_rows import LossOn, Packing
 from nanochat.train.chat import ChatTrainSettings, train_on_chats
 
@@ -22,7 +22,7 @@ class Settings(ChatTrainSettings):
     tasks: str = "SmolTalk,MMLU,GSM8K,Identity*2,SimpleSpelling:200000,SpellingBee:80000"
     packing: Packing = "stream"
     loss_on: LossOn = "all"
-    warmdown_ratio: Annotated[float, real(gte=0, lte=1)] = 0.2
+    warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.2
 
 
 def main(settings: Settings) -> None:
@@ -30,4 +30,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

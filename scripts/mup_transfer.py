@@ -31,10 +31,10 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from nanochat import cli as settings_module
-from nanochat.cli import real, whole
-from nanochat.data.parquet import replacing
+from nanochat import cli
+from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.paths import run_dir
 from nanochat.runtime import DeviceType, compute_init, device_name, print0
 from nanochat.studies import transfer
@@ -65,7 +65,7 @@ class Settings(SweepSettings):
     """Widths to train, multiples of head_dim."""
     multipliers: str = "0.125,0.25,0.5,1,2,4,8"
     """Factors on the rates of --arch (scaled to batch and horizon as in base_train)."""
-    seeds: Annotated[int, whole(gte=1)] = 3
+    seeds: Annotated[int, int_flag(gte=1)] = 3
     """Runs of each, which differ in their first weights and their text."""
     control: bool = False
     """Train the standard parametrisation as well, with the base width's rates at every width."""
@@ -75,7 +75,7 @@ class Settings(SweepSettings):
     """Folder of runs, tables and plots; default: transfer/ of the current run."""
     report_only: bool = False
     """Train nothing; show what is there of --widths, --multipliers and --control. The rest is as the runs were made."""
-    time_budget_minutes: Annotated[float, real(gte=0)] = 0.0
+    time_budget_minutes: Annotated[float, float_flag(gte=0)] = 0.0
     """Start no run that would end after so many minutes; 0: no limit."""
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
@@ -232,7 +232,7 @@ def report(settings: Settings, plan: Plan, folder: Path) -> list[transfer.Verdic
         word = {True: "met", False: "MISSED", None: "open"}[verdict.passed]
         print0(f"{word:<6} {verdict.bar}: {verdict.detail}")
     written = {
-        "settings": settings_module.as_dict(settings),
+        "settings": cli.as_dict(settings),
         "results": {name: [_plain(result) for result in of_name] for name, of_name in results.items()},
         "crossings": [crossing._asdict() for crossing in crossings or ()],
         "verdicts": [verdict._asdict() for verdict in verdicts],
@@ -242,7 +242,7 @@ def report(settings: Settings, plan: Plan, folder: Path) -> list[transfer.Verdic
         ("transfer.svg", transfer.rate_plot(results)),
         ("curves.svg", transfer.curve_plot(curves)),
     ):
-        with replacing(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_text(content)
     print0(f"\nin {folder}: transfer.json, transfer.svg, curves.svg")
     return verdicts
@@ -311,7 +311,7 @@ def main(settings: Settings) -> None:
             raise UserError(f"no runs in {folder}: leave --report-only out")
         done_as = json.loads((folder / "settings.json").read_text())
         made_with = {field.name: done_as[field.name] for field in fields(SweepSettings) if field.name in done_as}
-        settings = settings_module.replace(settings, **made_with)
+        settings = cli.replace(settings, **made_with)
         report(settings, plan_sweep(settings), folder)
         return
     plan = plan_sweep(settings)
@@ -325,4 +325,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

@@ -17,8 +17,7 @@ import tiktoken
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import cli as settings
-from nanochat import report
+from nanochat import cli, sections
 from nanochat.dataset import iter_documents
 from nanochat.tok_texts import TEXTS
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -52,11 +51,11 @@ class Settings:
     """Where the train and validation text comes from: fineweb-edu, climbmix, pydocs or local:DIR."""
 
 
-def main(settings_: Settings) -> None:
+def main(settings: Settings) -> None:
     tokenizer = get_tokenizer()
     texts = {name: [text] for name, text in TEXTS.items()}
     for split in ("train", "val"):
-        texts[split] = first_bytes(iter_documents(settings_.source, split), SAMPLE_BYTES)
+        texts[split] = first_bytes(iter_documents(settings.source, split), SAMPLE_BYTES)
     sizes = {name: sum(len(text.encode()) for text in documents) for name, documents in texts.items()}
 
     tokens = {name: sum(map(len, tokenizer.encode(documents))) for name, documents in texts.items()}
@@ -84,8 +83,8 @@ def main(settings_: Settings) -> None:
 
     tables = [own, compared, histogram(tokenizer.token_byte_lengths())]
     metrics = {f"bytes_per_token_{name}": value for name, value in ours.items()} | {"hash": tokenizer.hash}
-    data = {"settings": asdict(settings_), "metrics": metrics, "tables": tables, "notes": notes}
-    report.write_section("tok_eval", "Tokenizer evaluation", data)
+    data = {"settings": asdict(settings), "metrics": metrics, "tables": tables, "notes": notes}
+    sections.write_section("tok_eval", "Tokenizer evaluation", data)
     for table in tables:
         print_table(table)
     for note in notes:
@@ -196,4 +195,4 @@ def print_table(table: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Settings)
+    cli.run(main, Settings)

@@ -14,9 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanochat import cli as settings
-from nanochat import report
-from nanochat.cli import whole
+from nanochat import cli, sections
+from nanochat.cli import int_flag
 from nanochat.dataset import list_shards
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
@@ -30,28 +29,28 @@ class Settings:
     source: str = "fineweb-edu"
     """Where the text comes from: fineweb-edu, climbmix, pydocs or local:DIR."""
 
-    max_chars: Annotated[int, whole(gte=1)] = 2_000_000_000
+    max_chars: Annotated[int, int_flag(gte=1)] = 2_000_000_000
     """Characters to train on at most."""
 
-    doc_cap: Annotated[int, whole(gte=1)] = 10_000
+    doc_cap: Annotated[int, int_flag(gte=1)] = 10_000
     """Characters used of each document at most, so that a few long ones do not decide the vocabulary."""
 
-    vocab_size: Annotated[int, whole(gte=MIN_VOCAB_SIZE)] = 65_536
+    vocab_size: Annotated[int, int_flag(gte=MIN_VOCAB_SIZE)] = 65_536
     """Tokens in the vocabulary, the nine special tokens included."""
 
 
-def main(settings_: Settings) -> None:
+def main(settings: Settings) -> None:
     started = time.perf_counter()
-    with Shown(settings_.vocab_size) as shown:
+    with Shown(settings.vocab_size) as shown:
         tokenizer, documents, characters = RustBPETokenizer.train_from_parquet(
-            list_shards(settings_.source, "train"),
-            settings_.vocab_size,
-            max_chars=settings_.max_chars,
-            doc_cap=settings_.doc_cap,
+            list_shards(settings.source, "train"),
+            settings.vocab_size,
+            max_chars=settings.max_chars,
+            doc_cap=settings.doc_cap,
             progress=shown.update,
         )
     if not documents:
-        raise UserError(f"--source={settings_.source}: its training shards hold no text to learn from")
+        raise UserError(f"--source={settings.source}: its training shards hold no text to learn from")
     train_seconds = time.perf_counter() - started
     tokenizer.save(tokenizer_dir())
 
@@ -65,13 +64,13 @@ def main(settings_: Settings) -> None:
         "hash": tokenizer.hash,
     }
     notes = []
-    if tokenizer.get_vocab_size() < settings_.vocab_size:
+    if tokenizer.get_vocab_size() < settings.vocab_size:
         notes.append(
             f"The text ran out of pairs to merge: {tokenizer.get_vocab_size():,} tokens "
-            f"instead of {settings_.vocab_size:,}."
+            f"instead of {settings.vocab_size:,}."
         )
-    data = {"settings": dataclasses.asdict(settings_), "metrics": metrics, "notes": notes}
-    report.write_section("tok_train", "Tokenizer training", data)
+    data = {"settings": dataclasses.asdict(settings), "metrics": metrics, "notes": notes}
+    sections.write_section("tok_train", "Tokenizer training", data)
     _print_summary(metrics, notes)
 
 
@@ -128,4 +127,4 @@ def _print_summary(metrics: dict[str, Any], notes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Settings)
+    cli.run(main, Settings)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def parquet(texts: list[str], column: str = "text", rows: int = 4) -> bytes:
+def parquet_bytes(texts: list[str], column: str = "text", rows: int = 4) -> bytes:
     """A parquet file with one column of strings."""
     buffer = io.BytesIO()
     pq.write_table(pa.table({column: texts}), buffer, row_group_size=rows)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import cli as settings
-from nanochat.cli import real, short, whole
+from nanochat import cli
+from nanochat.cli import alias, float_flag, int_flag
 from nanochat.errors import UserError, exit_on_user_error
 
 
@@ -16,13 +16,13 @@ from nanochat.errors import UserError, exit_on_user_error
 class Example:
     """Does nothing with its settings."""
 
-    device_batch_size: Annotated[int, whole(gte=1, lte=4096)] = 32
+    device_batch_size: Annotated[int, int_flag(gte=1, lte=4096)] = 32
     """Rows per forward pass."""
-    max_chars: Annotated[int, whole(gte=-1)] = -1
+    max_chars: Annotated[int, int_flag(gte=-1)] = -1
     """Characters."""
-    matrix_lr: Annotated[float, real(gte=0.0, lte=1.0)] = 0.02
+    matrix_lr: Annotated[float, float_flag(gte=0.0, lte=1.0)] = 0.02
     """Learning rate."""
-    num_files: Annotated[int, whole(gte=-1), short("-n")] = 8
+    num_files: Annotated[int, int_flag(gte=-1), alias("-n")] = 8
     """Shards."""
     init: Literal["uniform", "spectral"] = "uniform"
     """Initialisation."""
@@ -33,7 +33,7 @@ class Example:
 
 
 def parse(*words):
-    return settings.parse(Example, words)
+    return cli.parse(Example, words)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_nothing_given_is_the_defaults():
 class Demanding:
     """One flag must be given."""
 
-    stage: Annotated[Literal["mid", "sft"], short("-i")]
+    stage: Annotated[Literal["mid", "sft"], alias("-i")]
     """Which."""
 
 
 def test_a_flag_that_must_be_given(capsys):
-    assert settings.parse(Demanding, ["-i", "sft"]) == Demanding(stage="sft")
+    assert cli.parse(Demanding, ["-i", "sft"]) == Demanding(stage="sft")
     with pytest.raises(SystemExit) as end:
-        settings.parse(Demanding, [])
+        cli.parse(Demanding, [])
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and "--stage" in line
 
@@ -112,15 +112,15 @@ def test_help_shows_every_flag_its_default_and_its_meaning(capsys):
 
 
 def test_as_dict_gives_plain_values():
-    assert settings.as_dict(Example(name="x"))["name"] == "x"
+    assert cli.as_dict(Example(name="x"))["name"] == "x"
 
 
 def test_a_script_ends_on_its_users_mistake_with_one_line():
     script = (
-        "import sys; from tests.test_cli import Example; from nanochat import settings; "
+        "import sys; from tests.test_cli import Example; from nanochat import cli; "
         "from nanochat.errors import UserError\n"
         "def main(found):\n    raise UserError(f'no shards\\nfor {found.name}')\n"
-        "settings.run(main, Example)"
+        "cli.run(main, Example)"
     )
     done = subprocess.run([sys.executable, "-c", script, "--name=me"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "error: no shards for me\n")

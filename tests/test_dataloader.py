@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from nanochat import dataloader, dataset
 from nanochat.dataloader import TrainLoader, UnitOrder, fixed_rows, horizon_in_epochs
 from nanochat.errors import UserError
-from nanochat.loss import IGNORED
 from nanochat.paths import data_dir
+from nanochat.runtime import IGNORE_INDEX
 from tests.processes import run_processes
 
 SOURCE = "pydocs"
@@ -125,9 +125,9 @@ def real_rows(data, steps):
         kept = []
         for _ in range(data.batches_per_step):
             batch = data.next_batch()
-            filler = (batch.targets == IGNORED).all(dim=1)
+            filler = (batch.targets == IGNORE_INDEX).all(dim=1)
             assert batch.inputs.shape == (data.device_batch_size, data.sequence_len)
-            assert (batch.inputs[filler] == 0).all() and (batch.targets[~filler] != IGNORED).all()
+            assert (batch.inputs[filler] == 0).all() and (batch.targets[~filler] != IGNORE_INDEX).all()
             kept.append(torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)[~filler])
         out.append(torch.cat(kept))
     return torch.stack(out).numpy() if out else None
@@ -223,7 +223,7 @@ def test_a_rank_of_filler_only_has_a_state_and_an_epoch(shared_source):
     data = loader(rows=2, batch=4, rank=5, world_size=6)
     assert data.batches_per_step == data.device_batch_size == 1
     batch = data.next_batch()
-    assert (batch.targets == IGNORED).all() and (batch.inputs == 0).all()
+    assert (batch.targets == IGNORE_INDEX).all() and (batch.inputs == 0).all()
     assert data.epoch() == 0 and data._positions == {}
     data.close()
 

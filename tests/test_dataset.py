@@ -16,13 +16,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from nanochat import dataset
-from nanochat.data import hub, pydocs
-from nanochat.data import local as local_text
-from nanochat.data import parquet as shards
+from nanochat.data import hub, local, parquet, pydocs
 from nanochat.dataset import HubSource, Settings, dataset_bytes, iter_documents, list_shards, main
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
-from tests.standin_hub import COMMIT, StandInHub, parquet, serving
+from tests.standin_hub import COMMIT, StandInHub, parquet_bytes, serving
 
 LAST = 5
 VAL = f"shard_{LAST:05d}.parquet"
@@ -44,7 +42,7 @@ def server(monkeypatch):
     """FineWeb-Edu with six small shards."""
     monkeypatch.setattr(hub, "FIRST_WAIT", 0.001)
     monkeypatch.setitem(dataset.HUB_SOURCES, "fineweb-edu", HubSource("someone/texts", last=LAST))
-    files = {f"shard_{i:05d}.parquet": parquet(shard_texts(i)) for i in range(LAST + 1)}
+    files = {f"shard_{i:05d}.parquet": parquet_bytes(shard_texts(i)) for i in range(LAST + 1)}
     with serving(StandInHub("someone/texts", files)) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
@@ -155,8 +153,8 @@ def test_a_file_without_its_manifest_entry_does_not_count(server):
     [
         (b"<!DOCTYPE html><title>Log in</title>" * 10, r"shard_00001\.parquet: expected a parquet file, found an HTML"),
         (b"", r"shard_00001\.parquet: expected a parquet file, found an empty file"),
-        (parquet(["x"] * 50)[:-20], r"shard_00001\.parquet: expected a parquet file, found a truncated one"),
-        (parquet(["x"], column="content"), r"shard_00001\.parquet: expected a column `text`, found content"),
+        (parquet_bytes(["x"] * 50)[:-20], r"shard_00001\.parquet: expected a parquet file, found a truncated one"),
+        (parquet_bytes(["x"], column="content"), r"shard_00001\.parquet: expected a column `text`, found content"),
     ],
 )
 def test_wrong_content_is_named_and_deleted(server, content, message):
@@ -192,10 +190,10 @@ def test_too_many_shards_are_refused(server):
 
 def test_two_downloads_into_one_folder_keep_both_entries(server):
     get(num_files=1)
-    stale = shards.load_manifest(data_dir("fineweb-edu"))
+    stale = parquet.load_manifest(data_dir("fineweb-edu"))
     get(num_files=2)
     about = {key: value for key, value in stale.items() if key != "files"}
-    shards.update_manifest(data_dir("fineweb-edu"), about, {VAL: stale["files"][VAL]})
+    parquet.update_manifest(data_dir("fineweb-edu"), about, {VAL: stale["files"][VAL]})
     assert len(names("fineweb-edu", "train")) == 2
 
 
@@ -260,7 +258,7 @@ def jsonl(texts):
 
 def test_every_kind_of_file_is_read(folder):
     texts = [f"document {i} — été" for i in range(70)]
-    (folder / "a.parquet").write_bytes(parquet(texts[:10]))
+    (folder / "a.parquet").write_bytes(parquet_bytes(texts[:10]))
     (folder / "b.jsonl").write_text(jsonl(texts[10:20]) + "\n")
     with gzip.open(folder / "c.jsonl.gz", "wt") as file:
         file.write(jsonl(texts[20:30]))
@@ -290,7 +288,7 @@ def test_shards_do_not_depend_on_how_text_is_spread_over_files(tmp_path, texts, 
         (origin / "a.jsonl").write_text(jsonl(shuffled[:cut]))
         (origin / "b.jsonl").write_text(jsonl(shuffled[cut:]))
         target = origin / "out"
-        files = local_text.convert(local_text.input_files(origin), target)
+        files = local.convert(local.input_files(origin), target)
         results.append([entry["sha256"] for entry in files.values()])
         read = [text for path in sorted(target.iterdir()) for text in pq.read_table(path)["text"].to_pylist()]
         assert sorted(read) == sorted(text.encode("utf-8", "replace").decode() for text in texts)
@@ -298,8 +296,8 @@ def test_shards_do_not_depend_on_how_text_is_spread_over_files(tmp_path, texts, 
 
 
 def test_validation_is_one_per_cent(folder, monkeypatch):
-    monkeypatch.setattr(local_text, "SHARD_BYTES", 100_000)
-    monkeypatch.setattr(local_text, "BUCKET_BYTES", 50_000)  # several buckets
+    monkeypatch.setattr(local, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(local, "BUCKET_BYTES", 50_000)  # several buckets
     chance = random.Random(0)
     texts = [" ".join(str(chance.random()) for _ in range(10)) for _ in range(3000)]
     (folder / "a.jsonl").write_text(jsonl(texts))
@@ -309,20 +307,20 @@ def test_validation_is_one_per_cent(folder, monkeypatch):
     assert 0.008 < sum(map(len, val)) / sum(map(len, texts)) <= 0.01
     assert len(names(f"local:{folder}", "train")) == 6
     assert names(f"local:{folder}", "val") == ["shard_00006.parquet"]
-    assert train + val != texts and val + train == sorted(texts, key=shards.text_hash)
+    assert train + val != texts and val + train == sorted(texts, key=parquet.text_hash)
     assert pq.ParquetFile(list_shards(f"local:{folder}", "train")[0]).num_row_groups == 1
 
 
 def test_long_txt_is_cut_at_blank_lines(folder):
     paragraphs = [f"Paragraph {i}.\n" + "word\n" * 400 for i in range(60)]
     (folder / "book.txt").write_text("\n\n\n".join(paragraphs))
-    documents = list(local_text.read_documents(folder / "book.txt"))
+    documents = list(local.read_documents(folder / "book.txt"))
     assert 5 < len(documents) < 12
     assert "\n".join(documents).split() == "\n".join(paragraphs).split()
     assert all(text.startswith("Paragraph") for text in documents)
     (folder / "dense.txt").write_text("a line without end\n" * 20_000)
-    sizes = [len(text) for text in local_text.read_documents(folder / "dense.txt")]
-    assert max(sizes) <= 4 * local_text.TXT_DOCUMENT_BYTES + 100 and sum(sizes) > 19 * 19_990
+    sizes = [len(text) for text in local.read_documents(folder / "dense.txt")]
+    assert max(sizes) <= 4 * local.TXT_DOCUMENT_BYTES + 100 and sum(sizes) > 19 * 19_990
 
 
 @pytest.mark.parametrize(
@@ -336,7 +334,7 @@ def test_long_txt_is_cut_at_blank_lines(folder):
         ("a.txt", b"caf\xe9", r"a\.txt, line 1: not UTF-8"),
         ("a.jsonl.gz", b"not gzip at all", r"a\.jsonl\.gz: cannot be read"),
         ("a.parquet", b"PAR1 and then nothing", r"a\.parquet: expected a parquet file, found a truncated one"),
-        ("a.parquet", parquet(["x"], column="body"), r"a\.parquet: expected a column `text`, found body"),
+        ("a.parquet", parquet_bytes(["x"], column="body"), r"a\.parquet: expected a column `text`, found body"),
         ("a.txt", b"only one", r"1 documents are too few"),
         ("a.md", b"wrong kind", r"no \.parquet, \.jsonl"),
     ],
@@ -352,7 +350,7 @@ def test_local_mistakes_name_file_and_line(folder, name, content, message):
 
 def test_half_a_surrogate_pair_becomes_a_mark(folder):
     (folder / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
-    assert list(local_text.read_documents(folder / "a.jsonl")) == ["a?b", "😀"]
+    assert list(local.read_documents(folder / "a.jsonl")) == ["a?b", "😀"]
 
 
 def test_changed_folder_is_converted_again_unchanged_is_not(folder, capsys):
@@ -391,20 +389,20 @@ def test_folders_with_one_slug_are_told_apart(tmp_path):
 
 def test_ready_shards_are_taken_over_the_last_for_validation(folder):
     for i in range(4):
-        (folder / f"shard_{i:05d}.parquet").write_bytes(parquet(shard_texts(i)))
+        (folder / f"shard_{i:05d}.parquet").write_bytes(parquet_bytes(shard_texts(i)))
     source = f"local:{folder}"
     for n in (1, 3, 2):
         get(source, num_files=n)
         assert list(iter_documents(source, "val")) == shard_texts(3)
     assert len(names(source, "train")) == 3
     assert list_shards(source, "train")[0].samefile(folder / "shard_00000.parquet")
-    (folder / "shard_00004.parquet").write_bytes(parquet(shard_texts(4)))
+    (folder / "shard_00004.parquet").write_bytes(parquet_bytes(shard_texts(4)))
     get(source)
     assert len(names(source, "train")) == 4 and list(iter_documents(source, "val")) == shard_texts(4)
 
 
 def test_a_lone_ready_shard_is_not_enough(folder):
-    (folder / "shard_00000.parquet").write_bytes(parquet(["x", "y"]))
+    (folder / "shard_00000.parquet").write_bytes(parquet_bytes(["x", "y"]))
     with pytest.raises(UserError, match=r"shard_00000\.parquet stands alone"):
         get(f"local:{folder}")
 

@@ -82,7 +82,7 @@ def tree(tmp_path):
     """A small repository: scripts.train -> nanochat.model -> nanochat.deep (lazily), nanochat.report beside it."""
     files = {
         "scripts/__init__.py": "",
-        "scripts/train.py": "from nanochat import model\nfrom nanochat.report import write_section\n",
+        "scripts/train.py": "from nanochat import model\nfrom nanochat.sections import write_section\n",
         "nanochat/__init__.py": "",
         "nanochat/model.py": "def f():\n    from .deep import g\n    return g()\n",
         "nanochat/deep.py": "import rustbpe\ndef g():\n    return 1\n",

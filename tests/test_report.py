@@ -5,8 +5,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from nanochat import hardware as sysinfo
-from nanochat import ledger, paths, report
+from nanochat import hardware, ledger, paths, report, sections
 from nanochat.errors import UserError
 from nanochat.formats import duration, fence, number, plain
 
@@ -20,11 +19,11 @@ EIGHT = {**NO_GPU, "gpus": [{"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80
 @pytest.fixture(autouse=True)
 def _run(store, monkeypatch):
     monkeypatch.setenv("NANOCHAT_RUN_ID", "tiny-d4")
-    monkeypatch.setattr(sysinfo, "hardware", lambda: NO_GPU)
+    monkeypatch.setattr(hardware, "hardware", lambda: NO_GPU)
 
 
 def write_run():
-    report.write_section(
+    sections.write_section(
         "base_eval",
         "CORE",
         {
@@ -33,10 +32,10 @@ def write_run():
             "synthetic": True,
         },
     )
-    report.write_section(
+    sections.write_section(
         "base_train", "Training", {"settings": {"depth": 4}, "metrics": {"Loss/val_bpb": 1.5, "mfu": 0.4}}
     )
-    report.write_section(
+    sections.write_section(
         "base_loss",
         "Loss",
         {
@@ -83,7 +82,7 @@ def test_report_holds_summary_stages_sections_and_samples(tmp_path):
 
 def test_the_section_of_a_stage_that_was_skipped_since_is_left_out(tmp_path):
     write_run()
-    report.write_section("chat_eval_rl", "Chat evaluation, rl", {"metrics": {"GSM8K": 0.5}})
+    sections.write_section("chat_eval_rl", "Chat evaluation, rl", {"metrics": {"GSM8K": 0.5}})
     assert "| GSM8K |" in generate(tmp_path) and "## Chat evaluation, rl" in generate(tmp_path)
     ledger.append(paths.run_dir(), {"stage": "chat_eval_rl", "status": "skipped", "reason": "RUN_RL=1 runs it"})
     text = generate(tmp_path)
@@ -94,7 +93,7 @@ def chat_run(*events):
     """Sections of all chat stages, and a ledger in which they finished and then `events` (stage, status) happened."""
     stages = ("mid_train", "chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl")
     for stage in stages:
-        report.write_section(stage, f"Section of {stage}", {"metrics": {"GSM8K": 0.5}})
+        sections.write_section(stage, f"Section of {stage}", {"metrics": {"GSM8K": 0.5}})
     for stage, status in [*((stage, "finished") for stage in stages), *events]:
         ledger.append(paths.run_dir(), {"stage": stage, "status": status, "key": "k", "seconds": 1.0})
 
@@ -116,7 +115,7 @@ def test_grading_a_stage_again_leaves_later_stages_as_they_are(tmp_path):
 
 
 def test_stages_started_by_hand_are_reported(tmp_path):
-    report.write_section("chat_eval_sft", "By hand", {"metrics": {"GSM8K": 0.5}})
+    sections.write_section("chat_eval_sft", "By hand", {"metrics": {"GSM8K": 0.5}})
     assert "## By hand" in generate(tmp_path)
     ledger.append(paths.run_dir(), {"stage": "base_train", "status": "finished"})
     assert "## By hand" in generate(tmp_path)
@@ -129,7 +128,7 @@ def test_title_says_that_data_is_offline_or_synthetic(tmp_path):
 
 
 def test_title_of_real_data_says_nothing(tmp_path):
-    report.write_section("dataset", "Text", {"settings": {"source": "fineweb-edu"}})
+    sections.write_section("dataset", "Text", {"settings": {"source": "fineweb-edu"}})
     assert generate(tmp_path).splitlines()[0] == "# nanochat report: tiny-d4"
 
 
@@ -145,31 +144,31 @@ def test_report_json_is_valid_and_stands_beside(tmp_path):
 
 def test_every_column_that_exists_and_chatcore_last(tmp_path):
     write_run()
-    report.write_section("chat_eval_sft", "Chat", {"metrics": {"ChatCORE": 0.2, "MMLU": 0.3, "MMLU_stderr": 0.01}})
+    sections.write_section("chat_eval_sft", "Chat", {"metrics": {"ChatCORE": 0.2, "MMLU": 0.3, "MMLU_stderr": 0.01}})
     text = generate(tmp_path)
     assert "| Metric | BASE | SFT |\n|---|---:|---:|\n| CORE | 0.1234 ± 0.0100 | - |\n" in text
     assert "| MMLU | - | 0.3000 ± 0.0100 |\n| ChatCORE | - | 0.2000 |\n" in text
 
 
 def test_cost_is_an_estimate_from_the_card_and_the_time_in_stages(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysinfo, "hardware", lambda: EIGHT)
+    monkeypatch.setattr(hardware, "hardware", lambda: EIGHT)
     write_run()
     text = generate(tmp_path)
     assert "8 × NVIDIA H100" in text and "estimate" in text and "24.03 USD" in text and "24.00 USD an hour" in text
 
 
 def test_price_needs_every_card_to_be_known():
-    assert sysinfo.usd_per_hour([]) is None
-    assert sysinfo.usd_per_hour([{"name": "NVIDIA H100 PCIe"}, {"name": "Some Card"}]) is None
-    assert sysinfo.usd_per_hour([{"name": "NVIDIA GB200"}]) == sysinfo.PRICES["GB200"]
-    for key, price in sysinfo.PRICES.items():
-        assert sysinfo.usd_per_hour([{"name": f"NVIDIA {key}"}]) == price
+    assert hardware.usd_per_hour([]) is None
+    assert hardware.usd_per_hour([{"name": "NVIDIA H100 PCIe"}, {"name": "Some Card"}]) is None
+    assert hardware.usd_per_hour([{"name": "NVIDIA GB200"}]) == hardware.PRICES["GB200"]
+    for key, price in hardware.PRICES.items():
+        assert hardware.usd_per_hour([{"name": f"NVIDIA {key}"}]) == price
 
 
 def test_facts_about_this_machine_are_there():
-    facts = sysinfo.software()
+    facts = hardware.software()
     assert facts["torch"][0].isdigit() and facts["python"].startswith("3.")
-    assert sysinfo.git(paths.run_dir()) is None
+    assert hardware.git(paths.run_dir()) is None
 
 
 def test_nothing_to_report_is_one_line(tmp_path):
@@ -193,7 +192,7 @@ def test_reset_forgets_sections_only(tmp_path):
 
 def test_only_rank_0_writes(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    report.write_section("base_train", "Training", {})
+    sections.write_section("base_train", "Training", {})
     assert not (paths.run_dir() / "report").exists()
 
 

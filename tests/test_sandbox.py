@@ -86,7 +86,7 @@ def test_output_of_a_program_that_runs_to_its_end():
 def test_an_exception_is_one_line_of_error_and_a_traceback_of_the_program():
     result = run("def f(x):\n    return 1 / x\nprint('before')\nf(0)")
     assert (result.success, result.error, result.stdout) == (False, "ZeroDivisionError: division by zero", "before\n")
-    assert 'File "<program>", line 2, in f' in result.stderr and "sandbox_child" not in result.stderr
+    assert 'File "<program>", line 2, in f' in result.stderr and "sandbox/child" not in result.stderr
     assert run("def f(:").error.startswith("SyntaxError: ")
     assert run("assert False, 'a\\nb'").error == "AssertionError: a b"
     bad = "class E(Exception):\n    def __str__(self): raise E\nraise E"
@@ -477,10 +477,10 @@ def test_a_layer_that_fails_to_come_up_stops_the_program(monkeypatch, tmp_path):
         pytest.skip("needs a machine that seccomp has a table for")
     copy = tmp_path / "nanochat"
     copy.mkdir()
-    for name in ("__init__.py", "sandbox_child.py", "sandbox_layers.py"):
+    for name in ("__init__.py", "child.py", "kernel.py"):
         shutil.copy(Path(sandbox.__file__).parent / name, copy)
-    broken = (copy / "sandbox_layers.py").read_text().replace("def apply_seccomp() -> None:", "def _unused() -> None:")
-    (copy / "sandbox_layers.py").write_text(broken + "\n\ndef apply_seccomp():\n    raise OSError(1, 'not today')\n")
+    broken = (copy / "kernel.py").read_text().replace("def apply_seccomp() -> None:", "def _unused() -> None:")
+    (copy / "kernel.py").write_text(broken + "\n\ndef apply_seccomp():\n    raise OSError(1, 'not today')\n")
     monkeypatch.setattr(sandbox, "isolation_level", lambda: Isolation(seccomp=True))
     monkeypatch.setattr(sandbox, "__file__", str(copy / "sandbox.py"))
     with pytest.raises(RuntimeError, match=r"could not be set up.*not today"):

@@ -24,8 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-from nanochat import cli as settings
-from nanochat.cli import real, whole
+from nanochat import cli
+from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError, exit_on_user_error
 
 STOPPED = 128 + signal.SIGTERM
@@ -139,11 +139,11 @@ class Settings:
     folder: Path
     """where node 0 leaves its word, below the shared store"""
     _: KW_ONLY
-    node_rank: Annotated[int, whole(gte=1)] = 1
+    node_rank: Annotated[int, int_flag(gte=1)] = 1
     """number of this node"""
-    patience: Annotated[float, real(gte=0)] = 900.0
+    patience: Annotated[float, float_flag(gte=0)] = 900.0
     """seconds without a sign of life from node 0 after which it counts as dead"""
-    poll: Annotated[float, real(gte=0.01)] = 1.0
+    poll: Annotated[float, float_flag(gte=0.01)] = 1.0
     """seconds between two looks"""
 
 
@@ -164,4 +164,4 @@ def main(asked: Settings) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(settings.parse(Settings, sys.argv[1:])))
+    exit_on_user_error(lambda: main(cli.parse(Settings, sys.argv[1:])))

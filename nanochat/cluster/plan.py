@@ -14,8 +14,8 @@ from typing import Annotated
 
 import torch
 
-from nanochat import cli as settings
-from nanochat.cli import real, whole
+from nanochat import cli
+from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.formats import duration
 from nanochat.parallel import Parallel, Policy, make_policy
@@ -72,27 +72,27 @@ OVERLAP = 0.9  # of the computing time, what traffic of FSDP and HSDP can hide b
 class Settings:
     """Predict memory, traffic and time of a training step on a cluster that need not exist."""
 
-    depth: Annotated[int, whole(gte=1, lte=128)] = 20
+    depth: Annotated[int, int_flag(gte=1, lte=128)] = 20
     """Transformer layers."""
-    nodes: Annotated[int, whole(gte=1)] = 1
+    nodes: Annotated[int, int_flag(gte=1)] = 1
     """Nodes."""
-    gpus_per_node: Annotated[int, whole(gte=1)] = 8
+    gpus_per_node: Annotated[int, int_flag(gte=1)] = 8
     """GPUs of each node."""
     parallel: Parallel = "auto"
     """auto, ddp, fsdp (shards over all GPUs) or hsdp (shards inside each node)."""
     use_muon: bool = True
     """Muon on the matrices; otherwise AdamW on everything."""
-    device_batch_size: Annotated[int | None, whole(gte=1)] = None
+    device_batch_size: Annotated[int | None, int_flag(gte=1)] = None
     """Rows per forward pass on each GPU; default: the largest power of two that fits, 32 at most."""
-    total_batch_size: Annotated[int, whole(gte=1)] = 524_288
+    total_batch_size: Annotated[int, int_flag(gte=1)] = 524_288
     """Tokens per optimizer step over all GPUs."""
-    max_seq_len: Annotated[int, whole(gte=1)] = 2048
+    max_seq_len: Annotated[int, int_flag(gte=1)] = 2048
     """Tokens in a row."""
-    vocab_size: Annotated[int, whole(gte=1)] = 65_536
+    vocab_size: Annotated[int, int_flag(gte=1)] = 65_536
     """Entries of the vocabulary."""
-    gpu_memory_gb: Annotated[float, real(gte=1)] = 80.0
+    gpu_memory_gb: Annotated[float, float_flag(gte=1)] = 80.0
     """Memory of a GPU, 1e9 bytes."""
-    network_gbps: Annotated[float, real(gte=0.001)] = NETWORK_GBPS
+    network_gbps: Annotated[float, float_flag(gte=0.001)] = NETWORK_GBPS
     """Network of each GPU, 1e9 bits per second: that of a node's cards together over its GPUs. Assumed."""
 
 
@@ -335,4 +335,4 @@ def print_constants(asked: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Settings)
+    cli.run(main, Settings)

@@ -19,8 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from nanochat import cli as settings
-from nanochat import paths, runtime
+from nanochat import cli, paths, runtime
 from nanochat.errors import UserError
 from nanochat.runtime import print0, synchronize
 
@@ -260,4 +259,4 @@ def main(asked: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Settings)
+    cli.run(main, Settings)

@@ -23,13 +23,9 @@ import torch
 import torch.distributed as dist
 
 from nanochat.runtime import print0
-from nanochat.train.metrics import metric
 
 NAMES = ("data wait", "host", "forward")
-RATIOS = {
-    name: metric(f"Stragglers/{name.replace(' ', '_')}_max_over_median", f"{name}, slowest rank over the median")
-    for name in NAMES
-}
+RATIOS = {name: f"Stragglers/{name.replace(' ', '_')}_max_over_median" for name in NAMES}
 EVERY = 100  # steps: a mean that one pause does not make, and the wait for the device it costs is spread thin
 SLOW = 1.10  # over the median: healthy cards of one model differ by some per cent in clock rate under one power limit
 NOTICEABLE = 0.01  # of the step: a rank that is 10 % over a median of microseconds costs nobody anything

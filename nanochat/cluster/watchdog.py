@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from nanochat.runtime import barrier, get_dist_info, synchronize
+from nanochat.runtime import barrier, get_dist_info, on_heartbeat, synchronize
 
 FIRST_SECONDS = 30 * 60.0  # until the first step is done: it compiles, which takes minutes and not equally many
 LIMIT_SECONDS = 10 * 60.0  # afterwards; a step takes seconds, a stall of a shared disk a minute or two
@@ -34,16 +34,6 @@ POLL_SECONDS = 2.0  # between two looks; each costs the store two requests a ran
 ANSWER_SECONDS = 10.0  # for the stacks of all ranks to arrive after an alarm
 STACK_LETTERS = 20_000  # per rank in the store
 NAMED = 8  # ranks, at most, that a verdict tells of one by one: a host full of them
-
-
-_watching: list["Watchdog"] = []  # of this process
-
-
-def sign_of_life() -> None:
-    """A sign of life from within long work (an evaluation's batches, sampled tokens, a disk), where the training loop
-    cannot mark anything. Nothing happens where nobody watches."""
-    if _watching:
-        _watching[-1].marks += 1
 
 
 @dataclass
@@ -90,7 +80,10 @@ class Watchdog:
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self.thread.start()
-        _watching.append(self)
+        self._unhook = on_heartbeat(self._alive)
+
+    def _alive(self) -> None:
+        self.marks += 1
 
     def mark(self, step: int, phase: str) -> None:
         """The loop has come to `phase` of `step`. Costs a microsecond; call it often, within long work too.
@@ -107,8 +100,8 @@ class Watchdog:
 
     def close(self) -> None:
         """Stop watching. Returns at once."""
-        if _watching and _watching[-1] is self:
-            _watching.pop()
+        if not self.closed.is_set():
+            self._unhook()
         self.closed.set()
         self.thread.join(timeout=5)  # it may hang in the store of a rank 0 that has gone
         faulthandler.cancel_dump_traceback_later()

@@ -26,7 +26,7 @@ from nanochat.data.bins import Split, TokenFolder, open_tokens, read_header
 from nanochat.data.prefetch import Prefetcher
 from nanochat.dataloader import Batch
 from nanochat.errors import UserError
-from nanochat.loss import IGNORED
+from nanochat.runtime import IGNORE_INDEX
 
 PREFETCH_BATCHES = 4
 SCAN_TOKENS = 1 << 26  # looked at in one go: bounds what a file of 2³¹ tokens takes in memory to 64 MB
@@ -166,7 +166,7 @@ class BinLoader:
         # contiguous, as batches of every other kind are: a compiled model is compiled once for each layout
         inputs = rows[:, :-1].contiguous()
         targets = rows[:, 1:].clone(memory_format=torch.contiguous_format)  # a single row would share its memory
-        targets[real:] = IGNORED
+        targets[real:] = IGNORE_INDEX
         return Batch(inputs, targets)
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nanochat.data.parquet import replacing
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.paths import get_base_dir
 
 MAGIC, VERSION = 20240520, 1
@@ -79,7 +79,7 @@ def write_tokens(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
     parts = [tokens] if isinstance(tokens, np.ndarray) else tokens
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(bytes(HEADER_BYTES))  # no magic yet
         for part in parts:
             count += len(part)

@@ -21,7 +21,7 @@ from nanochat.data.packing import pack_conversations, stream_rows
 from nanochat.data.prefetch import Prefetcher
 from nanochat.dataloader import PREFETCH_BATCHES, Batch
 from nanochat.errors import UserError
-from nanochat.loss import IGNORED
+from nanochat.runtime import IGNORE_INDEX
 from nanochat.tasks.common import Task
 
 Packing = Literal["bestfit", "stream"]
@@ -92,7 +92,7 @@ class ChatPacker:
             tokens, masks = tokens[order], masks[order]
         else:
             tokens, masks = stream_rows(rendered, row_len, pad=bos)
-        return PackedChunk(tokens[:, :-1], np.where(masks[:, 1:] == 1, tokens[:, 1:], IGNORED), cut)
+        return PackedChunk(tokens[:, :-1], np.where(masks[:, 1:] == 1, tokens[:, 1:], IGNORE_INDEX), cut)
 
     def fingerprint(self) -> str:
         """16 hex digits over the number of conversations and the tokens of up to FINGERPRINTED of them, so that a run
@@ -111,7 +111,7 @@ class ChatPacker:
         for number in numbers.tolist():
             chunk = self.chunk(number)
             rows += len(chunk.inputs)
-            trained += int((chunk.targets != IGNORED).sum())
+            trained += int((chunk.targets != IGNORE_INDEX).sum())
             cut += chunk.cut
             conversations += min(CHUNK, len(self.task) - number * CHUNK)
         positions = rows * self.sequence_len
@@ -171,7 +171,7 @@ class ChatLoader:
         size = self.device_batch_size
         while True:
             step = [next(rows) for _ in range(self.rows_per_step)]
-            teaching = any((row[1] != IGNORED).any() for row in step)
+            teaching = any((row[1] != IGNORE_INDEX).any() for row in step)
             mine = step[self.rank :: self.world_size]
             for first in range(0, self.batches_per_step * size, size):
                 inputs, targets = self._fill(mine[first : first + size])
@@ -183,7 +183,7 @@ class ChatLoader:
         """(inputs, targets) of a micro-batch: these rows, then filler."""
         shape = (self.device_batch_size, self.packer.sequence_len)
         inputs = torch.full(shape, self.packer.tokenizer.get_bos_token_id(), dtype=torch.int32)
-        targets = torch.full(shape, IGNORED, dtype=torch.int32)
+        targets = torch.full(shape, IGNORE_INDEX, dtype=torch.int32)
         for i, row in enumerate(rows):
             inputs[i], targets[i] = torch.from_numpy(row[0]), torch.from_numpy(row[1])
         return inputs, targets

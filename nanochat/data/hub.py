@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from nanochat.data.parquet import replacing
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0  # seconds, doubled after each failed attempt: 15 s in all
@@ -68,7 +68,7 @@ def download(
     """
     stop = stop or threading.Event()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         for attempt in range(ATTEMPTS):
             try:
                 fetched = _attempt(repo, filename, revision, temporary, otherwise, on_bytes, stop)

@@ -18,8 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from nanochat.data import parquet as shards
+from nanochat.data import parquet
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 VAL_SHARE = 0.01
@@ -55,11 +56,11 @@ def ready_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard_*.parquet"))
 
 
-def adopt_shard(path: Path, target: Path, split: str) -> shards.Manifest:
+def adopt_shard(path: Path, target: Path, split: str) -> parquet.Manifest:
     """Take a ready shard over as a hard link (a copy where the disks differ); returns its manifest entry."""
-    entry = shards.describe(path, split, str(path))
+    entry = parquet.describe(path, split, str(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with shards.replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         try:
             os.link(path, temporary)
         except OSError:
@@ -68,7 +69,7 @@ def adopt_shard(path: Path, target: Path, split: str) -> shards.Manifest:
     return entry
 
 
-def convert(files: list[Path], target: Path) -> shards.Manifest:
+def convert(files: list[Path], target: Path) -> parquet.Manifest:
     """Write the documents of `files` as shards into `target`; returns the manifest entries.
 
     Raises UserError for unreadable input (with file and line) and for fewer than two documents.
@@ -78,7 +79,7 @@ def convert(files: list[Path], target: Path) -> shards.Manifest:
     with tempfile.TemporaryDirectory(dir=target, prefix="ordering-") as folder:
         size = _spread(files, Path(folder), buckets)
         val_bytes = min(MAX_VAL_BYTES, int(size * VAL_SHARE))
-        return shards.write_shards(target, _ordered(Path(folder)), val_bytes, SHARD_BYTES)
+        return parquet.write_shards(target, _ordered(Path(folder)), val_bytes, SHARD_BYTES)
 
 
 def _spread(files: list[Path], folder: Path, buckets: int) -> int:
@@ -97,7 +98,7 @@ def _spread(files: list[Path], folder: Path, buckets: int) -> int:
         for path in files:
             for text in read_documents(path):
                 # buckets are ranges of the hash, so that one after the other they are in order
-                i = int.from_bytes(shards.text_hash(text)[:8], "big") * buckets >> 64
+                i = int.from_bytes(parquet.text_hash(text)[:8], "big") * buckets >> 64
                 size = len(text.encode())
                 waiting[i].append(text)
                 sizes[i] += size
@@ -113,7 +114,7 @@ def _ordered(folder: Path) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         with pa.memory_map(str(path)) as stream:
             texts = pa.ipc.open_file(stream).read_all().column("text").to_pylist()
-        yield from (text for _, text in sorted({shards.text_hash(text): text for text in texts}.items()))
+        yield from (text for _, text in sorted({parquet.text_hash(text): text for text in texts}.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,9 +133,9 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def _from_parquet(path: Path) -> Iterator[str]:
-    file = shards.open_shard(path)
+    file = parquet.open_shard(path)
     for group in range(file.num_row_groups):
-        yield from shards.read_texts(file, group, str(path))
+        yield from parquet.read_texts(file, group, str(path))
 
 
 def _from_jsonl(path: Path) -> Iterator[str]:

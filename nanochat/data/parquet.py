@@ -5,11 +5,9 @@
 A shard counts only once the manifest names it; the manifest is replaced atomically after each shard.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat.errors import UserError
+from nanochat.files import atomic_write, sha256_file
 
 ROW_GROUP = 1024  # documents
 Manifest = dict[str, Any]
@@ -47,19 +46,8 @@ def update_manifest(folder: Path, about: Manifest, files: Manifest, replace: boo
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = {} if replace else load_manifest(folder)["files"]
         manifest = {**about, "files": dict(sorted({**before, **files}.items()))}
-        with replacing(folder / "manifest.json") as temporary:
+        with atomic_write(folder / "manifest.json") as temporary:
             temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that becomes `path` on success and is removed on failure."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def describe(path: Path, split: str, name: str | None = None) -> Manifest:
@@ -74,12 +62,10 @@ def describe(path: Path, split: str, name: str | None = None) -> Manifest:
         documents += len(column) - column.null_count
         characters += pc.sum(pc.utf8_length(column)).as_py() or 0
         utf8_bytes += pc.sum(pc.binary_length(column)).as_py() or 0
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {
         "split": split,
         "size": path.stat().st_size,
-        "sha256": digest,
+        "sha256": sha256_file(path),
         "documents": documents,
         "characters": characters,
         "utf8_bytes": utf8_bytes,
@@ -130,7 +116,7 @@ def _kind(path: Path) -> str:
 def write_shard(path: Path, documents: Iterable[str], row_group: int = ROW_GROUP) -> None:
     """Write documents as zstd parquet in row groups of `row_group` documents, atomically."""
     schema = pa.schema([("text", pa.string())])
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         group: list[str] = []
         for document in documents:
             group.append(document)

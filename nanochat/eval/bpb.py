@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from nanochat.cluster.watchdog import sign_of_life
 from nanochat.errors import UserError
-from nanochat.train.metrics import metric
+from nanochat.runtime import heartbeat
 
-VAL_BPB = metric("Loss/val_bpb", "bits per byte of held-out text", "bits")
-VAL_LOSS = metric("Loss/val_loss", "mean cross-entropy of held-out tokens", "nats")
+VAL_BPB = "Loss/val_bpb"  # bits per byte of held-out text, bits
+VAL_LOSS = "Loss/val_loss"  # mean cross-entropy of held-out tokens, nats
 
 
 class BpbResult(NamedTuple):
@@ -67,7 +66,7 @@ def measure_bpb(
     precise = torch.float32 if device.type == "mps" else torch.float64
     row_nats, row_bytes, row_tokens = [], [], []
     for x, y in batches:
-        sign_of_life()
+        heartbeat()
         losses = model(x, y, loss_reduction="none").view(y.shape)
         weights = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
         counted = weights > 0

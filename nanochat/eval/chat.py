@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nanochat.data.parquet import replacing
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.tasks.common import Conversation, Task
 from nanochat.tasks.registry import CHATCORE_TASKS
 
@@ -342,10 +342,10 @@ def write_results(scores: Sequence[TaskScore], composites: Sequence[Composite], 
     for group in composites:
         count = sum(score.n for score in group.tasks)
         table.append([group.name, "", count, "", "", "", f"{group.stderr:.6f}", f"{group.value:.6f}"])
-    with replacing(folder / f"{name}.jsonl") as path, path.open("w", encoding="utf-8") as stream:
+    with atomic_write(folder / f"{name}.jsonl") as path, path.open("w", encoding="utf-8") as stream:
         for score in scores:
             for record in score.records:
                 stream.write(json.dumps({"task": score.name, **record}) + "\n")
-    with replacing(folder / f"{name}.csv") as path, path.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_write(folder / f"{name}.csv") as path, path.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows(table)
     return folder / f"{name}.csv"

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat.cluster.watchdog import sign_of_life
 from nanochat.eval.bundle import Bundle, Task
+from nanochat.runtime import heartbeat
 from nanochat.tokenizer import repaired
 
 _WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
@@ -179,7 +179,7 @@ def score_rows(
     means = np.zeros(len(rows))
     exact = np.zeros(len(rows), dtype=bool)
     for numbers, width in _batches(rows, tokens_per_forward, max_tokens):
-        sign_of_life()
+        heartbeat()
         idx = torch.full((len(numbers), width), pad, dtype=torch.long)
         for i, number in enumerate(numbers):
             idx[i, : len(rows[number].tokens)] = torch.tensor(rows[number].tokens)

@@ -1,6 +1,6 @@
 """Runs Python that a model wrote, where it can do no harm. Linux; no root and no other software needed.
 
-Every program gets a process of its own below a fresh interpreter (sandbox_child.py), and these layers, as far as the
+Every program gets a process of its own below a fresh interpreter (child.py), and these layers, as far as the
 kernel grants them; isolation_level() says which are in force:
     process limits  address space, CPU time, file size, open files, no core dumps; wall-clock time; a scratch folder
                     as working directory; an environment and open files of its own, no input, output that is cut
@@ -162,7 +162,7 @@ def _judge(outcome: dict[str, Any], timeout: float) -> tuple[str | None, bool, b
 
 
 def _supervised(job: dict[str, Any], patience: float) -> tuple[Any, bytes, bytes]:
-    """(outcome, stdout, stderr) of a job for sandbox_child.main. RuntimeError when the supervisor itself fails."""
+    """(outcome, stdout, stderr) of a job for sandbox.child.main. RuntimeError when the supervisor itself fails."""
     scratch = tempfile.mkdtemp(prefix="nanochat-sandbox-", dir=os.path.realpath(tempfile.gettempdir()))
     try:
         inlet, outlet = os.pipe()
@@ -201,12 +201,12 @@ def _start(report: int) -> subprocess.Popen[bytes]:
     # A fresh interpreter rather than a fork: this process may hold torch's threads and a CUDA context. Without `site`
     # it sees no installed packages and starts faster.
     root = str(Path(__file__).resolve().parents[2])
-    source = f"import sys; sys.path.append({root!r}); from nanochat import sandbox_child; sys.path.pop()"
+    source = f"import sys; sys.path.append({root!r}); from nanochat.sandbox import child; sys.path.pop()"
     environment = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "LANG": "C.UTF-8"}  # the same program, the same end
     if libraries := os.environ.get("LD_LIBRARY_PATH"):
         environment["LD_LIBRARY_PATH"] = libraries  # some builds of Python do not start without
     return subprocess.Popen(
-        [sys.executable, "-S", "-s", "-P", "-X", "utf8", "-c", f"{source}; sandbox_child.main()"],
+        [sys.executable, "-S", "-s", "-P", "-X", "utf8", "-c", f"{source}; child.main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """What the kernel can refuse to a process that cannot be trusted: namespaces, Landlock, seccomp. Linux, by ctypes.
 
-Runs in the sandbox's own interpreter (see sandbox_child.py), single-threaded, and imports as little as it can: its
+Runs in the sandbox's own interpreter (see child.py), single-threaded, and imports as little as it can: its
 start is paid for every program. Nothing here needs root. Each function raises OSError where the kernel says no.
 """
 

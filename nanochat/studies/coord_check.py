@@ -23,12 +23,11 @@ from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import eager
 from nanochat.studies.plot import LinePanel, Series, render_lines
-from nanochat.train.metrics import metric
 
 Record = dict[str, Any]  # width, seed, module, t, l1, l2, mean, std
 Batch = tuple[Tensor, Tensor]
 
-COORD = metric("Activations/coord_l1", "mean |x| of what a module puts out, on fixed rows")
+COORD = "Activations/coord_l1"  # mean |x| of what a module puts out, on fixed rows
 LOGITS = "lm_head"
 WATCHED = ("attn", "attn.c_q", "attn.c_k", "attn.c_v", "mlp.c_fc", "mlp", "")  # within each block; "": what it puts out
 HIDDEN_AT_INIT, HIDDEN, LOGITS_AT_END = 0.05, 0.10, 0.25  # most that a slope may be, either way

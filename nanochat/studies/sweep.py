@@ -8,7 +8,6 @@ file in DIR/claims. What the runs say is the business of nanochat.studies.transf
 import fcntl
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,14 +21,14 @@ import torch
 
 from nanochat import parallel
 from nanochat.arch import ARCH_RATES, RATES, TRAINING, TUNED_AT, Arch, arch_config
-from nanochat.cli import whole
+from nanochat.cli import int_flag
 from nanochat.data.batching import plan_batch
 from nanochat.data.bin_loader import BinLoader
-from nanochat.data.parquet import replacing
 from nanochat.data.train_data import open_data
 from nanochat.dataloader import TrainLoader, row_batches
 from nanochat.dataset import text_hash
 from nanochat.errors import UserError
+from nanochat.files import append_jsonl, atomic_write, read_jsonl
 from nanochat.gpt import GPT
 from nanochat.model_config import GPTConfig, InitSpec
 from nanochat.optim import MuonAdamW
@@ -51,7 +50,7 @@ class SweepSettings:
     """What runs must have in common to be compared."""
 
     # ---- what is swept
-    base_width: Annotated[int, whole(gte=1)] = 128
+    base_width: Annotated[int, int_flag(gte=1)] = 128
     """Width whose best rate is carried over to the others; one of them."""
     sweep: Sweep = "all"
     """Which rates the factors go to: all, or those of the matrices, the embeddings or the head alone."""
@@ -61,19 +60,19 @@ class SweepSettings:
     # ---- each run
     arch: Arch = "nanochat"
     """Architecture: nanochat or speedrun."""
-    depth: Annotated[int, whole(gte=1, lte=128)] = 6
+    depth: Annotated[int, int_flag(gte=1, lte=128)] = 6
     """Transformer layers."""
-    head_dim: Annotated[int, whole(gte=2)] = 64
+    head_dim: Annotated[int, int_flag(gte=2)] = 64
     """Width of one attention head."""
-    max_seq_len: Annotated[int, whole(gte=1)] = 512
+    max_seq_len: Annotated[int, int_flag(gte=1)] = 512
     """Tokens in a row."""
-    steps: Annotated[int, whole(gte=1)] = 500
+    steps: Annotated[int, int_flag(gte=1)] = 500
     """Optimizer steps."""
-    total_batch_size: Annotated[int, whole(gte=1)] = 32_768
+    total_batch_size: Annotated[int, int_flag(gte=1)] = 32_768
     """Tokens per step, a multiple of max_seq_len."""
-    device_batch_size: Annotated[int, whole(gte=1)] = 64
+    device_batch_size: Annotated[int, int_flag(gte=1)] = 64
     """Rows per forward pass, at most."""
-    eval_tokens: Annotated[int, whole(gte=1)] = 524_288
+    eval_tokens: Annotated[int, int_flag(gte=1)] = 524_288
     """Validation tokens that the loss is measured on."""
     source: str = "fineweb-edu"
     """Text, as in base_train: fineweb-edu, climbmix, pydocs, local:DIR, bin:DIR."""
@@ -113,31 +112,19 @@ def open_folder(folder: Path, wanted: dict[str, Any]) -> None:
                 )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
 def finished_runs(folder: Path) -> dict[Run, dict[str, Any]]:
-    """Records of runs.jsonl; a last line that was cut short is no record."""
-    path = folder / "runs.jsonl"
-    found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        found[Run(record["mup"], record["width"], record["log2_rate"], record["seed"])] = record
-    return found
+    """Records of runs.jsonl, by run."""
+    records = read_jsonl(folder / "runs.jsonl")
+    return {Run(r["mup"], r["width"], r["log2_rate"], r["seed"]): r for r in records}
 
 
 def append_run(folder: Path, record: dict[str, Any]) -> None:
-    """Add a line to runs.jsonl, on the disk when this returns; behind one that was cut short, on a line of its own."""
-    with open(folder / "runs.jsonl", "a+b") as file:
-        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
-            file.write(b"\n")
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add a line to runs.jsonl, on the disk when this returns."""
+    append_jsonl(folder / "runs.jsonl", record, sync=True)
 
 
 @contextmanager

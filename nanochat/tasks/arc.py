@@ -6,7 +6,7 @@ Source: allenai/ai2_arc on the Hugging Face hub.
 from typing import Any, Literal
 
 from nanochat.errors import UserError
-from nanochat.tasks import hub as hub_data
+from nanochat.tasks import hub
 from nanochat.tasks.common import Conversation, Split, Task, graded_letter, multiple_choice
 
 LETTERS = "ABCDE"
@@ -22,14 +22,14 @@ class ARC(Task):
     def __init__(self, subset: Literal["ARC-Easy", "ARC-Challenge"], split: Split, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.name = subset
-        self.source = hub_data.source_text(subset)
-        self._rows = hub_data.load_rows(subset, split)
+        self.source = hub.source_text(subset)
+        self._rows = hub.load_rows(subset, split)
 
     def num_examples(self) -> int:
         return len(self._rows)
 
     def get_example(self, index: int) -> Conversation:
-        row = self._rows[hub_data.fixed_order(len(self._rows))[index]]
+        row = self._rows[hub.fixed_order(len(self._rows))[index]]
         choices, labels = row["choices"]["text"], row["choices"]["label"]
         if row["answerKey"] not in labels:
             raise UserError(f"{self.name} item {row['id']}: answer {row['answerKey']!r} is none of {', '.join(labels)}")

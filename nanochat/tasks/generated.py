@@ -3,15 +3,15 @@
 task_data/<source>/<name>.json     source and fingerprint of the material <name>, sha256 of its files; written last
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nanochat import dataset
-from nanochat.data import parquet as shards
+from nanochat.data import parquet
 from nanochat.errors import UserError
+from nanochat.files import atomic_write, sha256_file
 from nanochat.paths import data_dir, slug, task_data_dir
 from nanochat.tasks.splits import stable_hash
 
@@ -25,7 +25,7 @@ def fingerprint(source: str, *about: object) -> str:
     """16 hex digits over the shards of `source` and `about`, what was made of them. UserError without shards."""
     source = dataset.canonical(source)
     dataset.dataset_bytes(source, "train")  # refuses a source that is absent, or whose folder is another's
-    files = shards.load_manifest(data_dir(source))["files"]
+    files = parquet.load_manifest(data_dir(source))["files"]
     content = [(name, entry["split"], entry["sha256"]) for name, entry in sorted(files.items())]
     return f"{stable_hash(source, content, about):016x}"
 
@@ -40,7 +40,7 @@ def mark_made(folder: Path, name: str, source: str, made_from: str, files: Itera
     """Say so; to be called when all `files` (names in `folder`) of the material stand."""
     digests = {file: _sha256(folder / file) for file in files}
     marker = {"source": dataset.canonical(source), "fingerprint": made_from, "files": digests}
-    with shards.replacing(folder / f"{name}.json") as temporary:
+    with atomic_write(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
 
 
@@ -71,8 +71,7 @@ def _damaged(folder: Path, marker: dict[str, Any]) -> list[str]:
 def _sha256(path: Path) -> str | None:
     """None where there is no such file."""
     try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_file(path)
     except FileNotFoundError:
         return None
 

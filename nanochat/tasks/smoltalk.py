@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from nanochat.chat_format import conversation_pieces
 from nanochat.errors import UserError
-from nanochat.tasks import hub as hub_data
+from nanochat.tasks import hub
 from nanochat.tasks.common import Conversation, Split, Task
 
 
@@ -26,18 +26,18 @@ class SmolTalk(Task):
     def __init__(self, split: Split, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.split = split
-        self.source = hub_data.source_text(self.name)
-        self._total = hub_data.num_rows(self.name, split)
+        self.source = hub.source_text(self.name)
+        self._total = hub.num_rows(self.name, split)
 
     @functools.cached_property
     def _table(self) -> pa.Table:  # 2 GB of text: read when the first conversation is asked for
-        return hub_data.load_table(self.name, self.split)
+        return hub.load_table(self.name, self.split)
 
     def num_examples(self) -> int:
         return self._total
 
     def get_example(self, index: int) -> Conversation:
-        number = hub_data.fixed_order(self._total)[index]
+        number = hub.fixed_order(self._total)[index]
         conversation = {"messages": self._table.column("messages")[number].as_py()}
         try:
             conversation_pieces(conversation)

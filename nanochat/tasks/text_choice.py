@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from nanochat import dataset
-from nanochat.data import parquet as shards
 from nanochat.errors import UserError
 from nanochat.eval.offline_bundle import Item, Passage, find_passages, next_sentence, seen_word
+from nanochat.files import atomic_write
 from nanochat.tasks.common import Conversation, Split, Task, graded_letter, multiple_choice
 from nanochat.tasks.generated import fingerprint, is_made, mark_made, require_made, source_dir
 from nanochat.tasks.splits import item_rng
@@ -63,7 +63,7 @@ def prepare(source: str) -> None:
     items = make_items(dataset.iter_documents(source, "train"), dataset.iter_documents(source, "val"), source)
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in items.items():
-        with shards.replacing(folder / f"text_choice_{split}.jsonl") as temporary:
+        with atomic_write(folder / f"text_choice_{split}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     mark_made(folder, "text_choice", source, made_from, [f"text_choice_{split}.jsonl" for split in items])
 

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from nanochat import dataset
-from nanochat.data import parquet as shards
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.tasks.common import Split
 from nanochat.tasks.generated import fingerprint, is_made, mark_made, require_made, source_dir
 from nanochat.tasks.splits import split_of
@@ -32,7 +32,7 @@ def prepare(source: str) -> None:
         return
     words = frequent_words(dataset.iter_documents(source, "train"))
     folder.mkdir(parents=True, exist_ok=True)
-    with shards.replacing(folder / "words.txt") as temporary:
+    with atomic_write(folder / "words.txt") as temporary:
         temporary.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
     mark_made(folder, "words", source, made_from, ["words.txt"])
 

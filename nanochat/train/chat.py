@@ -12,22 +12,20 @@ from typing import Annotated, Any, Protocol
 
 import torch
 
-from nanochat import checkpoint, parallel
-from nanochat import cli as settings_module
+from nanochat import checkpoint, cli, parallel
 from nanochat.arch import RATES
-from nanochat.cli import real, whole
+from nanochat.cli import float_flag, int_flag
 from nanochat.data.batching import plan_batch
 from nanochat.data.chat_rows import ChatLoader, ChatPacker, LossOn, Packing, evaluation_rows
 from nanochat.dataloader import target_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
 from nanochat.eval.samples import make_chat_samples
-from nanochat.loss import IGNORED
 from nanochat.optim.schedule import lr_multiplier, muon_momentum
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir
-from nanochat.report import write_section
-from nanochat.runtime import DeviceType, compute_cleanup, compute_init, device_name, print0
+from nanochat.runtime import IGNORE_INDEX, DeviceType, compute_cleanup, compute_init, device_name, print0
+from nanochat.sections import write_section
 from nanochat.tasks.common import Task, TaskMixture
 from nanochat.tasks.registry import make_task, parse_spec, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
@@ -51,61 +49,61 @@ class ChatTrainSettings:
     # ---- the model to start from
     model_tag: str | None = None
     """Run to start from, and to write to; default: the newest run of the stage before."""
-    model_step: Annotated[int | None, whole(gte=0)] = None
+    model_step: Annotated[int | None, int_flag(gte=0)] = None
     """Step of its checkpoint; default: the last."""
     out_tag: str | None = None
     """Another name for what is written."""
 
     # ---- how long
-    num_epochs: Annotated[float, real(gte=0)] = 1.0
+    num_epochs: Annotated[float, float_flag(gte=0)] = 1.0
     """Passes over the conversations."""
-    num_iterations: Annotated[int, whole(gte=-1)] = -1
+    num_iterations: Annotated[int, int_flag(gte=-1)] = -1
     """Optimizer steps; -1: from num_epochs."""
 
     # ---- the batch; None: as in the stage before
-    max_seq_len: Annotated[int | None, whole(gte=2)] = None
+    max_seq_len: Annotated[int | None, int_flag(gte=2)] = None
     """Tokens in a row."""
-    device_batch_size: Annotated[int | None, whole(gte=1)] = None
+    device_batch_size: Annotated[int | None, int_flag(gte=1)] = None
     """Rows per forward pass on each device."""
-    total_batch_size: Annotated[int | None, whole(gte=1)] = None
+    total_batch_size: Annotated[int | None, int_flag(gte=1)] = None
     """Tokens per optimizer step over all devices; learning rates follow it by its square root."""
 
     # ---- the optimizer; None: as in the stage before
-    matrix_lr: Annotated[float | None, real(gte=0)] = None
+    matrix_lr: Annotated[float | None, float_flag(gte=0)] = None
     """Muon learning rate of the matrices."""
-    embedding_lr: Annotated[float | None, real(gte=0)] = None
+    embedding_lr: Annotated[float | None, float_flag(gte=0)] = None
     """AdamW learning rate of the embedding at width 768."""
-    unembedding_lr: Annotated[float | None, real(gte=0)] = None
+    unembedding_lr: Annotated[float | None, float_flag(gte=0)] = None
     """AdamW learning rate of the head at width 768."""
-    weight_decay: Annotated[float | None, real(gte=0)] = None
+    weight_decay: Annotated[float | None, float_flag(gte=0)] = None
     """Cautious weight decay of the matrices, times their learning rate."""
-    init_lr_frac: Annotated[float, real(gte=0)] = 1.0
+    init_lr_frac: Annotated[float, float_flag(gte=0)] = 1.0
     """Factor on all learning rates."""
-    grad_clip: Annotated[float, real(gte=0)] = 1.0
+    grad_clip: Annotated[float, float_flag(gte=0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""
-    warmup_ratio: Annotated[float, real(gte=0, lte=1)] = 0.0
+    warmup_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
     """Share of the steps over which the learning rate rises."""
-    warmdown_ratio: Annotated[float, real(gte=0, lte=1)] = 0.5
+    warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.5
     """Share of the steps over which it falls at the end."""
-    final_lr_frac: Annotated[float, real(gte=0, lte=1)] = 0.0
+    final_lr_frac: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
     """Where it falls to, as a share of the full rate."""
-    seed: Annotated[int, whole(gte=0)] = 42
+    seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of the order of the data."""
 
     # ---- watching it
     run: str = NO_WANDB
     """Name of the run in Weights & Biases; dummy: no W&B."""
-    eval_every: Annotated[int, whole(gte=-1)] = 150
+    eval_every: Annotated[int, int_flag(gte=-1)] = 150
     """Steps between measurements of bits per byte on held-out conversations; -1: only at the end."""
-    eval_tokens: Annotated[int, whole(gte=1)] = 2_097_152
+    eval_tokens: Annotated[int, int_flag(gte=1)] = 2_097_152
     """Positions measured, at most."""
 
     # ---- checkpoints
-    save_every: Annotated[int, whole(gte=-1)] = 1000
+    save_every: Annotated[int, int_flag(gte=-1)] = 1000
     """Steps between checkpoints; -1: only the last."""
-    keep_last: Annotated[int, whole(gte=1)] = 2
+    keep_last: Annotated[int, int_flag(gte=1)] = 2
     """Newest checkpoints to keep."""
-    keep_every: Annotated[int, whole(gte=-1)] = -1
+    keep_every: Annotated[int, int_flag(gte=-1)] = -1
     """Keep also the checkpoints of steps that are multiples of this; -1: none."""
     resume: Resume = "never"
     """auto: continue the run of this tag where it stopped, if its settings are the same."""
@@ -215,7 +213,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
     # ---- where it goes, and whether some of it is there already
     compiled = settings.compile if settings.compile is not None else device.type == "cuda"
     forward = parallel.compile_model(model, policy) if compiled else model
-    about = {**settings_module.as_dict(settings), "source": recipe["source"]}
+    about = {**cli.as_dict(settings), "source": recipe["source"]}
     data = packer.fingerprint()
     meta = describe_run(stage, about, model.config, tokenizer.hash, recipe, num_iterations, parent, data)
     evaluations = held_out_bpb(settings, recipe, tokenizer, forward, device, rank, world_size)
@@ -296,7 +294,7 @@ def held_out_bpb(
     packer = ChatPacker(tokenizer, task, recipe["max_seq_len"], settings.packing, settings.loss_on)
     inputs, targets = evaluation_rows(packer, settings.eval_tokens)
     token_bytes = get_token_bytes(device)
-    if not token_bytes.cpu().numpy()[targets[targets != IGNORED]].any():
+    if not token_bytes.cpu().numpy()[targets[targets != IGNORE_INDEX]].any():
         print0("nothing is measured on the way: no held-out answer lies within a row")
         return []
 

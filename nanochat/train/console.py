@@ -17,7 +17,6 @@ from nanochat.runtime import (
     print0,
     synchronize,
 )
-from nanochat.train.metrics import metric
 from nanochat.train.monitor import GRAD_NORM, Reading
 
 if TYPE_CHECKING:  # the loop makes the console
@@ -26,11 +25,11 @@ if TYPE_CHECKING:  # the loop makes the console
 WARMUP_STEPS = 5  # left out of tokens/s and MFU: they compile, tune kernels and fill the allocator
 SMOOTHING = 0.9  # of the printed loss
 
-TRAIN_LOSS = metric("Loss/train_loss", "mean cross-entropy of the targets of a step", "nats")
-LR_MULTIPLIER = metric("Optimization/lr_multiplier", "learning rates over their full ones")
-STEP_SECONDS = metric("Time/step_seconds", "a step, evaluations and checkpoints left out", "s")
-TOKENS_PER_SECOND = metric("Time/tokens_per_second", "training tokens over all ranks", "1/s")
-MFU = metric("Hardware/mfu", "FLOPs of the model over the dense bf16 peak of all devices")
+TRAIN_LOSS = "Loss/train_loss"  # mean cross-entropy of the targets of a step, nats
+LR_MULTIPLIER = "Optimization/lr_multiplier"  # learning rates over their full ones
+STEP_SECONDS = "Time/step_seconds"  # a step, evaluations and checkpoints left out, s
+TOKENS_PER_SECOND = "Time/tokens_per_second"  # training tokens over all ranks, 1/s
+MFU = "Hardware/mfu"  # FLOPs of the model over the dense bf16 peak of all devices
 
 
 class StepResult(NamedTuple):

@@ -24,14 +24,12 @@ from nanochat.cluster.stragglers import StragglerReport
 from nanochat.cluster.watchdog import Watchdog, lower_timeout
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.loss import IGNORED
 from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import set_schedule
 from nanochat.paths import get_base_dir
-from nanochat.runtime import BROKEN, STOP, StopSignal, get_dist_info, print0, ranks_per_node
+from nanochat.runtime import BROKEN, IGNORE_INDEX, STOP, StopSignal, get_dist_info, print0, ranks_per_node
 from nanochat.train.collector import scheduled
 from nanochat.train.console import WARMUP_STEPS, Console, StepResult
-from nanochat.train.metrics import metric
 from nanochat.train.monitor import Monitor
 from nanochat.train.tracking import Tracker
 from nanochat.train.warmup import SyntheticLoader, warm_up
@@ -39,7 +37,7 @@ from nanochat.train.warmup import SyntheticLoader, warm_up
 if TYPE_CHECKING:
     from nanochat.saver import Saver
 
-SAVE_SECONDS = metric("Time/save_seconds", "that the loop was held up by a checkpoint", "s")
+SAVE_SECONDS = "Time/save_seconds"  # that the loop was held up by a checkpoint, s
 
 
 class Loader(Protocol):
@@ -299,7 +297,7 @@ def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerRepor
     waited = time.perf_counter() - started
     # Each target weighs the same wherever it lies: divide by the global count, not by each micro-batch's own (which
     # may be zero, when everything in it is masked).
-    count = torch.stack([(targets != IGNORED).sum() for _, targets, *_ in batches]).sum().float()
+    count = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets, *_ in batches]).sum().float()
     stragglers.record(time.perf_counter() - started, waited)
     if world > 1:
         dist.all_reduce(count)

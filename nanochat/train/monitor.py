@@ -17,7 +17,6 @@ from torch import Tensor
 from nanochat.activation_stats import STATISTICS
 from nanochat.dtensor import is_sharded, local, replicas_of
 from nanochat.errors import UserError
-from nanochat.train.metrics import metric
 from nanochat.train.spectral import TINY, Stack, spectral_norms, stacked_norms, stacks
 
 if TYPE_CHECKING:
@@ -28,12 +27,12 @@ PRESETS = {"production": 100, "research": 10, "validation": 1}
 HIDDEN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # matrices of a block
 BRANCHES = ("attn", "mlp")  # rows of Block.stats
 
-GRAD_NORM = metric("Optimization/grad_norm", "gradient norm before clipping: of all, /group: of a parameter group")
-PARAM_NORM = metric("Model/param_norm", "norm of all parameters of a group (/group)")
-SPECTRAL_NORM = metric("Model/spectral_norm", "largest singular value of a hidden matrix (/layer.matrix)")
-UPDATE_RATIO = metric("Model/update_ratio", "largest singular value of the step of a matrix over that of the matrix")
+GRAD_NORM = "Optimization/grad_norm"  # gradient norm before clipping: of all, /group: of a parameter group
+PARAM_NORM = "Model/param_norm"  # norm of all parameters of a group (/group)
+SPECTRAL_NORM = "Model/spectral_norm"  # largest singular value of a hidden matrix (/layer.matrix)
+UPDATE_RATIO = "Model/update_ratio"  # largest singular value of the step of a matrix over that of the matrix
 ACTIVATIONS = {
-    name: metric(f"Activations/{name}", f"{what} of what a layer's attention or MLP adds (/layer.branch)")
+    name: f"Activations/{name}"
     for name, what in zip(
         STATISTICS, ("mean", "standard deviation", "maximum", "minimum", "root mean square"), strict=True
     )

@@ -19,17 +19,16 @@ from nanochat.data.batching import even_batches
 from nanochat.data.chat_rows import epoch_order
 from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.loss import IGNORED
+from nanochat.runtime import IGNORE_INDEX
 from nanochat.tasks.common import Conversation, Task
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.metrics import metric
 
 # Answers sampled together for each row of a device batch: keys and values of a row (15 MB in a d12 at 400 tokens) are a
 # small part of what a row costs in training.
 SAMPLED_PER_ROW = 16
-REWARD = metric("RL/reward", "mean reward of the answers of a step")
-SAMPLED_TOKENS = metric("RL/sampled_tokens", "mean length of an answer", "tokens")
-TEACHING_SHARE = metric("RL/teaching_share", "questions whose answers differ in reward, over all")
+REWARD = "RL/reward"  # mean reward of the answers of a step
+SAMPLED_TOKENS = "RL/sampled_tokens"  # mean length of an answer, tokens
+TEACHING_SHARE = "RL/teaching_share"  # questions whose answers differ in reward, over all
 
 
 class Sampling(NamedTuple):
@@ -188,7 +187,7 @@ class RolloutLoader:
             assert length <= self.width + 1, f"an answer that ends at {length} in rows of {self.width}: see row_width"
             tokens[row, :length] = torch.tensor(answer.tokens)
             sampled[row, :length] = torch.tensor(answer.mask, dtype=torch.bool)
-        targets = torch.where(sampled[:, 1:], tokens[:, 1:], IGNORED)
+        targets = torch.where(sampled[:, 1:], tokens[:, 1:], IGNORE_INDEX)
         factors = torch.zeros(count, self.width)
         factors[: len(answers)] = torch.from_numpy(weights).float().unsqueeze(1)
         device = self.engine.model.get_device()

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from nanochat import runtime
-from nanochat.data.parquet import replacing
+from nanochat.files import atomic_write
 from nanochat.paths import get_base_dir, slug
 
 
@@ -49,7 +49,7 @@ class RunLog:
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / "config.json") as temporary:
+        with atomic_write(self.folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
         self.training = open(self.folder / "training.log", "a", buffering=1)  # noqa: SIM115 - for the whole run
         self.console = open(self.folder / "console.log", "a", buffering=1)  # noqa: SIM115

@@ -5,17 +5,39 @@ Names come in groups (nanochat.train.metrics), of each of which W&B makes a pane
 
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
-from nanochat.data.parquet import replacing
+from nanochat.files import atomic_write
 from nanochat.paths import run_dir
 from nanochat.runtime import get_dist_info
-from nanochat.train import metrics as metric_names
 from nanochat.train.run_log import RunLog
 
 NO_WANDB = "dummy"
 AUTO = "auto"  # as a name: one is made of what the run is
 PROJECT = "nanochat"
+
+
+# Metrics are named `Group/name`, or `Group/name/part` where one is taken of many parts.
+GROUPS = {
+    "Time": "How long things take, and tokens per second.",
+    "Loss": "Losses, of training and held out; smaller is better.",
+    "Optimization": "Learning rates, and norms of gradients.",
+    "Model": "Norms of weights and of their updates.",
+    "Hardware": "Memory, and how much of the arithmetic is used.",
+    "Activations": "What layers put out.",
+    "Eval": "Tasks that are solved or not.",
+    "RL": "Rewards and what is sampled.",
+    "Stragglers": "Slowest rank against the median.",
+}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ValueError, a developer's mistake, where a name is not `Group/name` with a group that is known."""
+    for name in names:
+        group, slash, rest = name.partition("/")
+        if group not in GROUPS or not slash or not rest:
+            raise ValueError(f"metric {name!r}: expected Group/name with a group of {', '.join(GROUPS)}")
 
 
 def wandb_project(arch: str, mup: bool) -> str:
@@ -69,7 +91,7 @@ class Tracker:
                 resume="allow" if wandb_id else None,
             )
             self.wandb_id = self.wandb.id
-            for group in metric_names.GROUPS:
+            for group in GROUPS:
                 self.wandb.define_metric(f"{group}/*", step_metric="step")
 
     def _drop_after(self, step: int | None) -> None:
@@ -87,13 +109,13 @@ class Tracker:
             stays = step is not None and (record["step"] < step or (record["step"] == step and trained))
             if record.get("stage") != self.stage or stays:
                 kept.append(line + "\n")
-        with replacing(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             temporary.write_text("".join(kept))
 
     def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
         """Record `metrics` at `step` (optimizer steps done) after `tokens` training tokens. Raises ValueError for names
-        outside the groups of nanochat.train.metrics."""
-        metric_names.check(metrics)
+        outside GROUPS."""
+        check_names(metrics)
         if not self.active:
             return
         self.file.write(json.dumps({"stage": self.stage, "step": step, "tokens": tokens, **metrics}) + "\n")

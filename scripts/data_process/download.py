@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nanochat import cli as settings_module
-from nanochat.cli import short, whole
+from nanochat import cli
+from nanochat.cli import alias, int_flag
 from nanochat.data.bins import describe_folder, read_header, tokenized_dir
 from nanochat.dataset import fetch_files
 from nanochat.errors import UserError
@@ -40,10 +40,10 @@ class Settings:
     dataset: Literal["fineweb10B", "finewebedu10B"] = "fineweb10B"
     """fineweb10B or finewebedu10B."""
 
-    shards: Annotated[int, whole(gte=1), short("-n")] = 9
+    shards: Annotated[int, int_flag(gte=1), alias("-n")] = 9
     """Train files to have, of 10⁸ tokens and 200 MB each; the validation file comes on top."""
 
-    num_workers: Annotated[int, whole(gte=1, lte=64), short("-w")] = 4
+    num_workers: Annotated[int, int_flag(gte=1, lte=64), alias("-w")] = 4
     """Files fetched at the same time."""
 
 
@@ -82,4 +82,4 @@ def fetch(dataset: str, train_files: int, num_workers: int = 4) -> Path:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

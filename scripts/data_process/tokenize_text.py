@@ -19,12 +19,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanochat import cli as settings_module
-from nanochat.cli import whole
-from nanochat.data import parquet as shards
+from nanochat import cli
+from nanochat.cli import int_flag
 from nanochat.data.bins import HEADER_BYTES, MOST_IDS, Split, tokenized_dir, write_tokens
 from nanochat.dataset import canonical, dataset_bytes, iter_documents, text_hash
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.paths import slug
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -38,7 +38,7 @@ class Settings:
     source: str = "fineweb-edu"
     """Where the text comes from: fineweb-edu, climbmix, pydocs or local:DIR."""
 
-    shard_tokens: Annotated[int, whole(gte=1, lte=2_000_000_000)] = 100_000_000
+    shard_tokens: Annotated[int, int_flag(gte=1, lte=2_000_000_000)] = 100_000_000
     """Tokens in a file; the document that reaches it is still written whole."""
 
 
@@ -65,7 +65,7 @@ def main(settings: Settings) -> None:
         for path in folder.glob("*.bin"):
             if path.name not in names:  # of an earlier, longer tokenization
                 path.unlink()
-        with shards.replacing(folder / "meta.json") as temporary:
+        with atomic_write(folder / "meta.json") as temporary:
             temporary.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     print(f"in {folder}; train on it with --source=bin:{folder.name}")
 
@@ -161,4 +161,4 @@ def _progress(split: str) -> Progress:
 
 
 if __name__ == "__main__":
-    settings_module.run(main, Settings)
+    cli.run(main, Settings)

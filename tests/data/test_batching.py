@@ -10,7 +10,7 @@ from nanochat.data.batching import even_batches, plan_batch
 from nanochat.dataloader import target_batches
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss import IGNORED
+from nanochat.runtime import IGNORE_INDEX
 
 WORLDS = [1, 3, 6, 7, 12, 48, 56, 100, 127, 1000, 1024]
 
@@ -81,8 +81,12 @@ def test_evaluation_batches_are_as_many_on_every_rank_and_hold_each_row_once(wor
         batches = list(target_batches(inputs, targets, 3, torch.device("cpu"), rank, world))
         numbers.add((len(batches), *{batch.inputs.shape for batch in batches}))
         for x, y in batches:
-            real = (y != IGNORED).all(dim=1)
-            assert ((y == IGNORED).all(dim=1) | real).all() and (x[~real] == 0).all() and (y[real] == x[real] + 1).all()
+            real = (y != IGNORE_INDEX).all(dim=1)
+            assert (
+                ((y == IGNORE_INDEX).all(dim=1) | real).all()
+                and (x[~real] == 0).all()
+                and (y[real] == x[real] + 1).all()
+            )
             given_out += (x[real][:, 0] // 4).tolist()
     assert len(numbers) == 1 and sorted(given_out) == list(range(count))
 
@@ -98,7 +102,7 @@ def model():
 
 def loss_and_gradient(model, ranks):
     """The trainer's arithmetic over the batches of each rank: summed losses over the global count of targets."""
-    count = sum(int((y != IGNORED).sum()) for batches in ranks for _, y in batches)
+    count = sum(int((y != IGNORE_INDEX).sum()) for batches in ranks for _, y in batches)
     model.zero_grad(set_to_none=False)
     total = 0.0
     for batches in ranks:
@@ -113,7 +117,7 @@ def loss_and_gradient(model, ranks):
 def test_filler_changes_neither_loss_nor_gradient(model, rows, world, device_batch):
     draw = np.random.default_rng(rows)
     inputs = draw.integers(0, 32, (rows, 8))
-    targets = np.where(draw.random((rows, 8)) < 0.7, draw.integers(0, 32, (rows, 8)), IGNORED)
+    targets = np.where(draw.random((rows, 8)) < 0.7, draw.integers(0, 32, (rows, 8)), IGNORE_INDEX)
     targets[0, 0] = 1
     one = list(target_batches(inputs, targets, rows, torch.device("cpu")))
     many = [list(target_batches(inputs, targets, device_batch, torch.device("cpu"), r, world)) for r in range(world)]

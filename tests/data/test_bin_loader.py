@@ -17,7 +17,7 @@ from nanochat.data.bin_loader import (
 from nanochat.data.bins import describe_folder, write_tokens
 from nanochat.dataloader import row_batches
 from nanochat.errors import UserError
-from nanochat.loss import IGNORED
+from nanochat.runtime import IGNORE_INDEX
 from tests.processes import run_processes
 
 DOCUMENT = 0
@@ -90,10 +90,10 @@ def take(data, steps):
         kept = []
         for _ in range(data.batches_per_step):
             batch = data.next_batch()
-            filler = (batch.targets == IGNORED).all(dim=1)
+            filler = (batch.targets == IGNORE_INDEX).all(dim=1)
             assert batch.inputs.shape == batch.targets.shape == (data.device_batch_size, data.sequence_len)
             assert batch.inputs.dtype == batch.targets.dtype == torch.int64
-            assert (batch.inputs[filler] == DOCUMENT).all() and (batch.targets[~filler] != IGNORED).all()
+            assert (batch.inputs[filler] == DOCUMENT).all() and (batch.targets[~filler] != IGNORE_INDEX).all()
             assert (batch.inputs[:, 1:] == batch.targets[:, :-1])[~filler].all()
             kept.append(torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)[~filler])
         out.append(torch.cat(kept))
@@ -315,7 +315,7 @@ def test_fixed_rows_are_the_first_tokens_each_predicted_once(folder, length, tok
 def test_fixed_rows_go_through_row_batches(folder):
     rows = fixed_rows_from_bin(folder, "train", 10, 95)
     batches = [batch for rank in range(2) for batch in row_batches(rows, 4, torch.device("cpu"), rank, 2)]
-    inputs = torch.cat([batch.inputs[batch.targets[:, 0] != IGNORED] for batch in batches])
+    inputs = torch.cat([batch.inputs[batch.targets[:, 0] != IGNORE_INDEX] for batch in batches])
     assert sorted(inputs.tolist()) == sorted(rows[:, :-1].tolist()) and len(inputs) == 9
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.data import bins as token_files
+from nanochat.data import bins
 from nanochat.data.bins import (
     HEADER_BYTES,
     MAGIC,
@@ -80,7 +80,7 @@ def test_a_stream_that_fails_leaves_nothing(tmp_path):
 
 
 def test_more_tokens_than_the_header_can_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_files, "MOST_TOKENS", 10)
+    monkeypatch.setattr(bins, "MOST_TOKENS", 10)
     assert write_tokens(tmp_path / "x.bin", iter([np.zeros(6, int), np.zeros(4, int)])) == 10
     with pytest.raises(UserError, match="more than 10 tokens"):
         write_tokens(tmp_path / "y.bin", iter([np.zeros(6, int), np.zeros(5, int)]))

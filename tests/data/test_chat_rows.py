@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data import chat_rows as chat_loader
+from nanochat.data import chat_rows
 from nanochat.data.chat_rows import ChatLoader, ChatPacker, evaluation_rows
 from nanochat.errors import UserError
-from nanochat.loss import IGNORED
+from nanochat.runtime import IGNORE_INDEX
 from nanochat.tasks.common import Task
 
 BOS = 0
@@ -45,7 +45,7 @@ class Identity:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chat_loader, "CHUNK", 8)
+    monkeypatch.setattr(chat_rows, "CHUNK", 8)
 
 
 def task(count=30, seed=0):
@@ -114,7 +114,7 @@ def all_ranks(source, rows, device_batch, world, steps, state=None):
     states = []
     for rank in range(world):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chat_loader, "Prefetcher", Synchronous)
+            patch.setattr(chat_rows, "Prefetcher", Synchronous)
             loader = ChatLoader(source, rows, device_batch, rank=rank, world_size=world, state=state)
         assert loader.device_batch_size <= device_batch
         for step in range(steps):
@@ -123,7 +123,7 @@ def all_ranks(source, rows, device_batch, world, steps, state=None):
             for part, name in zip(merged, ("inputs", "targets"), strict=True):
                 given_out = np.concatenate([getattr(batch, name).numpy() for batch in batches])
                 part[step, rank::world] = given_out[:mine]
-                assert (given_out[mine:] == (BOS if name == "inputs" else IGNORED)).all()
+                assert (given_out[mine:] == (BOS if name == "inputs" else IGNORE_INDEX)).all()
         states.append((loader.state_dict(), loader.batches_per_step, loader.device_batch_size))
     assert all(one == states[0] for one in states)
     return merged, states[0][0]
@@ -165,7 +165,7 @@ def test_threads_give_what_a_plain_loop_gives():
         assert inputs.shape == (4, 4, 16)  # two batches of two, where 3 and 2 rows are real
         for given_out, whole in zip((inputs, targets), expected, strict=True):
             np.testing.assert_array_equal(given_out[:, : 3 - rank], whole[:, rank::2])
-        assert (targets[:, 3 - rank :] == IGNORED).all() and (inputs[:, 3 - rank :] == BOS).all()
+        assert (targets[:, 3 - rank :] == IGNORE_INDEX).all() and (inputs[:, 3 - rank :] == BOS).all()
 
 
 def test_epochs_are_counted():

@@ -6,8 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from nanochat import cli as settings
-from nanochat import dataset
+from nanochat import cli, dataset
 from nanochat.data import hub
 from nanochat.data.bin_loader import BinLoader
 from nanochat.data.bins import describe_folder, open_tokens, tokenized_dir, write_tokens
@@ -43,7 +42,7 @@ def server(store, tmp_path, monkeypatch):
 
 
 def get(**options):
-    download.main(settings.parse(download.Settings, [f"--{name}={value}" for name, value in options.items()]))
+    download.main(cli.parse(download.Settings, [f"--{name}={value}" for name, value in options.items()]))
     return describe_folder("fineweb10B")
 
 
@@ -119,7 +118,7 @@ def test_without_a_network_it_says_what_else_there_is(store, monkeypatch):
 
 def test_a_dataset_that_is_not_known(capsys):
     with pytest.raises(SystemExit):
-        settings.parse(download.Settings, ["--dataset=fineweb9B"])
+        cli.parse(download.Settings, ["--dataset=fineweb9B"])
     assert "fineweb9B" in capsys.readouterr().err
 
 
@@ -139,7 +138,7 @@ def source(store, tmp_path):
 
 def tokenize(source, **options):
     words = [f"--source={source}", *(f"--{name}={value}" for name, value in options.items())]
-    tokenize_text.main(settings.parse(tokenize_text.Settings, words))
+    tokenize_text.main(cli.parse(tokenize_text.Settings, words))
     (folder,) = tokenized_dir().iterdir()
     return describe_folder(folder)
 

@@ -5,7 +5,7 @@ import pytest
 
 from nanochat.data import hub
 from nanochat.errors import UserError
-from tests.standin_hub import COMMIT, StandInHub, parquet, serving
+from tests.standin_hub import COMMIT, StandInHub, parquet_bytes, serving
 
 REPO, NAME = "someone/texts", "shard_00000.parquet"
 
@@ -14,7 +14,7 @@ REPO, NAME = "someone/texts", "shard_00000.parquet"
 def server(monkeypatch):
     monkeypatch.setattr(hub, "FIRST_WAIT", 0.001)
     with serving(
-        StandInHub(REPO, {NAME: parquet([f"text {i} " + os.urandom(200).hex() for i in range(100)])})
+        StandInHub(REPO, {NAME: parquet_bytes([f"text {i} " + os.urandom(200).hex() for i in range(100)])})
     ) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
         yield server

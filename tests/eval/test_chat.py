@@ -14,8 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import checkpoint, sandbox
-from nanochat import cli as settings_module
+from nanochat import checkpoint, cli, sandbox
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.eval.chat import (
@@ -417,7 +416,7 @@ def trained(store, monkeypatch):
 
 def run_script(monkeypatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["chat_eval", *words, "--device-type=cpu"])
-    settings_module.run(script.main, script.Settings)
+    cli.run(script.main, script.Settings)
 
 
 def section() -> dict:
@@ -576,7 +575,7 @@ def test_bad_input_is_one_line(trained, monkeypatch, capsys, words, code, messag
 def test_the_stage_must_be_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["chat_eval"])
     with pytest.raises(SystemExit):
-        settings_module.run(script.main, script.Settings)
+        cli.run(script.main, script.Settings)
     (line,) = capsys.readouterr().err.splitlines()
     assert "--stage requires an argument" in line
 

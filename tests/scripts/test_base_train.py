@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint, ledger
-from nanochat import cli as settings_module
+from nanochat import checkpoint, cli, ledger
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir, tokenizer_dir
@@ -176,7 +175,7 @@ def test_bad_input_is_one_line(prepared, monkeypatch, capsys, flags, code, messa
     usual = [word for word in command()[3:] if word.partition("=")[0] not in changed]
     monkeypatch.setattr(sys, "argv", ["base_train", *usual, *flags])
     with pytest.raises(SystemExit) as end:
-        settings_module.run(main, Settings)
+        cli.run(main, Settings)
     assert end.value.code == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
@@ -208,7 +207,7 @@ def test_too_little_data_is_said_before_training(prepared, capsys):
 
 def test_time_is_not_spent_on_evaluations(prepared, monkeypatch):
     import scripts.base_train as script
-    from nanochat.train import loop as trainer
+    from nanochat.train import loop
 
     evaluations, clock, measure = [], time.perf_counter, script.evaluate_bpb
 
@@ -217,7 +216,7 @@ def test_time_is_not_spent_on_evaluations(prepared, monkeypatch):
         return measure(*args)
 
     monkeypatch.setattr(script, "evaluate_bpb", an_hour_long)
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock() + 3600 * len(evaluations))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock() + 3600 * len(evaluations))
     main(Settings(**SMALL))
     section = json.loads((run_dir() / "report" / "base_train.json").read_text())
     assert len(evaluations) == 2 and section["metrics"]["training minutes"] < 30

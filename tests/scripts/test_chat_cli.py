@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import checkpoint
-from nanochat import cli as settings
+from nanochat import checkpoint, cli
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -230,7 +229,7 @@ def test_an_empty_store(store, say):
 def test_flags():
     words = ["-i", "mid", "-g", "d4", "-s", "3", "-p", "hello", "-t", "0.5", "-k", "0", "-m", "100"]
     words += ["--seed=1", "--device-type=cpu"]
-    assert settings.parse(Settings, words) == Settings(
+    assert cli.parse(Settings, words) == Settings(
         stage="mid",
         model_tag="d4",
         model_step=3,
@@ -242,4 +241,4 @@ def test_flags():
         device_type="cpu",
     )
     with pytest.raises(SystemExit):
-        settings.parse(Settings, ["-t", "-1"])
+        cli.parse(Settings, ["-t", "-1"])

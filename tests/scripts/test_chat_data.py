@@ -5,12 +5,11 @@ import random
 import pytest
 
 from nanochat import dataset
-from nanochat.data import hub
-from nanochat.data import parquet as shards
+from nanochat.data import hub as data_hub
+from nanochat.data import parquet
 from nanochat.errors import UserError
 from nanochat.paths import data_dir, run_dir
-from nanochat.tasks import hub as hub_data
-from nanochat.tasks import humaneval
+from nanochat.tasks import hub, humaneval
 from nanochat.tasks.hub import HUB_TASKS, HubTask
 from nanochat.tasks.registry import make_task
 from scripts.chat_data import FULL_SET, Settings, main
@@ -23,7 +22,7 @@ FILES = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-
 @pytest.fixture(autouse=True)
 def _store(store, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody is there: nothing may be fetched by mistake
-    monkeypatch.setattr(hub, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(data_hub, "FIRST_WAIT", 0.001)
 
 
 @pytest.fixture
@@ -128,7 +127,7 @@ def test_tasks_made_from_text_are_made_from_the_source(tmp_path, capsys):
 
 
 def test_text_that_is_not_here_is_an_error():
-    assert not shards.load_manifest(data_dir("pydocs"))["files"]
+    assert not parquet.load_manifest(data_dir("pydocs"))["files"]
     with pytest.raises(UserError, match=r"python -m nanochat\.dataset"):
         main(Settings(tasks="SpellingBee", source="pydocs"))
     with pytest.raises(UserError, match="--source=moon"):
@@ -151,4 +150,4 @@ def test_the_full_set_names_tasks_that_exist(monkeypatch):
     monkeypatch.setattr("scripts.chat_data.describe", lambda name, source: [name, 1, 1, source, True])
     main(Settings())
     assert ",".join(provided) == FULL_SET == Settings().tasks
-    assert set(hub_data.HUB_TASKS) < set(provided)
+    assert set(hub.HUB_TASKS) < set(provided)

@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import checkpoint, dataset
-from nanochat import cli as settings
+from nanochat import checkpoint, cli, dataset
 from nanochat.errors import UserError
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.samples import PROMPTS
@@ -149,7 +148,7 @@ def test_flags_in_both_spellings(script):
         base_eval: ["--max-per-task=10", "--device-batch-size=2", "--device-type=cpu", "--stage=sft"],
         make_eval_bundle: ["--source=local:/x", "--from-dir=/y"],
     }[script]
-    parsed = settings.parse(script.Settings, words)
+    parsed = cli.parse(script.Settings, words)
     assert parsed != script.Settings()
     with pytest.raises(SystemExit):
-        settings.parse(script.Settings, ["--devize-type=cpu"])
+        cli.parse(script.Settings, ["--devize-type=cpu"])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from nanochat import cli as settings
+from nanochat import cli
 from nanochat.data.parquet import write_shard
 from nanochat.errors import UserError
 from nanochat.paths import run_dir, tokenizer_dir
@@ -109,14 +109,14 @@ def test_progress_shows_text_and_then_merges(monkeypatch):
 
 def test_command_line_refuses_a_vocabulary_that_is_too_small(capsys):
     with pytest.raises(SystemExit) as end:
-        settings.parse(tok_train.Settings, ["--vocab_size=264"])
+        cli.parse(tok_train.Settings, ["--vocab_size=264"])
     complaint = capsys.readouterr().err
     assert end.value.code == 2 and complaint.count("\n") == 1
     assert "264" in complaint and "265" in complaint
 
 
 def test_command_line_takes_round_numbers_in_scientific_notation():
-    assert settings.parse(tok_train.Settings, ["--max_chars=2e9", "--vocab-size", "265"]).max_chars == 2_000_000_000
+    assert cli.parse(tok_train.Settings, ["--max_chars=2e9", "--vocab-size", "265"]).max_chars == 2_000_000_000
 
 
 # ---- tok_eval

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import cli as settings_module
+from nanochat import cli
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.studies.coord_check import (
@@ -283,7 +283,7 @@ def test_recorder_sees_a_compiled_model_too(tmp_path):
 
 def test_script_passes_mup_and_writes_what_it_saw(tmp_path, capsys):
     arguments = ["--widths=64,128", "--steps=1", "--seeds=2", f"--out={tmp_path / 'out'}", "--base-width=64"]
-    settings = settings_module.parse(script.Settings, arguments)
+    settings = cli.parse(script.Settings, arguments)
     try:
         script.main(settings)
         code = 0
@@ -304,7 +304,7 @@ def test_script_compares_runs(tmp_path):
         model = make_model(make_config(width, 64))
         folders.append(str(tmp_path / str(width)))
         CoordRecorder(model, tmp_path / str(width) / script.RECORDS, ROWS).record(0)
-    settings = settings_module.parse(script.Settings, [f"--from={','.join(folders)}", f"--out={tmp_path}", "--no-mup"])
+    settings = cli.parse(script.Settings, [f"--from={','.join(folders)}", f"--out={tmp_path}", "--no-mup"])
     with pytest.raises(SystemExit):  # at init, the standard parametrisation shows in the logits alone
         script.main(settings)
     missed = json.loads((tmp_path / "coord_check.json").read_text())["missed"]
@@ -323,6 +323,6 @@ def test_script_compares_runs(tmp_path):
     ],
 )
 def test_script_says_what_it_cannot_do(arguments, words, tmp_path):
-    settings = settings_module.parse(script.Settings, [*arguments, f"--out={tmp_path}"])
+    settings = cli.parse(script.Settings, [*arguments, f"--out={tmp_path}"])
     with pytest.raises(UserError, match=words):
         script.main(settings)

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.tasks import hub as hub_data
+from nanochat.tasks import hub
 
 Row = dict[str, Any]
 
@@ -24,7 +24,7 @@ def put(folder: Path, task: str, **splits: list[Row]) -> None:
         path = folder / task / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(parquet_rows(rows))
-    assert set(hub_data.take_local(task, folder)) >= set(splits)
+    assert set(hub.take_local(task, folder)) >= set(splits)
 
 
 def gsm8k_row(number: int) -> Row:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanochat.chat_format import conversation_pieces
 from nanochat.errors import UserError
-from nanochat.tasks import hub as hub_data
+from nanochat.tasks import hub
 from nanochat.tasks.gsm8k import GSM8K, answer_parts, final_number
 from tests.tasks.hub_rows import gsm8k_row, put
 
@@ -143,7 +143,7 @@ def real(tmp_path_factory):
         pytest.skip(f"needs the published GSM8K in {DATA}/gsm8k (or set NANOCHAT_TEST_DATA)")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("real")))
-        assert hub_data.take_local("GSM8K", DATA) == ["train", "test"]
+        assert hub.take_local("GSM8K", DATA) == ["train", "test"]
         yield GSM8K("train"), GSM8K("test")
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from nanochat.data import hub
+from nanochat.data import hub as data_hub
 from nanochat.errors import UserError
-from nanochat.tasks import hub as hub_data
+from nanochat.tasks import hub
 from nanochat.tasks.hub import HUB_TASKS, HubTask, fetch, fixed_order, load_rows, load_table, source_text
 from tests.standin_hub import COMMIT, StandInHub, serving
 from tests.tasks.hub_rows import arc_row, gsm8k_row, mmlu_row, parquet_rows, put, talk_row
@@ -29,7 +29,7 @@ def serve(monkeypatch, task, repo, files, revision=COMMIT):
     for path in files:
         split = re.match("[a-z]+", path.rpartition("/")[2])[0]
         splits[split] = (*splits.get(split, ()), path)
-    monkeypatch.setattr(hub, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(data_hub, "FIRST_WAIT", 0.001)
     monkeypatch.setitem(HUB_TASKS, task, HubTask(repo, revision, splits, HUB_TASKS[task].columns))
     return serving(StandInHub(repo, files))
 
@@ -46,7 +46,7 @@ def gsm8k(monkeypatch):
 
 
 def manifest(task):
-    return json.loads((hub_data.folder(task) / "manifest.json").read_text())
+    return json.loads((hub.folder(task) / "manifest.json").read_text())
 
 
 # ---- the table
@@ -72,7 +72,7 @@ def test_fetched_rows_are_those_of_the_repository(gsm8k, capsys):
     fetch("GSM8K", ["train", "test"])
     assert load_rows("GSM8K", "train") == [gsm8k_row(i) for i in range(5)]
     assert load_rows("GSM8K", "test") == [gsm8k_row(i) for i in range(100, 103)]
-    assert (hub_data.num_rows("GSM8K", "train"), hub_data.num_rows("GSM8K", "test")) == (5, 3)
+    assert (hub.num_rows("GSM8K", "train"), hub.num_rows("GSM8K", "test")) == (5, 3)
     assert source_text("GSM8K") == f"someone/problems at {COMMIT[:7]}"
     assert gsm8k.revisions == {COMMIT}
     assert "GSM8K train-00000-of-00001.parquet: 0.0 MB, 5 items" in capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_what_is_here_is_not_fetched_again(gsm8k):
 
 def test_a_truncated_file_is_not_read_and_is_fetched_again(gsm8k):
     fetch("GSM8K", ["train"])
-    path = hub_data.folder("GSM8K") / "train-00000-of-00001.parquet"
+    path = hub.folder("GSM8K") / "train-00000-of-00001.parquet"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"no train items of GSM8K .*`python -m scripts.chat_data --tasks=GSM8K`"):
         load_rows("GSM8K", "train")
@@ -104,7 +104,7 @@ def test_an_interrupted_split_is_not_read_and_goes_on_where_it_stopped(monkeypat
     files = {path: parquet_rows([talk_row(10 * i), talk_row(10 * i + 1)]) for i, path in enumerate(PARTS)}
     with serve(monkeypatch, "SmolTalk", "someone/talks", files) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        server.faults[PARTS[1]] = [500] * hub.ATTEMPTS
+        server.faults[PARTS[1]] = [500] * data_hub.ATTEMPTS
         with pytest.raises(UserError, match=r"^SmolTalk: could not get .*--from-dir=FOLDER$"):
             fetch("SmolTalk", ["train"])
         with pytest.raises(UserError, match=r"no train items of SmolTalk in .*, or not all of them"):
@@ -113,7 +113,7 @@ def test_an_interrupted_split_is_not_read_and_goes_on_where_it_stopped(monkeypat
         assert server.gets(PARTS[0]) == 1
         table = load_table("SmolTalk", "train")
     assert table.column_names == ["messages"]  # other columns are left where they are
-    assert [hub_data.row(table, i)["messages"][0]["content"] for i in range(6)] == [
+    assert [hub.row(table, i)["messages"][0]["content"] for i in range(6)] == [
         f"Say {n}." for n in (0, 1, 10, 11, 20, 21)
     ]
     assert load_table("SmolTalk", "train") is table  # read once
@@ -121,7 +121,7 @@ def test_an_interrupted_split_is_not_read_and_goes_on_where_it_stopped(monkeypat
 
 def test_another_pinned_revision_is_fetched_anew(gsm8k, monkeypatch):
     fetch("GSM8K", ["train"])
-    path = hub_data.folder("GSM8K") / "manifest.json"
+    path = hub.folder("GSM8K") / "manifest.json"
     path.write_text(path.read_text().replace(COMMIT, "f" * 40))
     with pytest.raises(UserError, match="no train items"):
         load_rows("GSM8K", "train")
@@ -151,7 +151,7 @@ def test_content_of_another_form_is_refused(gsm8k, content, message):
     with pytest.raises(UserError, match=message) as caught:
         fetch("GSM8K", ["train"])
     assert "\n" not in str(caught.value)
-    assert not hub_data.folder("GSM8K").exists()
+    assert not hub.folder("GSM8K").exists()
 
 
 def test_absent_data_and_absent_splits_are_said():
@@ -172,7 +172,7 @@ def test_files_are_found_in_folders_of_several_names(tmp_path, place):
     folder.mkdir(parents=True)
     (folder / "train-00000-of-00001.parquet").write_bytes(parquet_rows([gsm8k_row(7)]))
     (folder / "test.parquet").write_bytes(parquet_rows([gsm8k_row(8)]))
-    assert hub_data.take_local("GSM8K", tmp_path / "data") == ["train", "test"]
+    assert hub.take_local("GSM8K", tmp_path / "data") == ["train", "test"]
     assert load_rows("GSM8K", "train") == [gsm8k_row(7)]
     assert load_rows("GSM8K", "test") == [gsm8k_row(8)]
     digests = [entry["sha256"][:8] for entry in manifest("GSM8K")["files"].values()]
@@ -184,7 +184,7 @@ def test_a_checkout_of_the_hub_is_read_at_the_paths_of_the_hub(tmp_path):
         path = tmp_path / "gsm8k" / name / "train-00000-of-00001.parquet"
         path.parent.mkdir(parents=True)
         path.write_bytes(parquet_rows([row]))
-    assert hub_data.take_local("GSM8K", tmp_path) == ["train"]
+    assert hub.take_local("GSM8K", tmp_path) == ["train"]
     assert load_rows("GSM8K", "train") == [gsm8k_row(1)]
 
 
@@ -192,8 +192,8 @@ def test_the_two_arc_sets_in_one_checkout_are_told_apart(tmp_path):
     path = tmp_path / "ai2_arc" / "ARC-Challenge" / "test-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
     path.write_bytes(parquet_rows([arc_row(1)]))
-    assert hub_data.take_local("ARC-Easy", tmp_path) == []
-    assert hub_data.take_local("ARC-Challenge", tmp_path) == ["test"]
+    assert hub.take_local("ARC-Easy", tmp_path) == []
+    assert hub.take_local("ARC-Challenge", tmp_path) == ["test"]
 
 
 def test_files_in_several_folders_are_not_guessed_between(tmp_path):
@@ -202,7 +202,7 @@ def test_files_in_several_folders_are_not_guessed_between(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_bytes(parquet_rows([mmlu_row(1, name)]))
     with pytest.raises(UserError, match=r"MMLU: test files in 2 folders, .*anatomy, .*astronomy: keep one"):
-        hub_data.take_local("MMLU", tmp_path)
+        hub.take_local("MMLU", tmp_path)
 
 
 def test_part_of_a_split_is_refused(tmp_path):
@@ -211,13 +211,13 @@ def test_part_of_a_split_is_refused(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(parquet_rows([talk_row(index)]))
     with pytest.raises(UserError, match="SmolTalk: 2 of 3 train files are in"):
-        hub_data.take_local("SmolTalk", tmp_path)
+        hub.take_local("SmolTalk", tmp_path)
 
 
 def test_a_folder_without_the_data_gives_nothing_and_no_folder_is_an_error(tmp_path):
-    assert hub_data.take_local("GSM8K", tmp_path) == []
+    assert hub.take_local("GSM8K", tmp_path) == []
     with pytest.raises(UserError, match=r"--from-dir=.*nowhere: no such folder"):
-        hub_data.take_local("GSM8K", tmp_path / "nowhere")
+        hub.take_local("GSM8K", tmp_path / "nowhere")
 
 
 def test_files_are_copied_once_and_again_when_they_change(tmp_path, monkeypatch):
@@ -225,7 +225,7 @@ def test_files_are_copied_once_and_again_when_they_change(tmp_path, monkeypatch)
     copy = shutil.copyfile
     monkeypatch.setattr(shutil, "copyfile", lambda *args: copies.append(args) or copy(*args))
     put(tmp_path, "GSM8K", train=[gsm8k_row(1)])
-    assert hub_data.take_local("GSM8K", tmp_path) == ["train"]
+    assert hub.take_local("GSM8K", tmp_path) == ["train"]
     assert len(copies) == 1
     put(tmp_path, "GSM8K", train=[gsm8k_row(1), gsm8k_row(2)])
     assert len(copies) == 2
@@ -239,24 +239,24 @@ def test_a_folder_moved_or_touched_changes_nothing(tmp_path, monkeypatch):
     (tmp_path / "a").rename(tmp_path / "b")
     os.utime(tmp_path / "b" / "GSM8K" / "train-00000-of-00001.parquet", (1, 1))
     monkeypatch.setattr(shutil, "copyfile", None)  # nothing is copied again
-    assert hub_data.take_local("GSM8K", tmp_path / "b") == ["train"]
+    assert hub.take_local("GSM8K", tmp_path / "b") == ["train"]
     assert manifest("GSM8K") == before
 
 
 def test_fetching_puts_published_files_in_the_place_of_local_ones(gsm8k, tmp_path):
     put(tmp_path, "GSM8K", train=[gsm8k_row(7)], test=[gsm8k_row(1)])
-    assert hub_data.has_local("GSM8K", ["train"]) and hub_data.has_local("GSM8K", ["test"])
+    assert hub.has_local("GSM8K", ["train"]) and hub.has_local("GSM8K", ["test"])
     fetch("GSM8K", ["train", "test"])
     assert load_rows("GSM8K", "train") == [gsm8k_row(i) for i in range(5)]
     assert load_rows("GSM8K", "test") == [gsm8k_row(i) for i in range(100, 103)]
     assert source_text("GSM8K") == f"someone/problems at {COMMIT[:7]}"
-    assert not hub_data.has_local("GSM8K", ["train", "test"])
+    assert not hub.has_local("GSM8K", ["train", "test"])
 
 
 def test_local_files_stay_where_the_hub_cannot_be_reached(gsm8k, tmp_path):
     put(tmp_path, "GSM8K", train=[gsm8k_row(7)])
     before = manifest("GSM8K")
-    gsm8k.faults[TRAIN] = [500] * hub.ATTEMPTS
+    gsm8k.faults[TRAIN] = [500] * data_hub.ATTEMPTS
     with pytest.raises(UserError, match=r"GSM8K: could not get .*give --from-dir=FOLDER again to go on with the local"):
         fetch("GSM8K", ["train"])
     assert manifest("GSM8K") == before and load_rows("GSM8K", "train") == [gsm8k_row(7)]
@@ -279,7 +279,7 @@ def test_local_files_replace_fetched_ones_wholly(monkeypatch, tmp_path):
         fetch("SmolTalk", ["train"])
     put(tmp_path, "SmolTalk", train=[talk_row(5)])
     assert len(load_rows("SmolTalk", "train")) == 1
-    assert [path.name for path in hub_data.folder("SmolTalk").glob("*.parquet")] == ["train-00000-of-00001.parquet"]
+    assert [path.name for path in hub.folder("SmolTalk").glob("*.parquet")] == ["train-00000-of-00001.parquet"]
 
 
 def test_a_damaged_local_file_is_refused_and_leaves_nothing(tmp_path):
@@ -287,8 +287,8 @@ def test_a_damaged_local_file_is_refused_and_leaves_nothing(tmp_path):
     path.parent.mkdir()
     path.write_bytes(parquet_rows([gsm8k_row(1)])[:-20])
     with pytest.raises(UserError, match=r"gsm8k/train\.parquet: expected a parquet file, found something else or half"):
-        hub_data.take_local("GSM8K", tmp_path)
-    assert not list(hub_data.folder("GSM8K").glob("*"))
+        hub.take_local("GSM8K", tmp_path)
+    assert not list(hub.folder("GSM8K").glob("*"))
 
 
 # ---- reading
@@ -303,7 +303,7 @@ def test_a_table_gives_the_same_rows_as_the_list(tmp_path):
     put(tmp_path, "ARC-Easy", test=[arc_row(i) for i in range(4)])
     table = load_table("ARC-Easy", "test")
     assert isinstance(table, pa.Table)
-    assert [hub_data.row(table, i) for i in range(4)] == load_rows("ARC-Easy", "test")
+    assert [hub.row(table, i) for i in range(4)] == load_rows("ARC-Easy", "test")
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000])

@@ -10,8 +10,7 @@ import pytest
 
 from nanochat.errors import UserError
 from nanochat.sandbox import ExecutionResult
-from nanochat.tasks import hub as hub_data
-from nanochat.tasks import humaneval
+from nanochat.tasks import hub, humaneval
 from nanochat.tasks.humaneval import HumanEval, build_program, extract_code
 from nanochat.tasks.registry import make_task
 
@@ -39,8 +38,8 @@ def item(row: dict) -> dict:
 
 @pytest.fixture
 def task(monkeypatch) -> HumanEval:
-    monkeypatch.setattr(hub_data, "load_rows", lambda task, split: ROWS)
-    monkeypatch.setattr(hub_data, "source_text", lambda task: "somewhere")
+    monkeypatch.setattr(hub, "load_rows", lambda task, split: ROWS)
+    monkeypatch.setattr(hub, "source_text", lambda task: "somewhere")
     return HumanEval("test")
 
 
@@ -169,7 +168,7 @@ def test_items_of_the_hub_come_first(store, tmp_path, monkeypatch):
     origin = tmp_path / "from" / "HumanEval"
     origin.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(ROWS), origin / "test-00000-of-00001.parquet")
-    assert hub_data.take_local("HumanEval", tmp_path / "from") == ["test"]
+    assert hub.take_local("HumanEval", tmp_path / "from") == ["test"]
     task = HumanEval("test")
     assert len(task) == 2 and "local directory" in task.source
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.tasks import registry as tasks
+from nanochat.tasks import registry
 from nanochat.tasks.arc import ARC
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.registry import (
@@ -172,4 +172,4 @@ def test_importing_the_registry_imports_no_task_and_no_torch():
         "import sys, nanochat.tasks; print(*[m for m in sys.modules if m.startswith(('nanochat', 'torch', 'pyarrow'))])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(found) == {"nanochat", "nanochat.errors", tasks.__name__, "nanochat.tasks.common"}
+    assert set(found) == {"nanochat", "nanochat.errors", registry.__name__, "nanochat.tasks.common"}

@@ -1,7 +1,7 @@
 import pytest
 
 from nanochat.errors import UserError
-from nanochat.tasks import hub as hub_data
+from nanochat.tasks import hub
 from nanochat.tasks.smoltalk import SmolTalk
 from tests.tasks.hub_rows import put, talk_row
 
@@ -19,14 +19,14 @@ def test_conversations_come_as_they_are_system_message_included(store, tmp_path)
 
 def test_the_table_is_not_read_before_a_conversation_is_asked_for(store, tmp_path, monkeypatch):
     put(tmp_path, "SmolTalk", train=[talk_row(0), talk_row(1)])
-    monkeypatch.setattr(hub_data, "load_table", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(hub, "load_table", lambda *_: pytest.fail("read"))
     assert len(SmolTalk("train")) == 2
 
 
 def test_a_malformed_row_is_named_when_it_is_asked_for(store, tmp_path):
     put(tmp_path, "SmolTalk", train=[talk_row(0), talk_row(1, {"role": "assistant", "content": "Hello."}), talk_row(2)])
     task = SmolTalk("train")
-    bad = hub_data.fixed_order(3).index(1)
+    bad = hub.fixed_order(3).index(1)
     with pytest.raises(UserError, match="SmolTalk train, row 1: message 0: role is 'assistant', expected 'user'"):
         task[bad]
     assert [len(task[i]["messages"]) for i in range(3) if i != bad] == [2, 2]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.data import parquet as shards
+from nanochat.data import parquet
 from nanochat.errors import UserError
 from nanochat.paths import data_dir, task_data_dir
 from nanochat.tasks import words
@@ -43,9 +43,9 @@ def put_text(source: str, train: list[str], held_out: list[str]) -> None:
     files = {}
     for number, (split, texts) in enumerate((("train", train), ("val", held_out))):
         name = f"shard_{number:05d}.parquet"
-        shards.write_shard(folder / name, texts)
-        files[name] = shards.describe(folder / name, split)
-    shards.update_manifest(folder, {"source": source}, files, replace=True)
+        parquet.write_shard(folder / name, texts)
+        files[name] = parquet.describe(folder / name, split)
+    parquet.update_manifest(folder, {"source": source}, files, replace=True)
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint
-from nanochat import cli as settings_module
+from nanochat import checkpoint, cli
 from nanochat.errors import UserError
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
 from nanochat.tasks.registry import parse_tasks
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train import chat as chat_train
+from nanochat.train import chat
 from nanochat.train.chat import inherit, plan_steps
 from scripts import chat_sft, mid_train
 from tests.chat_setup import make_base, make_text
@@ -191,7 +190,7 @@ def test_bad_input_is_one_line(store, monkeypatch, capsys, flags, code, message)
     words = [word for word in words if word.partition("=")[0] not in changed]
     monkeypatch.setattr(sys, "argv", ["mid_train", *words, *flags])
     with pytest.raises(SystemExit) as end:
-        settings_module.run(mid_train.main, mid_train.Settings)
+        cli.run(mid_train.main, mid_train.Settings)
     assert end.value.code == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
@@ -246,9 +245,7 @@ def test_other_data_under_the_same_name_is_another_run(store, tmp_path, capsys):
 def test_held_out_answers_behind_the_end_of_the_row_do_not_stop_a_run(store, tmp_path, monkeypatch, capsys):
     question = {"role": "user", "content": "word1 " * 200}
     (tmp_path / "long.jsonl").write_text(json.dumps([question, {"role": "assistant", "content": "yes"}]))
-    monkeypatch.setattr(
-        chat_train, "held_out", lambda spec, source: parse_tasks(str(tmp_path / "long.jsonl"), "train")[0]
-    )
+    monkeypatch.setattr(chat, "held_out", lambda spec, source: parse_tasks(str(tmp_path / "long.jsonl"), "train")[0])
     sft(source_stage="base", num_iterations=2)
     assert "nothing is measured on the way: no held-out answer" in capsys.readouterr().out
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint
-from nanochat import cli as settings_module
+from nanochat import checkpoint, cli
 from nanochat.errors import UserError
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
 from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train import chat as chat_train
+from nanochat.train import chat
 from scripts import chat_rl, chat_sft
 from tests.chat_setup import make_base, make_text
 from tests.processes import run_processes
@@ -125,7 +124,7 @@ def test_bad_input_is_one_line(store, monkeypatch, capsys, flags, code, message)
     words = [word for word in words if word.partition("=")[0] not in changed]
     monkeypatch.setattr(sys, "argv", ["chat_rl", *words, *flags])
     with pytest.raises(SystemExit) as end:
-        settings_module.run(chat_rl.main, chat_rl.Settings)
+        cli.run(chat_rl.main, chat_rl.Settings)
     assert end.value.code == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
@@ -141,8 +140,8 @@ def test_it_raises_the_reward_on_generated_arithmetic(tmp_path, monkeypatch):
         return Arithmetic(split, size=count, steps=1, largest=9)
 
     monkeypatch.setattr(chat_rl, "make_task", easy)
-    monkeypatch.setattr(chat_train, "make_task", easy)
-    monkeypatch.setattr(chat_train, "parse_tasks", lambda spec, split, source: [easy(spec, split, source, 2000)])
+    monkeypatch.setattr(chat, "make_task", easy)
+    monkeypatch.setattr(chat, "parse_tasks", lambda spec, split, source: [easy(spec, split, source, 2000)])
     task = easy("", "train", count=800)
     documents = [" ".join(spoken(task[i]) for i in range(first, first + 40)) for first in range(0, 800, 40)]
     write_source([documents[:8], documents[8:16], documents[16:]])

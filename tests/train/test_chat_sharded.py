@@ -20,8 +20,7 @@ from nanochat.eval.samples import make_chat_samples
 from nanochat.paths import checkpoint_dir, get_base_dir, run_dir
 from nanochat.runtime import get_dist_info
 from nanochat.tasks.arithmetic import Arithmetic
-from nanochat.train import chat as chat_train
-from nanochat.train import loop as trainer
+from nanochat.train import chat, loop
 from scripts import chat_eval, chat_rl, chat_sft
 from tests.chat_setup import make_base, make_text
 from tests.processes import run_processes
@@ -67,8 +66,8 @@ def in_a_run_called(tag, main, settings, *patches):
     """Run a script in the process group of the test; each rank but the first would report into a folder of its own.
     Ranks that wait for each other for ever fail after two minutes, not 15."""
     rank = get_dist_info().rank
-    patches = [*patches, (chat_train, "compute_cleanup", lambda: None),
-               (trainer, "lower_timeout", partial(lower_timeout, 120.0))]  # fmt: skip
+    patches = [*patches, (chat, "compute_cleanup", lambda: None),
+               (loop, "lower_timeout", partial(lower_timeout, 120.0))]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_RUN_ID", tag if rank == 0 else f"{tag}-rank{rank}")
         for module, name, value in patches:
@@ -82,7 +81,7 @@ def sft(tag, at_evaluation=lambda: None, **changes):
         return evaluate_bpb(*arguments)
 
     settings = chat_sft.Settings(**{**SFT, "out_tag": tag, **changes})
-    in_a_run_called(tag, chat_sft.main, settings, (chat_train, "evaluate_bpb", evaluate))
+    in_a_run_called(tag, chat_sft.main, settings, (chat, "evaluate_bpb", evaluate))
 
 
 def rl(tag, at_reward=lambda: None, **changes):

@@ -18,8 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint
-from nanochat import cli as settings
+from nanochat import checkpoint, cli
 from nanochat.paths import checkpoint_dir, get_base_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts.base_train import Settings, main
@@ -241,7 +240,7 @@ def test_fsdp_ends_where_one_process_ends(one, two):
 def test_flags_that_contradict_each_other(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["base_train", "--use-fsdp", "--parallel=ddp", "--device-type=cpu"])
     with pytest.raises(SystemExit) as end:
-        settings.run(main, Settings)
+        cli.run(main, Settings)
     assert end.value.code == 1
     error = "error: --use-fsdp and --parallel=ddp contradict each other: give one of them\n"
     assert capsys.readouterr().err == error

@@ -4,8 +4,7 @@ from typing import ClassVar
 import pytest
 
 from nanochat.paths import run_dir
-from nanochat.train.metrics import GROUPS
-from nanochat.train.tracking import Tracker, wandb_project
+from nanochat.train.tracking import GROUPS, Tracker, check_names, wandb_project
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +100,10 @@ def test_wandb_gets_the_project_and_a_step_axis_for_each_group(monkeypatch):
     Tracker("base", "name", {}, project="speedrun-mup")
     assert asked["project"] == "speedrun-mup" and asked["name"] == "name"
     assert Run.axes == {f"{group}/*": "step" for group in GROUPS}
+
+
+def test_names_without_a_known_group_are_refused():
+    check_names(["Loss/train_loss", "Model/spectral_norm/3.attn.c_q"])
+    for name in ("loss", "Losses/train_loss", "Loss/", "/x", "loss/x"):
+        with pytest.raises(ValueError, match="expected Group/name"):
+            check_names([name])
