@@ -50,7 +50,7 @@ class Policy:
     each micro-batch's."""
 
 
-def asked(parallel: Parallel, use_fsdp: bool) -> Parallel:
+def requested_strategy(parallel: Parallel, use_fsdp: bool) -> Parallel:
     """What --parallel and --use-fsdp say together. Raises UserError where they contradict each other."""
     if use_fsdp and parallel not in ("auto", "fsdp"):
         raise UserError(f"--use-fsdp and --parallel={parallel} contradict each other: give one of them")
@@ -132,7 +132,7 @@ def parallelize(model: GPT, mesh: DeviceMesh | None, policy: Policy) -> GPT:
     return model
 
 
-def spread(model: GPT, parallel: Parallel, device: torch.device) -> Policy:
+def parallelize_model(model: GPT, parallel: Parallel, device: torch.device) -> Policy:
     """Choose a policy for a model on the meta device, say why, and apply it. To be followed by to_empty(device)."""
     world, per_node = get_dist_info().world_size, ranks_per_node()
     policy, why = make_policy(parallel, model.num_params(), model.compute_dtype, world, per_node)
@@ -174,7 +174,7 @@ def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def eager(model: GPT) -> Iterator[None]:
+def disable_compile(model: GPT) -> Iterator[None]:
     """Forward passes as they are written: for inputs of so many shapes that compiling them would not pay. Masks are
     dense then, because FlexAttention without a compiler makes all scores."""
     blocks, model.block_masks = model.block_masks, False
@@ -197,7 +197,7 @@ def before_micro_batch(model: GPT, policy: Policy, last: bool) -> None:
 
 
 @contextmanager
-def whole_weights(model: GPT, policy: Policy) -> Iterator[None]:
+def unsharded_params(model: GPT, policy: Policy) -> Iterator[None]:
     """Every rank holds all weights (in param_dtype), for evaluating and sampling: no forward pass communicates, so
     ranks may make as many of them as they like, in any shapes, and nobody waits for anybody. 2 bytes a parameter in
     bf16. Every rank enters and leaves together."""
@@ -205,7 +205,7 @@ def whole_weights(model: GPT, policy: Policy) -> Iterator[None]:
     try:
         if units:
             model.set_reshard_after_forward(False)  # type: ignore[operator]
-            with torch.no_grad(), eager(model):
+            with torch.no_grad(), disable_compile(model):
                 model(torch.zeros(1, 1, dtype=torch.long, device=model.get_device()))  # gathers, and nothing is freed
         yield
     finally:

@@ -183,7 +183,7 @@ def make_evaluations(
 
     def core(step: int) -> dict[str, float]:
         assert bundle is not None and tokenizer is not None, "never due without an interval"
-        with parallel.eager(model):  # prompts of many shapes: not to be compiled for each
+        with parallel.disable_compile(model):  # prompts of many shapes: not to be compiled for each
             result = evaluate_core(
                 model,
                 tokenizer,
@@ -197,7 +197,7 @@ def make_evaluations(
 
     def show_samples(step: int) -> dict[str, float]:
         if rank == 0 and tokenizer is not None:
-            with parallel.eager(model):
+            with parallel.disable_compile(model):
                 samples[:] = make_samples(model, tokenizer)
             for sample in samples:
                 print0(f"--- {sample['text']}")
@@ -252,7 +252,7 @@ def main(settings: Settings) -> None:
     with torch.device("meta"):
         model = GPT(config, compute_dtype(device))
     num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
-    policy = parallel.spread(model, parallel.asked(settings.parallel, settings.use_fsdp), device)
+    policy = parallel.parallelize_model(model, parallel.requested_strategy(settings.parallel, settings.use_fsdp), device)
     model.to_empty(device=device)
     parallel.init_weights(model, init_spec(settings))
     apply_fp8(model, settings.fp8)

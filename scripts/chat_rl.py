@@ -157,7 +157,7 @@ def main(settings: Settings) -> None:
     model, tokenizer, parent = checkpoint.find_model(
         settings.source_stage, device, settings.model_tag, settings.model_step
     )
-    policy = parallel.spread(model, parallel.asked(settings.parallel, settings.use_fsdp), device)
+    policy = parallel.parallelize_model(model, parallel.requested_strategy(settings.parallel, settings.use_fsdp), device)
     checkpoint.fill_model(model, device, parent)
     recipe = checkpoint.recipe(parent)
     questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))
@@ -194,7 +194,7 @@ def main(settings: Settings) -> None:
         world_size,
         settings.seed,
         state=earlier.get("loader"),
-        whole=lambda: parallel.whole_weights(model, policy),
+        whole=lambda: parallel.unsharded_params(model, policy),
     )
 
     # ---- train
@@ -222,14 +222,14 @@ def main(settings: Settings) -> None:
     )
     if earlier:
         resume(run, earlier)
-    with out_of_memory_is_one_line(device, MEMORY_ADVICE), parallel.whole_weights(model, policy):
+    with out_of_memory_is_one_line(device, MEMORY_ADVICE), parallel.unsharded_params(model, policy):
         meta["before"] = earlier["before"] if earlier else measure(0)
     print0("before: " + " | ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
     outcome = train(run)
     run.tracker.close()
     samples = []
     if outcome.finished:  # on all ranks alike; one that was told to stop has no time for this
-        with parallel.whole_weights(model.eval(), policy):
+        with parallel.unsharded_params(model.eval(), policy):
             samples = make_chat_samples(model, tokenizer) if rank == 0 else []
     if samples:
         write_section("chat_rl", "Reinforcement learning", describe(run, outcome.metrics, questions, test, samples))

@@ -149,7 +149,7 @@ def evaluate(strategy, ranks_per_node=1, large=False):
     seen = []
     for _ in range(2):  # evaluating in between, and before the first step, changes nothing
         model.eval()
-        with parallel.whole_weights(model, policy), torch.no_grad():
+        with parallel.unsharded_params(model, policy), torch.no_grad():
             if rank != 1:  # ranks make as many forward passes as they like
                 logits = model(rows[:1, :12])
                 engine = Engine(model, FakeTokenizer())
@@ -200,6 +200,6 @@ def test_strategies_that_do_not_fit():
     with pytest.raises(UserError, match="12 ranks are no whole number of nodes of 8"):
         parallel.make_policy("hsdp", 1e9, torch.bfloat16, 12, 8)
     with pytest.raises(UserError, match="--use-fsdp and --parallel=ddp contradict"):
-        parallel.asked("ddp", use_fsdp=True)
-    assert parallel.asked("auto", use_fsdp=True) == "fsdp"
+        parallel.requested_strategy("ddp", use_fsdp=True)
+    assert parallel.requested_strategy("auto", use_fsdp=True) == "fsdp"
     assert parallel.make_policy("fsdp", 1e9, torch.bfloat16, 1, 1)[0].strategy == "ddp"  # nothing to cut

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.parallel import eager
+from nanochat.parallel import disable_compile
 from nanochat.studies.plot import LinePanel, Series, render_lines
 
 Record = dict[str, Any]  # width, seed, module, t, l1, l2, mean, std
@@ -91,7 +91,7 @@ def statistics(x: Tensor) -> dict[str, float]:
 
 def measure(model: GPT, rows: Tensor) -> dict[str, dict[str, float]]:
     """Statistics of each watched module on rows (B, T), eagerly: compiled code would not call new hooks."""
-    with torch.no_grad(), eager(model), watching(model) as seen:
+    with torch.no_grad(), disable_compile(model), watching(model) as seen:
         model(rows)
     return seen
 

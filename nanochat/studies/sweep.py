@@ -256,7 +256,7 @@ class Bench:
         if key not in self.models:
             with torch.device("meta"):
                 model = GPT(self.config(width, mup), compute_dtype(self.device))
-            policy = parallel.spread(model, "ddp", self.device)
+            policy = parallel.parallelize_model(model, "ddp", self.device)
             model.to_empty(device=self.device)
             forward: Callable[..., torch.Tensor] = model
             if self.device.type == "cuda":

@@ -176,7 +176,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
     """Train `stage` (mid, sft) from the last checkpoint of `parent_stage`, and write the report's `section`."""
     _, rank, _, world_size, device = compute_init(settings.device_type)
     model, tokenizer, parent = checkpoint.find_model(parent_stage, device, settings.model_tag, settings.model_step)
-    policy = parallel.spread(model, parallel.asked(settings.parallel, settings.use_fsdp), device)
+    policy = parallel.parallelize_model(model, parallel.requested_strategy(settings.parallel, settings.use_fsdp), device)
     checkpoint.fill_model(model, device, parent)
     recipe = inherit(settings, checkpoint.recipe(parent))
     length, batch = recipe["max_seq_len"], recipe["total_batch_size"]
@@ -257,7 +257,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
     run.tracker.close()
     samples = []
     if outcome.finished:  # on all ranks alike; one that was told to stop has no time for this
-        with parallel.whole_weights(model.eval(), policy), parallel.eager(model):
+        with parallel.unsharded_params(model.eval(), policy), parallel.disable_compile(model):
             samples = make_chat_samples(model, tokenizer) if rank == 0 else []
     if samples:
         for sample in samples:

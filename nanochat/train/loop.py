@@ -226,7 +226,7 @@ def _warm_kernels(run: TrainingRun, watchdog: Watchdog) -> None:
         rehearsal.state.step = 0
         if run.evaluations:
             run.model.eval()
-            with torch.no_grad(), parallel.whole_weights(run.model, run.policy):
+            with torch.no_grad(), parallel.unsharded_params(run.model, run.policy):
                 run.forward(*rehearsal.loader.next_batch(), loss_reduction="none")
             run.model.train()
 
@@ -335,7 +335,7 @@ def _evaluate(run: TrainingRun, due: list[Evaluation], watchdog: Watchdog) -> No
     state = run.state
     run.model.eval()
     metrics: dict[str, float] = {}
-    with torch.no_grad(), parallel.whole_weights(run.model, run.policy):
+    with torch.no_grad(), parallel.unsharded_params(run.model, run.policy):
         for evaluation in due:
             watchdog.mark(state.step, "evaluate")
             metrics.update(evaluation.run(state.step))

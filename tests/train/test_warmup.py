@@ -62,7 +62,7 @@ class Training:
         self.step([loader.next_batch() for _ in range(loader.batches_per_step)])
         self.real_step()  # draws from all generators
         self.model.cos.mul_(0.5)
-        with torch.no_grad(), parallel.whole_weights(self.model, self.policy):
+        with torch.no_grad(), parallel.unsharded_params(self.model, self.policy):
             self.model.eval()
             self.model(*loader.next_batch(), loss_reduction="none")
         self.model.train()
