@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.errors import UserError
-from nanochat.kernels import kernel
+from nanochat.runtime import kernel
 
 if TYPE_CHECKING:  # the model calls this file
     from nanochat.gpt import GPT

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.fp8 import E4M3, E5M2, MULTIPLE, Scaled, matmul, quantize, scale_of, to_format, transposed
-from nanochat.kernels import kernel
-from nanochat.runtime import IGNORE_INDEX
+from nanochat.runtime import IGNORE_INDEX, kernel
 
 Reduction = Literal["mean", "sum", "none"]
 

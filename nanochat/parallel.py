@@ -20,9 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.kernels import allow_variants
 from nanochat.model_config import InitSpec, init_parameter
-from nanochat.runtime import get_dist_info, print0, ranks_per_node
+from nanochat.runtime import allow_variants, get_dist_info, print0, ranks_per_node
 
 Strategy = Literal["ddp", "fsdp", "hsdp"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]

@@ -252,7 +252,8 @@ def main(settings: Settings) -> None:
     with torch.device("meta"):
         model = GPT(config, compute_dtype(device))
     num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
-    policy = parallel.parallelize_model(model, parallel.requested_strategy(settings.parallel, settings.use_fsdp), device)
+    requested = parallel.requested_strategy(settings.parallel, settings.use_fsdp)
+    policy = parallel.parallelize_model(model, requested, device)
     model.to_empty(device=device)
     parallel.init_weights(model, init_spec(settings))
     apply_fp8(model, settings.fp8)

@@ -157,7 +157,8 @@ def main(settings: Settings) -> None:
     model, tokenizer, parent = checkpoint.find_model(
         settings.source_stage, device, settings.model_tag, settings.model_step
     )
-    policy = parallel.parallelize_model(model, parallel.requested_strategy(settings.parallel, settings.use_fsdp), device)
+    requested = parallel.requested_strategy(settings.parallel, settings.use_fsdp)
+    policy = parallel.parallelize_model(model, requested, device)
     checkpoint.fill_model(model, device, parent)
     recipe = checkpoint.recipe(parent)
     questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))

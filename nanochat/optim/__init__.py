@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanochat.dtensor import is_sharded, local, replicas_of
-from nanochat.kernels import kernel
 from nanochat.optim.update_rules import POLAR_EXPRESS, adamw_update, muon_apply, muon_direction, nesterov
+from nanochat.runtime import kernel
 
 IN_FLIGHT = 2  # buckets between the start of their update and its end
 BUCKET_ELEMENTS = 2**27  # of sharded matrices exchanged at a time: bounds the buffers, and leaves something to overlap

@@ -176,7 +176,8 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
     """Train `stage` (mid, sft) from the last checkpoint of `parent_stage`, and write the report's `section`."""
     _, rank, _, world_size, device = compute_init(settings.device_type)
     model, tokenizer, parent = checkpoint.find_model(parent_stage, device, settings.model_tag, settings.model_step)
-    policy = parallel.parallelize_model(model, parallel.requested_strategy(settings.parallel, settings.use_fsdp), device)
+    requested = parallel.requested_strategy(settings.parallel, settings.use_fsdp)
+    policy = parallel.parallelize_model(model, requested, device)
     checkpoint.fill_model(model, device, parent)
     recipe = inherit(settings, checkpoint.recipe(parent))
     length, batch = recipe["max_seq_len"], recipe["total_batch_size"]

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat.kernels import kernel
 from nanochat.optim.update_rules import exchange_dtype
+from nanochat.runtime import kernel
 
 Method = Literal["gram", "ns5-fast", "ns3-accurate"]
 
