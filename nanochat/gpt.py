@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.activation_stats import summarize
 from nanochat.attention import Mask, causal_attention, make_masks, masked_attention
 from nanochat.errors import UserError
 from nanochat.fp8 import fp8_linear
@@ -26,6 +25,7 @@ if TYPE_CHECKING:  # the cache and the optimizer know the model, not the other w
 
 LOGIT_CAP = 15.0
 ROTARY_MARGIN = 10  # the rotary table covers this many times sequence_len, so that generation may run past it
+STATISTICS = ("mean", "std", "max", "min", "l2")  # of one activation tensor, in this order; l2 = root mean square
 
 
 def norm(x: Tensor) -> Tensor:
@@ -150,6 +150,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+def summarize(x: Tensor) -> Tensor:
+    """(5,) fp32 STATISTICS over all entries of x (..., C), without a gradient."""
+    x = x.detach().float().reshape(-1, x.size(-1))
+    # Row by row first: the compiler does that beside what it does with each row anyway (the next norm), so that the
+    # tensor is not read again (1.1 ms for 3.5, 24 tensors of 49,152 x 768 on an H100). Two reductions of all the rest.
+    sums = torch.stack([x.sum(-1), x.square().sum(-1)]).sum(1) / x.numel()
+    ends = torch.stack([x.amax(-1), -x.amin(-1)]).amax(1)
+    mean, square = sums.unbind(0)
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    return torch.stack([mean, std, ends[0], -ends[1], square.sqrt()])
 
 
 class Block(nn.Module):

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.activation_stats import STATISTICS
 from nanochat.dtensor import is_sharded, local, replicas_of
 from nanochat.errors import UserError
+from nanochat.gpt import STATISTICS
 from nanochat.train.spectral import TINY, Stack, spectral_norms, stacked_norms, stacks
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat import parallel
-from nanochat.activation_stats import STATISTICS, summarize
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, STATISTICS, GPTConfig, summarize
 from nanochat.model_config import InitSpec
 from nanochat.train.monitor import Monitor, MonitorSettings, monitor_settings, parse_interval
 from tests.processes import run_processes
