@@ -20,8 +20,9 @@ from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.errors import UserError
 from nanochat.fp8 import E4M3, E5M2, MULTIPLE, fp8_linear, quantize, require_fp8, transposed
+from nanochat.hardware import device_name
 from nanochat.loss import fused_head_loss
-from nanochat.runtime import compute_init, device_name
+from nanochat.runtime import compute_init
 
 WARM_UP = 5  # calls left out
 CAP = 15.0

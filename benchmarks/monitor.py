@@ -25,8 +25,9 @@ from torch import Tensor
 from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import DeviceType, compute_dtype, compute_init, device_name, synchronize
+from nanochat.runtime import DeviceType, compute_dtype, compute_init, synchronize
 from nanochat.train.monitor import Monitor, MonitorSettings, Reading
 from nanochat.train.spectral import Method, spectral_norms
 

@@ -19,19 +19,11 @@ from nanochat import cli, parallel
 from nanochat.arch import model_config
 from nanochat.cli import int_flag
 from nanochat.gpt import GPT
+from nanochat.hardware import device_name, peak_flops, peak_memory_bytes
 from nanochat.model_config import InitSpec
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Parallel, Policy
-from nanochat.runtime import (
-    compute_cleanup,
-    compute_dtype,
-    compute_init,
-    device_name,
-    peak_flops,
-    peak_memory_bytes,
-    print0,
-    ranks_per_node,
-)
+from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, print0, ranks_per_node
 from scripts.base_train import Settings as TrainSettings
 
 WARM_UP = 2

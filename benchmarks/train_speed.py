@@ -23,7 +23,8 @@ from nanochat.arch import TRAINING, Arch, model_config
 from nanochat.cli import int_flag
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
-from nanochat.runtime import compute_dtype, compute_init, device_name, peak_flops, peak_memory_bytes, synchronize
+from nanochat.hardware import device_name, peak_flops, peak_memory_bytes
+from nanochat.runtime import compute_dtype, compute_init, synchronize
 from scripts.base_train import Settings as TrainSettings
 
 KERNELS = {

@@ -1,36 +1,112 @@
-"""Facts about code, machine, software and price, for the head of the report."""
+"""What this machine is: GPUs with their peaks and prices, memory, code and software, for the console and the report.
+
+torch takes seconds to import, and the stage runner needs none of it: it is imported where it is used.
+"""
+
+from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
+if TYPE_CHECKING:
+    import torch
+
 REPO = Path(__file__).resolve().parent.parent
 
-# USD per GPU and hour: usual on-demand price of cloud offers, rounded, as of the date below. By a substring of the
-# device name, the longest first where one holds another.
 PRICES_DATE = "mid 2025"
-PRICES = {
-    "GB200": 8.0,
-    "GH200": 2.0,
-    "B200": 5.0,
-    "H200": 3.8,
-    "H100": 3.0,
-    "H800": 3.0,
-    "A100": 1.8,
-    "A800": 1.8,
-    "L40S": 1.5,
-    "A10G": 1.0,
-    "L4": 0.8,
-    "V100": 0.55,
-    "RTX 5090": 0.7,
-    "RTX 4090": 0.4,
-    "RTX 3090": 0.25,
+
+PEAK_ALLOCATED = "Hardware/peak_memory_gib"  # most memory held by tensors so far; on a CPU peak RSS, GiB
+PEAK_RESERVED = "Hardware/peak_reserved_gib"  # most memory taken by the allocator so far, GiB
+
+
+class Gpu(NamedTuple):
+    """What is known of a kind of GPU."""
+
+    peak: float | None  # dense bf16 FLOP/s with fp32 accumulation; None: it has no bf16
+    source: str  # of the peak; where a vendor prints only sparse figures, half of them
+    usd: float | None  # per hour: usual on-demand price of cloud offers, rounded, as of PRICES_DATE; None: not known
+
+
+# By a substring of the device name; the first that fits counts, so a longer name stands before the shorter in it.
+GPUS = {
+    "GB200": Gpu(2500e12, "NVIDIA GB200 NVL72 datasheet: 360 PFLOPS sparse over 72 GPUs", 8.0),
+    "B200": Gpu(2250e12, "NVIDIA HGX B200 datasheet: 36 PFLOPS sparse over 8 GPUs", 5.0),
+    "GH200": Gpu(989e12, "NVIDIA GH200 datasheet: 1,979 TFLOPS sparse", 2.0),
+    "H200 NVL": Gpu(835e12, "NVIDIA H200 datasheet, NVL column: 1,671 TFLOPS sparse", 3.8),
+    "H200": Gpu(989e12, "NVIDIA H200 datasheet, SXM column: 1,979 TFLOPS sparse", 3.8),
+    "H100 NVL": Gpu(835e12, "NVIDIA H100 datasheet, NVL column: 1,671 TFLOPS sparse", 3.0),
+    "H100 PCIe": Gpu(756e12, "NVIDIA H100 PCIe product brief: 1,513 TFLOPS sparse", 3.0),
+    "H100": Gpu(989e12, "NVIDIA H100 datasheet, SXM column: 1,979 TFLOPS sparse", 3.0),
+    "H800": Gpu(989e12, "H100 SXM with slower links", 3.0),
+    "A100": Gpu(312e12, "NVIDIA A100 datasheet: 312 TFLOPS, 624 sparse", 1.8),
+    "A800": Gpu(312e12, "A100 with slower links", 1.8),
+    "A10G": Gpu(70e12, "NVIDIA A10G figures of Amazon EC2 G5: 70 TFLOPS, 140 sparse", 1.0),
+    "L40S": Gpu(362e12, "NVIDIA L40S datasheet: 362.05 TFLOPS, 733 sparse", 1.5),
+    "L40": Gpu(181e12, "NVIDIA L40 datasheet: 181.05 TFLOPS, 362.1 sparse", None),
+    "L4": Gpu(121e12, "NVIDIA L4 datasheet: 242 TFLOPS sparse", 0.8),
+    "V100": Gpu(None, "", 0.55),
+    "RTX 5090": Gpu(209.5e12, "NVIDIA RTX Blackwell GPU architecture paper: 209.5, 419 sparse", 0.7),
+    "RTX 4090": Gpu(165.2e12, "NVIDIA Ada GPU architecture paper: 165.2, 330.4 sparse", 0.4),
+    "RTX 3090": Gpu(71e12, "NVIDIA GA102 GPU architecture paper: 71, 142 sparse", 0.25),
 }
+
+
+def find_gpu(name: str) -> Gpu:
+    """The entry of GPUS for a device of this name; one without peak and price where nobody listed it."""
+    return next((gpu for key, gpu in GPUS.items() if key in name), Gpu(None, "", None))
+
+
+def unlisted(what: str, names: Iterable[str]) -> str:
+    """What is said where the peak or the price of a card is not known."""
+    return f"the {what} of {' and '.join(dict.fromkeys(names))} is not in hardware.GPUS"
+
+
+def device_name(device: torch.device) -> str:
+    """Name for people and reports."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of this card in FLOP/s; None where it is not known (then no MFU is printed)."""
+    return find_gpu(device_name(device)).peak if device.type == "cuda" else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held by tensors so far: on the GPU as the allocator counts it, on the CPU the process's peak RSS."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Unix only; nothing else here needs it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Peaks so far in GiB: of what tensors held, and on a GPU of what the allocator has taken for them (the difference
+    is fragmentation, and what others cannot have). Counters of the host: nothing waits for the device."""
+    metrics = {PEAK_ALLOCATED: peak_memory_bytes(device) / 2**30}
+    if device.type == "cuda":
+        import torch
+
+        metrics[PEAK_RESERVED] = torch.cuda.max_memory_reserved(device) / 2**30
+    return metrics
+
+
+def usd_per_hour(names: Sequence[str]) -> float | None:
+    """What renting GPUs of these names costs; None without a GPU or where the price of one is not known."""
+    prices = [find_gpu(name).usd for name in names]
+    known = [price for price in prices if price is not None]
+    return sum(known) if known and len(known) == len(prices) else None
 
 
 def git(root: Path = REPO) -> dict[str, Any] | None:
@@ -55,7 +131,7 @@ def short_commit(root: Path = REPO) -> str | None:
 
 def hardware() -> dict[str, Any]:
     """Platform, cores, memory in bytes, and the visible GPUs as [{name, memory_bytes}]."""
-    import torch  # seconds to import; only the report pays for it
+    import torch
 
     gpus = []
     if torch.cuda.is_available():
@@ -83,13 +159,6 @@ def software() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
-
-
-def usd_per_hour(gpus: list[dict[str, Any]]) -> float | None:
-    """What renting these GPUs costs by PRICES; None without a GPU or where one is not in the table."""
-    prices = [next((price for key, price in PRICES.items() if key in gpu["name"]), None) for gpu in gpus]
-    known = [price for price in prices if price is not None]
-    return sum(known) if known and len(known) == len(prices) else None
 
 
 def _processor() -> str:

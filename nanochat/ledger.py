@@ -60,9 +60,7 @@ NEEDS = {
 HASHED_BYTES = 16 * 2**20
 
 # These describe a run and cannot change what a stage writes: editing the report must not retrain a model.
-DESCRIBING_MODULES = frozenset(
-    f"nanochat.{name}" for name in ("formats", "hardware", "ledger", "pipeline", "report", "studies.plot")
-)
+DESCRIBING_MODULES = frozenset(f"nanochat.{name}" for name in ("hardware", "ledger", "pipeline", "report", "sections"))
 
 Record = dict[str, Any]
 Fingerprint = dict[str, str]  # path as a reader would write it -> size and content hash, or size and time of change

@@ -33,7 +33,7 @@ from cyclopts import Parameter
 
 from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UserError, exit_on_user_error
-from nanochat.formats import duration
+from nanochat.sections import duration
 
 UNFINISHED = 75  # EX_TEMPFAIL: the stage saved its state and left early; run it again to continue
 TAIL_LINES = 15

@@ -11,14 +11,14 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
-from nanochat.formats import STDERR_SUFFIXES, cell, duration, fence, label, metric_text, number
-from nanochat.sections import plain, sections_dir
+from nanochat.sections import STDERR_SUFFIXES, duration, metric_text, number, plain, sections_dir
 from nanochat.studies import plot
 
 TEMPLATES = hardware.REPO / "report"
@@ -37,7 +37,15 @@ COLUMNS = {
     "chat_eval_rl": "RL",
 }
 BPB_METRICS = ("val_bpb", "train_bpb")
-EMPTY_SECTION = {"settings": {}, "metrics": {}, "tables": [], "samples": [], "notes": [], "synthetic": False}
+EMPTY_SECTION = {
+    "settings": {},
+    "metrics": {},
+    "tables": [],
+    "samples": [],
+    "facts": {},
+    "notes": [],
+    "synthetic": False,
+}
 OFFLINE_SOURCES = frozenset({"pydocs"})
 COUNTING_STATUSES = frozenset({"finished", "pending"})  # those of stages whose sections are shown
 
@@ -95,10 +103,30 @@ def read_sections(run_dir: Path) -> list[dict[str, Any]]:
     sections = []
     for path in sorted(sections_dir(run_dir).glob("*.json")):
         try:
-            sections.append({**EMPTY_SECTION, **json.loads(path.read_text(encoding="utf-8"))})
+            section = {**EMPTY_SECTION, **json.loads(path.read_text(encoding="utf-8"))}
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not valid JSON ({error}): remove it and run that stage again") from error
+        sections.append({**section, "notes": notes(section)})
     return sorted(sections, key=lambda section: (order.get(section["stage"], len(order)), section["time"]))
+
+
+def notes(section: Mapping[str, Any]) -> list[str]:
+    """The sentences below a section: one for each paragraph of report/notes/<stage>.md.j2 (chat_eval_mid, _sft and _rl
+    share chat_eval.md.j2), which sees the section's settings, metrics and facts.
+
+    Raises UserError where the section lacks a value that the template shows.
+    """
+    import jinja2
+
+    stage = section["stage"]
+    names = [f"notes/{name}.md.j2" for name in (stage, stage.rpartition("_")[0])]
+    try:
+        text = _templates().select_template(names).render(section)
+    except jinja2.TemplatesNotFound:
+        text = ""
+    except jinja2.UndefinedError as error:
+        raise UserError(f"section {stage} was left by another version of the code ({error}): run it again") from error
+    return [*section["notes"], *(" ".join(part.split()) for part in text.split("\n\n") if part.strip())]
 
 
 def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Record]) -> dict[str, Any]:
@@ -107,7 +135,8 @@ def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Recor
     stages = [_stage_row(row) for row in ledger.summarize(records)] if records else []
     stage_seconds = sum(row["seconds"] or 0.0 for row in stages)
     machine = hardware.hardware()
-    usd_per_hour = hardware.usd_per_hour(machine["gpus"])
+    gpus = [gpu["name"] for gpu in machine["gpus"]]
+    usd_per_hour = hardware.usd_per_hour(gpus)
     return {
         "title": f"nanochat report: {run}{data_label(sections)}",
         "run": run,
@@ -121,6 +150,7 @@ def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Recor
             "usd_per_hour": usd_per_hour,
             "usd": None if usd_per_hour is None else usd_per_hour * stage_seconds / 3600,
             "prices_of": hardware.PRICES_DATE,
+            "why_none": "no GPU" if not gpus else hardware.unlisted("price", gpus) if usd_per_hour is None else None,
         },
         "stages": stages,
         "stage_seconds": stage_seconds,
@@ -232,9 +262,15 @@ def _stage_row(row: ledger.Record) -> dict[str, Any]:
 
 
 def _templates() -> Any:
-    import jinja2  # only the report needs it, and every script imports this module
+    import jinja2
 
-    environment = jinja2.Environment(
+    class Environment(jinja2.Environment):
+        """`facts.items` is the fact of that name, and only without one the method of dict."""
+
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            return obj[attribute] if isinstance(obj, dict) and attribute in obj else super().getattr(obj, attribute)
+
+    environment = Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -255,6 +291,24 @@ def _templates() -> Any:
         ],
     )
     return environment
+
+
+def label(name: str) -> str:
+    """A metric's name for people: val_bpb -> val bpb."""
+    return name.replace("_", " ")
+
+
+def cell(value: Any) -> str:
+    """A value as one cell of a Markdown table."""
+    return number(value).replace("|", "\\|").replace("\n", " ")
+
+
+def fence(text: str) -> str:
+    """`text` as a Markdown code block that nothing inside can close."""
+    marks = "```"
+    while marks in text:
+        marks += "`"
+    return f"{marks}text\n{text}\n{marks}"
 
 
 def _current_run() -> Path:

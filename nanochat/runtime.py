@@ -1,4 +1,4 @@
-"""Where a program runs: process group, device, compute dtype, the compiler, peak FLOPs, printing once, and signals."""
+"""Where a program runs: process group, device, compute dtype, the compiler, printing once, and signals."""
 
 import datetime
 import functools
@@ -15,35 +15,9 @@ import torch.distributed as dist
 
 from nanochat.errors import UserError
 
-PEAK_ALLOCATED = "Hardware/peak_memory_gib"  # most memory held by tensors so far; on a CPU peak RSS, GiB
-PEAK_RESERVED = "Hardware/peak_reserved_gib"  # most memory taken by the allocator so far, GiB
-
 IGNORE_INDEX = -1  # target of a position without a loss
 
 DeviceType = Literal["auto", "cpu", "cuda", "mps"]
-
-# Dense bf16 peak in FLOP/s with fp32 accumulation, by a substring of the device name; the first that fits counts.
-# Vendors print sparse figures in large type: where a datasheet gives only those, half of them.
-PEAK_BF16_FLOPS = {
-    "GB200": 2500e12,  # NVIDIA GB200 NVL72 datasheet: 360 PFLOPS sparse over 72 GPUs
-    "B200": 2250e12,  # NVIDIA HGX B200 datasheet: 36 PFLOPS sparse over 8 GPUs
-    "GH200": 989e12,  # NVIDIA GH200 datasheet: 1,979 TFLOPS sparse
-    "H200 NVL": 835e12,  # NVIDIA H200 datasheet, NVL column: 1,671 TFLOPS sparse
-    "H200": 989e12,  # NVIDIA H200 datasheet, SXM column: 1,979 TFLOPS sparse
-    "H100 NVL": 835e12,  # NVIDIA H100 datasheet, NVL column: 1,671 TFLOPS sparse
-    "H100 PCIe": 756e12,  # NVIDIA H100 PCIe product brief: 1,513 TFLOPS sparse
-    "H100": 989e12,  # NVIDIA H100 datasheet, SXM column: 1,979 TFLOPS sparse
-    "H800": 989e12,  # H100 SXM with slower links
-    "A100": 312e12,  # NVIDIA A100 datasheet: 312 TFLOPS, 624 sparse
-    "A800": 312e12,  # A100 with slower links
-    "A10G": 70e12,  # NVIDIA A10G figures of Amazon EC2 G5: 70 TFLOPS, 140 sparse
-    "L40S": 362e12,  # NVIDIA L40S datasheet: 362.05 TFLOPS, 733 sparse
-    "L40": 181e12,  # NVIDIA L40 datasheet: 181.05 TFLOPS, 362.1 sparse
-    "L4": 121e12,  # NVIDIA L4 datasheet: 242 TFLOPS sparse
-    "RTX 5090": 209.5e12,  # NVIDIA RTX Blackwell GPU architecture paper: 209.5, 419 sparse
-    "RTX 4090": 165.2e12,  # NVIDIA Ada GPU architecture paper: 165.2, 330.4 sparse
-    "RTX 3090": 71e12,  # NVIDIA GA102 GPU architecture paper: 71, 142 sparse
-}
 
 
 class DistInfo(NamedTuple):
@@ -179,19 +153,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of this card in FLOP/s; None where it is not known (then no MFU is printed)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
-
-
-def device_name(device: torch.device) -> str:
-    """Name for humans and reports."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 @contextmanager
 def out_of_memory_is_one_line(device: torch.device, advice: str) -> Iterator[None]:
     """Running out of memory is the user's to mend: turn the stack trace into a UserError that says how."""
@@ -205,24 +166,6 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device, so that a host clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held by tensors so far: on the GPU as the allocator counts it, on the CPU the process's peak RSS."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # Unix only; nothing else here needs it
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peaks so far in GiB: of what tensors held, and on a GPU of what the allocator has taken for them (the difference
-    is fragmentation, and what others cannot have). Counters of the host: nothing waits for the device."""
-    metrics = {PEAK_ALLOCATED: peak_memory_bytes(device) / 2**30}
-    if device.type == "cuda":
-        metrics[PEAK_RESERVED] = torch.cuda.max_memory_reserved(device) / 2**30
-    return metrics
 
 
 GO, STOP, BROKEN = 0, 1, 2  # what ranks tell each other at every step

@@ -1,4 +1,7 @@
-"""What a stage leaves for the report: runs/<run id>/report/<stage>.json. Stages import this and not the report."""
+"""What a stage leaves for the report: runs/<run id>/report/<stage>.json, and how numbers are written for people.
+
+Stages import this and not the report.
+"""
 
 import json
 import math
@@ -11,14 +14,17 @@ from typing import Any
 from nanochat import paths
 from nanochat.files import atomic_write_text
 
+STDERR_SUFFIXES = ("_stderr", " standard error")
+
 
 def write_section(stage: str, title: str, data: Mapping[str, Any]) -> None:
     """Leave `stage`'s section for the report, as runs/<run id>/report/<stage>.json. Only rank 0 writes.
 
     `data` may hold settings and metrics (name -> value; the standard error of metric `x` is `x_stderr` or
-    `x standard error`), tables ({title, columns, rows}), samples ({prompt, text}), notes (sentences) and synthetic
-    (True when the numbers come from generated data). The metrics val_bpb and train_bpb of base stages, and all metrics
-    of evaluation stages, also go into the summary table.
+    `x standard error`), tables ({title, columns, rows}), samples ({prompt, text}), facts (numbers and short strings
+    for the sentences in report/notes/<stage>.md.j2) and synthetic (True when the numbers come from generated data).
+    The metrics val_bpb and train_bpb of base stages, and all metrics of evaluation stages, also go into the summary
+    table.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -41,3 +47,39 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def number(value: Any) -> str:
+    """A value for people: thousands separators, four decimals, exponents for the very large and very small."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 10**15 else f"{value:.4e}"
+    if not isinstance(value, float):
+        return str(value)
+    size = abs(value)
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if size >= 1e12 or size < 1e-3:
+        return f"{value:.4g}"
+    return f"{value:,.4f}" if size < 1000 else f"{value:,.1f}"
+
+
+def metric_text(metrics: Mapping[str, Any], name: str) -> str:
+    """A metric with its standard error, where the section gives one: `0.9812 ± 0.0021`."""
+    for suffix in STDERR_SUFFIXES:
+        if isinstance(metrics.get(name + suffix), int | float):
+            return f"{number(metrics[name])} ± {number(metrics[name + suffix])}"
+    return number(metrics[name])
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: `9.3 s`, `2 min 5 s`, `3 h 7 min`."""
+    if seconds is None:
+        return "-"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    return f"{minutes} min {left} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -28,17 +28,11 @@ from nanochat.eval.core import evaluate_core
 from nanochat.eval.samples import make_samples
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
+from nanochat.hardware import device_name
 from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum, window_length
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
-from nanochat.runtime import (
-    DeviceType,
-    compute_cleanup,
-    compute_dtype,
-    compute_init,
-    device_name,
-    print0,
-)
+from nanochat.runtime import DeviceType, compute_cleanup, compute_dtype, compute_init, print0
 from nanochat.sections import write_section
 from nanochat.studies.coord_check import CoordRecorder
 from nanochat.train.loop import Evaluation, Outcome, TrainingRun, resume, train

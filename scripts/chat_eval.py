@@ -26,11 +26,10 @@ from nanochat.eval.chat import (
     evaluate_generative,
     write_results,
 )
-from nanochat.formats import duration
 from nanochat.paths import get_base_dir, slug
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
 from nanochat.sandbox import isolation_level, require_isolation
-from nanochat.sections import write_section
+from nanochat.sections import duration, write_section
 from nanochat.tasks.common import Task
 from nanochat.tasks.registry import TASK_NAMES, make_task, parse_tasks
 from nanochat.tasks.splits import stable_hash

@@ -16,19 +16,12 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.eval.chat import evaluate_generative
 from nanochat.eval.samples import make_chat_samples
-from nanochat.formats import STDERR_SUFFIXES, metric_text
+from nanochat.hardware import device_name
 from nanochat.optim.schedule import lr_multiplier, muon_momentum
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir
-from nanochat.runtime import (
-    DeviceType,
-    compute_cleanup,
-    compute_init,
-    device_name,
-    out_of_memory_is_one_line,
-    print0,
-)
-from nanochat.sections import write_section
+from nanochat.runtime import DeviceType, compute_cleanup, compute_init, out_of_memory_is_one_line, print0
+from nanochat.sections import STDERR_SUFFIXES, metric_text, write_section
 from nanochat.tasks.common import Task
 from nanochat.tasks.registry import make_task
 from nanochat.train.chat import plan_steps, present

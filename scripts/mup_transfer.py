@@ -35,8 +35,9 @@ from nanochat import cli
 from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
+from nanochat.hardware import device_name
 from nanochat.paths import run_dir
-from nanochat.runtime import DeviceType, compute_init, device_name, print0
+from nanochat.runtime import DeviceType, compute_init, print0
 from nanochat.studies import transfer
 from nanochat.studies.sweep import (
     Bench,

@@ -7,7 +7,8 @@ import pytest
 
 from nanochat import hardware, ledger, paths, report, sections
 from nanochat.errors import UserError
-from nanochat.formats import duration, fence, number, plain
+from nanochat.report import fence
+from nanochat.sections import duration, number, plain
 
 NO_GPU = {
     "platform": "Linux", "processor": "cpu", "physical_cores": 1, "logical_cores": 2, "usable_cores": 2,
@@ -157,18 +158,19 @@ def test_cost_is_an_estimate_from_the_card_and_the_time_in_stages(tmp_path, monk
     assert "8 × NVIDIA H100" in text and "estimate" in text and "24.03 USD" in text and "24.00 USD an hour" in text
 
 
-def test_price_needs_every_card_to_be_known():
-    assert hardware.usd_per_hour([]) is None
-    assert hardware.usd_per_hour([{"name": "NVIDIA H100 PCIe"}, {"name": "Some Card"}]) is None
-    assert hardware.usd_per_hour([{"name": "NVIDIA GB200"}]) == hardware.PRICES["GB200"]
-    for key, price in hardware.PRICES.items():
-        assert hardware.usd_per_hour([{"name": f"NVIDIA {key}"}]) == price
-
-
-def test_facts_about_this_machine_are_there():
-    facts = hardware.software()
-    assert facts["torch"][0].isdigit() and facts["python"].startswith("3.")
-    assert hardware.git(paths.run_dir()) is None
+def test_the_sentences_of_a_stage_stand_in_its_template(tmp_path, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/chat_eval.md.j2").write_text(
+        "{% if facts.left_out %}\n\nLeft out:\n{{ facts.left_out }}.\n{% endif %}\n\n"
+        "{{ facts.items | number }} items,\n{{ settings.k }} samples.\n"
+    )
+    monkeypatch.setattr(report, "TEMPLATES", tmp_path)
+    section = {"stage": "chat_eval_rl", "settings": {"k": 4}, "metrics": {}, "notes": []}
+    assert report.notes({**section, "facts": {"items": 1234, "left_out": ""}}) == ["1,234 items, 4 samples."]
+    assert report.notes({**section, "facts": {"items": 1, "left_out": "MMLU"}})[0] == "Left out: MMLU."
+    assert report.notes({**section, "stage": "tok_eval", "facts": {}, "notes": ["By hand."]}) == ["By hand."]
+    with pytest.raises(UserError, match="section chat_eval_rl was left by another version"):
+        report.notes({**section, "facts": {}})
 
 
 def test_nothing_to_report_is_one_line(tmp_path):

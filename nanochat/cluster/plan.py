@@ -17,8 +17,8 @@ import torch
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
-from nanochat.formats import duration
 from nanochat.parallel import Parallel, Policy, make_policy
+from nanochat.sections import duration
 
 GB = 1e9
 HEAD_DIM = 128

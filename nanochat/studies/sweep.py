@@ -30,10 +30,11 @@ from nanochat.dataset import text_hash
 from nanochat.errors import UserError
 from nanochat.files import append_jsonl, atomic_write, read_jsonl
 from nanochat.gpt import GPT
+from nanochat.hardware import device_name
 from nanochat.model_config import GPTConfig, InitSpec
 from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum, set_schedule
-from nanochat.runtime import compute_dtype, device_name
+from nanochat.runtime import compute_dtype
 from nanochat.studies import transfer
 
 Sweep = Literal["all", "matrix", "embedding", "head"]

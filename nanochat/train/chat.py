@@ -21,10 +21,11 @@ from nanochat.dataloader import target_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
 from nanochat.eval.samples import make_chat_samples
+from nanochat.hardware import device_name
 from nanochat.optim.schedule import lr_multiplier, muon_momentum
 from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir
-from nanochat.runtime import IGNORE_INDEX, DeviceType, compute_cleanup, compute_init, device_name, print0
+from nanochat.runtime import IGNORE_INDEX, DeviceType, compute_cleanup, compute_init, print0
 from nanochat.sections import write_section
 from nanochat.tasks.common import Task, TaskMixture
 from nanochat.tasks.registry import make_task, parse_spec, parse_tasks

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from nanochat.errors import UserError
-from nanochat.runtime import (
-    device_name,
-    get_dist_info,
-    memory_metrics,
-    peak_flops,
-    peak_memory_bytes,
-    print0,
-    synchronize,
-)
+from nanochat.hardware import device_name, memory_metrics, peak_flops, peak_memory_bytes, unlisted
+from nanochat.runtime import get_dist_info, print0, synchronize
 from nanochat.train.monitor import GRAD_NORM, Reading
 
 if TYPE_CHECKING:  # the loop makes the console
@@ -57,7 +50,7 @@ class Console:
         self.flops_per_token = run.flops_per_token
         self.peak = peak_flops(device) if run.flops_per_token else None
         if self.peak is None and run.flops_per_token and device.type == "cuda":
-            print0(f"no MFU: the bf16 peak of {device_name(device)} is not in runtime.PEAK_BF16_FLOPS")
+            print0(f"no MFU: {unlisted('bf16 peak', [device_name(device)])}")
         self.pending: list[tuple[int, StepResult, dict[str, float]]] = []
         self.seen = 0
         self.clock = time.perf_counter()

@@ -384,6 +384,6 @@ def test_a_card_without_a_known_peak_is_named_once(folder, monkeypatch, capsys):
     monkeypatch.setattr("nanochat.train.console.peak_flops", lambda device: None)
     monkeypatch.setattr("nanochat.train.console.device_name", lambda device: "Card X")
     Console(make_run(folder, 2), torch.device("cuda"))
-    assert capsys.readouterr().out == "no MFU: the bf16 peak of Card X is not in runtime.PEAK_BF16_FLOPS\n"
+    assert capsys.readouterr().out == "no MFU: the bf16 peak of Card X is not in hardware.GPUS\n"
     Console(make_run(folder, 2), torch.device("cpu"))
     assert capsys.readouterr().out == ""
