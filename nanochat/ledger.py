@@ -7,6 +7,7 @@ import ast
 import glob
 import hashlib
 import itertools
+import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -195,7 +196,7 @@ def stage_module(command: Sequence[str], root: Path = REPO) -> str | None:
 def code_version(module: str, root: Path = REPO) -> str:
     """Hash of all code that `module` runs: itself, what it imports from nanochat/ and scripts/ however deep, data in
     a .jsonl file of a module's name beside it, and the crate's sources when one of them uses it. Comments and layout
-    do not count; imports by name at run time are not seen."""
+    do not count."""
     digest = hashlib.sha256()
     queue, seen, native = [module], {module}, False
     trees = {}
@@ -231,7 +232,8 @@ def _module_file(name: str, root: Path) -> Path | None:
 
 
 def _imports(tree: ast.AST, module: str) -> Iterable[str]:
-    """Every module that `tree` may import, with the packages above it; relative imports are resolved."""
+    """Every module that `tree` may import, with the packages above it; relative imports are resolved. A string that
+    names a module, as in the table of tasks, counts as an import of it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -239,6 +241,8 @@ def _imports(tree: ast.AST, module: str) -> Iterable[str]:
             above = module.split(".")[: -node.level] if node.level else []
             origin = ".".join(above + ([node.module] if node.module else []))
             targets = [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"nanochat(\.\w+)+(:\w+)?", str(node.value)):
+            targets = [str(node.value).partition(":")[0]]
         else:
             continue
         for target in targets:

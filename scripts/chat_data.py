@@ -3,6 +3,7 @@
     python -m scripts.chat_data                                   # the full set; text from FineWeb-Edu
     python -m scripts.chat_data --tasks=GSM8K,SpellingBee --source=pydocs
     python -m scripts.chat_data --tasks=GSM8K --from-dir=/data    # from /data/gsm8k/, no network needed
+    python -m scripts.chat_data --tasks=GSM8K --print-inputs      # what these tasks read; nothing is fetched
 
 Data sets of the hub are fetched at a fixed commit; HF_ENDPOINT names a mirror. What is here already is kept, but for
 files copied from a folder: without --from-dir, or where DIR has them no more, they give way to the published ones.
@@ -18,9 +19,9 @@ from nanochat.errors import UserError
 from nanochat.sections import write_section
 from nanochat.tasks import hub
 from nanochat.tasks.common import Split
-from nanochat.tasks.registry import make_task, parse_spec
+from nanochat.tasks.registry import TASKS, make_task, parse_spec, task_inputs, task_row
 
-FULL_SET = "SmolTalk,MMLU,GSM8K,ARC-Easy,ARC-Challenge,HumanEval,SimpleSpelling,SpellingBee,Identity"
+FULL_SET = ",".join(name for name, row in TASKS.items() if row.full_set)
 COLUMNS = ["Task", "Train items", "Test items", "Source", "Published"]
 
 
@@ -34,9 +35,15 @@ class Settings:
     """Text source that spelling and text tasks are made from: fineweb-edu, climbmix, pydocs or local:DIR."""
     from_dir: Path | None = None
     """Take hub data sets from here where they lie here, as DIR/gsm8k/train-*.parquet; the others are fetched."""
+    print_inputs: bool = False
+    """Only print the files, folders and globs that the tasks read, relative to the store, one a line."""
 
 
 def main(settings: Settings) -> None:
+    if settings.print_inputs:
+        for path in task_inputs(settings.tasks, settings.source):
+            print(path)
+        return
     source = canonical(settings.source)
     from_dir = None if settings.from_dir is None else settings.from_dir.expanduser()
     rows = []
@@ -51,7 +58,7 @@ def main(settings: Settings) -> None:
     write_section(
         "chat_data",
         "Chat data",
-        {"settings": cli.as_dict(settings), "tables": [table], "notes": notes},
+        {"settings": cli.as_dict(settings, without=["print_inputs"]), "tables": [table], "notes": notes},
     )
 
 
@@ -64,14 +71,8 @@ def provide(name: str, source: str, from_dir: Path | None) -> None:
         others = [split for split in splits(name) if split not in taken]
         if not stands(name) or hub.has_local(name, others):
             hub.fetch(name, others)
-    elif name in ("SimpleSpelling", "SpellingBee"):
-        from nanochat.tasks import words
-
-        words.prepare(source)
-    elif name == "TextChoice":
-        from nanochat.tasks import text_choice
-
-        text_choice.prepare(source)
+    else:
+        task_row(name).load().prepare(source)
 
 
 def stands(name: str) -> bool:

@@ -89,6 +89,7 @@ class Arithmetic(Task):
 
     name = "Arithmetic"
     eval_type = "generative"
+    any_size = True
     source = "generated word problems"
 
     def __init__(self, split: Split, size: int | None = None, steps: int = 2, largest: int = 99, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a task is: a list of conversations with a way to grade answers; slices, mixtures and sequences of them."""
+"""What a task is: a list of conversations with a way to grade answers; slices and mixtures of them."""
 
 import random
 from abc import ABC, abstractmethod
@@ -28,6 +28,8 @@ class Task(ABC):
     """True for data sets that others publish numbers on; False for items that our own code makes."""
     source: str = "generated"
     """Where the items come from, in words for the report."""
+    any_size: bool = False
+    """True where the class takes `size`, the number of items to generate; others have a fixed set."""
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or step < 1 or (stop is not None and stop < start):
@@ -50,6 +52,10 @@ class Task(ABC):
     def reward(self, conversation: Conversation, completion: str) -> float:
         """What reinforcement learning is given for `completion`; 1 for a right answer and 0 otherwise."""
         return float(self.evaluate(conversation, completion))
+
+    @classmethod
+    def prepare(cls, source: str) -> None:
+        """Put into the store what is made from the text `source`. Raises UserError for too little."""
 
     def _range(self) -> range:
         total = self.num_examples()
@@ -81,26 +87,6 @@ class TaskMixture(Task):
     def get_example(self, index: int) -> Conversation:
         number, item = self._order[index]
         return self.tasks[number][item]
-
-
-class TaskSequence(Task):
-    """All items of several tasks, one task after the other: a curriculum."""
-
-    name = "sequence"
-
-    def __init__(self, tasks: Sequence[Task], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.tasks = list(tasks)
-
-    def num_examples(self) -> int:
-        return sum(len(task) for task in self.tasks)
-
-    def get_example(self, index: int) -> Conversation:
-        for task in self.tasks:
-            if index < len(task):
-                return task[index]
-            index -= len(task)
-        raise IndexError(f"sequence: item {index} past its end")
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:

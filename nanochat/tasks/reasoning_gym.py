@@ -45,6 +45,7 @@ class ReasoningGym(Task):
     """Puzzles of one generator, graded by the generator itself."""
 
     eval_type = "generative"
+    any_size = True
 
     def __init__(self, generator: str, split: Split, size: int | None = None, **kwargs: Any) -> None:
         """`size` puzzles, by default 1,000 to train and 200 to test.

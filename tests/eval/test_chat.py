@@ -28,8 +28,9 @@ from nanochat.eval.chat import (
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
+from nanochat.tasks import registry
 from nanochat.tasks.common import Task, graded_letter, multiple_choice
-from nanochat.tasks.registry import CHATCORE_TASKS, TASK_NAMES, parse_tasks
+from nanochat.tasks.registry import CHATCORE_TASKS, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_eval as script
 from tests.processes import run_processes
@@ -410,7 +411,7 @@ def trained(store, monkeypatch):
 
     monkeypatch.setattr(script, "make_task", make_task)
     monkeypatch.setattr(script, "parse_tasks", parse_tasks)
-    monkeypatch.setattr(script, "TASK_NAMES", tuple(TASKS))
+    monkeypatch.setattr(script, "GRADED_TASKS", tuple(TASKS))
     return store, sources
 
 
@@ -483,7 +484,7 @@ class Code(Say):
 def with_code(trained, monkeypatch):
     """HumanEval, not graded by running anything, on a kernel without layers."""
     monkeypatch.setitem(TASKS, "HumanEval", lambda: Code(3))
-    monkeypatch.setattr(script, "TASK_NAMES", tuple(TASKS))
+    monkeypatch.setattr(script, "GRADED_TASKS", tuple(TASKS))
     monkeypatch.setattr(sandbox, "isolation_level", sandbox.Isolation)
     monkeypatch.delenv(sandbox.ALLOW_UNSAFE, raising=False)
     return trained
@@ -593,11 +594,11 @@ def test_unknown_tasks_are_named_with_those_there_are(trained, monkeypatch, caps
     with pytest.raises(SystemExit):
         run_script(monkeypatch, "-i", "sft", "-a", "Nope")
     (line,) = capsys.readouterr().err.splitlines()
-    assert "Nope" in line and all(name in line for name in TASK_NAMES)
+    assert "Nope" in line and all(name in line for name in registry.TASKS)
 
 
 def test_nothing_to_score_is_one_line(trained, monkeypatch, capsys):
-    monkeypatch.setattr(script, "TASK_NAMES", ("ARC-Easy", "SmolTalk"))
+    monkeypatch.setattr(script, "GRADED_TASKS", ("ARC-Easy",))
     with pytest.raises(SystemExit):
         run_script(monkeypatch, "-i", "sft")
     (line,) = capsys.readouterr().err.splitlines()

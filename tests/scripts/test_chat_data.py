@@ -151,3 +151,10 @@ def test_the_full_set_names_tasks_that_exist(monkeypatch):
     main(Settings())
     assert ",".join(provided) == FULL_SET == Settings().tasks
     assert set(hub.HUB_TASKS) < set(provided)
+
+
+def test_inputs_are_printed_and_nothing_is_fetched(store, capsys):
+    main(Settings(tasks="GSM8K:9*2,SpellingBee,HumanEval", source="pydocs", print_inputs=True))
+    expected = ["task_data/hub/GSM8K", "task_data/pydocs/words.txt", "task_data/pydocs/words.json"]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert not list(store.iterdir())

@@ -1,23 +1,25 @@
+import inspect
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.tasks import registry
+from nanochat.tasks import registry, words
 from nanochat.tasks.arc import ARC
+from nanochat.tasks.common import Task
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.registry import (
     CHATCORE_TASKS,
-    TASK_NAMES,
+    TASKS,
     TaskSpec,
     canonical_name,
     make_task,
     parse_spec,
     parse_tasks,
+    task_inputs,
 )
 from tests.tasks.hub_rows import arc_row, gsm8k_row, mmlu_row, put, talk_row
 
@@ -58,7 +60,7 @@ def test_specs(spec, expected):
         ("  ", "no tasks given"),
         (
             "GSM9K",
-            f"unknown task 'GSM9K': expected {', '.join(TASK_NAMES)}, reasoning-gym/<generator>, or a .jsonl file",
+            f"unknown task 'GSM9K': expected {', '.join(TASKS)}, reasoning-gym/<generator>, or a .jsonl file",
         ),
         ("reasoning-gym/", "unknown task 'reasoning-gym/'"),
         ("GSM8K,", "tasks 'GSM8K,': an item without a name"),
@@ -79,7 +81,7 @@ def test_malformed_specs_are_one_line_errors(spec, message):
     assert "\n" not in str(caught.value)
 
 
-ITEMS = st.builds(TaskSpec, st.sampled_from(TASK_NAMES), st.none() | st.integers(1, 10**9), st.integers(1, 100))
+ITEMS = st.builds(TaskSpec, st.sampled_from(list(TASKS)), st.none() | st.integers(1, 10**9), st.integers(1, 100))
 
 
 @given(st.lists(ITEMS, min_size=1), st.sampled_from([",", "|", " , "]), st.sampled_from([str.lower, str.upper, str]))
@@ -117,33 +119,11 @@ def test_a_jsonl_file_is_a_task(tmp_path):
     assert (task.name, len(task)) == ("Mine.jsonl", 2)
 
 
-def test_counts_of_generated_tasks_are_their_size_and_others_are_cut(monkeypatch):
-    made = []
-
-    def stand_in(name):
-        return lambda *args, **kwargs: made.append((name, args, kwargs)) or SimpleNamespace(name=name)
-
-    for module, names in {
-        "spelling": ["SimpleSpelling", "SpellingBee"],
-        "arithmetic": ["Arithmetic"],
-        "reasoning_gym": ["ReasoningGym"],
-        "text_choice": ["TextChoice"],
-        "identity": ["Identity"],
-        "humaneval": ["HumanEval"],
-    }.items():
-        fake = SimpleNamespace(**{name: stand_in(name) for name in names})
-        monkeypatch.setitem(sys.modules, f"nanochat.tasks.{module}", fake)
-    parse_tasks("SpellingBee:7,SimpleSpelling,Arithmetic:9,reasoning-gym/maze:5", "test", "pydocs")
-    parse_tasks("TextChoice:7,Identity,HumanEval:3", "test", "pydocs")
-    assert made == [
-        ("SpellingBee", ("test", "pydocs"), {"size": 7}),
-        ("SimpleSpelling", ("test", "pydocs"), {}),
-        ("Arithmetic", ("test",), {"size": 9}),
-        ("ReasoningGym", ("maze", "test"), {"size": 5}),
-        ("TextChoice", ("test", "pydocs"), {"stop": 7}),
-        ("Identity", ("test",), {"stop": None}),
-        ("HumanEval", ("test",), {"stop": 3}),
-    ]
+def test_counts_of_generated_tasks_are_their_size_and_others_are_cut(store, monkeypatch):
+    monkeypatch.setattr(words, "load_words", lambda source, split: ["bolts", "keys"])
+    found = parse_tasks("SpellingBee:30_000,SimpleSpelling,Arithmetic:70_000,Identity:7", "train", "pydocs")
+    assert [len(task) for task in found] == [30_000, 20_000, 70_000, 7]
+    assert [task.stop for task in found] == [None, None, None, 7]
 
 
 def test_tasks_that_need_no_data(store):
@@ -163,13 +143,43 @@ def test_tasks_made_from_text_need_a_source(store, name):
 
 
 def test_every_name_is_known_by_itself():
-    assert [canonical_name(name.upper()) for name in TASK_NAMES] == list(TASK_NAMES)
-    assert set(CHATCORE_TASKS) < set(TASK_NAMES)
+    assert [canonical_name(name.upper()) for name in TASKS] == list(TASKS)
+    assert set(CHATCORE_TASKS) < set(TASKS)
+
+
+def test_the_table_says_of_each_task_what_its_class_does():
+    for name, row in TASKS.items():
+        task_class = row.load()
+        assert issubclass(task_class, Task)
+        assert name == getattr(task_class, "name", "") or name in row.arguments
+        assert row.graded == (task_class.eval_type is not None)
+        # to be made from text is to read what was made of it
+        assert row.from_text == ("source" in inspect.signature(task_class).parameters)
+
+
+def test_inputs_are_paths_below_the_store_each_once():
+    assert task_inputs("SpellingBee:5*2,HumanEval,SmolTalk,SimpleSpelling,Identity,TextChoice", "local:/data/a b") == [
+        "task_data/local-data-a-b/words.txt",
+        "task_data/local-data-a-b/words.json",
+        "task_data/hub/SmolTalk",
+        "task_data/local-data-a-b/text_choice*",
+    ]
+    assert task_inputs("Arithmetic,reasoning-gym/maze", "pydocs") == []
+    assert task_inputs("/data/own.jsonl", "pydocs") == ["/data/own.jsonl"]
+    with pytest.raises(UserError, match="--source=moon"):
+        task_inputs("Arithmetic", "moon")
 
 
 def test_importing_the_registry_imports_no_task_and_no_torch():
-    code = (
-        "import sys, nanochat.tasks; print(*[m for m in sys.modules if m.startswith(('nanochat', 'torch', 'pyarrow'))])"
-    )
+    code = """if True:
+        import sys, nanochat.tasks.registry
+        print(*[name for name in sys.modules if name.startswith(('nanochat', 'torch', 'pyarrow'))])"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(found) == {"nanochat", "nanochat.errors", registry.__name__, "nanochat.tasks.common"}
+    assert set(found) == {
+        "nanochat",
+        "nanochat.errors",
+        "nanochat.paths",
+        "nanochat.tasks",
+        "nanochat.tasks.common",
+        registry.__name__,
+    }
