@@ -55,7 +55,8 @@ class Task(ABC):
 
     @classmethod
     def prepare(cls, source: str) -> None:
-        """Put into the store what is made from the text `source`. Raises UserError for too little."""
+        """Put into the store what is made from the text `source`, nothing for most. UserError for too little text."""
+        return
 
     def _range(self) -> range:
         total = self.num_examples()

@@ -411,7 +411,7 @@ def trained(store, monkeypatch):
 
     monkeypatch.setattr(script, "make_task", make_task)
     monkeypatch.setattr(script, "parse_tasks", parse_tasks)
-    monkeypatch.setattr(script, "GRADED_TASKS", tuple(TASKS))
+    monkeypatch.setattr(script, "GRADED_TASKS", [name for name in TASKS if name != "SmolTalk"])
     return store, sources
 
 
@@ -484,7 +484,7 @@ class Code(Say):
 def with_code(trained, monkeypatch):
     """HumanEval, not graded by running anything, on a kernel without layers."""
     monkeypatch.setitem(TASKS, "HumanEval", lambda: Code(3))
-    monkeypatch.setattr(script, "GRADED_TASKS", tuple(TASKS))
+    monkeypatch.setattr(script, "GRADED_TASKS", [name for name in TASKS if name != "SmolTalk"])
     monkeypatch.setattr(sandbox, "isolation_level", sandbox.Isolation)
     monkeypatch.delenv(sandbox.ALLOW_UNSAFE, raising=False)
     return trained
