@@ -34,7 +34,7 @@ from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
 from nanochat.runtime import DeviceType, compute_cleanup, compute_dtype, compute_init, print0
 from nanochat.sections import write_section
-from nanochat.studies.coord_check import CoordRecorder
+from nanochat.train.coordinates import CoordRecorder
 from nanochat.train.loop import Evaluation, Outcome, TrainingRun, resume, train
 from nanochat.train.monitor import Monitor, monitor_settings
 from nanochat.train.run_folder import Resume, describe_run, earlier_run

@@ -15,7 +15,8 @@ from nanochat import mup
 from nanochat.arch import arch_config
 from nanochat.gpt import GPT
 from nanochat.model_config import GPTConfig
-from nanochat.studies.coord_check import LOGITS, SP_AT_LEAST, get_coord_data, judge, markov_batches, slopes, steepest
+from nanochat.studies.coord_check import SP_AT_LEAST, get_coord_data, judge, markov_batches, slopes, steepest
+from nanochat.train.coordinates import LOGITS
 
 WIDTHS, BASE, STEPS = (64, 128, 256), 128, 10
 # Muon's is half as large again as in training, so that its mistakes show within ten steps

@@ -6,94 +6,31 @@ width on logarithmic axes. Under muP the slope is 0 for all modules at all times
 (arXiv 2203.03466, appendix D), and docs/decisions.md for what was measured here.
 """
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanochat.errors import UserError
+from nanochat.files import read_jsonl
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.parallel import disable_compile
-from nanochat.studies.plot import LinePanel, Series, render_lines
+from nanochat.studies.figures import line_panels
+from nanochat.train.coordinates import LOGITS, measure
 
 Record = dict[str, Any]  # width, seed, module, t, l1, l2, mean, std
 Batch = tuple[Tensor, Tensor]
 
-COORD = "Activations/coord_l1"  # mean |x| of what a module puts out, on fixed rows
-LOGITS = "lm_head"
-WATCHED = ("attn", "attn.c_q", "attn.c_k", "attn.c_v", "mlp.c_fc", "mlp", "")  # within each block; "": what it puts out
 HIDDEN_AT_INIT, HIDDEN, LOGITS_AT_END = 0.05, 0.10, 0.25  # most that a slope may be, either way
 JUDGED = 11  # up to this t: ten updates
 SP_AT_LEAST = 0.2  # slope that the standard parametrisation shows somewhere, if the check sees anything at all
 
 
 # ---- measuring
-
-
-def watched_modules(model: GPT) -> dict[str, nn.Module]:
-    """What is measured, by the name that records give it: `wte`, `h.0.attn` (what attention adds to the stream),
-    `h.0.mlp`, `h.0` (the stream behind block 0), queries, keys, values, MLP hidden units, and `lm_head`."""
-    found: dict[str, nn.Module] = {"wte": model.transformer["wte"]}
-    blocks: Any = model.transformer["h"]
-    for index, block in enumerate(blocks):
-        modules = dict(block.named_modules())
-        for part in WATCHED:
-            if part in modules:
-                found[".".join(filter(None, (f"h.{index}", part)))] = modules[part]
-    return found | {LOGITS: model.lm_head}
-
-
-@contextmanager
-def watching(model: GPT) -> Iterator[dict[str, dict[str, float]]]:
-    """Module -> statistics of what it puts out in the forward pass made meanwhile; hooks are gone afterwards.
-
-    lm_head's output is taken times the model's logit multiplier, which lies outside the module. What is called a second
-    time in the pass is `name#2`.
-    """
-    seen: dict[str, dict[str, float]] = {}
-    calls: Counter[str] = Counter()
-
-    def hook(name: str, factor: float) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                raise TypeError(f"{name} puts out a {type(output).__name__}: the coordinate check reads tensors only")
-            calls[name] += 1
-            label = name if calls[name] == 1 else f"{name}#{calls[name]}"
-            seen[label] = statistics(output.detach() * factor)
-
-        return note
-
-    handles = []
-    try:
-        for name, module in watched_modules(model).items():
-            factor = model.config.logit_multiplier if name == LOGITS else 1.0
-            handles.append(module.register_forward_hook(hook(name, factor)))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def statistics(x: Tensor) -> dict[str, float]:
-    """Over all coordinates: l1 = mean |x|, l2 = root mean square, mean and std."""
-    x = x.float()
-    stacked = torch.stack([x.abs().mean(), x.square().mean().sqrt(), x.mean(), x.std()])
-    return dict(zip(("l1", "l2", "mean", "std"), stacked.tolist(), strict=True))
-
-
-def measure(model: GPT, rows: Tensor) -> dict[str, dict[str, float]]:
-    """Statistics of each watched module on rows (B, T), eagerly: compiled code would not call new hooks."""
-    with torch.no_grad(), disable_compile(model), watching(model) as seen:
-        model(rows)
-    return seen
 
 
 def get_coord_data(
@@ -124,33 +61,13 @@ def get_coord_data(
     return records
 
 
-class CoordRecorder:
-    """Coordinates during a real run: appends records to a JSONL file, which `scripts.coord_check --from` compares with
-    those of runs at other widths."""
-
-    def __init__(self, model: GPT, path: Path, rows: Tensor) -> None:
-        """rows (B, T): the same at every step and width."""
-        self.model, self.path, self.rows = model, path, rows
-
-    def record(self, step: int) -> dict[str, float]:
-        """Measure after `step` updates; returns mean |x| as metrics. Every rank must call it; the first one writes."""
-        width = self.model.config.n_embd
-        seen = measure(self.model, self.rows)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                for module, stats in seen.items():
-                    file.write(json.dumps({"width": width, "seed": 0, "module": module, "t": step + 1, **stats}) + "\n")
-        return {f"{COORD}/{module}": stats["l1"] for module, stats in seen.items()}
-
-
 def read_records(paths: Iterable[Path]) -> list[Record]:
     """Records of several runs' JSONL files; runs of one width count as seeds. Of a step measured twice (a run that was
     resumed), the last."""
     found: dict[tuple[Any, ...], Record] = {}
     runs: Counter[int] = Counter()
     for path in paths:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = read_jsonl(path)
         for record in records:
             record["seed"] = runs[record["width"]]
             found[record["width"], record["seed"], record["module"], record["t"]] = record
@@ -234,14 +151,14 @@ def plot_coord_data(records: Sequence[Record], y: str = "l1", save_to: Path | No
     for record in records:
         curve = values.setdefault(record["t"], {}).setdefault(record["module"], {})
         curve.setdefault(record["width"], []).append(record[y])
-    panels = []
-    for t, modules in sorted(values.items()):
-        curves = [
-            Series(module, [(width, math.fsum(many) / len(many)) for width, many in sorted(points.items())])
+    panels = {
+        f"{y}, t = {t}": [
+            (module, [(width, math.fsum(many) / len(many)) for width, many in sorted(points.items())])
             for module, points in modules.items()
         ]
-        panels.append(LinePanel(f"{y}, t = {t}", "width", curves, log_x=True, log_y=True))
-    svg = render_lines(panels, share_y=True)
+        for t, modules in sorted(values.items())
+    }
+    svg = line_panels(panels, "width", f"mean over seeds of {y}", columns=3, log_axes="xy")
     if save_to is not None:
         save_to.write_text(svg)
     return svg

@@ -16,7 +16,7 @@ from statistics import median
 from typing import NamedTuple
 
 from nanochat.errors import UserError
-from nanochat.studies.plot import LinePanel, Series, render_lines
+from nanochat.studies.figures import line_panels
 
 MAX_SHIFT = 0.5  # log2, between the vertices of any two widths
 MAX_EXCESS = 0.5  # % of the loss, at the transferred rate
@@ -366,27 +366,23 @@ def _percent(excess: Spread) -> str:
 
 def rate_plot(named: Mapping[str, Sequence[TransferResult]]) -> str:
     """SVG: loss over rate, a curve a width with its vertex as a ring, a panel for each parametrisation."""
-    panels = []
+    panels = {}
     for name, results in named.items():
-        series = []
-        for result in results:
-            width = f"width {result.width}"
-            series.append(Series(width, [(2**rate, loss.mean) for rate, loss in result.losses.items()]))
-            if not result.vertex.problem:
-                series.append(Series(width, [(2**result.vertex.log2_rate, result.vertex.loss)]))
-        panels.append(LinePanel(name, "learning rate / base rate", series, log_x=True, y_label="loss, nats"))
-    return render_lines(panels, columns=2, share_y=True)
+        panels[name] = [
+            (f"width {result.width}", [(2**rate, loss.mean) for rate, loss in result.losses.items()])
+            for result in results
+        ] + [
+            (f"width {result.width}", [(2**result.vertex.log2_rate, result.vertex.loss)])
+            for result in results
+            if not result.vertex.problem
+        ]
+    return line_panels(panels, "learning rate / base rate", "loss, nats", log_axes="x")
 
 
 def curve_plot(named: Mapping[str, Mapping[int, Sequence[Curve]]]) -> str:
     """SVG: training loss over steps at the transferred rate, the first seed of each width, a panel each."""
-    panels = [
-        LinePanel(
-            name,
-            "step",
-            [Series(f"width {width}", by_seed[0]) for width, by_seed in sorted(curves.items())],
-            y_label="training loss, nats",
-        )
+    panels = {
+        name: [(f"width {width}", by_seed[0]) for width, by_seed in sorted(curves.items())]
         for name, curves in named.items()
-    ]
-    return render_lines(panels, columns=2, share_y=True)
+    }
+    return line_panels(panels, "step", "training loss, nats")
