@@ -18,6 +18,7 @@ import torch
 from nanochat import checkpoint, cli, mup, parallel
 from nanochat.arch import RATES, TUNED_AT, ArchSettings, init_spec, model_config, resolve
 from nanochat.cli import alias, float_flag, int_flag
+from nanochat.cluster.observer import ClusterObserver
 from nanochat.data.batching import BatchPlan, plan_batch
 from nanochat.data.train_data import TrainData, open_data
 from nanochat.dataloader import row_batches
@@ -322,6 +323,7 @@ def main(settings: Settings) -> None:
             flops_per_token=model.estimate_flops(),
             monitor=Monitor(model, optimizer, watched) if watched is not None else None,
             warm_kernels=settings.warm_kernels,
+            observer=ClusterObserver(),
         )
         if earlier:
             resume(run, earlier)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from nanochat import checkpoint, cli, parallel
 from nanochat.cli import float_flag, int_flag
+from nanochat.cluster.observer import ClusterObserver
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.eval.chat import evaluate_generative
@@ -213,6 +214,7 @@ def main(settings: Settings) -> None:
         step_metrics=lambda: loader.metrics,
         teaches=loader.teaches,
         memory_advice=MEMORY_ADVICE,
+        observer=ClusterObserver(),
     )
     if earlier:
         resume(run, earlier)

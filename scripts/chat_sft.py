@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
+from nanochat.cluster.observer import ClusterObserver
 from nanochat.train.chat import ChatTrainSettings, train_on_chats
 
 
@@ -27,7 +28,14 @@ class Settings(ChatTrainSettings):
 
 
 def main(settings: Settings) -> None:
-    train_on_chats(settings, "sft", settings.source_stage, section="chat_sft", title="Supervised fine-tuning")
+    train_on_chats(
+        settings,
+        "sft",
+        settings.source_stage,
+        section="chat_sft",
+        title="Supervised fine-tuning",
+        observer=ClusterObserver(),
+    )
 
 
 if __name__ == "__main__":

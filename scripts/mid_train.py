@@ -11,6 +11,7 @@ from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import float_flag
+from nanochat.cluster.observer import ClusterObserver
 from nanochat.data.chat_rows import LossOn, Packing
 from nanochat.train.chat import ChatTrainSettings, train_on_chats
 
@@ -26,7 +27,14 @@ class Settings(ChatTrainSettings):
 
 
 def main(settings: Settings) -> None:
-    train_on_chats(settings, stage="mid", parent_stage="base", section="mid_train", title="Mid-training")
+    train_on_chats(
+        settings,
+        stage="mid",
+        parent_stage="base",
+        section="mid_train",
+        title="Mid-training",
+        observer=ClusterObserver(),
+    )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from nanochat.tasks.common import Task, TaskMixture
 from nanochat.tasks.registry import make_task, parse_spec, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
 from nanochat.train.loop import Evaluation, TrainingRun, resume, train
+from nanochat.train.observer import Observer
 from nanochat.train.run_folder import Resume, describe_run, earlier_run
 from nanochat.train.tracking import NO_WANDB, Tracker
 
@@ -173,7 +174,9 @@ def task_rows(tasks: list[Task]) -> list[list[Any]]:
             for key, task in different.items()]  # fmt: skip
 
 
-def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, section: str, title: str) -> None:
+def train_on_chats(
+    settings: ChatTrainSettings, stage: str, parent_stage: str, section: str, title: str, observer: Observer
+) -> None:
     """Train `stage` (mid, sft) from the last checkpoint of `parent_stage`, and write the report's `section`."""
     _, rank, _, world_size, device = compute_init(settings.device_type)
     model, tokenizer, parent = checkpoint.find_model(parent_stage, device, settings.model_tag, settings.model_step)
@@ -251,6 +254,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, s
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         teaches=lambda: loader.teaches,
+        observer=observer,
         flops_per_token=model.estimate_flops(length),
     )
     if earlier:

@@ -19,18 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat import checkpoint, parallel
-from nanochat.cluster import preflight
-from nanochat.cluster.stragglers import StragglerReport
-from nanochat.cluster.watchdog import Watchdog, lower_timeout
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import set_schedule
-from nanochat.paths import get_base_dir
-from nanochat.runtime import BROKEN, IGNORE_INDEX, STOP, StopSignal, get_dist_info, print0, ranks_per_node
+from nanochat.runtime import BROKEN, IGNORE_INDEX, STOP, StopSignal, get_dist_info, print0
 from nanochat.train.collector import scheduled
 from nanochat.train.console import WARMUP_STEPS, Console, StepResult
 from nanochat.train.monitor import Monitor
+from nanochat.train.observer import Observer
 from nanochat.train.tracking import Tracker
 from nanochat.train.warmup import SyntheticLoader, warm_up
 
@@ -143,6 +140,8 @@ class TrainingRun:
     """Compile and tune kernels before the first step, on made-up tokens, and undo it (nanochat.train.warmup)."""
     monitor: Monitor | None = None
     """Looks inside the model every so many steps."""
+    observer: Observer = field(default_factory=Observer)
+    """Watches the run from outside: nanochat.cluster names slow and stuck ranks."""
     flops_per_token: float | None = None
     """Of forward and backward; None: time is not spent on training alone, so no MFU."""
     memory_advice: str = "halve --device-batch-size (the total batch, and so the result, stays the same)"
@@ -180,8 +179,6 @@ class _Companions:
     stop: StopSignal
     console: Console
     saver: "Saver"
-    watchdog: Watchdog
-    stragglers: StragglerReport
 
 
 def train(run: TrainingRun) -> Outcome:
@@ -189,13 +186,12 @@ def train(run: TrainingRun) -> Outcome:
     from nanochat.saver import Saver  # takes 3 s: only for those who train
 
     device = run.model.get_device()
-    if get_dist_info().world_size > ranks_per_node():
-        preflight.check(device, get_base_dir())  # on several hosts one slow one sets the pace: name it now
     saver = Saver(run.folder, run.model, run.optimizer, run.keep_last, run.keep_every)
-    with_ = _Companions(StopSignal(), Console(run, device), saver, Watchdog(), StragglerReport(device))
+    with_ = _Companions(StopSignal(), Console(run, device), saver)
+    run.observer.start(device)
     try:
         if run.warm_kernels:
-            _warm_kernels(run, with_.watchdog)
+            _warm_kernels(run)
             with_.console.restart()
         with scheduled() as collect:
             finished = _loop(run, with_, collect)
@@ -209,20 +205,19 @@ def train(run: TrainingRun) -> Outcome:
         saver.close()
         run.loader.close()
         with_.stop.restore()
-        with_.watchdog.close()
+        run.observer.close()
     if not finished:
         who = with_.stop.received or "another rank"
         print0(f"stopped by {who} at step {run.state.step:,}, saved; run again with --resume=auto")
     return Outcome(finished, with_.console.summary())
 
 
-def _warm_kernels(run: TrainingRun, watchdog: Watchdog) -> None:
+def _warm_kernels(run: TrainingRun) -> None:
     """Steps and an evaluation on made-up tokens, undone; neither run.loader nor run.state is touched."""
-    rehearsal = replace(run, loader=SyntheticLoader(run.loader, run.model), state=LoopState())
-    stragglers = StragglerReport(run.model.get_device())
+    rehearsal = replace(run, loader=SyntheticLoader(run.loader, run.model), state=LoopState(), observer=Observer())
 
     def steps() -> None:
-        _train_step(rehearsal, watchdog, stragglers)
+        _train_step(rehearsal)
         rehearsal.state.step = 0
         if run.evaluations:
             run.model.eval()
@@ -239,7 +234,7 @@ def _warm_kernels(run: TrainingRun, watchdog: Watchdog) -> None:
 def _loop(run: TrainingRun, with_: _Companions, collect: Callable[[int], None]) -> bool:
     """All steps. True when all is done, False when a signal came before that."""
     device = run.model.get_device()
-    console, watchdog, state = with_.console, with_.watchdog, run.state
+    console, observer, state = with_.console, run.observer, run.state
     saved_step = state.step if state.step > 0 else -1
     started_at = state.step
     if state.step:
@@ -257,48 +252,44 @@ def _loop(run: TrainingRun, with_: _Companions, collect: Callable[[int], None]) 
         # Saved before it is evaluated: evaluations are long, and may run out of memory.
         if state.step != saved_step and (last or stopping or save_due):
             console.check()
-            watchdog.mark(state.step, "save")
+            observer.mark(state.step, "save")
             _save(run, with_.saver, last)
             saved_step = state.step
             console.restart()
         if due:
             console.check()
-            _evaluate(run, due, watchdog)
+            _evaluate(run, due)
             console.restart()
         if not stopping:
             state.evaluated_step = state.step
         if stopping:
             return False
         if last:
-            watchdog.mark(state.step, "save")
+            observer.mark(state.step, "save")
             with_.saver.wait()
             if get_dist_info().rank == 0:
                 known = {"loop": asdict(state), "val_bpb": state.latest.get("Loss/val_bpb")}
                 checkpoint.update_meta(run.folder, state.step, known)
             return True
-        result = _train_step(run, watchdog, with_.stragglers)
+        result = _train_step(run)
         console.step(result, synced=state.step - started_at == WARMUP_STEPS)
-        if state.step == started_at + 1:
-            lower_timeout(
-                device=device, leave=with_.saver.group
-            )  # all ranks have compiled: from here on a long wait is a fault
-        if slow := with_.stragglers.report(state.step):
+        if slow := observer.after_step(state.step, background=with_.saver.group):
             run.tracker.log(state.step, state.step * run.tokens_per_step, slow)
         collect(state.step)
 
 
-def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerReport) -> StepResult:
+def _train_step(run: TrainingRun) -> StepResult:
     """One optimizer step; waits for nothing."""
     world = get_dist_info().world_size
     step = run.state.step
-    watchdog.mark(step, "data")
+    run.observer.mark(step, "data")
     started = time.perf_counter()
     batches = [run.loader.next_batch() for _ in range(run.loader.batches_per_step)]
     waited = time.perf_counter() - started
     # Each target weighs the same wherever it lies: divide by the global count, not by each micro-batch's own (which
     # may be zero, when everything in it is masked).
     count = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets, *_ in batches]).sum().float()
-    stragglers.record(time.perf_counter() - started, waited)
+    run.observer.before_collective(time.perf_counter() - started, waited)
     if world > 1:
         dist.all_reduce(count)
     count = count.clamp(min=1)
@@ -307,10 +298,10 @@ def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerRepor
     if run.monitor is not None:
         run.monitor.start(step + 1)
     for index, (inputs, targets, *weights) in enumerate(batches):
-        watchdog.mark(step, "forward")  # of every micro-batch: a sign of life
+        run.observer.mark(step, "forward")  # of every micro-batch: a sign of life
         parallel.before_micro_batch(run.model, run.policy, last=index == len(batches) - 1)
         weighted = {"loss_weights": weights[0]} if weights else {}
-        with stragglers.forward() if index == 0 else nullcontext():
+        with run.observer.first_forward() if index == 0 else nullcontext():
             loss = run.forward(inputs, targets, loss_reduction="sum", **weighted)
         (loss * (world / count)).backward()  # gradients are averaged over ranks
         total += loss.detach()
@@ -320,7 +311,7 @@ def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerRepor
     if not run.teaches():
         multiplier = 0.0
     set_schedule(run.optimizer.param_groups, multiplier, momentum)
-    watchdog.mark(step, "update")
+    run.observer.mark(step, "update")
     if run.monitor is not None:
         run.monitor.before_update()
     norm = run.optimizer.step(max_norm=run.grad_clip if run.grad_clip > 0 else None)
@@ -330,14 +321,14 @@ def _train_step(run: TrainingRun, watchdog: Watchdog, stragglers: StragglerRepor
     return StepResult(total / count, norm, multiplier, reading)
 
 
-def _evaluate(run: TrainingRun, due: list[Evaluation], watchdog: Watchdog) -> None:
+def _evaluate(run: TrainingRun, due: list[Evaluation]) -> None:
     """Make these evaluations and record what they say."""
     state = run.state
     run.model.eval()
     metrics: dict[str, float] = {}
     with torch.no_grad(), parallel.unsharded_params(run.model, run.policy):
         for evaluation in due:
-            watchdog.mark(state.step, "evaluate")
+            run.observer.mark(state.step, "evaluate")
             metrics.update(evaluation.run(state.step))
     run.model.train()
     if not metrics:

@@ -26,7 +26,7 @@ def start(world: int, scenario: str) -> list[subprocess.Popen]:
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", f"from tests import test_watchdog; test_watchdog.{scenario}()"],
+            [sys.executable, "-c", f"from tests.cluster import test_watchdog; test_watchdog.{scenario}()"],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=ROOT,
             stderr=subprocess.PIPE,
@@ -64,7 +64,7 @@ def hang_once():
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_rank_was_stuck():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--standalone"]
-    program = "from tests import test_watchdog; test_watchdog.hang_once()"
+    program = "from tests.cluster import test_watchdog; test_watchdog.hang_once()"
     command += ["--no-python", sys.executable, "-c", program]
     # Without this torchrun lets the store of the first attempt serve the second, where gloo then finds old addresses.
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
