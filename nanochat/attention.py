@@ -4,15 +4,17 @@ made once for all layers (make_masks, masked_attention); several kernels behind 
 Everything here takes (B, T, H, D) tensors, as the projections make them and as the KV cache stores them.
 """
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-Mask: TypeAlias = Tensor | BlockMask
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Mask: TypeAlias = "Tensor | BlockMask"
 
 # cuDNN's kernel first: on an H200 a d12 training step (B=32, T=2048, H=6, D=128, bf16) runs at 539k tokens/s with it
 # and at 486k with the FlashAttention-2 that torch picks by itself (benchmarks/train_speed.py). The others follow for
@@ -107,6 +109,18 @@ def make_masks(documents: Tensor | None, windows: Tensor, idx: Tensor, blocks: b
     return make(documents, windows[0]), make(documents, windows[1])
 
 
+_flex: Any = None
+
+
+def load_flex_attention() -> None:
+    """Import FlexAttention, before such a model is compiled. Not at the top of this file: it imports sympy, which
+    takes 2.3 of the 6.4 s in which a training script starts, and no run on a CPU needs it."""
+    global _flex
+    import torch.nn.attention.flex_attention as flex
+
+    _flex = flex
+
+
 def dense_mask(documents: Tensor, window: Tensor) -> Tensor:
     """(B, 1, T, T) bool, see make_masks."""
     position = torch.arange(documents.size(1), device=documents.device)
@@ -115,13 +129,15 @@ def dense_mask(documents: Tensor, window: Tensor) -> Tensor:
     return (same & (distance >= 0) & (distance <= window)).unsqueeze(1)
 
 
-def block_mask(documents: Tensor, window: Tensor) -> BlockMask:
+def block_mask(documents: Tensor, window: Tensor) -> "BlockMask":
     """The same as dense_mask for FlexAttention: which blocks of 128 x 128 have something to see (the others are never
     touched), and which are seen whole.
 
     Made from the documents' numbers at both ends of each block, since they rise: 150 thousand numbers for a row of
     49,152 tokens, where torch's create_block_mask evaluates all 2.4 billion pairs at each step.
     """
+    if _flex is None:
+        load_flex_attention()
     B, T = documents.shape
     lists = _mask_blocks(documents, window)
     names = (
@@ -133,9 +149,10 @@ def block_mask(documents: Tensor, window: Tensor) -> BlockMask:
         row = b if B > 1 else 0
         return near & (documents[row, query] == documents[row, key])
 
-    return BlockMask(
+    mask: BlockMask = _flex.BlockMask(
         seq_lengths=(T, T), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod, **dict(zip(names, lists, strict=True))
     )
+    return mask
 
 
 @torch.library.custom_op("nanochat::mask_blocks", mutates_args=())
@@ -179,10 +196,8 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """Softmax attention where the mask lets it look: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if isinstance(mask, BlockMask):
-        grouped = q.size(1) != k.size(1)
-        out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-        assert isinstance(out, Tensor)
-    else:
+    if isinstance(mask, Tensor):
         out = _sdpa(q, k, v, mask, is_causal=False, scale=scale)
+    else:
+        out = _flex.flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)

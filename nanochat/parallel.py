@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from nanochat.attention import load_flex_attention
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
@@ -164,6 +165,8 @@ def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
     """What to train with, compiled: the whole model (ddp), or each block between its hooks. What cannot be compiled in
     one piece is an error: torch 2.11 once ran the speedrun model in hundreds of small pieces without a word."""
     model.block_masks = model.get_device().type == "cuda"  # compiled, FlexAttention skips what is masked
+    if model.block_masks and model.config.masked:
+        load_flex_attention()
     allow_variants()
     if policy.strategy == "ddp":
         return torch.compile(model, dynamic=False, fullgraph=True)
