@@ -3,7 +3,8 @@
 import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from nanochat.calculator import use_calculator
 from nanochat.chat_format import without_oldest_turn
 from nanochat.errors import UserError
 from nanochat.runtime import heartbeat
+from nanochat.tokenizer import RustBPETokenizer
 
-CHAT_TOKENS = (
+TOOL_TOKENS = (
     "<|bos|>",
     "<|assistant_end|>",
     "<|python_start|>",
@@ -21,6 +23,26 @@ CHAT_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How continuations are drawn, the same for every prompt of a batch. Raises UserError for impossible values."""
+
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    max_new_tokens: int
+    """Length of a continuation, at most, in tokens."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Draw from this many likeliest tokens; None: from all."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k={self.top_k}: must be 1 or more, or None for all tokens")
 
 
 class KVCache:
@@ -84,15 +106,16 @@ class KVCache:
         return end
 
     def prefill(self, other: "KVCache") -> None:
-        """Take over the contents of `other`, each row of it repeated the same number of times. Must be empty before."""
+        """Copy `other` in, each row of it repeated as often as there is room for. Must be empty before."""
         assert self._position == 0, f"prefill into a cache that already holds {self._position} positions"
-        rows, given = self.k_cache.size(1), other.k_cache.size(1)
-        assert rows % given == 0, f"{given} rows cannot be repeated to give {rows}"
+        repeats, rest = divmod(self.k_cache.size(1), other.k_cache.size(1))
+        assert rest == 0, f"{other.k_cache.size(1)} rows cannot be repeated to give {self.k_cache.size(1)}"
         length = other.get_pos()
         assert length <= self.max_seq_len, f"{length} positions do not fit into {self.max_seq_len}"
-        for mine, theirs in ((self.k_cache, other.k_cache), (self.v_cache, other.v_cache)):
-            mine[:, :, :length] = theirs[:, :, :length].repeat_interleave(rows // given, dim=1)
-        self.tokens[:, :length] = other.tokens[:, :length].repeat_interleave(rows // given, dim=0)
+        self.k_cache[:, :, :length] = other.k_cache[:, :, :length].repeat_interleave(repeats, dim=1)
+        self.v_cache[:, :, :length] = other.v_cache[:, :, :length].repeat_interleave(repeats, dim=1)
+        self.tokens[:, :length] = other.tokens[:, :length].repeat_interleave(repeats, dim=0)
+        self.starts = None if other.starts is None else other.starts.repeat_interleave(repeats)
         self.advance(length)
 
     def select(self, rows: Sequence[int]) -> "KVCache":
@@ -105,30 +128,18 @@ class KVCache:
         return smaller
 
 
-class ChatTokenizer(Protocol):
-    """The part of a tokenizer that the engine needs."""
-
-    def encode_special(self, name: str) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def render_for_completion(self, conversation: Mapping[str, Any]) -> list[int]: ...
-
-
-def sample_next(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None) -> Tensor:
+def sample_next_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """One token for each row of logits (B, V) -> (B,) int64. Temperature 0 takes the largest logit.
 
     Row i takes the token at which its cumulative probability passes uniform[i], in [0, 1): all rows in one go, where
     torch.multinomial takes one generator for all rows, and a call for each row costs more than the model does.
     """
-    if temperature == 0.0:
+    if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float() / sampling.temperature
     tokens = None
-    if top_k is not None and top_k < logits.size(-1):
-        logits, tokens = logits.topk(top_k, dim=-1)
+    if sampling.top_k is not None and sampling.top_k < logits.size(-1):
+        logits, tokens = logits.topk(sampling.top_k, dim=-1)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     # relative to the last entry, which is 1 but for rounding; right=True: never a token of probability 0
     chosen = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)
@@ -136,17 +147,18 @@ def sample_next(logits: Tensor, uniform: Tensor, temperature: float, top_k: int 
     return (chosen if tokens is None else tokens.gather(1, chosen)).squeeze(1)
 
 
-class _Row:
-    """Tool use of one sample: <|python_start|> expression <|python_end|> is computed, and the result put in behind it
-    as <|output_start|> result <|output_end|>. What the calculator cannot compute goes without output."""
+class RowState:
+    """One sample and its tool calls: what stands between <|python_start|> and <|python_end|> goes to the calculator,
+    whose result is forced in behind it as <|output_start|> result <|output_end|>. An expression that the calculator
+    cannot compute gets no output."""
 
-    def __init__(self, tokenizer: ChatTokenizer, specials: dict[str, int]) -> None:
+    def __init__(self, tokenizer: RustBPETokenizer, specials: dict[str, int]) -> None:
         self.tokenizer, self.specials = tokenizer, specials
         self.ended = False
-        self.forced: deque[int] = deque()
+        self.forced: deque[int] = deque()  # tokens that come next, whatever is sampled
         self.expression: list[int] | None = None  # tokens since <|python_start|>; None outside of a call
 
-    def take(self, sampled: int) -> tuple[int, int]:
+    def next_token(self, sampled: int) -> tuple[int, int]:
         """(the token that comes next, 1 if it is the sampled one and 0 if it was forced)."""
         token, mask = (self.forced.popleft(), 0) if self.forced else (sampled, 1)
         if token in (self.specials["<|assistant_end|>"], self.specials["<|bos|>"]):
@@ -154,27 +166,25 @@ class _Row:
         elif token == self.specials["<|python_start|>"]:
             self.expression = []
         elif token == self.specials["<|python_end|>"] and self.expression is not None:
-            self._answer(self.tokenizer.decode(self.expression))
+            result = use_calculator(self.tokenizer.decode(self.expression))
+            if result is not None:
+                output = self.tokenizer.encode(result)
+                self.forced.extend([self.specials["<|output_start|>"], *output, self.specials["<|output_end|>"]])
             self.expression = None
         elif self.expression is not None:
             self.expression.append(token)
         return token, mask
 
-    def _answer(self, expression: str) -> None:
-        result = use_calculator(expression)
-        if result is not None:
-            output = self.tokenizer.encode(result)
-            self.forced.extend([self.specials["<|output_start|>"], *output, self.specials["<|output_end|>"]])
-
 
 class Engine:
     """Samples continuations of prompts in a batch, and runs the calculator where the model calls for it."""
 
-    def __init__(self, model, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, model, tokenizer: RustBPETokenizer) -> None:
         self.model = model
         self.forward = model if callable(model) else model.forward  # stand-ins of a model need not be modules
         self.tokenizer = tokenizer
-        self.specials = {name: tokenizer.encode_special(name) for name in CHAT_TOKENS}
+        self.specials = {name: tokenizer.encode_special(name) for name in TOOL_TOKENS}
+        self.stops = {self.specials["<|assistant_end|>"], self.specials["<|bos|>"]}
 
     def prompt(self, conversation: Mapping[str, Any], max_tokens: int) -> list[int]:
         """Ids that the answer to `conversation` follows on. Whole turns are dropped, oldest first (a system message
@@ -209,21 +219,26 @@ class Engine:
         Mask 1 = sampled, 0 = the output of a tool. Row i draws from a generator seeded with seed + i.
         max_tokens=None goes on to the model's sequence_len. Raises UserError for an empty prompt.
         """
-        yield from self._columns([tokens], num_samples, max_tokens, temperature, top_k, [seed])
+        length = self._room(tokens) if max_tokens is None else max_tokens
+        sampling = Sampling(num_samples=num_samples, max_new_tokens=length, temperature=temperature, top_k=top_k)
+        yield from self.stream([tokens], sampling, [seed])
 
     def generate_batch(
-        self, tokens: Sequence[int], num_samples: int = 1, seed: int = 42, **options: Any
+        self, tokens: Sequence[int], num_samples: int = 1, seed: int = 42, max_tokens: int | None = None, **options: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """All at once: (sequences, masks), each row starting with the prompt (mask 0) and without its stop token."""
-        return self.generate_many([tokens], num_samples, seeds=[seed], **options)[0]
+        """All at once: (sequences, masks), each row starting with the prompt (mask 0) and without its stop token.
+        options: temperature, top_k, as for `generate`."""
+        length = self._room(tokens) if max_tokens is None else max_tokens
+        sampling = Sampling(num_samples=num_samples, max_new_tokens=length, **options)
+        return self.generate_many([tokens], sampling, [seed])[0]
+
+    def _room(self, tokens: Sequence[int]) -> int:
+        return max(0, self.model.config.sequence_len - len(tokens))
 
     def generate_many(
         self,
         prompts: Sequence[Sequence[int]],
-        num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
+        sampling: Sampling,
         seeds: Sequence[int] | None = None,
         keep_stop: bool = False,
     ) -> list[tuple[list[list[int]], list[list[int]]]]:
@@ -233,57 +248,50 @@ class Engine:
         Sample i of prompt p draws from a generator seeded with seeds[p] + i (default: 42 for every prompt), so that
         it does not depend, but for rounding, on what else is in the batch.
         """
+        count = sampling.num_samples
         seeds = [42] * len(prompts) if seeds is None else seeds
-        sequences = [list(prompt) for prompt in prompts for _ in range(num_samples)]
+        sequences = [list(prompt) for prompt in prompts for _ in range(count)]
         masks = [[0] * len(sequence) for sequence in sequences]
-        stops = {self.specials["<|assistant_end|>"], self.specials["<|bos|>"]}
         ended = [False] * len(sequences)
-        for column, column_mask in self._columns(prompts, num_samples, max_tokens, temperature, top_k, seeds):
+        for column, column_mask in self.stream(prompts, sampling, seeds):
             for row, (token, mask) in enumerate(zip(column, column_mask, strict=True)):
-                stopped = token in stops
+                stopped = token in self.stops
                 if not ended[row] and (keep_stop or not stopped):
                     sequences[row].append(token)
                     masks[row].append(mask)
                 ended[row] = ended[row] or stopped
-        firsts = range(0, len(sequences), num_samples)
-        return [(sequences[i : i + num_samples], masks[i : i + num_samples]) for i in firsts]
+        firsts = range(0, len(sequences), count)
+        return [(sequences[i : i + count], masks[i : i + count]) for i in firsts]
 
     @torch.inference_mode()
-    def _columns(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_samples: int,
-        max_tokens: int | None,
-        temperature: float,
-        top_k: int | None,
-        seeds: Sequence[int],
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """(tokens, masks) of all rows, one column a step; rows that have ended repeat <|assistant_end|>."""
+        """(tokens, masks) of all len(prompts) x num_samples rows, one column a step, until every row has ended; rows
+        that have ended repeat <|assistant_end|>. seeds: of each prompt's first sample, see generate_many."""
         if not all(prompts):
             raise UserError("empty prompt: give at least one token (the <|bos|> token starts a document)")
-        if temperature < 0:
-            raise UserError(f"temperature={temperature}: must be 0 (greedy) or more")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k={top_k}: must be 1 or more, or None for all tokens")
-        width = max(map(len, prompts))
-        if max_tokens is None:
-            max_tokens = max(0, self.model.config.sequence_len - width)
-        device = self.model.get_device()
-        rows = [_Row(self.tokenizer, self.specials) for _ in range(len(prompts) * num_samples)]
-        uniforms = _uniforms([seed + i for seed in seeds for i in range(num_samples)], max_tokens).to(device)
+        count, device = sampling.num_samples, self.model.get_device()
+        rows = [RowState(self.tokenizer, self.specials) for _ in range(len(prompts) * count)]
+        uniforms = _uniforms([seed + i for seed in seeds for i in range(count)], sampling.max_new_tokens).to(device)
 
-        cache, logits = self._prefill(prompts, num_samples, width + max_tokens)
+        # 1) prefill: every prompt goes through the model once
+        cache, logits = self._prefill(prompts)
+        # 2) replicate: the samples of a prompt share its keys, values and distribution; each draws its own first token
+        cache = self._replicate(cache, count, cache.get_pos() + sampling.max_new_tokens)
+        logits = logits.repeat_interleave(count, dim=0)
+        # 3) loop: sample a token for each row and read it
         alive = list(range(len(rows)))  # the row that each row of the batch stands for
-        for step in range(max_tokens):
+        for step in range(sampling.max_new_tokens):
             heartbeat()
-            sampled = sample_next(logits, uniforms[alive, step], temperature, top_k).tolist()
+            sampled = sample_next_token(logits, uniforms[alive, step], sampling).tolist()
             tokens, masks = [self.specials["<|assistant_end|>"]] * len(rows), [1] * len(rows)
             for number, token in zip(alive, sampled, strict=True):
                 if not rows[number].ended:
-                    tokens[number], masks[number] = rows[number].take(token)
+                    tokens[number], masks[number] = rows[number].next_token(token)
             yield tokens, masks
             going = [i for i, number in enumerate(alive) if not rows[number].ended]
-            if not going or step == max_tokens - 1:
+            if not going or step == sampling.max_new_tokens - 1:
                 return
             if len(going) <= len(alive) // 2:  # carry no more than twice the rows that are needed
                 cache = cache.select(going)
@@ -291,33 +299,36 @@ class Engine:
             column = torch.tensor([[tokens[number]] for number in alive], dtype=torch.long, device=device)
             logits = self.forward(column, kv_cache=cache)[:, -1]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], num_samples: int, length: int) -> tuple[KVCache, Tensor]:
-        """(cache with num_samples rows for each prompt and room for `length` positions, logits (rows, V)).
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[KVCache, Tensor]:
+        """(cache filled with the prompts, logits (len(prompts), V) of what follows each).
 
-        Shorter prompts are padded on the left, so that all rows stand at the same position; rotary positions count
-        only by their differences.
+        Shorter prompts are padded on the left, so that all rows are at the same position; rotary positions count only
+        by their differences.
         """
-        device, bos = self.model.get_device(), self.specials["<|bos|>"]
         width = max(map(len, prompts))
         starts = [width - len(prompt) for prompt in prompts]
-        prompt_cache = self._cache(len(prompts), width, starts)
-        padded = [[bos] * start + list(prompt) for start, prompt in zip(starts, prompts, strict=True)]
-        idx = torch.tensor(padded, dtype=torch.long, device=device)
-        # Only the distribution is shared between the samples; each row draws its own first token from it.
-        logits = self.forward(idx, kv_cache=prompt_cache)[:, -1].repeat_interleave(num_samples, dim=0)
-        cache = self._cache(len(prompts) * num_samples, length, [start for start in starts for _ in range(num_samples)])
-        cache.prefill(prompt_cache)
-        return cache, logits
-
-    def _cache(self, batch_size: int, length: int, starts: list[int]) -> KVCache:
-        config, device = self.model.config, self.model.get_device()
-        dtype = getattr(self.model, "compute_dtype", torch.float32)
-        cache = KVCache(
-            batch_size, config.n_kv_head, length, config.n_embd // config.n_head, config.n_layer, device, dtype
-        )
+        padded = [
+            [self.specials["<|bos|>"]] * start + list(prompt) for start, prompt in zip(starts, prompts, strict=True)
+        ]
+        device = self.model.get_device()
+        cache = self._cache(len(prompts), width)
         if any(starts):
             cache.starts = torch.tensor(starts, device=device)
+        idx = torch.tensor(padded, dtype=torch.long, device=device)
+        return cache, self.forward(idx, kv_cache=cache)[:, -1]
+
+    def _replicate(self, prompts: KVCache, num_samples: int, length: int) -> KVCache:
+        """A cache with num_samples rows for each of `prompts` and room for `length` positions."""
+        cache = self._cache(prompts.k_cache.size(1) * num_samples, length)
+        cache.prefill(prompts)
         return cache
+
+    def _cache(self, batch_size: int, length: int) -> KVCache:
+        config, device = self.model.config, self.model.get_device()
+        dtype = getattr(self.model, "compute_dtype", torch.float32)
+        return KVCache(
+            batch_size, config.n_kv_head, length, config.n_embd // config.n_head, config.n_layer, device, dtype
+        )
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from nanochat import cli
 from nanochat.checkpoint import load_model
 from nanochat.cli import alias, float_flag, int_flag
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.eval.chat import (
     Composite,
@@ -159,10 +159,12 @@ def evaluate(settings: Settings, engine: Engine, tokenizer: Tokenizer, task: Tas
         engine,
         tokenizer,
         task,
-        num_samples=settings.num_samples,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
+        Sampling(
+            num_samples=settings.num_samples,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+        ),
         seed=settings.seed,
         **shared,
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from nanochat import checkpoint, cli, parallel
 from nanochat.cli import float_flag, int_flag
 from nanochat.cluster.observer import ClusterObserver
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.eval.chat import evaluate_generative
 from nanochat.eval.samples import make_chat_samples
@@ -27,7 +27,7 @@ from nanochat.tasks.common import Task
 from nanochat.tasks.registry import make_task
 from nanochat.train.chat import plan_steps, present
 from nanochat.train.loop import Evaluation, TrainingRun, resume, train
-from nanochat.train.rollouts import REWARD, RolloutLoader, Sampling, questions_at_once, row_width
+from nanochat.train.rollouts import REWARD, RolloutLoader, questions_at_once, row_width
 from nanochat.train.run_folder import Resume, describe_run, earlier_run
 from nanochat.train.tracking import NO_WANDB, Tracker
 
@@ -118,6 +118,15 @@ def question_task(name: str, split: Literal["train", "test"], source: str | None
     return task
 
 
+def sampling(settings: Settings, num_samples: int) -> Sampling:
+    return Sampling(
+        num_samples=num_samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k or None,
+    )
+
+
 def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int], dict[str, float]]:
     """step -> share of test questions with a right answer among k samples, for k = 1, 2, 4, … eval_samples, with its
     standard error over the questions."""
@@ -128,10 +137,7 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
             engine,
             engine.tokenizer,
             task,
-            num_samples=settings.eval_samples,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k or None,
+            sampling(settings, settings.eval_samples),
             batch_size=questions_at_once(settings.device_batch_size, settings.eval_samples),
             max_problems=settings.eval_questions,
             seed=settings.seed,
@@ -170,7 +176,6 @@ def main(settings: Settings) -> None:
         return lr_multiplier(step, num_iterations, 0.0, settings.warmdown_ratio, 0.0), muon_momentum(step)
 
     engine = Engine(model, tokenizer)
-    sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.top_k or None)
     measure = pass_at_k(settings, engine, test)
 
     # ---- where it goes, and whether some of it is there already
@@ -181,7 +186,7 @@ def main(settings: Settings) -> None:
     loader = RolloutLoader(
         engine,
         questions,
-        sampling,
+        sampling(settings, settings.num_samples),
         settings.questions_per_step,
         settings.device_batch_size,
         width,

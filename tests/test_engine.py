@@ -3,13 +3,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.engine import CHAT_TOKENS, Engine, KVCache, sample_next
+from nanochat.engine import TOOL_TOKENS, Engine, KVCache, Sampling, sample_next_token
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 
-SPECIALS = {name: number for number, name in enumerate(CHAT_TOKENS)}
+SPECIALS = {name: number for number, name in enumerate(TOOL_TOKENS)}
 BOS, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(6)
 FIRST_CHARACTER = 6
+
+
+def drawn(**options):
+    """One token by these rules."""
+    return Sampling(max_new_tokens=1, **options)
 
 
 class FakeTokenizer:
@@ -97,25 +102,25 @@ def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(engine):
 
 def test_top_k_one_is_greedy_and_temperature_zero_needs_no_numbers():
     logits = torch.randn(6, 40)
-    assert torch.equal(sample_next(logits, torch.rand(6), 1.0, 1), logits.argmax(-1))
-    assert torch.equal(sample_next(logits, torch.empty(0), 0.0, None), logits.argmax(-1))
+    assert torch.equal(sample_next_token(logits, torch.rand(6), drawn(top_k=1)), logits.argmax(-1))
+    assert torch.equal(sample_next_token(logits, torch.empty(0), drawn(temperature=0.0)), logits.argmax(-1))
 
 
 def test_sampling_follows_the_distribution():
     logits = torch.log(torch.tensor([[0.7, 0.2, 0.0, 0.1]])).expand(3000, -1)
     uniform = torch.rand(3000, generator=torch.Generator().manual_seed(0))
     for top_k, expected in ((None, [0.7, 0.2, 0.0, 0.1]), (2, [7 / 9, 2 / 9, 0.0, 0.0])):
-        counts = torch.bincount(sample_next(logits, uniform, 1.0, top_k), minlength=4) / 3000
+        counts = torch.bincount(sample_next_token(logits, uniform, drawn(top_k=top_k)), minlength=4) / 3000
         torch.testing.assert_close(counts, torch.tensor(expected), atol=0.04, rtol=0)
         assert counts[2] == 0
-    sharp = sample_next(logits, uniform, 0.5, None)  # probabilities go with their squares
+    sharp = sample_next_token(logits, uniform, drawn(temperature=0.5))  # probabilities go with their squares
     assert (sharp == 0).float().mean() == pytest.approx(0.49 / 0.54, abs=0.03)
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1, exclude_max=True, width=32), st.sampled_from([None, 1, 3, 400]))
 def test_a_sample_is_the_token_at_which_the_sum_passes_the_number(seed, number, top_k):
     logits = 4 * torch.randn(1, 300, generator=torch.Generator().manual_seed(seed))
-    token = sample_next(logits, torch.tensor([number]), 0.7, top_k).item()
+    token = sample_next_token(logits, torch.tensor([number]), drawn(temperature=0.7, top_k=top_k)).item()
     order = logits[0].argsort(descending=True).tolist() if top_k and top_k < 300 else list(range(300))
     kept = order[: top_k or 300]
     probabilities = (logits[0, kept].double() / 0.7).softmax(0).tolist()
@@ -126,7 +131,7 @@ def test_a_sample_is_the_token_at_which_the_sum_passes_the_number(seed, number, 
 def test_several_prompts_at_once_are_as_each_alone(engine):
     prompts = [[5, 9, 3, 22], [7], [30, 31, 32, 33, 34, 35, 36, 8], [11, 12]]
     for options in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 20}):
-        together = engine.generate_many(prompts, num_samples=3, max_tokens=14, seeds=[1, 50, 7, 9], **options)
+        together = engine.generate_many(prompts, Sampling(num_samples=3, max_new_tokens=14, **options), [1, 50, 7, 9])
         for prompt, seed, found in zip(prompts, [1, 50, 7, 9], together, strict=True):
             assert found == engine.generate_batch(prompt, num_samples=3, max_tokens=14, seed=seed, **options)
 
@@ -142,7 +147,7 @@ def test_windows_and_padding_together():
     engine = Engine(model.eval(), FakeTokenizer())
     assert config.window(0) == 128
     prompts = [[10 + i % 90 for i in range(150)], [8, 9]]
-    together = engine.generate_many(prompts, max_tokens=10, temperature=0)
+    together = engine.generate_many(prompts, Sampling(max_new_tokens=10, temperature=0))
     assert together == [engine.generate_batch(prompt, max_tokens=10, temperature=0) for prompt in prompts]
 
 
@@ -183,9 +188,10 @@ def test_rows_that_have_ended_leave_the_batch():
     assert [len(heard) for heard in model.heard] == [4, 4, 2, 1, 1, 1, 1, 1, 1, 1]
 
 
-def play(model, **options):
+def play(model, max_tokens=63):
     """(sequences, masks), one for each script."""
-    results = Engine(model, FakeTokenizer()).generate_many([[BOS]] * len(model.scripts), **options)
+    sampling = Sampling(max_new_tokens=max_tokens)
+    results = Engine(model, FakeTokenizer()).generate_many([[BOS]] * len(model.scripts), sampling)
     return [rows[0] for rows, _ in results], [masks[0] for _, masks in results]
 
 
@@ -222,8 +228,10 @@ def test_errors(engine):
     with pytest.raises(UserError, match="empty prompt"):
         next(engine.generate([]))
     with pytest.raises(UserError, match="empty prompt"):
-        engine.generate_many([[1], []])
+        engine.generate_many([[1], []], Sampling(max_new_tokens=3))
     with pytest.raises(UserError, match="top_k=0"):
         next(engine.generate([1], top_k=0))
+    with pytest.raises(UserError, match="temperature=-1"):
+        Sampling(max_new_tokens=1, temperature=-1)
     with pytest.raises(UserError, match="full"):
         KVCache(1, 1, 2, 4, 1).insert(0, torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4))

@@ -12,13 +12,14 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.tasks.common import Conversation, Task
@@ -44,22 +45,6 @@ class Tokenizer(Protocol):
     def get_bos_token_id(self) -> int: ...
 
     def render_for_completion(self, conversation: Conversation) -> list[int]: ...
-
-
-class Generator(Protocol):
-    """What is needed of an engine: nanochat.engine.Engine has it."""
-
-    model: Any
-
-    def generate_many(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_samples: int = 1,
-        max_tokens: int = ...,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> Sequence[tuple[list[list[int]], list[list[int]]]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,29 +217,26 @@ def _forwards(lengths: Sequence[int], batch_size: int, limit: int) -> Iterator[t
 
 
 def evaluate_generative(
-    engine: Generator,
+    engine: Engine,
     tokenizer: Tokenizer,
     task: Task,
+    sampling: Sampling,
     *,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
     batch_size: int,
     max_problems: int = -1,
     seed: int = 42,
 ) -> TaskScore:
-    """Generate `num_samples` answers to each item and grade them, `batch_size` items at a time.
+    """Generate answers to each item and grade them, `batch_size` items at a time.
 
-    An answer has at most `max_new_tokens` tokens and ends where prompt and answer fill the model's sequence_len. A
-    prompt that leaves no room for a single token counts as failed.
+    An answer ends at the latest where prompt and answer fill the model's sequence_len. A prompt that leaves no room
+    for a single token counts as failed.
     """
     rank, world = _rank_and_world()
     mine = chosen_items(task, max_problems)[rank::world]
     conversations = {index: task[index] for index in mine}
     prompts = {index: list(tokenizer.render_for_completion(conversations[index])) for index in mine}
     limit = engine.model.config.sequence_len
-    room = {index: min(max_new_tokens, limit - len(prompts[index])) for index in mine}
+    room = {index: min(sampling.max_new_tokens, limit - len(prompts[index])) for index in mine}
     records = [_no_room(index, len(prompts[index]), limit) for index in mine if room[index] < 1]
     # longest first, as for the forwards above; the index keeps the order fixed among equals
     order = sorted((index for index in mine if room[index] >= 1), key=lambda index: (-len(prompts[index]), index))
@@ -263,11 +245,8 @@ def evaluate_generative(
             batch = order[start : start + batch_size]
             generated = engine.generate_many(
                 [prompts[index] for index in batch],
-                num_samples=num_samples,
-                max_tokens=max(room[index] for index in batch),
-                temperature=temperature,
-                top_k=top_k,
-                seeds=[seed + index * num_samples for index in batch],
+                replace(sampling, max_new_tokens=max(room[index] for index in batch)),
+                seeds=[seed + index * sampling.num_samples for index in batch],
             )
             completions = {}
             for index, (sequences, _) in zip(batch, generated, strict=True):
@@ -275,7 +254,7 @@ def evaluate_generative(
                 begin, end = len(prompts[index]), len(prompts[index]) + room[index]
                 completions[index] = [tokenizer.decode(sequence[begin:end]) for sequence in sequences]
             records += _grade(task, conversations, completions, graders)
-    return _score(task, "generative", num_samples, records)
+    return _score(task, "generative", sampling.num_samples, records)
 
 
 def _no_room(index: int, length: int, limit: int) -> Record:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 
 PROMPTS = (
     "The capital of Italy is",
@@ -44,6 +44,6 @@ def make_chat_samples(model: Any, tokenizer: Any) -> list[dict[str, str]]:
     conversations = [{"messages": [{"role": "user", "content": prompt}]} for prompt in CHAT_PROMPTS]
     prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
     room = max(1, min(CHAT_TOKENS, model.config.sequence_len - max(map(len, prompts))))
-    answers = engine.generate_many(prompts, max_tokens=room, temperature=0.0)
+    answers = engine.generate_many(prompts, Sampling(max_new_tokens=room, temperature=0.0))
     texts = [tokenizer.decode(rows[0][len(ids) :]) for (rows, _), ids in zip(answers, prompts, strict=True)]
     return [{"prompt": prompt, "text": text} for prompt, text in zip(CHAT_PROMPTS, texts, strict=True)]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from nanochat.data.batching import even_batches
 from nanochat.data.chat_rows import epoch_order
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
 from nanochat.tasks.common import Conversation, Task
@@ -29,15 +29,6 @@ SAMPLED_PER_ROW = 16
 REWARD = "RL/reward"  # mean reward of the answers of a step
 SAMPLED_TOKENS = "RL/sampled_tokens"  # mean length of an answer, tokens
 TEACHING_SHARE = "RL/teaching_share"  # questions whose answers differ in reward, over all
-
-
-class Sampling(NamedTuple):
-    """How answers are drawn."""
-
-    num_samples: int
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int | None = None
 
 
 class RolloutBatch(NamedTuple):
@@ -156,22 +147,14 @@ class RolloutLoader:
         return groups
 
     def _answer_some(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
-        tokenizer, drawn = self.engine.tokenizer, self.sampling
+        tokenizer, count = self.engine.tokenizer, self.sampling.num_samples
         prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
-        results = self.engine.generate_many(
-            prompts,
-            num_samples=drawn.num_samples,
-            max_tokens=drawn.max_new_tokens,
-            temperature=drawn.temperature,
-            top_k=drawn.top_k,
-            seeds=[self.seed * 1_000_003 + place * drawn.num_samples for place in places],
-            keep_stop=True,
-        )
-        stops = (self.engine.specials["<|assistant_end|>"], self.engine.specials["<|bos|>"])
+        seeds = [self.seed * 1_000_003 + place * count for place in places]
+        results = self.engine.generate_many(prompts, self.sampling, seeds, keep_stop=True)
         groups = []
         for conversation, prompt, (sequences, masks) in zip(conversations, prompts, results, strict=True):
             said = [sequence[len(prompt) :] for sequence in sequences]
-            texts = [tokenizer.decode(tokens[:-1] if tokens[-1] in stops else tokens) for tokens in said]
+            texts = [tokenizer.decode(tokens[:-1] if tokens[-1] in self.engine.stops else tokens) for tokens in said]
             rewards = [self.task.reward(conversation, text) for text in texts]
             groups.append([Answer(*answer) for answer in zip(sequences, masks, rewards, strict=True)])
         return groups

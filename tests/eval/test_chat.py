@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import checkpoint, cli, sandbox
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.eval.chat import (
     TaskScore,
@@ -111,7 +111,8 @@ class ScriptedEngine:
         self.answers = answers
         self.calls: list[dict] = []
 
-    def generate_many(self, prompts, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seeds=None):
+    def generate_many(self, prompts, sampling, seeds):
+        max_tokens, num_samples = sampling.max_new_tokens, sampling.num_samples
         self.calls.append({"items": [self.index[tuple(p)] for p in prompts], "seeds": seeds, "max_tokens": max_tokens})
         out = []
         for prompt in prompts:
@@ -121,8 +122,9 @@ class ScriptedEngine:
 
 
 def generative(engine, task: Task, **changes) -> TaskScore:
-    options = {"num_samples": 1, "max_new_tokens": 8, "temperature": 0.0, "top_k": 50, "batch_size": 4, **changes}
-    return evaluate_generative(engine, TOKENIZER, task, **options)
+    drawn = {"num_samples": 1, "max_new_tokens": 8, "temperature": 0.0, "top_k": 50}
+    drawn |= {name: changes.pop(name) for name in drawn.keys() & changes.keys()}
+    return evaluate_generative(engine, TOKENIZER, task, Sampling(**drawn), **{"batch_size": 4, **changes})
 
 
 # ---- multiple choice

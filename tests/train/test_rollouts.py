@@ -4,12 +4,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tasks.common import Task
 from nanochat.train import rollouts
-from nanochat.train.rollouts import RolloutLoader, Sampling, advantages, row_width
+from nanochat.train.rollouts import RolloutLoader, advantages, row_width
 from tests.processes import run_processes
 from tests.test_engine import FIRST_CHARACTER, FakeTokenizer
 
@@ -92,9 +92,9 @@ def test_tool_output_is_no_target():
     """What the calculator put in was not sampled, so the model earns nothing for it."""
 
     class Caller(Engine):
-        def generate_many(self, prompts, num_samples, **options):
-            answer, mask = [40, 41, 42, END], [1, 0, 0, 1]
-            return [([[*p, *answer]] * num_samples, [[0] * len(p) + mask] * num_samples) for p in prompts]
+        def generate_many(self, prompts, sampling, *_, **options):
+            answer, mask, count = [40, 41, 42, END], [1, 0, 0, 1], sampling.num_samples
+            return [([[*p, *answer]] * count, [[0] * len(p) + mask] * count) for p in prompts]
 
     loader = make_loader()
     loader.engine = Caller(loader.engine.model, loader.engine.tokenizer)
