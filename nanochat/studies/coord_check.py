@@ -1,40 +1,138 @@
 """Coordinate check: do activations keep their size when the model gets wider, at first and while it learns?
 
-Models of several widths take the same few training steps; the mean |x| of what each module puts out is fitted against
-width on logarithmic axes. Under muP the slope is 0 for all modules at all times, but for the logits, which may begin as
+Models of several widths take the same few training steps; the mean |x| of each module's output is fitted against width
+on logarithmic axes. Under muP the slope is 0 for all modules at all times, except for the logits, which may begin as
 1/√width (microsoft/mup calls this gradient checking for muP). Bars, noise floor and statistics: Tensor Programs V
 (arXiv 2203.03466, appendix D), and docs/decisions.md for what was measured here.
 """
 
+import json
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from cyclopts import Parameter
 from torch import Tensor
 
+from nanochat import cli, mup
+from nanochat.arch import ARCH_RATES, RATES, Arch, arch_config
+from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
-from nanochat.files import read_jsonl
+from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.gpt import GPT
+from nanochat.model_config import GPTConfig, Init, InitSpec
 from nanochat.optim import MuonAdamW
+from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
 from nanochat.studies.figures import line_panels
 from nanochat.train.coordinates import LOGITS, measure
+from nanochat.train.run_log import log_dir
 
 Record = dict[str, Any]  # width, seed, module, t, l1, l2, mean, std
 Batch = tuple[Tensor, Tensor]
 
-HIDDEN_AT_INIT, HIDDEN, LOGITS_AT_END = 0.05, 0.10, 0.25  # most that a slope may be, either way
+HIDDEN_AT_INIT, HIDDEN, LOGITS_AT_END = 0.05, 0.10, 0.25  # largest absolute slopes allowed
 JUDGED = 11  # up to this t: ten updates
 SP_AT_LEAST = 0.2  # slope that the standard parametrisation shows somewhere, if the check sees anything at all
+
+VOCAB_SIZE, SEQUENCE_LEN, HEAD_DIM = 256, 64, 64
+RECORDS = "coord_check.jsonl"  # what base_train --coord-check writes into the folder of its run
+SHOWN = (1, 2, 4, 8, 11)  # values of t in the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Check that activations keep their size at every width."""
+
+    widths: str = "128,256,512,1024"
+    """Widths to compare, multiples of 64."""
+    steps: Annotated[int, int_flag(gte=0)] = 10
+    """Updates of each model."""
+    seeds: Annotated[int, int_flag(gte=1)] = 5
+    """Models of each width."""
+    mup: bool = True
+    """False: the standard parametrisation, the negative control: it should miss the bars."""
+    base_width: Annotated[int, int_flag(gte=64)] = 128
+    """Width at which muP is the standard parametrisation."""
+    arch: Arch = "nanochat"
+    """Architecture, as in base_train; document masks are left out."""
+    depth: Annotated[int, int_flag(gte=1)] = 2
+    """Transformer layers."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Of the hidden matrices."""
+    init: Init = "uniform"
+    """How hidden matrices are drawn."""
+    head_std: Annotated[float, float_flag(gte=0)] = 0.02
+    """Standard deviation of the head."""
+    lr_scale: Annotated[float, float_flag(gte=0)] = 1.0
+    """Factor on all learning rates of the architecture; higher ones show more, noise too."""
+    symbols: Annotated[int, int_flag(gte=4, lte=VOCAB_SIZE)] = 32
+    """Different tokens in the text; when there are as many as the narrowest width, they disturb each other there."""
+    rows: Annotated[int, int_flag(gte=1)] = 8
+    """Rows of 64 tokens in a step."""
+    from_: Annotated[str | None, Parameter(name="--from")] = None
+    """Compare these runs of base_train --coord-check instead: folders with a coord_check.jsonl, or run ids."""
+    out: Path = Path("coord_check")
+    """Folder for the results."""
+    device_type: DeviceType = "auto"
+    """auto, cpu, cuda or mps."""
 
 
 # ---- measuring
 
 
+def run_checks(settings: Settings) -> list[Record]:
+    """Train the models of all widths and seeds."""
+    *_, device = compute_init(settings.device_type)
+    torch.set_float32_matmul_precision("highest")  # TF32 has three digits, and slopes are small
+    try:
+        widths = sorted({int(width) for width in settings.widths.split(",")})
+    except ValueError:
+        raise UserError(f"--widths={settings.widths}: give whole numbers, as in 128,256,512") from None
+    configs = {width: _config(settings, width) for width in widths}
+    use_muon = settings.optimizer == "muon"
+
+    def spec(seed: int) -> InitSpec:
+        return InitSpec(settings.init, seed, settings.head_std, zero_proj=False)
+
+    def make_model(width: int, seed: int) -> GPT:
+        model = GPT(configs[width]).to(device)
+        drawn = spec(seed)
+        model.init_weights(drawn.init, drawn.seed, drawn.head_std, drawn.zero_proj, drawn.gain)
+        return model
+
+    def make_optimizer(model: GPT) -> MuonAdamW:
+        rates: dict[str, Any] = {name: ARCH_RATES[settings.arch][name] * settings.lr_scale for name in RATES}
+        return model.setup_optimizer(**rates, use_muon=use_muon)
+
+    print0(mup.format_table(mup.as_records(configs[widths[-1]], use_muon, spec(0))))
+    batches = markov_batches(settings.steps + 1, settings.rows, SEQUENCE_LEN, settings.symbols, device=device)
+    models = {width: partial(make_model, width) for width in widths}
+    return get_coord_data(models, batches, make_optimizer, settings.steps, settings.seeds)
+
+
+def _config(settings: Settings, width: int) -> GPTConfig:
+    if width % HEAD_DIM or width < HEAD_DIM:
+        raise UserError(f"--widths: {width} is no multiple of {HEAD_DIM}, the size of a head")
+    return arch_config(
+        settings.arch,
+        n_layer=settings.depth,
+        n_embd=width,
+        head_dim=HEAD_DIM,
+        vocab_size=VOCAB_SIZE,
+        sequence_len=SEQUENCE_LEN,
+        mup_base_width=settings.base_width if settings.mup else 0,
+        document_mask=False,
+    )
+
+
 def get_coord_data(
-    models: dict[int, Callable[[int], GPT]],
+    models: Mapping[int, Callable[[int], GPT]],
     batches: Sequence[Batch],
     make_optimizer: Callable[[GPT], MuonAdamW],
     nsteps: int = 10,
@@ -42,8 +140,8 @@ def get_coord_data(
 ) -> list[Record]:
     """Records of nseeds runs at each width. t = 1 is before any update, t = nsteps + 1 after nsteps of them.
 
-    models: width -> (seed -> initialised model). batches: (inputs, targets) of (B, T), taken in turn; the batch of a
-    step is measured before it is learned from. make_optimizer is called once a model.
+    models: width -> (seed -> initialised model). batches: (inputs, targets), each (B, T) int64, taken in turn; the
+    batch of a step is measured before it is learned from. make_optimizer is called once a model.
     """
     records: list[Record] = []
     for width, make_model in models.items():
@@ -61,9 +159,45 @@ def get_coord_data(
     return records
 
 
+def markov_batches(
+    count: int,
+    rows: int = 4,
+    length: int = 64,
+    vocab_size: int = 256,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> list[Batch]:
+    """`count` batches of (inputs, targets), each (rows, length) int64, of a source that can be learned: each token has
+    four successors, of probabilities 0.5, 0.25, 0.125, 0.125 (1.21 nats a token)."""
+    generator = torch.Generator().manual_seed(seed)
+    successors = torch.randint(vocab_size, (vocab_size, 4), generator=generator)
+    odds = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    token = torch.randint(vocab_size, (count * rows,), generator=generator)
+    columns = [token]
+    for _ in range(length):
+        choice = torch.multinomial(odds, len(token), replacement=True, generator=generator)
+        token = successors[token, choice]
+        columns.append(token)
+    text = torch.stack(columns, dim=1).to(device)
+    return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in text.chunk(count)]
+
+
+def read_runs(folders: str) -> list[Record]:
+    """What runs of base_train recorded: folders, or names of runs, with commas between them."""
+    paths = []
+    for name in folders.split(","):
+        path = Path(name) / RECORDS
+        if not path.is_file() and (log_dir(name) / RECORDS).is_file():
+            path = log_dir(name) / RECORDS
+        paths.append(path)
+        if not path.is_file():
+            raise UserError(f"--from: there is no {path}; train with --coord-check")
+    return read_records(paths)
+
+
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """Records of several runs' JSONL files; runs of one width count as seeds. Of a step measured twice (a run that was
-    resumed), the last."""
+    """Records of several runs' JSONL files; runs of one width count as seeds. Where a resumed run measured a step
+    twice, the last record counts."""
     found: dict[tuple[Any, ...], Record] = {}
     runs: Counter[int] = Counter()
     for path in paths:
@@ -92,8 +226,8 @@ class Slope(NamedTuple):
 def slopes(records: Sequence[Record], statistic: str = "l1") -> list[Slope]:
     """Least squares for each module, t and seed, then the mean over seeds.
 
-    ValueError where an activation is zero or not finite: a slope of that would be 0, and say nothing; and where there
-    are fewer than two widths, or a seed lacks one.
+    ValueError where an activation is zero or not finite (a slope of that would be 0, and say nothing), where there are
+    fewer than two widths, or where a seed lacks one.
     """
     widths = sorted({record["width"] for record in records})
     if len(widths) < 2:
@@ -123,8 +257,8 @@ def _mean_slope(module: str, by_seed: dict[int, dict[int, float]], widths: list[
 
 
 def judge(found: Sequence[Slope]) -> list[str]:
-    """What is wrong with slopes that should be those of muP; nothing if they are. Logits are judged after ten updates
-    (fewer, if that is all there are), because at first they may fall as 1/√width; the rest up to then."""
+    """What is wrong with slopes that should be those of muP; empty if nothing is. Logits are judged after ten updates
+    (or the last recorded ones before that), because at first they may fall as 1/√width; the rest up to then."""
     times = [slope.t for slope in found if slope.t <= JUDGED]
     if not times:
         raise UserError(f"no coordinates up to t = {JUDGED}, which the bars are for: record them at every step or so")
@@ -140,9 +274,31 @@ def judge(found: Sequence[Slope]) -> list[str]:
     return wrong
 
 
+def judge_control(found: Sequence[Slope]) -> list[str]:
+    """What is wrong with slopes of the standard parametrisation: that none is steep."""
+    worst = steepest(found)
+    if abs(worst.slope) >= SP_AT_LEAST:
+        return []
+    return [f"the standard parametrisation shows no slope beyond {worst.slope:+.3f} ({worst.module}): too weak a check"]
+
+
 def steepest(found: Sequence[Slope], logits: bool = False) -> Slope:
     """The largest slope either way, of the logits or of all else."""
     return max((slope for slope in found if (slope.module == LOGITS) == logits), key=lambda slope: abs(slope.slope))
+
+
+# ---- showing
+
+
+def slope_table(found: Sequence[Slope]) -> str:
+    """Modules down, t across."""
+    times = sorted({slope.t for slope in found})
+    shown = [t for t in times if t in SHOWN or t == times[-1]] if len(times) > len(SHOWN) else times
+    cells = {(slope.module, slope.t): f"{slope.slope:+.3f} ± {slope.stderr:.3f}" for slope in found}
+    lines = [f"{'slope of mean |x|':<18}" + "".join(f"{f't = {t}':>17}" for t in shown)]
+    for module in dict.fromkeys(slope.module for slope in found):
+        lines.append(f"{module:<18}" + "".join(f"{cells.get((module, t), '-'):>17}" for t in shown))
+    return "\n".join(lines)
 
 
 def plot_coord_data(records: Sequence[Record], y: str = "l1", save_to: Path | None = None) -> str:
@@ -160,31 +316,32 @@ def plot_coord_data(records: Sequence[Record], y: str = "l1", save_to: Path | No
     }
     svg = line_panels(panels, "width", f"mean over seeds of {y}", columns=3, log_axes="xy")
     if save_to is not None:
-        save_to.write_text(svg)
+        atomic_write_text(save_to, svg)
     return svg
 
 
-# ---- something to learn
-
-
-def markov_batches(
-    count: int,
-    rows: int = 4,
-    length: int = 64,
-    vocab_size: int = 256,
-    seed: int = 0,
-    device: torch.device | None = None,
-) -> list[Batch]:
-    """`count` batches of (inputs, targets), each (rows, length) int64, of a source that can be learned: each token has
-    four successors, of probabilities 0.5, 0.25, 0.125, 0.125 (1.21 nats a token)."""
-    generator = torch.Generator().manual_seed(seed)
-    successors = torch.randint(vocab_size, (vocab_size, 4), generator=generator)
-    odds = torch.tensor([0.5, 0.25, 0.125, 0.125])
-    token = torch.randint(vocab_size, (count * rows,), generator=generator)
-    columns = [token]
-    for _ in range(length):
-        choice = torch.multinomial(odds, len(token), replacement=True, generator=generator)
-        token = successors[token, choice]
-        columns.append(token)
-    text = torch.stack(columns, dim=1).to(device)
-    return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in text.chunk(count)]
+def main(settings: Settings) -> None:
+    records = read_runs(settings.from_) if settings.from_ else run_checks(settings)
+    try:
+        found = slopes(records)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print0(slope_table(found))
+    wrong = judge(found) if settings.mup else judge_control(found)
+    for name, slope in (("besides the logits", steepest(found)), ("of the logits", steepest(found, logits=True))):
+        print0(f"steepest {name}: {slope.slope:+.3f} ± {slope.stderr:.3f} ({slope.module}, t = {slope.t})")
+    for line in wrong:
+        print0(f"missed: {line}")
+    print0("coordinate check: " + ("failed" if wrong else "passed"))
+    result = {
+        "settings": {name: str(value) for name, value in cli.as_dict(settings).items()},
+        "slopes": [slope._asdict() for slope in found],
+        "missed": wrong,
+        "records": records,
+    }
+    atomic_write_text(settings.out / "coord_check.json", json.dumps(result, indent=1))
+    plot_coord_data(records, save_to=settings.out / "coord_check.svg")
+    print0(f"wrote {settings.out / 'coord_check.json'} and {settings.out / 'coord_check.svg'}")
+    compute_cleanup()
+    if wrong:
+        sys.exit(1)

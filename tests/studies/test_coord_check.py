@@ -11,9 +11,12 @@ import torch
 from nanochat import cli
 from nanochat.errors import UserError
 from nanochat.studies.coord_check import (
+    RECORDS,
+    Settings,
     Slope,
     get_coord_data,
     judge,
+    main,
     markov_batches,
     plot_coord_data,
     read_records,
@@ -21,7 +24,6 @@ from nanochat.studies.coord_check import (
     steepest,
 )
 from nanochat.train.coordinates import COORD, CoordRecorder, measure
-from scripts import coord_check as script
 from tests.train.test_coordinates import ROWS, hook_count, make_config, make_model
 
 # ---- measuring
@@ -178,7 +180,7 @@ def test_recorder_and_what_reads_it(tmp_path):
     paths = []
     for index, (width, seed) in enumerate([(32, 0), (64, 0), (32, 1), (64, 1)]):
         model = make_model(make_config(width, 16), seed)
-        recorder = CoordRecorder(model, tmp_path / f"run{index}" / script.RECORDS, ROWS)
+        recorder = CoordRecorder(model, tmp_path / f"run{index}" / RECORDS, ROWS)
         for step in (0, 10, 10):  # 10 again: the run was resumed
             metrics = recorder.record(step)
         assert metrics[f"{COORD}/wte"] == pytest.approx(measure(model, ROWS)["wte"]["l1"])
@@ -199,9 +201,9 @@ def test_recorder_and_what_reads_it(tmp_path):
 
 def test_script_passes_mup_and_writes_what_it_saw(tmp_path, capsys):
     arguments = ["--widths=64,128", "--steps=1", "--seeds=2", f"--out={tmp_path / 'out'}", "--base-width=64"]
-    settings = cli.parse(script.Settings, arguments)
+    settings = cli.parse(Settings, arguments)
     try:
-        script.main(settings)
+        main(settings)
         code = 0
     except SystemExit as end:
         code = end.code
@@ -219,10 +221,10 @@ def test_script_compares_runs(tmp_path):
     for width in (64, 128):
         model = make_model(make_config(width, 64))
         folders.append(str(tmp_path / str(width)))
-        CoordRecorder(model, tmp_path / str(width) / script.RECORDS, ROWS).record(0)
-    settings = cli.parse(script.Settings, [f"--from={','.join(folders)}", f"--out={tmp_path}", "--no-mup"])
+        CoordRecorder(model, tmp_path / str(width) / RECORDS, ROWS).record(0)
+    settings = cli.parse(Settings, [f"--from={','.join(folders)}", f"--out={tmp_path}", "--no-mup"])
     with pytest.raises(SystemExit):  # at init, the standard parametrisation shows in the logits alone
-        script.main(settings)
+        main(settings)
     missed = json.loads((tmp_path / "coord_check.json").read_text())["missed"]
     assert "too weak" in missed[0]
 
@@ -239,6 +241,6 @@ def test_script_compares_runs(tmp_path):
     ],
 )
 def test_script_says_what_it_cannot_do(arguments, words, tmp_path):
-    settings = cli.parse(script.Settings, [*arguments, f"--out={tmp_path}"])
+    settings = cli.parse(Settings, [*arguments, f"--out={tmp_path}"])
     with pytest.raises(UserError, match=words):
-        script.main(settings)
+        main(settings)
