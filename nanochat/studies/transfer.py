@@ -10,9 +10,8 @@ Rates are in log2, relative to the base rates: 0 is the base rates themselves, 1
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 from nanochat.errors import UserError
@@ -77,38 +76,33 @@ def vertex(points: Sequence[tuple[float, float]]) -> Vertex:
     return Vertex(at, y + (at - x) * (left + curvature * (at - x0)), at, at)
 
 
-class Spread(NamedTuple):
+class Estimate(NamedTuple):
     """Mean over seeds and its standard error (nan for one seed)."""
 
     mean: float
     stderr: float
 
 
-def spread(values: Sequence[float]) -> Spread:
+def estimate(values: Sequence[float]) -> Estimate:
     """Mean and standard error of the mean; (inf, nan) where a value is not finite."""
     if not all(map(math.isfinite, values)):
-        return Spread(math.inf, math.nan)
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Spread(mean, math.nan)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Spread(mean, math.sqrt(variance / len(values)))
+        return Estimate(math.inf, math.nan)
+    return Estimate(fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
 
 
-@dataclass(frozen=True)
-class TransferResult:
+class TransferResult(NamedTuple):
     """One width of a sweep."""
 
     width: int
-    losses: dict[float, Spread]
+    losses: dict[float, Estimate]
     """log2 rate -> loss over the seeds, in nats."""
     seeds: int
     """How many are finished at this width."""
     compared: int
-    """How many of them are finished at all widths: all that is said here is over those, since each has its own text."""
+    """How many of them are finished at all widths; everything here is over those, since each seed has its own text."""
     argmin: float
     """Best rate of the grid, log2; nan where all diverged."""
-    best: Spread
+    best: Estimate
     """Its loss."""
     vertex: Vertex
     """Of the mean losses."""
@@ -116,7 +110,7 @@ class TransferResult:
     """Standard error over the vertices of single seeds; nan where a seed has none, or is alone."""
     transferred: float
     """Best rate of the base width, log2."""
-    excess: Spread
+    excess: Estimate
     """Loss at that rate beyond `best`, in % of it; the standard error is of the seeds' differences, since a seed sees
     the same text at all rates."""
 
@@ -148,13 +142,13 @@ def transfer_results(grids: Mapping[int, Grid], base_width: int) -> list[Transfe
     for width, grid in sorted(grids.items()):
         if transferred not in grid:
             raise UserError(f"width {width} has no run at the base width's best rate, log2 {transferred:g}")
-        losses = {rate: spread(list(by_seed.values())) for rate, by_seed in sorted(grid.items())}
+        losses = {rate: estimate(list(by_seed.values())) for rate, by_seed in sorted(grid.items())}
         best = _argmin(grid)
-        least, lost = Spread(math.inf, math.nan), Spread(math.inf, math.nan)
+        least = excess = Estimate(math.inf, math.nan)
         if not math.isnan(best):
             least = losses[best]
-            nats = spread([grid[transferred][seed] - grid[best][seed] for seed in seeds])
-            lost = Spread(nats.mean * 100 / least.mean, nats.stderr * 100 / least.mean)
+            nats = estimate([grid[transferred][seed] - grid[best][seed] for seed in seeds])
+            excess = Estimate(nats.mean * 100 / least.mean, nats.stderr * 100 / least.mean)
         singles = [vertex([(rate, by_seed[seed]) for rate, by_seed in grid.items()]).log2_rate for seed in seeds]
         results.append(
             TransferResult(
@@ -165,9 +159,9 @@ def transfer_results(grids: Mapping[int, Grid], base_width: int) -> list[Transfe
                 argmin=best,
                 best=least,
                 vertex=vertex([(rate, loss.mean) for rate, loss in losses.items()]),
-                vertex_stderr=spread(singles).stderr,
+                vertex_stderr=estimate(singles).stderr,
                 transferred=transferred,
-                excess=lost,
+                excess=excess,
             )
         )
     return results
@@ -181,13 +175,12 @@ def shared_seeds(grids: Mapping[int, Grid]) -> list[int]:
 
 def _argmin(grid: Grid) -> float:
     """The rate with the least mean loss; nan where none is finite."""
-    means = {rate: spread(list(by_seed.values())).mean for rate, by_seed in grid.items()}
+    means = {rate: estimate(list(by_seed.values())).mean for rate, by_seed in grid.items()}
     best = min(means, key=lambda rate: means[rate])
     return best if math.isfinite(means[best]) else math.nan
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Wider is better
+# ---- Wider is better
 
 
 def block_means(losses: Sequence[float], blocks: int = BLOCKS) -> list[tuple[int, float]]:
@@ -239,26 +232,25 @@ def wider_is_better(curves: Mapping[int, Sequence[Curve]], noise: float = 0.0) -
         known = [gap.stderr for gap in gaps if not math.isnan(gap.stderr)]
         usual = median(known) if known else 0.0
         for index, (step, gap) in enumerate(zip(recorded, gaps, strict=True)):
-            level = spread([before[index][1] for before, _ in pairs if math.isfinite(before[index][1])] or [0.0]).mean
+            level = estimate([before[index][1] for before, _ in pairs if math.isfinite(before[index][1])] or [0.0]).mean
             stderr = usual if math.isnan(gap.stderr) else max(usual, gap.stderr)
             if gap.mean > max(noise, CROSSING_ERRORS * stderr, 1e-6 * abs(level)):
                 found.append(Crossing(step, narrow, wide, gap.mean))
     return sorted(found)
 
 
-def _gap(losses: Sequence[tuple[float, float]]) -> Spread:
+def _gap(losses: Sequence[tuple[float, float]]) -> Estimate:
     """Wide minus narrow over the seeds' (narrow, wide); inf where a wide one diverged, -inf where only narrow ones."""
     if not all(math.isfinite(wide) for _, wide in losses):
-        return Spread(math.inf, math.nan)
+        return Estimate(math.inf, math.nan)
     finite = [wide - narrow for narrow, wide in losses if math.isfinite(narrow)]
-    return spread(finite) if finite else Spread(-math.inf, math.nan)
+    return estimate(finite) if finite else Estimate(-math.inf, math.nan)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The bars
+# ---- The bars
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
     """One bar: passed is None where it was not measured, or not well enough to tell."""
 
     bar: str
@@ -270,47 +262,24 @@ def judge(
     results_mup: Sequence[TransferResult],
     results_sp: Sequence[TransferResult],
     crossings: Sequence[Crossing] | None = None,
-) -> list[Verdict]:
+) -> list[Judgement]:
     """The bars, each with what was found. results_sp: the control, empty where it was not run; crossings: of
     wider_is_better, None where there was nothing to compare."""
     widths = [result.width for result in results_mup]
     span = max(widths) / min(widths)
-    verdicts = [
-        Verdict(
-            f"at least {MIN_WIDTHS} widths spanning {MIN_SPAN}x",
-            len(widths) >= MIN_WIDTHS and span >= MIN_SPAN,
-            f"{len(widths)} widths spanning {span:g}x",
-        )
-    ]
+    enough = Judgement(
+        f"at least {MIN_WIDTHS} widths spanning {MIN_SPAN}x",
+        len(widths) >= MIN_WIDTHS and span >= MIN_SPAN,
+        f"{len(widths)} widths spanning {span:g}x",
+    )
     unknown = [result for result in results_mup if result.vertex.problem]
     shift = max(result.vertex.high for result in results_mup) - min(result.vertex.low for result in results_mup)
     detail = f"{shift:.2f}" if not unknown else f"width {unknown[0].width}: {unknown[0].vertex.problem}"
-    verdicts.append(Verdict(f"muP: vertices within {MAX_SHIFT} log2", not unknown and shift <= MAX_SHIFT, detail))
-
-    verdicts.append(_judge_excess(results_mup))
-    bar = f"control: the optimum shifts by at least {MIN_CONTROL_SHIFT:g} log2"
-    if len(results_sp) < 2:
-        verdicts.append(Verdict(bar, None, "not run"))
-    else:
-        least = control_shift(results_sp)
-        detail = f"at least {least:.2f}"
-        if ruined := [result.width for result in results_sp if not math.isfinite(result.best.mean)]:
-            detail += f"; width {ruined[0]} diverged at every rate: lower --multipliers"
-        verdicts.append(Verdict(bar, least >= MIN_CONTROL_SHIFT, detail))
-    bar = "muP: wider is better at every recorded step"
-    if crossings is None:
-        verdicts.append(Verdict(bar, None, "nothing to compare"))
-    else:
-        detail = "no crossing"
-        if crossings:
-            last = crossings[-1]
-            detail = f"{len(crossings)} crossings, the last at step {last.step}: {last.wide} over {last.narrow}"
-            detail += f" by {last.gap:.4f}"
-        verdicts.append(Verdict(bar, not crossings, detail))
-    return verdicts
+    still = Judgement(f"muP: vertices within {MAX_SHIFT} log2", not unknown and shift <= MAX_SHIFT, detail)
+    return [enough, still, _judge_excess(results_mup), _judge_control(results_sp), _judge_crossings(crossings)]
 
 
-def _judge_excess(results: Sequence[TransferResult]) -> Verdict:
+def _judge_excess(results: Sequence[TransferResult]) -> Judgement:
     """Missed where a width loses more than the bar, open where one does that is within a standard error of it."""
     over = [result for result in results if not result.excess.mean <= MAX_EXCESS]
     # one seed has no standard error (nan): its mean decides
@@ -320,7 +289,27 @@ def _judge_excess(results: Sequence[TransferResult]) -> Verdict:
     if over and not missed:
         detail += ", within a standard error of the bar: more seeds decide"
     bar = f"muP: at the transferred rate within {MAX_EXCESS} % of each width's best"
-    return Verdict(bar, False if missed else None if over else True, detail)
+    return Judgement(bar, False if missed else None if over else True, detail)
+
+
+def _judge_control(results: Sequence[TransferResult]) -> Judgement:
+    bar = f"control: the optimum shifts by at least {MIN_CONTROL_SHIFT:g} log2"
+    if len(results) < 2:
+        return Judgement(bar, None, "not run")
+    least = control_shift(results)
+    detail = f"at least {least:.2f}"
+    if ruined := [result.width for result in results if not math.isfinite(result.best.mean)]:
+        detail += f"; width {ruined[0]} diverged at every rate: lower --multipliers"
+    return Judgement(bar, least >= MIN_CONTROL_SHIFT, detail)
+
+
+def _judge_crossings(crossings: Sequence[Crossing] | None) -> Judgement:
+    bar = "muP: wider is better at every recorded step"
+    if not crossings:
+        return Judgement(bar, *((None, "nothing to compare") if crossings is None else (True, "no crossing")))
+    last = crossings[-1]
+    where = f"{len(crossings)} crossings, the last at step {last.step}: {last.wide} over {last.narrow}"
+    return Judgement(bar, False, f"{where} by {last.gap:.4f}")
 
 
 def control_shift(results: Sequence[TransferResult]) -> float:
@@ -331,8 +320,7 @@ def control_shift(results: Sequence[TransferResult]) -> float:
     return max(0.0, last.low - first.high, first.low - last.high)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shown
+# ---- Shown
 
 
 def table(results: Sequence[TransferResult], base_width: int) -> str:
@@ -360,7 +348,7 @@ def table(results: Sequence[TransferResult], base_width: int) -> str:
     return "\n".join(lines)
 
 
-def _percent(excess: Spread) -> str:
+def _percent(excess: Estimate) -> str:
     return f"{excess.mean:.2f} %" + ("" if math.isnan(excess.stderr) else f" +- {excess.stderr:.2f}")
 
 

@@ -9,9 +9,9 @@ import pytest
 from nanochat.cli import parse
 from nanochat.errors import UserError
 from nanochat.paths import run_dir, tokenizer_dir
+from nanochat.studies.mup_transfer import Settings, main, plan_sweep, report
 from nanochat.studies.sweep import Run, append_run, finished_runs
 from nanochat.tokenizer import RustBPETokenizer
-from scripts.mup_transfer import Settings, main, plan_sweep, report
 from tests.scripts.test_base_train import words
 from tests.studies.test_sweep import TINY, fill_store
 

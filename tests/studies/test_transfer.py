@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from nanochat.errors import UserError
 from nanochat.studies.transfer import (
     Crossing,
-    Spread,
+    Estimate,
     block_means,
     control_shift,
     curve_plot,
+    estimate,
     judge,
     rate_plot,
-    spread,
     table,
     transfer_results,
     vertex,
@@ -87,10 +87,10 @@ def test_what_cannot_be_a_grid_is_refused(points):
         vertex(points)
 
 
-def test_spread():
-    assert spread([1, 2, 3]) == Spread(2, pytest.approx(1 / math.sqrt(3)))
-    assert spread([5.0]).mean == 5 and math.isnan(spread([5.0]).stderr)
-    assert spread([1.0, math.inf]).mean == math.inf
+def test_estimate():
+    assert estimate([1, 2, 3]) == Estimate(2, pytest.approx(1 / math.sqrt(3)))
+    assert estimate([5.0]).mean == 5 and math.isnan(estimate([5.0]).stderr)
+    assert estimate([1.0, math.inf]).mean == math.inf
 
 
 # ---- results of a sweep
