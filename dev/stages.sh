@@ -1,12 +1,124 @@
-# What speedrun.sh and pretrain.sh share; both source it.
+# The chain of stages, each written once. speedrun.sh and pretrain.sh source this, set what differs (a file of profiles/,
+# and the settings of the caller), and walk the chain. nanochat/ledger.py says what each stage builds on.
 set -euo pipefail
 shopt -s extglob
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names
+
+# remember_command COMMAND SETTING...: what a stage that fails tells you to type, with those settings that are set.
+remember_command() {
+  local name
+  NANOCHAT_CONTINUE=$1
+  for name in "${@:2}"; do
+    if [ -n "${!name:-}" ]; then NANOCHAT_CONTINUE="$name=$(printf %q "${!name}") $NANOCHAT_CONTINUE"; fi
+  done
+  export NANOCHAT_CONTINUE
+}
 
 # A safe folder name, as nanochat/paths.py makes it.
 slug() {
   local name=${1//+([^A-Za-z0-9._])/-}
   name=${name#-}
   printf %s "${name%-}"
+}
+
+# folder_of SETTING VALUE: the full path of the folder that VALUE (DIR or local:DIR) names.
+folder_of() {
+  (cd "${2#local:}" 2>/dev/null && pwd -P) || stop "$1=$2: no such folder"
+}
+
+# What the run and its folders are called, from PROFILE, DEPTH, SOURCE and RUN_ID.
+name_run() {
+  local folder
+  if [[ $SOURCE == local:* ]]; then
+    folder=$(folder_of SOURCE "$SOURCE")
+    SOURCE=local:$folder
+  fi
+  DATA=base_data/$(slug "$SOURCE")
+  TAG=$(slug "${RUN_ID:-$PROFILE-d$DEPTH-$SOURCE}")
+  export PROFILE NANOCHAT_RUN_ID=$TAG
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The chain. --in and --out name what each stage reads and writes, relative to the artifact store; `launch` starts what
+# runs as one process a GPU.
+
+base_stages() {
+  local first_data=$DATA first=$SHARDS count=() folder
+
+  # Text. Of a large source, the first shards are enough for the tokenizer; the rest comes after it.
+  case $SOURCE in
+    fineweb-edu | climbmix)
+      first=$((SHARDS < 8 ? SHARDS : 8))
+      first_data="$DATA/shard_0000[0-$((first - 1))].parquet" count=(-n "$first")
+      ;;
+  esac
+  stage dataset --out "$first_data" -- python -m nanochat.dataset --source="$SOURCE" ${count[@]+"${count[@]}"}
+
+  # Tokenizer
+  stage tok_train --in "$first_data" --out tokenizer \
+    -- python -m scripts.tok_train --source="$SOURCE" --vocab-size="$VOCAB_SIZE" "${TOK_TRAIN[@]}"
+  stage tok_eval --in tokenizer -- python -m scripts.tok_eval --source="$SOURCE"
+
+  # The rest of the text, and the evaluation tasks
+  if [ "$SHARDS" -gt "$first" ]; then
+    stage dataset_rest --out "$DATA" -- python -m nanochat.dataset --source="$SOURCE" -n "$SHARDS"
+  fi
+  if [ -n "$EVAL_BUNDLE" ]; then
+    folder=$(folder_of EVAL_BUNDLE "$EVAL_BUNDLE")
+    stage eval_bundle --in "$folder" --out eval_bundle -- python -m scripts.make_eval_bundle --from-dir="$folder"
+  else
+    stage eval_bundle --in "$DATA" --out eval_bundle -- python -m scripts.make_eval_bundle --source="$SOURCE"
+  fi
+
+  # Pretraining, and how good it is
+  local model=checkpoints/base/$TAG
+  stage base_train --in "$DATA" --in tokenizer --out "$model" --out "$model/COMPLETE" \
+    -- "${launch[@]}" scripts.base_train --depth="$DEPTH" --source="$SOURCE" --model-tag="$TAG" --resume=auto \
+    --run="$WANDB_RUN" ${BASE_TRAIN[@]+"${BASE_TRAIN[@]}"}
+  stage base_loss --in "$DATA" --in "$model" \
+    -- "${launch[@]}" scripts.base_loss --model-tag="$TAG" ${BASE_LOSS[@]+"${BASE_LOSS[@]}"}
+  stage base_eval --in eval_bundle --in "$model" \
+    -- "${launch[@]}" scripts.base_eval --model-tag="$TAG" ${BASE_EVAL[@]+"${BASE_EVAL[@]}"}
+}
+
+chat_stages() {
+  local folder='' from=() inputs path
+
+  # Conversations: data sets from TASK_DATA or the hub, and what is made from the run's own text
+  if [ -n "$TASK_DATA" ]; then
+    folder=$(folder_of TASK_DATA "$TASK_DATA")
+    from=(--from-dir="$folder")
+  fi
+  stage chat_data --in "$DATA" ${folder:+--in "$folder"} --out task_data \
+    -- python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" ${from[@]+"${from[@]}"}
+
+  # What the tasks read, and no more: data that another run gets later must not train this one anew.
+  inputs=$(python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" --print-inputs)
+  CHAT_DATA=()
+  while read -r path; do CHAT_DATA+=(--in "$path"); done <<<"$inputs"
+
+  chat_stage mid_train base mid ${MID[@]+"${MID[@]}"} # the base model meets conversations
+  chat_stage chat_sft mid sft ${SFT[@]+"${SFT[@]}"}   # it learns to answer
+}
+
+rl_stages() {
+  chat_stage chat_rl sft rl "${RL[@]}" # it practises on questions that can be graded
+}
+
+skip_rl() {
+  stage chat_rl --skip="$1"
+  stage chat_eval_rl --skip="$1"
+}
+
+# chat_stage NAME FROM TO FLAG...: training on conversations makes model TO (mid, sft, rl) of model FROM; then TO is
+# graded.
+chat_stage() {
+  local from=checkpoints/$2/$TAG to=checkpoints/$3/$TAG
+  stage "$1" --in "$from" "${CHAT_DATA[@]}" --out "$to" --out "$to/COMPLETE" \
+    -- "${launch[@]}" "scripts.$1" --model-tag="$TAG" --resume=auto --run="$WANDB_RUN" "${@:4}"
+  stage "chat_eval_$3" --in "$to" "${CHAT_DATA[@]}" -- "${launch[@]}" scripts.chat_eval -i "$3" -g "$TAG" "${CHAT_EVAL[@]}"
 }
 
 # Runs one stage unless it is done (see nanochat/pipeline.py). In the background, because bash answers signals only

@@ -11,49 +11,39 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat import paths
 from nanochat.files import append_jsonl, read_jsonl
 
 REPO = Path(__file__).resolve().parent.parent
 
-# Every stage in the order in which it runs and in which the report shows it.
-STAGES = (
-    "dataset",
-    "tok_train",
-    "tok_eval",
-    "dataset_rest",
-    "eval_bundle",
-    "base_train",
-    "base_loss",
-    "base_eval",
-    "chat_data",
-    "mid_train",
-    "chat_eval_mid",
-    "chat_sft",
-    "chat_eval_sft",
-    "chat_rl",
-    "chat_eval_rl",
-)
-# Only the full profile has it; where it did not run, nothing is pending.
-OPTIONAL_STAGES = frozenset({"dataset_rest"})
 
-# What each stage builds on. Numbers of a stage are stale once one of these, or what those build on, ran again after it.
-NEEDS = {
-    "tok_train": ("dataset",),
-    "tok_eval": ("tok_train",),
-    "eval_bundle": ("dataset", "dataset_rest"),
-    "base_train": ("dataset_rest", "tok_train"),
-    "base_loss": ("base_train",),
-    "base_eval": ("base_train", "eval_bundle"),
-    "chat_data": ("dataset", "dataset_rest"),
-    "mid_train": ("base_train", "chat_data"),
-    "chat_eval_mid": ("mid_train",),
-    "chat_sft": ("mid_train",),
-    "chat_eval_sft": ("chat_sft",),
-    "chat_rl": ("chat_sft",),
-    "chat_eval_rl": ("chat_rl",),
+class Stage(NamedTuple):
+    """What is known of a stage beside its command, which stands in dev/stages.sh."""
+
+    needs: tuple[str, ...] = ()  # what it builds on: once one of these, or what those build on, ran again, it is stale
+    column: str | None = None  # of the report's summary that its numbers stand in
+    optional: bool = False  # only large sources have it; where it did not run, nothing is pending
+
+
+# Every stage in the order in which it runs and in which the report shows it.
+STAGES = {
+    "dataset": Stage(),
+    "tok_train": Stage(("dataset",)),
+    "tok_eval": Stage(("tok_train",)),
+    "dataset_rest": Stage(optional=True),
+    "eval_bundle": Stage(("dataset", "dataset_rest")),
+    "base_train": Stage(("dataset_rest", "tok_train"), "BASE"),
+    "base_loss": Stage(("base_train",), "BASE"),
+    "base_eval": Stage(("base_train", "eval_bundle"), "BASE"),
+    "chat_data": Stage(("dataset", "dataset_rest")),
+    "mid_train": Stage(("base_train", "chat_data"), "MID"),
+    "chat_eval_mid": Stage(("mid_train",), "MID"),
+    "chat_sft": Stage(("mid_train",), "SFT"),
+    "chat_eval_sft": Stage(("chat_sft",), "SFT"),
+    "chat_rl": Stage(("chat_sft",), "RL"),
+    "chat_eval_rl": Stage(("chat_rl",), "RL"),
 }
 
 # Files up to this size are told apart by content, so that a stage that rewrites the same tokenizer does not cause a
@@ -98,12 +88,12 @@ def summarize(records: Sequence[Record]) -> list[Record]:
     attempts that belong to the same piece of work. The status is `pending` for stages that have not been reached, and
     `stale` for finished ones where something that they build on ran again later."""
     stale = _stale(records)
-    names = list(STAGES) + sorted({record["stage"] for record in records} - set(STAGES))
+    names = [*STAGES, *sorted({record["stage"] for record in records} - STAGES.keys())]
     rows = []
     for name in names:
         own = [record for record in records if record["stage"] == name]
         if not own:
-            if name not in OPTIONAL_STAGES:
+            if not STAGES[name].optional:
                 rows.append({"stage": name, "status": "pending"})
             continue
         row = dict(own[-1])
@@ -127,9 +117,9 @@ def _stale(records: Sequence[Record]) -> set[str]:
     """
     worked: dict[str, int] = {}  # stage -> place of the last work on it or on what it builds on; -1: none
     stale = set()
-    for stage in STAGES:
+    for stage, (needs, *_) in STAGES.items():
         own = [(place, record) for place, record in enumerate(records) if record["stage"] == stage]
-        below = max((worked[need] for need in NEEDS.get(stage, ())), default=-1)
+        below = max((worked[need] for need in needs), default=-1)
         finished = max((place for place, record in own if record["status"] == "finished"), default=-1)
         if finished < below:
             stale.add(stage)

@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -37,6 +38,7 @@ from nanochat.sections import duration
 
 UNFINISHED = 75  # EX_TEMPFAIL: the stage saved its state and left early; run it again to continue
 TAIL_LINES = 15
+SAME_SIGNAL_SECONDS = 0.5
 
 # Settings that say where a run is kept or what it may do, not what it computes. Code of a model that may not be run
 # fails the stage, so permission given later cannot change what a finished one wrote.
@@ -205,7 +207,13 @@ def _handed_on(received: list[int], group: list[int]) -> Iterator[None]:
     Also makes SIGINT count again in the child where a shell has started us in the background with it ignored.
     """
 
+    came: dict[int, float] = {}  # the last time of each signal
+
     def hand_on(number: int, _frame: FrameType | None) -> None:
+        # A scheduler tells all processes at once, and those that started us hand it on: that is one and the same
+        before, came[number] = came.get(number, -math.inf), time.monotonic()
+        if came[number] - before < SAME_SIGNAL_SECONDS:
+            return
         received.append(number)
         for pid in group:
             _kill_group(pid, number if len(received) < 3 else signal.SIGKILL)  # the third time the user means it

@@ -24,18 +24,6 @@ from nanochat.studies import plot
 TEMPLATES = hardware.REPO / "report"
 CURVE = "report_loss.svg"
 
-# Column of the summary table that a stage's numbers stand in.
-COLUMNS = {
-    "base_train": "BASE",
-    "base_loss": "BASE",
-    "base_eval": "BASE",
-    "mid_train": "MID",
-    "chat_eval_mid": "MID",
-    "chat_sft": "SFT",
-    "chat_eval_sft": "SFT",
-    "chat_rl": "RL",
-    "chat_eval_rl": "RL",
-}
 BPB_METRICS = ("val_bpb", "train_bpb")
 EMPTY_SECTION = {
     "settings": {},
@@ -177,16 +165,17 @@ def summary(sections: list[dict[str, Any]]) -> dict[str, Any]:
 
     Where two stages of a column give the same metric, the later stage counts: it measures on more.
     """
-    cells: dict[str, dict[str, str]] = {}
+    columns = {name: stage.column for name, stage in ledger.STAGES.items()}
+    cells: dict[str, dict[str | None, str]] = {}
     for section in sections:
-        column = COLUMNS.get(section["stage"])
+        column = columns.get(section["stage"])
         metrics = section["metrics"]
         for name, value in metrics.items():
             if column and _in_summary(section["stage"], name) and isinstance(value, int | float):
                 cells.setdefault(_bare(name), {})[column] = metric_text(metrics, name)
-    columns = [column for column in dict.fromkeys(COLUMNS.values()) if any(column in row for row in cells.values())]
-    rows = [[label(name), *(cells[name].get(column, "-") for column in columns)] for name in sorted(cells, key=_rank)]
-    return {"columns": ["Metric", *columns], "rows": rows}
+    filled = [column for column in dict.fromkeys(columns.values()) if any(column in row for row in cells.values())]
+    rows = [[label(name), *(cells[name].get(column, "-") for column in filled)] for name in sorted(cells, key=_rank)]
+    return {"columns": ["Metric", *filled], "rows": rows}
 
 
 def _in_summary(stage: str, name: str) -> bool:

@@ -1,22 +1,26 @@
 """Several nodes, one of which decides: what pretrain.sh uses so that stages run on all nodes or on node 0 alone.
 
-    python -m nanochat.cluster.nodes FOLDER      on every node but node 0: run what node 0 starts, until it ends
+    python -m nanochat.cluster.nodes FOLDER --nodes=4 --node-rank=0 -- bash pretrain.sh      node 0: run this script
+    python -m nanochat.cluster.nodes FOLDER --nodes=4 --node-rank=1      the others: run what node 0 starts, to its end
 
 Node 0 alone keeps the ledger, and so knows which stages are done. In a folder of the shared store it leaves
 
-    beat      "<attempt> <count>", a new count every few seconds while it lives (written by pretrain.sh)
+    beat      "<attempt> <count>", a new count every few seconds while it lives
     order     the last command that all nodes run together (written by nanochat.launch just before it becomes it)
-    end       "<attempt> <exit code>", once its script has ended (written by pretrain.sh)
+    end       "<attempt> <exit code>", once its script has ended
 
 and waits at the start until each of the others, having seen its beat, has left joined-<attempt>-<node rank> there.
 A file of an earlier attempt is known by a beat that does not change, so neither clocks nor times of files matter.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -27,9 +31,79 @@ from typing import Annotated, Any
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError, exit_on_user_error
+from nanochat.files import atomic_write_text
 
 STOPPED = 128 + signal.SIGTERM
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+BEAT_SECONDS = 2.0
 GRACE_SECONDS = 60.0  # for a command here to end by itself once node 0 has ended
+
+
+def lead(folder: Path, nodes: int, patience: float, command: Sequence[str]) -> int:
+    """On node 0: run `command` once all others have joined, with a heartbeat for them until it ends. Its exit code.
+
+    Signals go on to the process group of `command`. Raises UserError when a node does not join within `patience` s.
+    """
+    attempt = f"{time.time_ns()}-{os.getpid()}"  # of its own: the same job may have been here before
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("joined-*"):
+        old.unlink()
+    signals: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        signals.append(number)
+        if child is not None:
+            os.killpg(child.pid, number)
+
+    for number in SIGNALS:
+        signal.signal(number, hand_on)
+    ended = threading.Event()
+    heart = threading.Thread(target=_beat, args=(folder, attempt, ended), daemon=True)
+    heart.start()
+    code = 1
+    try:
+        _wait_for_others(folder, attempt, nodes, patience, signals)
+        if not signals:
+            environment = {**os.environ, "NODES_FOLDER": str(folder), "NODES_ATTEMPT": attempt}
+            child = subprocess.Popen(command, env=environment, start_new_session=True)
+            for early in signals:  # came while it was starting
+                os.killpg(child.pid, early)
+        code = -signals[0] if child is None else child.wait()
+        code = code if code >= 0 else 128 - code
+    finally:
+        ended.set()
+        heart.join()
+        atomic_write_text(folder / "end", f"{attempt} {code}\n")
+        atomic_write_text(folder / "beat", f"{attempt} last\n")  # who looks only now learns which attempt has ended
+    return code
+
+
+def _beat(folder: Path, attempt: str, ended: threading.Event) -> None:
+    for count in itertools.count():
+        with contextlib.suppress(OSError):  # a shared file system may be away for a while
+            atomic_write_text(folder / "beat", f"{attempt} {count}\n")
+        if ended.wait(BEAT_SECONDS):
+            return
+
+
+def _wait_for_others(folder: Path, attempt: str, nodes: int, patience: float, signals: Sequence[int]) -> None:
+    """Until all are here, or a signal comes. A node with another folder for its store would show only hours later."""
+    started = next_word = time.monotonic()
+    while not signals:
+        joined = (folder / f"joined-{attempt}-{rank}" for rank in range(1, nodes))
+        missing = " ".join(path.name.rpartition("-")[2] for path in joined if not path.exists())
+        if not missing:
+            return
+        if time.monotonic() - started >= patience:
+            raise UserError(
+                f"nodes {missing} of {nodes} did not join in {patience:g} s: see their logs, and check that {folder} "
+                "is in one NANOCHAT_BASE_DIR that all nodes share"
+            )
+        if time.monotonic() >= next_word:
+            print(f"waiting for nodes {missing} of {nodes} to join, in {folder}", flush=True)
+            next_word += 60
+        time.sleep(0.2)
 
 
 def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:
@@ -40,9 +114,7 @@ def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:
     folder, attempt = Path(environment["NODES_FOLDER"]), environment.get("NODES_ATTEMPT", "")
     before = _order(folder)
     number = before["number"] + 1 if before and before["attempt"] == attempt else 1
-    temporary = folder / "order.tmp"
-    temporary.write_text(json.dumps({"attempt": attempt, "number": number, "words": list(words)}))
-    os.replace(temporary, folder / "order")
+    atomic_write_text(folder / "order", json.dumps({"attempt": attempt, "number": number, "words": list(words)}))
 
 
 def _order(folder: Path) -> dict[str, Any] | None:
@@ -134,23 +206,28 @@ class Follower:
 
 @dataclass(frozen=True)
 class Settings:
-    """Run what node 0 starts on all nodes, until its script ends; the exit code is the one of that script."""
+    """On node 0 run a script (after `--`), on the others what it starts on all nodes, until it ends. The exit code is
+    that of the script."""
 
     folder: Path
     """where node 0 leaves its word, below the shared store"""
     _: KW_ONLY
-    node_rank: Annotated[int, int_flag(gte=1)] = 1
+    node_rank: Annotated[int, int_flag(gte=0)] = 1
     """number of this node"""
+    nodes: Annotated[int, int_flag(gte=1)] = 1
+    """number of nodes"""
     patience: Annotated[float, float_flag(gte=0)] = 900.0
-    """seconds without a sign of life from node 0 after which it counts as dead"""
+    """seconds without a heartbeat of node 0 after which it counts as dead, and that node 0 waits for others to join"""
     poll: Annotated[float, float_flag(gte=0.01)] = 1.0
     """seconds between two looks"""
 
 
-def main(asked: Settings) -> None:
-    """Follow node 0 to the end. Raises UserError when it is silent for too long."""
+def main(asked: Settings, command: Sequence[str]) -> int:
+    """Lead or follow to the end; the exit code. Raises UserError when the other side is silent for too long."""
+    if asked.node_rank == 0:
+        return lead(asked.folder, asked.nodes, asked.patience, command)
     follower = Follower(asked.folder, asked.node_rank, asked.patience)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, follower.stop)
     next_word = time.monotonic()
     while (code := follower.look()) is None:
@@ -160,8 +237,14 @@ def main(asked: Settings) -> None:
             next_word = time.monotonic() + 60
         time.sleep(asked.poll)
     print(f"node 0 has ended, or a command failed here: exit code {code}", flush=True)
-    sys.exit(code)
+    return code
+
+
+def _run() -> None:
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    sys.exit(main(cli.parse(Settings, words[:cut]), words[cut + 1 :]))
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(cli.parse(Settings, sys.argv[1:])))
+    exit_on_user_error(_run)

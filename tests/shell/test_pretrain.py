@@ -13,10 +13,10 @@ from nanochat import ledger
 
 ROOT = Path(__file__).parents[2]
 
-# Logs what it is called with. Where this runs and who joins in are the real thing; with RUN set, so is the launcher of
-# a stage, up to a torchrun that only logs.
+# Logs what it is called with. Where this runs, who joins in and what tasks read are the real thing; with RUN set, so is
+# the launcher of a stage, up to a torchrun that only logs.
 PYTHON = """#!/usr/bin/env bash
-case $2 in nanochat.launch | nanochat.cluster.nodes) exec "$REAL" "$@" ;; esac
+case $2 in nanochat.launch | nanochat.cluster.nodes | scripts.chat_data) exec "$REAL" "$@" ;; esac
 printf ' %q' "$@" >>"$CALLS" && echo >>"$CALLS"
 if [ -n "${RUN:-}" ] && [ "$2" = nanochat.pipeline ]; then
   while [ "$1" != -- ]; do shift || exit 0; done
@@ -40,6 +40,7 @@ fi
 def tree(tmp_path):
     """pretrain.sh in a folder of its own, with stand-ins for all that takes time."""
     shutil.copy(ROOT / "pretrain.sh", tmp_path)
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     (tmp_path / "dev").mkdir()
     shutil.copy(ROOT / "dev/stages.sh", tmp_path / "dev")
     (tmp_path / "dev" / "setup.sh").write_text('stop() { echo "error: $*" >&2; exit 1; }\nPATH=$PWD/bin:$PATH\n')

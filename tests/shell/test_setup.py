@@ -2,6 +2,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -44,9 +45,16 @@ def test_shell_scripts_are_strict_and_parse(script):
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 
 
+@pytest.mark.parametrize("profile", sorted((ROOT / "profiles").iterdir()), ids=lambda path: path.stem)
+def test_profiles_parse_and_run_nothing(profile):
+    subprocess.run(["bash", "-n", profile], check=True)
+    assert not re.search(r"\b(python|stage|echo)\b", re.sub(r"#.*", "", profile.read_text()))
+
+
 @pytest.fixture
 def tree(tmp_path):
     """The scripts in a folder of their own, with an environment that looks finished and a python that only logs."""
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     for name in SCRIPTS[:4]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -56,8 +64,10 @@ def tree(tmp_path):
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
-        '#!/bin/sh\ncase "$1" in --version) echo Python 3.11.0;; '
-        '-c) case "$2" in *device_count*) echo 1;; esac;; *) echo "$@" >> "$CALLS";; esac\n'
+        '#!/bin/sh\ncase "$*" in --version) echo Python 3.11.0;; '
+        "*visible_gpus*) nvidia-smi 2>/dev/null && echo 1 || echo 0;; "
+        f'*--print-inputs) PYTHONPATH={ROOT} exec {sys.executable} "$@";; '
+        '-c*) ;; *) echo "$@" >> "$CALLS";; esac\n'
     )
     python.chmod(0o755)
     stamp = "find requirements.lock rustbpe -type f | LC_ALL=C sort | xargs cksum; echo Python 3.11.0"
@@ -136,6 +146,19 @@ def test_tiny_is_the_whole_chain_without_a_gpu(tree, bare_path):
     assert made[-1] == "-m nanochat.report generate"
     assert "--source=pydocs" in made[0] and "--depth=4" in made[4]
     assert not any("nanochat.launch" in line for line in made)
+
+
+def test_the_chain_and_the_ledgers_table_say_the_same(tree, bare_path):
+    made = calls(tree, bare_path, RUN_RL="1", SOURCE="climbmix", SHARDS="20")
+    lines = {line.split()[3]: line for line in made if "nanochat.pipeline run" in line}
+    assert list(lines) == list(STAGES)
+    writers = {}
+    for stage, line in lines.items():
+        below = set(STAGES[stage].needs).union(*(writers[need]["below"] for need in STAGES[stage].needs))
+        for path in re.findall(r"--in (\S+)", line):
+            wrote = {name for name, at in writers.items() for out in at["outs"] if f"{path}/".startswith(f"{out}/")}
+            assert wrote and wrote <= below, (stage, path)
+        writers[stage] = {"below": below, "outs": re.findall(r"--out (\S+)", line)}
 
 
 def test_the_chat_stages_hang_together(tree, bare_path):
