@@ -7,22 +7,30 @@ The run is the one named by NANOCHAT_RUN_ID, otherwise the one that was last at 
 """
 
 import dataclasses
+import io
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UserError
-from nanochat.files import atomic_write_text
+from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.sections import STDERR_SUFFIXES, duration, metric_text, number, plain, sections_dir
-from nanochat.studies import plot
 
 TEMPLATES = hardware.REPO / "report"
 CURVE = "report_loss.svg"
+CURVES = {
+    "Loss/train_loss": "Training loss (nats per token)",
+    "Loss/val_bpb": "Validation bits per byte",
+    "Loss/val_loss": "Validation loss (nats per token)",
+}
+MOST_POINTS = 800  # of a curve
+DARK_PAGE = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(0.9) hue-rotate(180deg) } }</style>"
 
 BPB_METRICS = ("val_bpb", "train_bpb")
 EMPTY_SECTION = {
@@ -35,7 +43,6 @@ EMPTY_SECTION = {
     "synthetic": False,
 }
 OFFLINE_SOURCES = frozenset({"pydocs"})
-COUNTING_STATUSES = frozenset({"finished", "pending"})  # those of stages whose sections are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,42 +66,41 @@ def generate(run_dir: Path, copy_to: Path) -> Path:
     """
     records = ledger.read(run_dir)
     status = {row["stage"]: row["status"] for row in ledger.summarize(records)}
-    # what a stage left in an earlier call may not belong to the models of this one; a stage without a record was
-    # started by hand
-    sections = [
-        section for section in read_sections(run_dir) if status.get(section["stage"], "pending") in COUNTING_STATUSES
-    ]
+    # what a stage left in an earlier call may not belong to the models of this one; one that is pending or has no
+    # record was started by hand
+    shown = {"finished", "pending"}
+    sections = [section for section in read_sections(run_dir) if status.get(section["stage"], "pending") in shown]
+    sections = [{**section, "notes": notes(section)} for section in sections]
     if not sections and not records:
         raise UserError(f"nothing to report in {run_dir}: run a stage first (bash speedrun.sh), or set NANOCHAT_RUN_ID")
     report = collect(run_dir.name, sections, records)
     curve = loss_curve(run_dir)
     report["curve"] = CURVE if curve else None
 
-    target = paths.report_dir()
     environment = _templates()
     for section in sections:
         text = environment.get_template("section.md.j2").render(section=section)
         atomic_write_text(sections_dir(run_dir) / f"{section['stage']}.md", text)
-    atomic_write_text(target / "report.md", environment.get_template("report.md.j2").render(report))
-    atomic_write_text(target / "report.json", json.dumps(plain(report), indent=1) + "\n")
-    if curve:
-        atomic_write_text(target / CURVE, curve)
-    for name in ("report.md", "report.json", *([CURVE] if curve else [])):
-        if copy_to.resolve() != target.resolve():
-            atomic_write_text(copy_to / name, (target / name).read_text(encoding="utf-8"))
+    files = {
+        "report.md": environment.get_template("report.md.j2").render(report),
+        "report.json": json.dumps(plain(report), indent=1) + "\n",
+        **({CURVE: curve} if curve else {}),
+    }
+    for folder in (paths.report_dir(), copy_to):
+        for name, text in files.items():
+            atomic_write_text(folder / name, text)
     return copy_to / "report.md"
 
 
 def read_sections(run_dir: Path) -> list[dict[str, Any]]:
     """All sections of a run in the order of the pipeline; stages it does not know come last."""
-    order = {name: index for index, name in enumerate(ledger.STAGES)}
     sections = []
     for path in sorted(sections_dir(run_dir).glob("*.json")):
         try:
-            section = {**EMPTY_SECTION, **json.loads(path.read_text(encoding="utf-8"))}
+            sections.append({**EMPTY_SECTION, **json.loads(path.read_text(encoding="utf-8"))})
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not valid JSON ({error}): remove it and run that stage again") from error
-        sections.append({**section, "notes": notes(section)})
+    order = {name: place for place, name in enumerate(ledger.STAGES)}
     return sorted(sections, key=lambda section: (order.get(section["stage"], len(order)), section["time"]))
 
 
@@ -199,42 +205,33 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def loss_curve(run_dir: Path) -> str | None:
-    """Training loss and validation bpb of base training as SVG; None when there are no points."""
-    lines = read_metrics(run_dir / "metrics.jsonl", stage="base")
-    with_tokens = bool(lines) and all("tokens" in line for line in lines)
-    x, x_label = ("tokens", "tokens") if with_tokens else ("step", "step")
-    panels = []
-    for name, title in (
-        ("Loss/train_loss", "Training loss (nats per token)"),
-        ("Loss/val_bpb", "Validation bits per byte"),
-        ("Loss/val_loss", "Validation loss (nats per token)"),
-    ):
-        points = [(line[x], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+    """Training loss and validation bpb of base training over tokens as SVG, readable on light and dark pages; None
+    when there are no points. The same points always give the same text."""
+    records = [record for record in read_jsonl(run_dir / "metrics.jsonl") if record.get("stage") == "base"]
+    curves = {}
+    for name, title in CURVES.items():
+        points = [(record["tokens"], record[name]) for record in records if isinstance(record.get(name), int | float)]
         if points:
-            panels.append(plot.Panel(title, x_label, points))
-    return plot.line_chart(panels) if panels else None
+            stride = math.ceil(len(points) / MOST_POINTS)
+            curves[title] = [*points[:-1:stride], points[-1]]
+    return _draw(curves) if curves else None
 
 
-def read_metrics(path: Path, stage: str) -> list[dict[str, Any]]:
-    """Lines of one stage, one a step. Where a resumed or restarted run went back, its own lines replace the old ones;
-    a line that a kill cut short is passed over."""
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(line, dict) or line.get("stage", "base") != stage or "step" not in line:
-            continue
-        while rows and rows[-1]["step"] > line["step"]:
-            rows.pop()
-        if rows and rows[-1]["step"] == line["step"]:
-            rows[-1].update(line)
-        else:
-            rows.append(line)
-    return rows
+def _draw(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    import matplotlib  # half a second, which only the report pays
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "nanochat", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(4.5 * len(curves), 3), layout="constrained")
+        axes = figure.subplots(1, len(curves), squeeze=False)[0]
+        for axis, (title, points) in zip(axes, curves.items(), strict=True):
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) <= 32 else "")
+            axis.set(title=title, xlabel="tokens")
+            axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+            axis.grid(alpha=0.3)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue().replace("<defs>", f"<defs>{DARK_PAGE}", 1)
 
 
 def _stage_row(row: ledger.Record) -> dict[str, Any]:
@@ -275,9 +272,8 @@ def _templates() -> Any:
         fence=fence,
         gib=lambda size: f"{size / 2**30:.1f} GiB",
         date=lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)),
-        shown_metrics=lambda metrics: [
-            (label(name), metric_text(metrics, name)) for name in metrics if not name.endswith(STDERR_SUFFIXES)
-        ],
+        metric=metric_text,
+        shown=lambda metrics: [name for name in metrics if not name.endswith(STDERR_SUFFIXES)],
     )
     return environment
 

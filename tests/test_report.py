@@ -215,26 +215,13 @@ def test_loss_curve_is_well_formed_and_against_tokens(tmp_path):
     ET.fromstring(svg)
     assert "tokens" in svg and "1.5" in svg and "2M" in svg and "prefers-color-scheme: dark" in svg
     assert len(svg) < 60_000
+    generate(tmp_path)
+    assert (tmp_path / "report_loss.svg").read_text() == svg
 
 
 def test_no_points_no_curve(tmp_path):
     write_run()
     assert "report_loss" not in generate(tmp_path)
-
-
-def test_metrics_of_a_resumed_run_replace_those_it_went_back_over():
-    path = write_metrics(
-        {"step": 0, "stage": "base", "a": 0},
-        {"step": 1, "stage": "base", "a": 1},
-        {"step": 1, "stage": "base", "b": 2},
-        {"step": 2, "stage": "base", "a": 3},
-        {"step": 9, "stage": "sft", "a": 3},
-        {"step": 1, "stage": "base", "a": 7},
-        {"step": 2, "stage": "base", "a": 8},
-    )
-    path.write_text(path.read_text() + '{"step": 3, "sta')
-    rows = report.read_metrics(path, "base")
-    assert [(row["step"], row["a"], row.get("b")) for row in rows] == [(0, 0, None), (1, 7, 2), (2, 8, None)]
 
 
 @pytest.mark.parametrize(
