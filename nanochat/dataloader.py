@@ -1,290 +1,241 @@
-"""Documents -> packed token rows on the device, in one global order for any number of ranks, resumable exactly.
+"""Rows of tokens -> micro-batches on the device, in one global order for any number of ranks, resumable exactly.
 
-The order. Each epoch shuffles the row groups of all train shards by (seed, epoch) and cuts them into units of about
-128 documents. Unit number u, counted through all epochs, belongs to stream u mod S, where S is the number of rows in
-one global batch: row i of every batch comes from stream i. A stream packs each of its units by itself and hands out
-the rows one by one. Ranks own whole streams: rank r of W has streams r, r + W, …, and rows of filler where that does
-not come out even or leaves nothing (see batching.py). So 1, 7 or 1,024 ranks see the same global batches, every
-document is read once per epoch by exactly one rank, and no rank can starve: the unit numbers never end.
-
-The state is three small integers a stream: units begun, rows taken from the last one, and how many it has. The step
-alone would not do: how many rows a unit gives shows when it is packed, to its owner only, so whoever resumed would have
-to pack all that came before. Units of a fixed number of rows would make it do, but throw text away.
+- Rows: a row source says which rows come, in which order. There are three: text, tokenized and packed on the way
+  (data/text_rows.py), token files (data/bins.py) and conversations (data/chat_rows.py).
+- Ranks: rank r of W takes rows r, r + W, … of every global batch, so 1, 7 or 1,024 ranks see the same global batches.
+- Shapes: all ranks make the same number of micro-batches of one shape, because under sharded parameters each forward
+  pass is a collective. The rows that are missing for that are filler, whose targets do not count: loss and gradient
+  stay those of one rank.
+- Ahead: a background thread prepares the next few batches; what it raises is raised by `next_batch`.
+- State: the position of the source, taken between optimizer steps. It holds for any number of ranks.
 """
 
-import os
+import pkgutil
+import queue
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from nanochat.data.batching import even_batches
-from nanochat.data.packing import pack_rows
-from nanochat.data.parquet import open_shard, read_texts
-from nanochat.data.prefetch import Prefetcher
-from nanochat.dataset import dataset_bytes, list_shards
+from nanochat.data.text_rows import TextData
+from nanochat.dataset import canonical
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
-UNIT_DOCUMENTS = 128  # packing 1,024 at a time would crop 9.6 % instead of 10.3 % (T=2048) but make coarse units
 PREFETCH_BATCHES = 4
+TOKEN_FILES = "nanochat.data.bins:open_folder"  # by name: the loader works without them
 
-
-class Encoder(Protocol):
-    """The part of a tokenizer that the loader needs."""
-
-    def get_bos_token_id(self) -> int: ...
-
-    def batch_encode(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]: ...
-
-
-class Unit(NamedTuple):
-    """Some documents of one row group, and the generator key that shuffles their rows."""
-
-    path: Path
-    row_group: int
-    start: int
-    stop: int
-    key: tuple[int, int, int]
+T = TypeVar("T")
+Row = tuple[np.ndarray, np.ndarray]  # inputs (T,) and targets (T,) of any integer type
 
 
 class Batch(NamedTuple):
-    """inputs and targets (B, T) int64 on the device; targets are the inputs one position later, or -1 in filler."""
+    """inputs and targets (B, T) int64 on the device; a target is the input one position later, or -1: not counted."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
 
 
-class UnitOrder:
-    """The endless sequence of units of some shards: `order[u]` for any u >= 0."""
+class RowSource(Protocol):
+    """An endless global order of rows, of which this rank makes its own. `start` is called first, and once."""
 
-    def __init__(self, shards: list[Path], seed: int, streams: int) -> None:
-        self.seed = seed
-        self.row_groups: list[tuple[Path, int, int]] = []  # path, row group, documents
-        for path in shards:
-            metadata = open_shard(path).metadata
-            self.row_groups += [(path, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
-        counts = np.array([count for _, _, count in self.row_groups], dtype=np.int64)
-        documents = int(counts.sum())
-        if not documents:
-            raise UserError(f"no documents in {len(shards)} shard(s); get data with `python -m nanochat.dataset`")
-        # Little data: smaller units, so that the streams share an epoch instead of one of them reading it all.
-        self.unit_documents = int(np.clip(documents // (4 * streams), 16, UNIT_DOCUMENTS))
-        self._units = -(-counts // self.unit_documents)  # in each row group
-        self.per_epoch = int(self._units.sum())
-        self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
+    sequence_len: int
+    filler_token: int
+    """Input of filler rows."""
 
-    def _shuffled_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(row groups in the order of this epoch, its units up to the end of each). The units themselves are made when
-        asked for: the two million of an epoch of 5,000 shards would cost each rank 9 s and 0.7 GB."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.row_groups))
-        return order, np.cumsum(self._units[order])
+    def start(self, rows_per_step: int, local: range) -> None:
+        """local: the numbers, within each global batch of rows_per_step rows, of those that this rank wants."""
 
-    def __getitem__(self, number: int) -> Unit:
-        epoch, within = divmod(number, self.per_epoch)
-        order, ends = self._epoch(epoch)
-        place = int(np.searchsorted(ends, within, side="right"))
-        path, group, count = self.row_groups[order[place]]
-        start = int(within - ends[place] + self._units[order[place]]) * self.unit_documents
-        return Unit(path, group, start, min(start + self.unit_documents, count), (self.seed, epoch, within))
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a position to mean the same."""
 
+    def seek(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken."""
 
-class _Packer:
-    """Unit -> rows. Safe to use from several threads."""
+    def steps(self) -> Iterator[tuple[Iterable[Row], bool]]:
+        """Of each optimizer step: the local rows, made as they are read, and whether any rank has a target in it."""
 
-    def __init__(self, tokenizer: Encoder, row_len: int) -> None:
-        self.tokenizer, self.row_len, self.bos = tokenizer, row_len, tokenizer.get_bos_token_id()
-        self._lock = threading.Lock()  # units of one row group are wanted at once: read it once
-        self._read = lru_cache(maxsize=4)(lambda path, group: read_texts(open_shard(path), group, str(path)))
-        self.kept = self.cropped = self.text_bytes = 0
+    def position(self) -> Any:
+        """Where the order stands after the rows that have been read."""
 
-    def rows(self, unit: Unit) -> np.ndarray:
-        """(R, row_len) token rows of a unit, shuffled: packing hands out long documents first."""
-        with self._lock:
-            texts = self._read(unit.path, unit.row_group)[unit.start : unit.stop]
-        rows, cropped = pack_rows(self.tokenizer.batch_encode(texts, 1), self.row_len, self.bos)
-        with self._lock:
-            self.kept += rows.size
-            self.cropped += cropped
-            self.text_bytes += sum(len(text.encode()) for text in texts)
-        return rows[np.random.default_rng(unit.key).permutation(len(rows))]
+    def state(self, position: Any) -> dict[str, Any]:
+        """A position as JSON can hold it, for all ranks (a collective call where ranks stand at different places)."""
+
+    def epoch(self, position: Any) -> float:
+        """How often the data have been gone through."""
 
     def cropped_share(self) -> float:
-        return self.cropped / max(self.kept + self.cropped, 1)
+        """Share of the tokens read so far that are in no row."""
+
+    def close(self) -> None: ...
 
 
-class _Stream:
-    """One row of every global batch: its units number s, s+S, s+2S, …, each packed ahead of its use."""
+class RowLoader:
+    """Endless micro-batches of one rank from a row source; `state_dict()` between optimizer steps.
 
-    def __init__(self, loader: "TrainLoader", number: int, begun: int, taken: int, count: int) -> None:
-        self.loader, self.number = loader, number
-        self.begun, self.taken, self.count = begun, taken, count
-        self.rows: np.ndarray | None = None
-        self.resumed = self._submit(begun - 1) if begun else None  # not waited for here: all streams encode at once
-        self.next_rows = self._submit(begun)
-
-    def _submit(self, nth: int) -> Future[np.ndarray]:
-        unit = self.loader.order[self.number + nth * self.loader.streams]
-        return self.loader.pool.submit(self.loader.packer.rows, unit)
-
-    def next(self) -> np.ndarray:
-        if self.resumed is not None:
-            self.rows, self.resumed = self.resumed.result(), None
-            if len(self.rows) != self.count:
-                raise UserError(
-                    f"cannot resume the data order: documents that filled {self.count} rows now fill {len(self.rows)}; "
-                    "the text or the tokenizer has changed"
-                )
-        empty = 0
-        while self.rows is None or self.taken == len(self.rows):
-            self.rows = self.next_rows.result()  # may be empty: a few short documents need not fill a row
-            self.begun, self.taken = self.begun + 1, 0
-            self.next_rows = self._submit(self.begun)
-            empty = empty + 1 if len(self.rows) == 0 else 0
-            if empty > self.loader.order.per_epoch:
-                raise too_little_text(self.loader.order, self.loader.sequence_len)
-        self.taken += 1
-        return self.rows[self.taken - 1]
-
-    def position(self) -> tuple[int, int, int]:
-        assert self.rows is not None
-        return self.begun, self.taken, len(self.rows)
-
-
-class TrainLoader:
-    """Endless micro-batches for one rank. Read with `next_batch()`; call `state_dict()` between optimizer steps.
-
-    rows_per_step rows are dealt to world_size ranks, of any number, in batches_per_step micro-batches of at most
-    device_batch_size rows (the attribute says how many it came to); see batching.plan_batch.
+    rows_per_step rows are split over world_size ranks in batches_per_step micro-batches of at most device_batch_size
+    rows (the attribute says how many it came to). Raises UserError where `state` belongs to another order.
     """
 
     def __init__(
         self,
-        tokenizer: Encoder,
-        source: str,
+        source: RowSource,
         rows_per_step: int,
-        sequence_len: int,
         device_batch_size: int,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 0,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self.streams, self.seed = rows_per_step, seed
-        self.sequence_len, self.device = sequence_len, torch.device(device)
-        self.order = UnitOrder(list_shards(source, "train"), seed, rows_per_step)
-        self.packer = _Packer(tokenizer, sequence_len + 1)
-        threads = max(1, min(8, (os.cpu_count() or 2) // 2))
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
-        self.mine = list(range(rank, rows_per_step, world_size))
-        rows_of_first = -(-rows_per_step // world_size)  # no rank has more, and all make as many batches
+        self.source, self.device = source, torch.device(device)
+        rows_of_first = -(-rows_per_step // world_size)  # no rank has more
         self.batches_per_step, self.device_batch_size = even_batches(rows_of_first, device_batch_size)
-        positions = self._check(state)
-        self._positions = {number: positions[number] for number in self.mine}
-        self._given = 0  # batches handed out of the current step
+        source.start(rows_per_step, range(rank, rows_per_step, world_size))
+        if state is not None:
+            for key, value in source.identity().items():
+                if state.get(key) != value:
+                    raise UserError(f"cannot resume the data order: {key} was {state.get(key)} and is now {value}")
+            source.seek(state)
+        self.has_gradient_signal = True  # whether the step of the last batch has a target on any rank
+        self._position = source.position()
+        self._taken = 0  # batches of the current step
         self._ahead = Prefetcher(self._batches(), PREFETCH_BATCHES, "dataloader")
 
-    def _expected(self) -> dict[str, int]:
-        """What must be the same for positions to mean the same."""
-        return {"seed": self.seed, "streams": self.streams, "sequence_len": self.sequence_len,
-                "units_per_epoch": self.order.per_epoch}  # fmt: skip
-
-    def _check(self, state: dict[str, Any] | None) -> list[tuple[int, int, int]]:
-        if state is None:
-            return [(0, 0, 1)] * self.streams
-        for key, value in self._expected().items():
-            if state[key] != value:
-                raise UserError(f"cannot resume the data order: {key} was {state[key]} and is now {value}")
-        return [(begun, taken, rows) for begun, taken, rows in state["positions"]]
-
-    def _batches(self) -> Iterator[tuple[torch.Tensor, dict[int, tuple[int, int, int]]]]:
-        """(pinned micro-batch, first the rows of this rank's streams, then filler; their positions after it), for
-        ever."""
-        streams = {number: _Stream(self, number, *self._positions[number]) for number in self.mine}
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool, Any]]:
+        """(inputs, targets) int32, pinned for a GPU: local rows, then filler; the step's gradient signal; and, with
+        the last batch of a step, the position after it."""
+        shape = self.device_batch_size, self.source.sequence_len
         pin = self.device.type == "cuda"
-        shape = (self.device_batch_size, self.packer.row_len)
-        while True:
-            for first in range(0, self.batches_per_step * self.device_batch_size, self.device_batch_size):
-                numbers = self.mine[first : first + self.device_batch_size]
-                rows = np.full(shape, self.packer.bos, dtype=np.int32)
-                for row, number in enumerate(numbers):
-                    rows[row] = streams[number].next()
-                batch = torch.from_numpy(rows)
-                yield batch.pin_memory() if pin else batch, {n: streams[n].position() for n in numbers}
+        for step, signal in self.source.steps():
+            rows = iter(step)
+            for number in range(1, self.batches_per_step + 1):
+                inputs = np.full(shape, self.source.filler_token, dtype=np.int32)
+                targets = np.full(shape, IGNORE_INDEX, dtype=np.int32)
+                for place, row in enumerate(islice(rows, self.device_batch_size)):
+                    inputs[place], targets[place] = row
+                x, y = torch.from_numpy(inputs), torch.from_numpy(targets)
+                if pin:
+                    x, y = x.pin_memory(), y.pin_memory()
+                yield x, y, signal, self.source.position() if number == self.batches_per_step else None
 
     def next_batch(self) -> Batch:
         """The next (device_batch_size, sequence_len) micro-batch. Raises what the background threads ran into."""
-        rows, positions = self._ahead.get()
-        self._positions.update(positions)
-        self._given = (self._given + 1) % self.batches_per_step
-        rows = rows.to(self.device, non_blocking=True).long()
-        # contiguous, as batches of every other kind are: a compiled model is compiled once for each layout
-        inputs = rows[:, :-1].contiguous()
-        targets = rows[:, 1:].clone(memory_format=torch.contiguous_format)  # a single row would share its memory
-        targets[len(positions) :] = IGNORE_INDEX
-        return Batch(inputs, targets)
+        inputs, targets, self.has_gradient_signal, position = self._ahead.get()
+        if position is not None:
+            self._position = position
+        self._taken = (self._taken + 1) % self.batches_per_step
+        return Batch(*(part.to(self.device, non_blocking=True).long() for part in (inputs, targets)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where all streams of all ranks stand (a collective call when distributed)."""
-        assert self._given == 0, "the state is taken between optimizer steps"
-        positions = dict(self._positions)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, positions)
-            positions = {number: position for part in gathered for number, position in part.items()}
-        return {**self._expected(), "positions": [list(positions[number]) for number in range(self.streams)]}
+        """Where the global order stands; call it on all ranks."""
+        assert self._taken == 0, "the state is taken between optimizer steps"
+        return {**self.source.identity(), **self.source.state(self._position)}
 
     def epoch(self) -> float:
-        """How often the data have been gone through, from this rank's streams (0 where it has none)."""
-        units = [begun - 1 + taken / rows for begun, taken, rows in self._positions.values() if begun]
-        return sum(units) / max(len(self._positions), 1) * self.streams / self.order.per_epoch
-
-    def cropped_share(self) -> float:
-        """Share of this rank's tokens so far that are in no row."""
-        return self.packer.cropped_share()
+        """How often the data have been gone through."""
+        return self.source.epoch(self._position)
 
     def close(self) -> None:
         """Stop the threads; the loader is of no use afterwards."""
         self._ahead.close()
-        self.pool.shutdown(cancel_futures=True)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            yield self.next_batch()
+        self.source.close()
 
 
-def fixed_rows(tokenizer: Encoder, source: str, split: str, sequence_len: int, max_tokens: int = -1) -> np.ndarray:
-    """Rows (R, sequence_len + 1) for evaluation: always the same for the same data, whatever the number of ranks.
+class Prefetcher(Generic[T]):
+    """`get()` gives the next item of an endless iterator, or raises what it raised; up to `size` items lie ready."""
 
-    At most max_tokens targets (-1 = the whole split), from row groups in a fixed shuffled order.
-    """
-    order = UnitOrder(list_shards(source, split), seed=0, streams=1)  # type: ignore[arg-type]
-    packer = _Packer(tokenizer, sequence_len + 1)
-    wanted = max_tokens // sequence_len if max_tokens >= 0 else None
-    parts: list[np.ndarray] = []
-    count = 0
-    for number in range(order.per_epoch):
-        parts.append(packer.rows(order[number]))
-        count += len(parts[-1])
-        if wanted is not None and count >= wanted:
-            break
-    rows = np.concatenate(parts)[:wanted]
-    if not len(rows):
-        raise UserError(f"the {split} split of {source} does not fill one row of {sequence_len + 1} tokens")
-    return rows
+    def __init__(self, items: Iterator[T], size: int, name: str) -> None:
+        self._queue: queue.Queue[T | BaseException] = queue.Queue(size)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._produce, args=(items,), name=name, daemon=True)
+        self._thread.start()
+
+    def _produce(self, items: Iterator[T]) -> None:
+        try:
+            for item in items:
+                self._put(item)
+                if self._closed.is_set():
+                    return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: T | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def get(self) -> T:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._closed.set()
+        self._thread.join()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How the rows of a step become micro-batches
+
+
+class BatchPlan(NamedTuple):
+    """One optimizer step on each rank."""
+
+    rows_per_step: int
+    """Rows in the global batch, filler left out."""
+    device_batch_size: int
+    """Rows of each micro-batch: at most what was requested."""
+    batches_per_step: int
+    """Micro-batches on each rank."""
+    filler_rows: int
+    """Masked rows a step, over all ranks."""
+    note: str | None
+    """What the user should know: a device batch that was lowered, work that is lost to filler."""
+
+
+def even_batches(rows: int, most: int) -> tuple[int, int]:
+    """(batches, rows in each) for `rows` rows in as few batches of at most `most` as will do, all of one size."""
+    batches = -(-rows // most)
+    return batches, -(-rows // max(batches, 1))
+
+
+def plan_batch(total_batch_size: int, device_batch_size: int, max_seq_len: int, world_size: int) -> BatchPlan:
+    """Split total_batch_size tokens, in rows of max_seq_len, over world_size ranks in micro-batches of at most
+    device_batch_size rows. Raises UserError when the rows do not make up the batch."""
+    rows = total_batch_size // max_seq_len
+    if total_batch_size % max_seq_len:
+        raise UserError(
+            f"--total-batch-size={total_batch_size} is no multiple of --max-seq-len={max_seq_len}; "
+            f"{max(rows, 1) * max_seq_len} would be"
+        )
+    batches, size = even_batches(-(-rows // world_size), device_batch_size)
+    filler = world_size * batches * size - rows
+    notes = []
+    if size < device_batch_size:
+        split = f"{rows:,} rows a step on {world_size:,} rank(s)"
+        notes.append(f"device batch of {size} instead of {device_batch_size}: {split}")
+    if filler:
+        full = rows + filler
+        idle = f" ({world_size - rows:,} ranks have nothing else)" if world_size > rows else ""
+        notes.append(
+            f"{100 * filler / full:.1f} % of the positions are filler{idle}; "
+            f"--total-batch-size={full * max_seq_len} would have none"
+        )
+    return BatchPlan(rows, size, batches, filler, "; ".join(notes) or None)
 
 
 def row_batches(
     rows: np.ndarray, device_batch_size: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """Rows (N, T + 1) as batches, dealt to ranks row by row; see target_batches."""
+    """Rows (N, T + 1) as the batches of one rank; see target_batches."""
     return target_batches(rows[:, :-1], rows[:, 1:], device_batch_size, device, rank, world_size)
 
 
@@ -296,49 +247,66 @@ def target_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Inputs and targets (N, T) as batches of at most device_batch_size rows, dealt to ranks row by row.
+    """Inputs and targets (N, T) as the batches of one rank, row by row, of at most device_batch_size rows.
 
-    Every rank gives the same number of batches of the same shape, filled with masked rows (targets -1): under sharded
-    parameters a rank that made one forward pass less would leave the others waiting. One shape also means that a model
-    is compiled once.
+    Every rank gives the same number of batches of the same shape, filled with masked rows (targets -1), for the reason
+    given above; and a model is compiled for one shape only.
     """
     batches, size = even_batches(-(-len(inputs) // world_size), device_batch_size)
     for batch in range(batches):
         first = rank + batch * size * world_size
-        mine = slice(first, first + size * world_size, world_size)
+        local = slice(first, first + size * world_size, world_size)
         x = torch.zeros(size, inputs.shape[1], dtype=torch.long)
         y = torch.full_like(x, IGNORE_INDEX)
-        count = len(inputs[mine])
-        x[:count], y[:count] = (torch.from_numpy(part[mine].astype(np.int64)) for part in (inputs, targets))
+        count = len(inputs[local])
+        x[:count], y[:count] = (torch.from_numpy(part[local].astype(np.int64)) for part in (inputs, targets))
         yield Batch(x.to(device), y.to(device))
 
 
-def horizon_in_epochs(
-    tokenizer: Encoder, source: str, sequence_len: int, horizon_tokens: int, rows_per_step: int = 1
-) -> tuple[float, float]:
-    """(epochs that a run over horizon_tokens will make, share of tokens cropped by packing), estimated from a sample of
-    up to eight units.
-
-    Where an epoch has fewer units than a step has rows, the first step alone goes through it more than once, and that
-    is the least. Raises UserError when no row can be filled.
-    """
-    order = UnitOrder(list_shards(source, "train"), seed=0, streams=rows_per_step)
-    packer = _Packer(tokenizer, sequence_len + 1)
-    sample = np.linspace(0, order.per_epoch - 1, min(8, order.per_epoch)).astype(int).tolist()
-    for number in sample:
-        packer.rows(order[number])
-    if not packer.kept and not any(len(packer.rows(order[number])) for number in range(order.per_epoch)):
-        raise too_little_text(order, sequence_len)
-    kept_per_byte = packer.kept / max(packer.text_bytes, 1)
-    available = kept_per_byte * dataset_bytes(source, "train")
-    in_first_step = rows_per_step / order.per_epoch
-    epochs = max(horizon_tokens / max(available, 1.0), in_first_step if in_first_step > 1 else 0.0)
-    return epochs, packer.cropped_share()
+# ----------------------------------------------------------------------------------------------------------------------
+# What a base model is trained on
 
 
-def too_little_text(order: UnitOrder, sequence_len: int) -> UserError:
-    """The error that says so."""
-    return UserError(
-        f"too little text: no {order.unit_documents} documents fill a row of {sequence_len} tokens; get more data or "
-        f"lower --max-seq-len"
-    )
+class TrainData(Protocol):
+    """Text, which is tokenized on the way, or token files."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> RustBPETokenizer | None:
+        """None: the tokens are of a tokenizer that is not at hand; then no bytes can be counted, no samples shown."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def document_token(self) -> int:
+        """Starts every document."""
+
+    @property
+    def tokenizer_hash(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Changes with the token files; None for text, which is told apart by its source."""
+
+    def rows(self, sequence_len: int, seed: int) -> RowSource:
+        """Training rows. Token files keep their order, whatever the seed."""
+
+    def fixed_rows(self, split: Any, sequence_len: int, max_tokens: int) -> np.ndarray:
+        """Rows (N, sequence_len + 1) to evaluate on, the same for every number of ranks."""
+
+    def horizon_in_epochs(self, sequence_len: int, tokens: int, rows_per_step: int) -> tuple[float, float]:
+        """(epochs that training on so many tokens makes, share of the tokens that are in no row), estimated. Raises
+        UserError when no row can be filled."""
+
+
+def open_data(source: str) -> TrainData:
+    """The data of --source: text (see nanochat.dataset), or bin:DIR, token files, where DIR is a path or a name below
+    tokenized_data/ in the store. Raises UserError where there are none."""
+    kind, _, folder = source.partition(":")
+    if kind == "bin":
+        found: TrainData = pkgutil.resolve_name(TOKEN_FILES)(folder)
+        return found
+    return TextData(canonical(source), get_tokenizer())

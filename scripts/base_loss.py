@@ -14,7 +14,8 @@ import numpy as np
 from nanochat import cli
 from nanochat.checkpoint import load_model
 from nanochat.cli import int_flag
-from nanochat.dataloader import fixed_rows, row_batches
+from nanochat.data.text_rows import TextData
+from nanochat.dataloader import row_batches
 from nanochat.dataset import iter_documents
 from nanochat.errors import UserError
 from nanochat.eval.baselines import order0_bpb, trigram_bpb, xz_bpb
@@ -85,7 +86,7 @@ def main(settings: Settings) -> None:
     length = model.config.sequence_len
     results, rows = {}, {}
     for split in ("train", "val"):
-        rows[split] = fixed_rows(tokenizer, source, split, length, max(settings.split_tokens, length))
+        rows[split] = TextData(source, tokenizer).fixed_rows(split, length, max(settings.split_tokens, length))
         share = row_batches(rows[split], settings.device_batch_size, device, rank, world_size)
         results[split] = measure_bpb(model, share, token_bytes)
         found = results[split]

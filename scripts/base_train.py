@@ -19,9 +19,7 @@ from nanochat import checkpoint, cli, mup, parallel
 from nanochat.arch import RATES, TUNED_AT, ArchSettings, init_spec, model_config, resolve
 from nanochat.cli import alias, float_flag, int_flag
 from nanochat.cluster.observer import ClusterObserver
-from nanochat.data.batching import BatchPlan, plan_batch
-from nanochat.data.train_data import TrainData, open_data
-from nanochat.dataloader import row_batches
+from nanochat.dataloader import BatchPlan, RowLoader, TrainData, open_data, plan_batch, row_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
 from nanochat.eval.bundle import load_bundle
@@ -35,6 +33,7 @@ from nanochat.parallel import Parallel
 from nanochat.paths import checkpoint_dir, eval_bundle_dir
 from nanochat.runtime import DeviceType, compute_cleanup, compute_dtype, compute_init, print0
 from nanochat.sections import write_section
+from nanochat.tokenizer import get_token_bytes
 from nanochat.train.coordinates import CoordRecorder
 from nanochat.train.loop import Evaluation, Outcome, TrainingRun, resume, train
 from nanochat.train.monitor import Monitor, monitor_settings
@@ -161,8 +160,8 @@ def make_evaluations(
     """What is measured on the way: bits per byte (loss per token, where the data's tokenizer is not at hand), CORE,
     samples, which are left in `samples`, and coordinates, into a file."""
     device, length = model.get_device(), settings.max_seq_len
-    token_bytes = data.token_bytes(device)
-    val = data.val_rows(length, settings.eval_tokens)
+    token_bytes = get_token_bytes(device) if data.tokenizer is not None else None
+    val = data.fixed_rows("val", length, max(settings.eval_tokens, length))
     tokenizer, speaks = data.tokenizer, data.tokenizer is not None
     core_every, sample_every = (n if speaks else -1 for n in (settings.core_metric_every, settings.sample_every))
     # read here, so that a bundle that is missing shows now and not at the end of the run
@@ -285,8 +284,8 @@ def main(settings: Settings) -> None:
         print0(f"run {name}: {log.folder}")
         announce(settings, model, data, world_size, plan, num_iterations, why, compiled, meta.get("mup"))
         print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
-        state = earlier.get("loader")
-        loader = data.loader(plan, settings.max_seq_len, device, rank, world_size, settings.seed, state)
+        rows, state = data.rows(settings.max_seq_len, settings.seed), earlier.get("loader")
+        loader = RowLoader(rows, plan.rows_per_step, plan.device_batch_size, device, rank, world_size, state)
         tracker = Tracker(
             "base",
             name if settings.run == AUTO else settings.run,
@@ -330,7 +329,7 @@ def main(settings: Settings) -> None:
         outcome = train(run)
         run.tracker.close()
         if outcome.finished:
-            write_report(run, outcome, samples, loader.cropped_share())
+            write_report(run, outcome, samples, rows.cropped_share())
             checkpoint.mark_complete(folder)
     compute_cleanup()
 

@@ -5,8 +5,8 @@ from typing import Any
 from nanochat.paths import tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train
+from tests.data.test_text_rows import write_source
 from tests.scripts.test_base_train import words
-from tests.test_dataloader import write_source
 
 QUESTIONS = "How many apples does Ada have now? 0123456789 + - * = #### python output "
 BASE = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 128, "device_batch_size": 4,

@@ -1,341 +1,157 @@
-import hashlib
-import json
-from collections import Counter
+import itertools
+import re
+import threading
+import time
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import dataloader, dataset
-from nanochat.dataloader import TrainLoader, UnitOrder, fixed_rows, horizon_in_epochs
+from nanochat.dataloader import Prefetcher, even_batches, plan_batch, target_batches
 from nanochat.errors import UserError
-from nanochat.paths import data_dir
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import IGNORE_INDEX
-from tests.processes import run_processes
 
-SOURCE = "pydocs"
-
-
-class LetterTokenizer:
-    """One token a character; BOS is 0. Documents here are runs of code points that appear nowhere else."""
-
-    def get_bos_token_id(self):
-        return 0
-
-    def batch_encode(self, texts, num_threads=1):
-        return [np.array([ord(c) for c in text], dtype=np.uint32) for text in texts]
+WORLDS = [1, 3, 6, 7, 12, 48, 56, 100, 127, 1000, 1024]
 
 
-def write_source(documents_by_shard, row_group=8):
-    """A data set in the store: shards and the manifest that dataset.py reads. The last shard is for validation."""
-    folder = data_dir(SOURCE)
-    folder.mkdir(parents=True)
-    files = {}
-    for index, documents in enumerate(documents_by_shard):
-        path = folder / f"shard_{index:05d}.parquet"
-        pq.write_table(pa.table({"text": documents}), path, row_group_size=row_group)
-        raw = path.read_bytes()
-        files[path.name] = {
-            "split": "val" if index == len(documents_by_shard) - 1 else "train",
-            "size": len(raw),
-            "sha256": hashlib.sha256(raw).hexdigest(),
-            "documents": len(documents),
-            "characters": sum(map(len, documents)),
-            "utf8_bytes": sum(len(d.encode()) for d in documents),
-        }
-    (folder / "manifest.json").write_text(json.dumps({"source": SOURCE, "files": files}))
+@pytest.mark.parametrize("rows", [1, 6, 255, 256, 1000])
+@pytest.mark.parametrize("asked", [1, 4, 32])
+def test_every_world_size_has_room_for_the_rows_and_wastes_little(rows, asked):
+    for world in range(1, 1025):
+        plan = plan_batch(rows * 64, asked, 64, world)
+        each = plan.batches_per_step * plan.device_batch_size
+        assert plan.rows_per_step == rows and world * each == rows + plan.filler_rows
+        assert 1 <= plan.device_batch_size <= asked
+        needed = len(range(0, rows, world))  # what rank 0 has, and no rank has more
+        assert needed <= each < needed + plan.batches_per_step
+        assert (plan.batches_per_step - 1) * asked < needed  # no more batches than it takes
+        assert (plan.note is None) == (plan.filler_rows == 0 and plan.device_batch_size == asked)
+        if plan.filler_rows:
+            better = int(re.search(r"--total-batch-size=(\d+) would have none", plan.note)[1])
+            assert plan_batch(better, asked, 64, world).filler_rows == 0
 
 
-def make_documents(count, seed=0):
-    """Documents of 1-40 characters, every character of all of them different."""
-    lengths = np.random.default_rng(seed).integers(1, 40, count)
-    starts = 0x4E00 + np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    return ["".join(chr(c) for c in range(s, s + n)) for s, n in zip(starts, lengths, strict=True)]
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 1024), st.integers(1, 4096))
+def test_what_divides_evenly_is_left_as_it_is(device_batch, batches, world, length):
+    rows = device_batch * batches * world
+    assert plan_batch(rows * length, device_batch, length, world) == (rows, device_batch, batches, 0, None)
 
 
-@pytest.fixture
-def source(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    documents = make_documents(260)
-    write_source([documents[:100], documents[100:240], documents[240:]])
-    return documents
+def test_the_batch_arithmetic_of_known_runs():
+    assert plan_batch(524_288, 32, 2048, 8) == (256, 32, 1, 0, None)
+    assert plan_batch(524_288, 32, 2048, 1)[1:3] == (32, 8)
+    assert plan_batch(6 * 2048, 4, 2048, 1)[1:4] == (3, 2, 0)
+    assert plan_batch(256 * 2048, 16, 2048, 56)[1:4] == (5, 1, 24)
 
 
-def loader(rows=8, batch=4, **options):
-    return TrainLoader(LetterTokenizer(), SOURCE, rows, 16, batch, **options)
+def test_notes_say_what_was_changed_and_lost():
+    lowered = plan_batch(524_288, 32, 2048, 64).note
+    assert lowered == "device batch of 4 instead of 32: 256 rows a step on 64 rank(s)"
+    filled = plan_batch(524_288, 37, 2048, 7).note
+    assert filled == "1.2 % of the positions are filler; --total-batch-size=530432 would have none"
+    idle = plan_batch(524_288, 1, 2048, 1024).note
+    assert idle.startswith("75.0 % of the positions are filler (768 ranks have nothing else)")
 
 
-def take_steps(data, steps):
-    """Rows (steps, rows of this rank, T + 1) and the positions after them."""
-    out = []
-    for _ in range(steps):
-        batches = [data.next_batch() for _ in range(data.batches_per_step)]
-        out.append(np.concatenate([np.concatenate([b.inputs, b.targets[:, -1:]], axis=1) for b in batches]))
-    return np.stack(out) if out else None
+@pytest.mark.parametrize(("total", "better"), [(5000, 4096), (100, 2048), (2049, 2048)])
+def test_rows_that_do_not_make_up_the_batch(total, better):
+    with pytest.raises(UserError, match=rf"--total-batch-size={total} .*--max-seq-len=2048; {better} would be"):
+        plan_batch(total, 1, 2048, 1)
 
 
-def test_targets_are_inputs_one_later_and_rows_start_with_bos(source):
-    data = loader()
-    batch = data.next_batch()
-    assert batch.inputs.shape == batch.targets.shape == (4, 16)
-    assert (batch.inputs[:, 1:] == batch.targets[:, :-1]).all() and (batch.inputs[:, 0] == 0).all()
-    data.close()
+@given(st.integers(0, 500), st.integers(1, 40))
+def test_even_batches_hold_all_rows(rows, most):
+    batches, size = even_batches(rows, most)
+    assert rows <= batches * size < rows + max(batches, 1) and size <= most
 
 
-def test_an_epoch_has_each_unit_once(source):
-    order = UnitOrder(dataset.list_shards(SOURCE, "train"), seed=3, streams=8)
-    for epoch in (0, 5):
-        units = [order[epoch * order.per_epoch + i] for i in range(order.per_epoch)]
-        seen = Counter((u.path, u.row_group, d) for u in units for d in range(u.start, u.stop))
-        assert len(seen) == 240 and set(seen.values()) == {1}
-    assert [order[i][:4] for i in range(order.per_epoch)] != [
-        order[order.per_epoch + i][:4] for i in range(order.per_epoch)
-    ]
+def rows_to_evaluate(count):
+    """Inputs and targets (count, 4) that say which row they are of."""
+    inputs = np.arange(count * 4).reshape(count, 4)
+    return inputs, inputs + 1
 
 
-def test_within_an_epoch_no_token_comes_twice(source):
-    data = loader(rows=4, batch=4)
-    rows = take_steps(data, 1 + data.order.per_epoch // 8)
-    tokens = rows[rows != 0]
-    assert len(set(tokens.tolist())) == len(tokens)
-    data.close()
-
-
-class Synchronous:
-    """In place of the Prefetcher: a thousand ranks in one process, one after the other, without a thread for each."""
-
-    def __init__(self, items, size, name):
-        self.items = items
-
-    def get(self):
-        return next(self.items)
-
-    def close(self):
-        pass
-
-
-def real_rows(data, steps):
-    """Rows (steps, R, T + 1) of this rank, filler left out once it has been seen to be filler."""
-    out = []
-    for _ in range(steps):
-        kept = []
-        for _ in range(data.batches_per_step):
-            batch = data.next_batch()
-            filler = (batch.targets == IGNORE_INDEX).all(dim=1)
-            assert batch.inputs.shape == (data.device_batch_size, data.sequence_len)
-            assert (batch.inputs[filler] == 0).all() and (batch.targets[~filler] != IGNORE_INDEX).all()
-            kept.append(torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)[~filler])
-        out.append(torch.cat(kept))
-    return torch.stack(out).numpy() if out else None
-
-
-def all_ranks(world, steps, state=None, **options):
-    """(rows (steps, R, T + 1) of all ranks put together, the state after them, batches a step) at this world size."""
-    merged, positions, batches = {}, {}, set()
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("count", [0, 1, 5, 130])
+def test_evaluation_batches_are_as_many_on_every_rank_and_hold_each_row_once(world, count):
+    inputs, targets = rows_to_evaluate(count)
+    given_out, numbers = [], set()
     for rank in range(world):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dataloader, "Prefetcher", Synchronous)
-            data = loader(rank=rank, world_size=world, state=state, **options)
-        rows = real_rows(data, steps)
-        for i, number in enumerate(range(rank, data.streams, world)):
-            merged[number] = rows[:, i] if steps else None
-        assert not steps or rows.shape[1] == len(range(rank, data.streams, world))
-        positions.update(data._positions)
-        batches.add((data.batches_per_step, data.device_batch_size))
-        data.close()
-    assert sorted(merged) == list(range(data.streams)) and len(batches) == 1
-    state = {**data._expected(), "positions": [list(positions[n]) for n in range(data.streams)]}  # as gathered
-    rows = np.stack([merged[n] for n in range(data.streams)], axis=1) if steps else None
-    return rows, json.loads(json.dumps(state))
-
-
-@given(
-    st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 5), st.integers(0, 4), st.integers(0, 3)
-)
-@settings(max_examples=15, deadline=None)
-def test_any_world_size_sees_the_same_global_batches_and_resumes(
-    shared_source, world, world_after, rows, batch, before, seed
-):
-    expected, _ = all_ranks(1, before + 2, rows=rows, batch=rows, seed=seed)
-    first, state = all_ranks(world, before, rows=rows, batch=batch, seed=seed)
-    rest, _ = all_ranks(world_after, 2, state, rows=rows, batch=batch, seed=seed)
-    again, _ = all_ranks(world, 2, state, rows=rows, batch=batch, seed=seed)
-    if before:
-        np.testing.assert_array_equal(first, expected[:before])
-    np.testing.assert_array_equal(rest, expected[before:])
-    np.testing.assert_array_equal(again, expected[before:])
-
-
-@pytest.mark.parametrize("world", [3, 7, 12, 48, 56, 100, 127, 1000, 1024])
-def test_any_number_of_ranks_up_to_1024(shared_source, world):
-    """More ranks than row groups (there are 23), and than rows where there are more than 40 of them."""
-    expected, _ = all_ranks(1, 3, rows=40, batch=40)
-    first, state = all_ranks(world, 1, rows=40, batch=4)
-    rest, _ = all_ranks(world, 2, state, rows=40, batch=4)
-    np.testing.assert_array_equal(np.concatenate([first, rest]), expected)
-
-
-def test_ranks_of_a_thousand_that_own_a_stream_each(shared_source, synchronous):
-    whole = loader(rows=1024, batch=64)
-    expected = real_rows(whole, 2)
-    for world, rank in [(1024, 0), (1024, 1023), (1000, 3), (1000, 999), (127, 126)]:
-        data = loader(rows=1024, batch=64, rank=rank, world_size=world)
-        np.testing.assert_array_equal(real_rows(data, 2), expected[:, rank::world])
-        data.close()
-    whole.close()
-
-
-def test_threads_give_what_a_plain_loop_gives(shared_source):
-    """The real loader, of three ranks of which two have filler."""
-    whole = loader(rows=4, batch=4)
-    expected = real_rows(whole, 6)
-    whole.close()
-    for rank in range(3):
-        data = loader(rows=4, batch=1, rank=rank, world_size=3)
-        assert data.batches_per_step == 2
-        np.testing.assert_array_equal(real_rows(data, 6), expected[:, rank::3])
-        data.close()
-
-
-@pytest.mark.parametrize("world", [1, 7, 64])
-def test_one_row_group_is_split_between_ranks_without_duplicates(tmp_path, monkeypatch, synchronous, world):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    documents = make_documents(1100)
-    write_source([documents[:1024], documents[1024:]], row_group=1024)
-    epoch, step = [], []  # what the ranks' units of the first epoch hold, and what the first step takes
-    for rank in range(world):
-        data = loader(rows=64, batch=64, rank=rank, world_size=world)
-        assert len(data.order.row_groups) == 1 and data.order.per_epoch == 64  # a unit for each stream
-        for number in data.mine:
-            epoch += data.packer.rows(data.order[number]).ravel().tolist()
-        step += real_rows(data, 1).ravel().tolist()
-        data.close()
-    for tokens in ([token for token in part if token] for part in (epoch, step)):
-        assert len(tokens) == len(set(tokens))
-    assert len(set(epoch)) > 0.8 * sum(map(len, documents[:1024])) and set(step) <= set(epoch)
-
-
-def test_a_rank_of_filler_only_has_a_state_and_an_epoch(shared_source):
-    data = loader(rows=2, batch=4, rank=5, world_size=6)
-    assert data.batches_per_step == data.device_batch_size == 1
-    batch = data.next_batch()
-    assert (batch.targets == IGNORE_INDEX).all() and (batch.inputs == 0).all()
-    assert data.epoch() == 0 and data._positions == {}
-    data.close()
+        batches = list(target_batches(inputs, targets, 3, torch.device("cpu"), rank, world))
+        numbers.add((len(batches), *{batch.inputs.shape for batch in batches}))
+        for x, y in batches:
+            real = (y != IGNORE_INDEX).all(dim=1)
+            assert (
+                ((y == IGNORE_INDEX).all(dim=1) | real).all()
+                and (x[~real] == 0).all()
+                and (y[real] == x[real] + 1).all()
+            )
+            given_out += (x[real][:, 0] // 4).tolist()
+    assert len(numbers) == 1 and sorted(given_out) == list(range(count))
 
 
 @pytest.fixture(scope="module")
-def shared_source(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("store")))
-    documents = make_documents(200)
-    write_source([documents[:180], documents[180:]])
-    yield
-    patch.undo()
+def model():
+    torch.manual_seed(0)
+    tiny = GPT(GPTConfig(sequence_len=8, vocab_size=32, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    tiny.init_weights()
+    torch.nn.init.normal_(tiny.lm_head.weight, std=0.3)  # the head starts at zero, and with it most gradients
+    return tiny
 
 
-@pytest.fixture
-def synchronous(monkeypatch):
-    monkeypatch.setattr(dataloader, "Prefetcher", Synchronous)
+def loss_and_gradient(model, ranks):
+    """The trainer's arithmetic over the batches of each rank: summed losses over the global count of targets."""
+    count = sum(int((y != IGNORE_INDEX).sum()) for batches in ranks for _, y in batches)
+    model.zero_grad(set_to_none=False)
+    total = 0.0
+    for batches in ranks:
+        for x, y in batches:
+            loss = model(x, y, loss_reduction="sum") / count
+            loss.backward()
+            total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def two_rank_state():
-    import torch.distributed as dist
-
-    data = loader(rows=5, batch=2, rank=dist.get_rank(), world_size=2)
-    rows = real_rows(data, 3)
-    state = data.state_dict()
-    data.close()
-    return rows, state
-
-
-def test_two_processes_gather_one_state(source):
-    whole = loader(rows=5)
-    expected = real_rows(whole, 3)
-    (rows0, state0), (rows1, state1) = run_processes(2, two_rank_state)
-    assert state0 == state1 == whole.state_dict()
-    np.testing.assert_array_equal(rows0, expected[:, 0::2])
-    np.testing.assert_array_equal(rows1, expected[:, 1::2])
-    whole.close()
+@pytest.mark.parametrize(("rows", "world", "device_batch"), [(1, 3, 2), (6, 4, 1), (7, 3, 2), (12, 5, 4), (5, 9, 3)])
+def test_filler_changes_neither_loss_nor_gradient(model, rows, world, device_batch):
+    draw = np.random.default_rng(rows)
+    inputs = draw.integers(0, 32, (rows, 8))
+    targets = np.where(draw.random((rows, 8)) < 0.7, draw.integers(0, 32, (rows, 8)), IGNORE_INDEX)
+    targets[0, 0] = 1
+    one = list(target_batches(inputs, targets, rows, torch.device("cpu")))
+    many = [list(target_batches(inputs, targets, device_batch, torch.device("cpu"), r, world)) for r in range(world)]
+    loss, gradient = loss_and_gradient(model, [one])
+    assert gradient.abs().max() > 0
+    other_loss, other_gradient = loss_and_gradient(model, many)
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(other_gradient, gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_more_streams_than_units_starve_nobody(source):
-    data = loader(rows=64, batch=64)
-    assert data.order.per_epoch < 64
-    assert take_steps(data, 12).shape == (12, 64, 17)
-    assert data.epoch() > 1
-    data.close()
+# ---- the thread that prepares batches
 
 
-def test_fixed_rows_are_fixed_and_capped(source):
-    rows = fixed_rows(LetterTokenizer(), SOURCE, "val", 16)
-    np.testing.assert_array_equal(rows, fixed_rows(LetterTokenizer(), SOURCE, "val", 16))
-    val_text = {ord(c) for document in source[240:] for c in document}
-    assert set(rows[rows != 0].tolist()) <= val_text
-    capped = fixed_rows(LetterTokenizer(), SOURCE, "val", 16, max_tokens=16 * 5 + 3)
-    np.testing.assert_array_equal(capped, rows[:5])
+def test_items_come_in_order_and_ahead():
+    made = []
+    ahead = Prefetcher((made.append(i) or i for i in itertools.count()), 3, "numbers")
+    assert [ahead.get() for _ in range(5)] == [0, 1, 2, 3, 4]
+    deadline = time.monotonic() + 5
+    while len(made) < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(made) == 9  # three lie ready, and one waits for room
+    ahead.close()
+    assert "numbers" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_horizon_is_about_right(source):
-    text = sum(len(d) for d in source[:240])
-    epochs, cropped = horizon_in_epochs(LetterTokenizer(), SOURCE, 16, 10 * text)
-    assert 0 < cropped < 0.5
-    assert epochs == pytest.approx(10 / (1 - cropped), rel=0.25)
+def test_what_the_iterator_raises_is_raised_where_it_is_read():
+    def items():
+        yield 1
+        raise ValueError("broken")
 
-
-def test_horizon_says_when_the_first_step_repeats_documents(source):
-    epochs, _ = horizon_in_epochs(LetterTokenizer(), SOURCE, 16, 100, rows_per_step=8)
-    assert epochs < 0.1
-    units = UnitOrder(dataset.list_shards(SOURCE, "train"), seed=0, streams=64).per_epoch
-    epochs, _ = horizon_in_epochs(LetterTokenizer(), SOURCE, 16, 100, rows_per_step=64)
-    assert epochs == pytest.approx(64 / units) and epochs > 1
-
-
-def test_resume_with_text_that_packs_differently_is_refused(source):
-    data = loader()
-    for _ in range(3 * data.batches_per_step):
-        data.next_batch()
-    state = data.state_dict()
-    data.close()
-    state["positions"][1][2] += 1
-    data = loader(state=state)
-    with pytest.raises(UserError, match="cannot resume the data order: documents that filled"):
-        data.next_batch()
-    data.close()
-
-
-def test_resume_with_other_data_or_seed_is_refused(source):
-    data = loader()
-    state = data.state_dict()
-    data.close()
-    for change in ({"seed": 9}, {"units_per_epoch": 1}, {"sequence_len": 99}):
-        with pytest.raises(UserError, match=next(iter(change))):
-            loader(state={**state, **change})
-
-
-def test_damaged_shard_is_one_line_in_the_training_thread(source):
-    path = data_dir(SOURCE) / "shard_00000.parquet"
-    raw = bytearray(path.read_bytes())
-    raw[4 : len(raw) // 2] = b"\xff" * (len(raw) // 2 - 4)  # the size and the footer stand
-    path.write_bytes(raw)
-    data = loader()
-    with pytest.raises(UserError, match=r"shard_00000.*damaged"):
-        take_steps(data, 20)
-    data.close()
-
-
-def test_too_little_text_says_so_instead_of_spinning(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    write_source([["ab", "c"], ["d"]])
-    data = loader()
-    with pytest.raises(UserError, match="too little text"):
-        data.next_batch()
-    data.close()
-    with pytest.raises(UserError, match="too little text"):  # before training starts
-        horizon_in_epochs(LetterTokenizer(), SOURCE, 16, 100, rows_per_step=8)
-    with pytest.raises(UserError, match="val split"):
-        fixed_rows(LetterTokenizer(), SOURCE, "val", 16)
+    ahead = Prefetcher(items(), 2, "broken")
+    assert ahead.get() == 1
+    with pytest.raises(ValueError, match="broken"):
+        ahead.get()
+    ahead.close()

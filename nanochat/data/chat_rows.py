@@ -1,10 +1,9 @@
-"""Conversations -> packed token rows with masked targets, in one global order for any number of ranks, resumable.
+"""Conversations -> packed rows with masked targets: the row source of mid-training and supervised fine-tuning.
 
-The order. Each epoch shuffles the conversations by (seed, epoch) and takes them CHUNK at a time; every chunk is packed
-by itself into rows. The rows of all chunks, one after the other, are the global sequence; rank r of W takes rows r,
-r + W, … of every global batch, and rows of filler where that does not come out even or leaves nothing (see
-batching.py). So every number of ranks sees the same batches, each conversation comes once an epoch, and the state is
-two integers: the chunk, and the rows of it that have been used.
+- Order: each epoch shuffles the conversations by (seed, epoch) and takes them CHUNK at a time; every chunk is packed by
+  itself into rows. The rows of all chunks, one after the other, are the global order; each conversation comes once an
+  epoch.
+- State: two integers, the same on every rank: the chunk, and the rows of it that have been used.
 """
 
 import hashlib
@@ -14,15 +13,11 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
-from nanochat.data.batching import even_batches
 from nanochat.data.packing import pack_conversations, stream_rows
-from nanochat.data.prefetch import Prefetcher
-from nanochat.dataloader import PREFETCH_BATCHES, Batch
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
-from nanochat.tasks.common import Task
+from nanochat.tokenizer import RustBPETokenizer
 
 Packing = Literal["bestfit", "stream"]
 LossOn = Literal["assistant", "all"]
@@ -31,12 +26,12 @@ FINGERPRINTED = 200  # conversations hashed to know the data again
 SAMPLED_CHUNKS = 32  # packed to find out how many rows an epoch has; up to as many, the count is exact
 
 
-class Renderer(Protocol):
-    """The part of a tokenizer that is needed here."""
+class Conversations(Protocol):
+    """What of a task is needed here."""
 
-    def get_bos_token_id(self) -> int: ...
+    def __len__(self) -> int: ...
 
-    def render_conversation(self, conversation: Any, max_tokens: int) -> tuple[list[int], list[int]]: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class PackedChunk(NamedTuple):
@@ -61,7 +56,13 @@ class ChatPacker:
     """
 
     def __init__(
-        self, tokenizer: Renderer, task: Task, sequence_len: int, packing: Packing, loss_on: LossOn, seed: int = 0
+        self,
+        tokenizer: RustBPETokenizer,
+        task: Conversations,
+        sequence_len: int,
+        packing: Packing,
+        loss_on: LossOn,
+        seed: int = 0,
     ) -> None:
         if len(task) == 0:
             raise UserError("no conversations to train on: the tasks given are empty")
@@ -119,93 +120,59 @@ class ChatPacker:
         return estimate, trained / positions, cut / (cut + positions)
 
 
-class ChatLoader:
-    """Endless micro-batches for one rank, prepared ahead in a thread. `state_dict()` between optimizer steps.
+class ChatRows:
+    """The rows of all chunks one after the other, as a row source (see nanochat.dataloader.RowSource)."""
 
-    rows_per_step rows are dealt to world_size ranks, of any number, in batches_per_step micro-batches of at most
-    device_batch_size rows (the attribute says how many it came to); see batching.plan_batch.
-    """
+    def __init__(self, packer: ChatPacker) -> None:
+        self.packer, self.sequence_len = packer, packer.sequence_len
+        self.filler_token = packer.tokenizer.get_bos_token_id()
+        self._position = 0, 0, 1  # chunk, rows of it that have been used, and how many it has
+        self._cut = self._kept = 0
 
-    def __init__(
-        self,
-        packer: ChatPacker,
-        rows_per_step: int,
-        device_batch_size: int,
-        device: torch.device | str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        self.packer, self.rows_per_step = packer, rows_per_step
-        self.device, self.rank, self.world_size = torch.device(device), rank, world_size
-        rows_of_first = -(-rows_per_step // world_size)  # no rank has more, and all make as many batches
-        self.batches_per_step, self.device_batch_size = even_batches(rows_of_first, device_batch_size)
-        self._order = {"seed": packer.seed, "conversations": len(packer.task), "sequence_len": packer.sequence_len}
-        self._chunk, self._taken = self._check(state)
-        self._rows_of_chunk = 1
-        self.teaches = True  # whether the step of the batch given last has a target on any rank
-        self._given = 0  # batches handed out of the current step
-        self._ahead = Prefetcher(self._batches(), PREFETCH_BATCHES, "chat-loader")
+    def start(self, rows_per_step: int, local: range) -> None:
+        self._rows_per_step, self._local = rows_per_step, local
 
-    def _check(self, state: dict[str, Any] | None) -> tuple[int, int]:
-        if state is None:
-            return 0, 0
-        for key, value in self._order.items():
-            if state[key] != value:
-                raise UserError(f"cannot resume the data order: {key} was {state[key]} and is now {value}")
-        return state["chunk"], state["taken"]
+    def identity(self) -> dict[str, Any]:
+        packer = self.packer
+        return {"seed": packer.seed, "conversations": len(packer.task), "sequence_len": packer.sequence_len}
+
+    def seek(self, state: dict[str, Any]) -> None:
+        self._position = state["chunk"], state["taken"], 1
 
     def _rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, int, int]]]:
-        """(inputs (T,), targets (T,), position after it) of the global sequence, from where the state says."""
-        number, taken = self._chunk, self._taken
+        """(inputs (T,), targets (T,), position after it) of all rows from the position on."""
+        number, taken, _ = self._position
         while True:
             chunk = self.packer.chunk(number)
+            self._cut += chunk.cut
+            self._kept += chunk.inputs.size
             for row in range(taken, len(chunk.inputs)):
                 yield chunk.inputs[row], chunk.targets[row], (number, row + 1, len(chunk.inputs))
             number, taken = number + 1, 0
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool, tuple[int, int, int]]]:
-        """This rank's micro-batches (inputs, targets), with what is said of the step that each belongs to: whether any
-        rank has a target in it, and the position after it."""
+    def steps(self) -> Iterator[tuple[list[tuple[np.ndarray, np.ndarray]], bool]]:
         rows = self._rows()
-        size = self.device_batch_size
         while True:
-            step = [next(rows) for _ in range(self.rows_per_step)]
-            teaching = any((row[1] != IGNORE_INDEX).any() for row in step)
-            mine = step[self.rank :: self.world_size]
-            for first in range(0, self.batches_per_step * size, size):
-                inputs, targets = self._fill(mine[first : first + size])
-                yield inputs, targets, teaching, step[-1][2]
+            step = [next(rows) for _ in range(self._rows_per_step)]
+            self._position = step[-1][2]
+            signal = any((targets != IGNORE_INDEX).any() for _, targets, _ in step)
+            yield [step[number][:2] for number in self._local], signal
 
-    def _fill(
-        self, rows: list[tuple[np.ndarray, np.ndarray, tuple[int, int, int]]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(inputs, targets) of a micro-batch: these rows, then filler."""
-        shape = (self.device_batch_size, self.packer.sequence_len)
-        inputs = torch.full(shape, self.packer.tokenizer.get_bos_token_id(), dtype=torch.int32)
-        targets = torch.full(shape, IGNORE_INDEX, dtype=torch.int32)
-        for i, row in enumerate(rows):
-            inputs[i], targets[i] = torch.from_numpy(row[0]), torch.from_numpy(row[1])
-        return inputs, targets
+    def position(self) -> tuple[int, int, int]:
+        return self._position
 
-    def next_batch(self) -> Batch:
-        """The next (device_batch_size, sequence_len) micro-batch. Raises what the background thread ran into."""
-        inputs, targets, self.teaches, (self._chunk, self._taken, self._rows_of_chunk) = self._ahead.get()
-        self._given = (self._given + 1) % self.batches_per_step
-        return Batch(inputs.to(self.device).long(), targets.to(self.device).long())
+    def state(self, position: tuple[int, int, int]) -> dict[str, Any]:
+        return {"chunk": position[0], "taken": position[1]}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the global sequence stands; the same on every rank."""
-        assert self._given == 0, "the state is taken between optimizer steps"
-        return {**self._order, "chunk": self._chunk, "taken": self._taken}
+    def epoch(self, position: tuple[int, int, int]) -> float:
+        chunk, taken, rows = position
+        return (chunk + taken / rows) / self.packer.per_epoch
 
-    def epoch(self) -> float:
-        """How often the conversations have been gone through."""
-        return (self._chunk + self._taken / self._rows_of_chunk) / self.packer.per_epoch
+    def cropped_share(self) -> float:
+        return self._cut / max(self._cut + self._kept, 1)
 
     def close(self) -> None:
-        """Stop the thread; the loader is of no use afterwards."""
-        self._ahead.close()
+        """Nothing runs in the background."""
 
 
 def evaluation_rows(packer: ChatPacker, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,10 +22,7 @@ import torch
 from nanochat import parallel
 from nanochat.arch import ARCH_RATES, RATES, TRAINING, TUNED_AT, Arch, arch_config
 from nanochat.cli import int_flag
-from nanochat.data.batching import plan_batch
-from nanochat.data.bin_loader import BinLoader
-from nanochat.data.train_data import open_data
-from nanochat.dataloader import TrainLoader, row_batches
+from nanochat.dataloader import RowLoader, open_data, plan_batch, row_batches
 from nanochat.dataset import text_hash
 from nanochat.errors import UserError
 from nanochat.files import append_jsonl, atomic_write, read_jsonl
@@ -180,13 +177,13 @@ def open_text(settings: SweepSettings) -> Text:
     data, length = open_data(settings.source), settings.max_seq_len
     plan = plan_batch(settings.total_batch_size, max(1, settings.total_batch_size // length), length, 1)
     identity = {"source": data.source, "tokens": data.fingerprint or data.tokenizer_hash}
-    if data.folder is None:
+    if data.fingerprint is None:
         identity["text"] = text_hash(data.source)
 
     def train(seed: int) -> Iterator[np.ndarray]:
         # token files keep their order, whatever the seed: seeds are given one stretch after the other
-        skipped = 0 if data.folder is None else seed * settings.steps
-        loader = data.loader(plan, length, torch.device("cpu"), 0, 1, seed, None)
+        skipped = 0 if data.fingerprint is None else seed * settings.steps
+        loader = RowLoader(data.rows(length, seed), plan.rows_per_step, plan.device_batch_size)
         try:
             for step in range(skipped + settings.steps):
                 batch = loader.next_batch()
@@ -197,16 +194,16 @@ def open_text(settings: SweepSettings) -> Text:
         finally:
             loader.close()
 
-    val = partial(data.val_rows, length, settings.eval_tokens)
+    val = partial(data.fixed_rows, "val", length, max(settings.eval_tokens, length))
     return Text(data.vocab_size, data.document_token, identity, train, val)
 
 
-def _repeats(loader: TrainLoader | BinLoader) -> bool:
+def _repeats(loader: RowLoader) -> bool:
     """Whether the last batch holds text that has been given before."""
-    if isinstance(loader, BinLoader):
-        return loader.epoch() > 1
     state = loader.state_dict()
-    units = [number + (begun - 1) * loader.streams for number, (begun, _, _) in enumerate(state["positions"])]
+    if "positions" not in state:  # token files, read in their order
+        return loader.epoch() > 1
+    units = [number + (begun - 1) * state["streams"] for number, (begun, _, _) in enumerate(state["positions"])]
     return max(units) >= state["units_per_epoch"]
 
 

@@ -15,9 +15,8 @@ import torch
 from nanochat import checkpoint, cli, parallel
 from nanochat.arch import RATES
 from nanochat.cli import float_flag, int_flag
-from nanochat.data.batching import plan_batch
-from nanochat.data.chat_rows import ChatLoader, ChatPacker, LossOn, Packing, evaluation_rows
-from nanochat.dataloader import target_batches
+from nanochat.data.chat_rows import ChatPacker, ChatRows, LossOn, Packing, evaluation_rows
+from nanochat.dataloader import RowLoader, plan_batch, target_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
 from nanochat.eval.samples import make_chat_samples
@@ -224,8 +223,8 @@ def train_on_chats(
     evaluations = held_out_bpb(settings, recipe, tokenizer, forward, device, rank, world_size)
     folder = checkpoint_dir(stage, settings.out_tag or parent["tag"])
     earlier = earlier_run(folder, settings.resume, meta) or {}
-    loader = ChatLoader(
-        packer,
+    loader = RowLoader(
+        ChatRows(packer),
         rows_per_step=plan.rows_per_step,
         device_batch_size=recipe["device_batch_size"],
         device=device,
@@ -253,7 +252,7 @@ def train_on_chats(
         policy=policy,
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
-        teaches=lambda: loader.teaches,
+        teaches=lambda: loader.has_gradient_signal,
         observer=observer,
         flops_per_token=model.estimate_flops(length),
     )

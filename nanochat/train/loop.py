@@ -38,7 +38,7 @@ SAVE_SECONDS = "Time/save_seconds"  # that the loop was held up by a checkpoint,
 
 
 class Loader(Protocol):
-    """Where the trainer gets its micro-batches from (nanochat.dataloader.TrainLoader, for one).
+    """Where the trainer gets its micro-batches from (nanochat.dataloader.RowLoader, for one).
 
     A batch is (inputs, targets), each (B, T) int64, or (inputs, targets, weights) with the factors of the losses.
     """

@@ -132,7 +132,8 @@ def test_a_community_folder_is_gpt2s(tmp_path):
     assert [path.name for path in found.train] == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     assert [path.name for path in found.val] == ["fineweb_val_000000.bin"]
     assert found.files("train") == found.train and found.files("val") == found.val
-    assert (found.vocab_size, found.document_token, found.tokenizer_hash) == (50304, 50256, None)
+    assert (found.vocab_size, found.document_token, found.made_by) == (50304, 50256, None)
+    assert found.tokenizer_hash == "gpt2"
     assert found.vocab_size == -(-50257 // 128) * 128
 
 

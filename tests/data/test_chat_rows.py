@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat import dataloader
 from nanochat.data import chat_rows
-from nanochat.data.chat_rows import ChatLoader, ChatPacker, evaluation_rows
+from nanochat.data.chat_rows import ChatPacker, ChatRows, evaluation_rows
+from nanochat.dataloader import RowLoader
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
 from nanochat.tasks.common import Task
+from tests.data.synchronous import Synchronous
 
 BOS = 0
 
@@ -57,6 +60,10 @@ def packer(packing="bestfit", loss_on="assistant", seed=0, **options):
     return ChatPacker(Identity(), given, 16, packing, loss_on, seed)
 
 
+def loader_of(source, rows, device_batch, **options):
+    return RowLoader(ChatRows(source), rows, device_batch, **options)
+
+
 def take(loader, steps):
     """(inputs, targets), each (steps, rows of this rank, T)."""
     batches = [[loader.next_batch() for _ in range(loader.batches_per_step)] for _ in range(steps)]
@@ -95,27 +102,14 @@ def test_long_conversations_are_cut_and_counted():
     assert packer("stream", task=Numbers([40, 3])).chunk(0).cut == 0
 
 
-class Synchronous:
-    """In place of the Prefetcher: a thousand ranks in one process, one after the other, without a thread for each."""
-
-    def __init__(self, items, size, name):
-        self.items = items
-
-    def get(self):
-        return next(self.items)
-
-    def close(self):
-        pass
-
-
 def all_ranks(source, rows, device_batch, world, steps, state=None):
     """((inputs, targets), each (steps, rows, T), of all ranks put together, and the state after them)."""
     merged = [np.full((steps, rows, 16), -2) for _ in range(2)]
     states = []
     for rank in range(world):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chat_rows, "Prefetcher", Synchronous)
-            loader = ChatLoader(source, rows, device_batch, rank=rank, world_size=world, state=state)
+            patch.setattr(dataloader, "Prefetcher", Synchronous)
+            loader = loader_of(source, rows, device_batch, rank=rank, world_size=world, state=state)
         assert loader.device_batch_size <= device_batch
         for step in range(steps):
             batches = [loader.next_batch() for _ in range(loader.batches_per_step)]
@@ -161,7 +155,7 @@ def test_any_number_of_ranks_up_to_1024(world, monkeypatch):
 def test_threads_give_what_a_plain_loop_gives():
     expected, _ = all_ranks(packer(), 5, 5, 1, 4)
     for rank in range(2):
-        inputs, targets = take(ChatLoader(packer(), 5, 2, rank=rank, world_size=2), 4)
+        inputs, targets = take(loader_of(packer(), 5, 2, rank=rank, world_size=2), 4)
         assert inputs.shape == (4, 4, 16)  # two batches of two, where 3 and 2 rows are real
         for given_out, whole in zip((inputs, targets), expected, strict=True):
             np.testing.assert_array_equal(given_out[:, : 3 - rank], whole[:, rank::2])
@@ -169,7 +163,7 @@ def test_threads_give_what_a_plain_loop_gives():
 
 
 def test_epochs_are_counted():
-    loader = ChatLoader(packer(), 4, 4)
+    loader = loader_of(packer(), 4, 4)
     rows = packer().rows_per_epoch()[0]
     for _ in range(rows // 4):
         loader.next_batch()
@@ -185,12 +179,12 @@ def test_rows_of_an_epoch_are_exact_for_few_chunks_and_close_for_many(monkeypatc
 
 
 def test_another_set_of_conversations_cannot_be_resumed():
-    loader = ChatLoader(packer(), 4, 4)
+    loader = loader_of(packer(), 4, 4)
     loader.next_batch()
     state = loader.state_dict()
     loader.close()
     with pytest.raises(UserError, match="conversations was 30 and is now 31"):
-        ChatLoader(packer(count=31), 4, 4, state=state)
+        loader_of(packer(count=31), 4, 4, state=state)
 
 
 def test_nothing_to_train_on():
@@ -203,7 +197,7 @@ def test_a_malformed_conversation_is_raised_where_batches_are_read():
         def get_example(self, index):
             raise UserError("x.jsonl:3: unknown type")
 
-    loader = ChatLoader(packer(task=Broken([5, 5])), 2, 2)
+    loader = loader_of(packer(task=Broken([5, 5])), 2, 2)
     with pytest.raises(UserError, match=r"x\.jsonl:3"):
         loader.next_batch()
     loader.close()
@@ -226,8 +220,8 @@ def test_a_step_without_a_target_is_told_on_every_rank():
 
     def told(rank):
         source = ChatPacker(Late(), Numbers([40] * 5 + [4]), 16, "bestfit", "assistant")
-        loader = ChatLoader(source, 2, 1, rank=rank, world_size=2)
-        found = [(loader.next_batch() and loader.teaches) for _ in range(6)]
+        loader = loader_of(source, 2, 1, rank=rank, world_size=2)
+        found = [(loader.next_batch() and loader.has_gradient_signal) for _ in range(6)]
         loader.close()
         return found
 

@@ -8,8 +8,8 @@ import pytest
 
 from nanochat import cli, dataset
 from nanochat.data import hub
-from nanochat.data.bin_loader import BinLoader
 from nanochat.data.bins import describe_folder, open_tokens, tokenized_dir, write_tokens
+from nanochat.dataloader import RowLoader
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -61,7 +61,7 @@ def test_train_files_and_the_validation_file_arrive(server, workers, capsys):
     assert server.revisions == {"main", COMMIT}  # the first one fixes the commit
     manifest = json.loads((found.path / "manifest.json").read_text())
     assert manifest["revision"] == COMMIT and manifest["files"][VAL] == {"split": "val", "size": 1324, "tokens": 150}
-    loader = BinLoader(found, 4, 8, 2)
+    loader = RowLoader(found.rows(8), 4, 2)
     assert loader.next_batch().inputs[:, 0].tolist() == [50256] * 2
     loader.close()
 

@@ -17,7 +17,7 @@ from nanochat.gpt import GPT
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts.base_train import Settings, main, model_config, plan_horizon
-from tests.test_dataloader import write_source
+from tests.data.test_text_rows import write_source
 
 SMALL = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 32, "device_batch_size": 4,
          "total_batch_size": 256, "num_iterations": 6, "eval_tokens": 512, "core_metric_every": -1,

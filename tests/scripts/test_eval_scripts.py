@@ -80,7 +80,7 @@ def test_base_loss_of_an_untrained_model(trained, capsys):
 def test_baselines_see_exactly_the_bytes_that_the_model_is_scored_on(trained):
     tokenizer = RustBPETokenizer.from_directory(tokenizer_dir())
     sizes = get_token_bytes().numpy()
-    rows = base_loss.fixed_rows(tokenizer, trained, "val", 128, 4096)
+    rows = base_loss.TextData(trained, tokenizer).fixed_rows("val", 128, 4096)
     text = base_loss.measured_text(tokenizer, rows, sizes)
     assert len(text) == sizes[rows[:, 1:].astype(np.int64)].sum()
     assert b"<|bos|>" not in text

@@ -17,8 +17,8 @@ from nanochat.paths import data_dir, tokenizer_dir
 from nanochat.studies import sweep
 from nanochat.studies.sweep import Bench, Run, SweepSettings, claim, in_turn, open_text, train_run, use_rates_of
 from nanochat.tokenizer import RustBPETokenizer
+from tests.data.test_text_rows import write_source
 from tests.scripts.test_base_train import words
-from tests.test_dataloader import write_source
 
 CPU = torch.device("cpu")
 TINY = {"base_width": 32, "head_dim": 16, "depth": 1, "max_seq_len": 16, "steps": 6, "total_batch_size": 64,

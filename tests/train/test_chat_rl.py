@@ -15,8 +15,8 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import chat
 from scripts import chat_rl, chat_sft
 from tests.chat_setup import make_base, make_text
+from tests.data.test_text_rows import write_source
 from tests.processes import run_processes
-from tests.test_dataloader import write_source
 
 SMALL = {"task": "Arithmetic", "num_iterations": 4, "questions_per_step": 4, "num_samples": 4, "max_new_tokens": 24,
          "device_batch_size": 8, "eval_every": -1, "eval_questions": 8, "eval_samples": 2,

@@ -22,9 +22,9 @@ from nanochat import checkpoint, cli
 from nanochat.paths import checkpoint_dir, get_base_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts.base_train import Settings, main
+from tests.data.test_text_rows import write_source
 from tests.processes import free_port
 from tests.scripts.test_base_train import SMALL, words
-from tests.test_dataloader import write_source
 
 STEPS = 100
 LIMIT = 240  # seconds until a job counts as hung; the longest takes 40 on two cores

@@ -6,18 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data import bin_loader
-from nanochat.data.bin_loader import (
-    BinLoader,
-    bin_horizon_in_epochs,
-    document_starts,
-    fixed_rows_from_bin,
-    row_starts,
-)
-from nanochat.data.bins import describe_folder, write_tokens
-from nanochat.dataloader import row_batches
+from nanochat import dataloader
+from nanochat.data import bins
+from nanochat.data.bins import describe_folder, document_starts, row_starts, write_tokens
+from nanochat.dataloader import RowLoader, row_batches
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
+from tests.data.synchronous import Synchronous
 from tests.processes import run_processes
 
 DOCUMENT = 0
@@ -70,17 +65,8 @@ def slow_rows(files, row_len):
 ALL_ROWS = slow_rows(TRAIN, T + 1)
 
 
-class Synchronous:
-    """In place of the Prefetcher: many ranks in one process, without a thread for each."""
-
-    def __init__(self, items, size, name):
-        self.items = items
-
-    def get(self):
-        return next(self.items)
-
-    def close(self):
-        pass
+def loader(folder, rows, length, batch, **options):
+    return RowLoader(folder.rows(length), rows, batch, **options)
 
 
 def take(data, steps):
@@ -91,7 +77,7 @@ def take(data, steps):
         for _ in range(data.batches_per_step):
             batch = data.next_batch()
             filler = (batch.targets == IGNORE_INDEX).all(dim=1)
-            assert batch.inputs.shape == batch.targets.shape == (data.device_batch_size, data.sequence_len)
+            assert batch.inputs.shape == batch.targets.shape == (data.device_batch_size, data.source.sequence_len)
             assert batch.inputs.dtype == batch.targets.dtype == torch.int64
             assert (batch.inputs[filler] == DOCUMENT).all() and (batch.targets[~filler] != IGNORE_INDEX).all()
             assert (batch.inputs[:, 1:] == batch.targets[:, :-1])[~filler].all()
@@ -106,8 +92,8 @@ def all_ranks(folder, world, steps, rows, batch, state=None):
     states, shapes, epochs = [], set(), set()
     for rank in range(world):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bin_loader, "Prefetcher", Synchronous)
-            data = BinLoader(folder, rows, T, batch, rank=rank, world_size=world, state=state)
+            patch.setattr(dataloader, "Prefetcher", Synchronous)
+            data = loader(folder, rows, T, batch, rank=rank, world_size=world, state=state)
         if steps:
             merged[:, rank::world] = take(data, steps)
         states.append(data.state_dict())
@@ -130,7 +116,7 @@ def cycled(first, steps, rows):
 def test_greedy_starts_are_those_of_the_slow_search(tokens, row_len, scan):
     tokens = np.array(tokens, dtype=np.uint16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bin_loader, "SCAN_TOKENS", scan)
+        patch.setattr(bins, "SCAN_TOKENS", scan)
         documents = document_starts(tokens, DOCUMENT)
     assert documents.tolist() == [place for place, token in enumerate(tokens) if token == DOCUMENT]
     starts = row_starts(documents, len(tokens), row_len)
@@ -165,7 +151,7 @@ def test_any_world_size_sees_the_same_global_batches_and_resumes(folder, world, 
 def test_resuming_at_every_step_of_two_epochs_is_exact(folder):
     rows = 7
     steps = 2 * len(ALL_ROWS) // rows + 2
-    whole = BinLoader(folder, rows, T, 4)
+    whole = loader(folder, rows, T, 4)
     state, epoch = whole.state_dict(), whole.epoch()
     assert epoch == 0
     for step in range(steps):
@@ -194,14 +180,14 @@ def test_accumulated_batches_and_filler_ranks(folder, world):
 
 def test_threads_give_what_a_plain_loop_gives(folder):
     for rank in range(3):
-        data = BinLoader(folder, 4, T, 1, rank=rank, world_size=3)
+        data = loader(folder, 4, T, 1, rank=rank, world_size=3)
         assert data.batches_per_step == 2 and data.device_batch_size == 1
         np.testing.assert_array_equal(take(data, 80), cycled(0, 80, 4)[:, rank::3])
         data.close()
 
 
 def test_the_state_is_taken_between_steps_only(folder):
-    data = BinLoader(folder, 4, T, 2)
+    data = loader(folder, 4, T, 2)
     data.next_batch()
     with pytest.raises(AssertionError, match="between optimizer steps"):
         data.state_dict()
@@ -209,19 +195,21 @@ def test_the_state_is_taken_between_steps_only(folder):
 
 
 def test_epoch_and_cropped_share(folder):
-    data = BinLoader(folder, len(ALL_ROWS), T, 8)
+    data = loader(folder, len(ALL_ROWS), T, 8)
     take(data, 1)
     assert 0.97 < data.epoch() <= 1  # all rows taken; the tail of the last file is in none of them
     total = sum(map(len, TRAIN))
     take(data, 3)
-    assert data.cropped_share() == pytest.approx(1 - ALL_ROWS.size / total, abs=0.05)  # the next files are scanned too
+    assert data.source.cropped_share() == pytest.approx(
+        1 - ALL_ROWS.size / total, abs=0.05
+    )  # the next files are scanned too
     data.close()
 
 
 def two_ranks(folder):
     import torch.distributed as dist
 
-    data = BinLoader(folder, 5, T, 2, rank=dist.get_rank(), world_size=2)
+    data = loader(folder, 5, T, 2, rank=dist.get_rank(), world_size=2)
     rows = take(data, 3)
     state = data.state_dict()
     data.close()
@@ -238,16 +226,16 @@ def test_two_processes_have_one_state(folder):
 def test_resume_with_other_data_or_rows_is_refused(folder, tmp_path):
     _, state = all_ranks(folder, 1, 3, 5, 5)
     with pytest.raises(UserError, match=f"sequence_len was {T} and is now 8"):
-        BinLoader(folder, 5, 8, 5, state=state)
+        loader(folder, 5, 8, 5, state=state)
     longer = write_folder(tmp_path, [*TRAIN, TRAIN[0]], VAL)
     with pytest.raises(UserError, match="files was"):
-        BinLoader(longer, 5, T, 5, state=state)
+        loader(longer, 5, T, 5, state=state)
 
 
 def test_resume_with_tokens_that_changed_under_the_same_lengths_is_refused(folder, tmp_path):
     _, state = all_ranks(folder, 1, 3, 5, 5)
     other = write_folder(tmp_path, [np.roll(TRAIN[0], 1), *TRAIN[1:]], VAL)
-    data = BinLoader(other, 5, T, 5, state=state)
+    data = loader(other, 5, T, 5, state=state)
     with pytest.raises(UserError, match="the tokens have changed"):
         data.next_batch()
     data.close()
@@ -255,14 +243,14 @@ def test_resume_with_tokens_that_changed_under_the_same_lengths_is_refused(folde
 
 def test_too_little_data_says_so_instead_of_spinning(tmp_path):
     small = write_folder(tmp_path, [[DOCUMENT, 1, 2], [], [5] * 100], [[1]])
-    data = BinLoader(small, 2, T, 2)
+    data = loader(small, 2, T, 2)
     with pytest.raises(UserError, match=r"none of the 3 train file.*row of 17 tokens from the start of a document on"):
         data.next_batch()
     data.close()
     with pytest.raises(UserError, match="too little data"):  # before training starts
-        bin_horizon_in_epochs(small, T, 100)
+        small.horizon_in_epochs(T, 100)
     with pytest.raises(UserError, match="none of the 1 val file"):
-        fixed_rows_from_bin(small, "val", T)
+        small.fixed_rows("val", T)
 
 
 def test_a_truncated_file_is_one_line(tmp_path):
@@ -270,24 +258,24 @@ def test_a_truncated_file_is_one_line(tmp_path):
     path = damaged.train[2]
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train_000002\.bin is truncated"):
-        BinLoader(damaged, 2, T, 2)
+        loader(damaged, 2, T, 2)
 
 
 def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
     write_folder(tmp_path, TRAIN, VAL)
     meta = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps({**meta, "vocab_size": 1000}))
-    data = BinLoader(describe_folder(tmp_path), 8, T, 8)
+    data = loader(describe_folder(tmp_path), 8, T, 8)
     with pytest.raises(UserError, match=r"has token 1\d\d\d, but a vocabulary of 1000"):
         take(data, 20)
     data.close()
     with pytest.raises(UserError, match="vocabulary of 1000"):
-        fixed_rows_from_bin(describe_folder(tmp_path), "val", T)
+        describe_folder(tmp_path).fixed_rows("val", T)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
 def test_rows_arrive_on_the_gpu(folder):
-    data = BinLoader(folder, 4, T, 4, device="cuda")
+    data = loader(folder, 4, T, 4, device="cuda")
     batch = data.next_batch()
     assert batch.inputs.is_cuda and batch.inputs[:, 0].tolist() == [DOCUMENT] * 4
     np.testing.assert_array_equal(batch.inputs.cpu().numpy(), ALL_ROWS[:4, :-1])
@@ -304,16 +292,16 @@ def test_fixed_rows_are_the_first_tokens_each_predicted_once(folder, length, tok
     count = min(tokens // length, (len(stream) - 1) // length)
     if not count:
         with pytest.raises(UserError, match="too little data"):
-            fixed_rows_from_bin(folder, "val", length, tokens)
+            folder.fixed_rows("val", length, tokens)
         return
-    rows = fixed_rows_from_bin(folder, "val", length, tokens)
+    rows = folder.fixed_rows("val", length, tokens)
     assert rows.tolist() == [stream[i * length : (i + 1) * length + 1] for i in range(count)]
     assert rows[:, :-1].ravel().tolist() == stream[: count * length]
     assert rows[:, 1:].ravel().tolist() == stream[1 : count * length + 1]
 
 
 def test_fixed_rows_go_through_row_batches(folder):
-    rows = fixed_rows_from_bin(folder, "train", 10, 95)
+    rows = folder.fixed_rows("train", 10, 95)
     batches = [batch for rank in range(2) for batch in row_batches(rows, 4, torch.device("cpu"), rank, 2)]
     inputs = torch.cat([batch.inputs[batch.targets[:, 0] != IGNORE_INDEX] for batch in batches])
     assert sorted(inputs.tolist()) == sorted(rows[:, :-1].tolist()) and len(inputs) == 9
@@ -322,6 +310,6 @@ def test_fixed_rows_go_through_row_batches(folder):
 def test_horizon_is_that_of_the_first_file_with_rows(tmp_path):
     folder = write_folder(tmp_path, [TRAIN[1], TRAIN[0], TRAIN[0]], VAL)
     rows = len(slow_rows([TRAIN[0]], T + 1))
-    epochs, cropped = bin_horizon_in_epochs(folder, T, 10_000)
+    epochs, cropped = folder.horizon_in_epochs(T, 10_000)
     assert epochs == pytest.approx(10_000 / (rows * T / 1500 * 3010))
     assert cropped == pytest.approx(1 - rows * (T + 1) / 1500)

@@ -1,0 +1,256 @@
+"""Text -> rows of tokens, packed on the way: the row source of pretraining.
+
+- Units: each epoch shuffles the row groups of all train shards by (seed, epoch) and cuts them into units of about 128
+  documents. Unit number u, counted through all epochs, belongs to stream u mod S, where S is the number of rows in one
+  global batch.
+- Streams: row i of every global batch comes from stream i, which packs each of its units by itself and hands out the
+  rows one by one. Ranks own whole streams, so every document is read once an epoch by exactly one rank, and no rank can
+  starve: the unit numbers never end.
+- State: three integers a stream: units begun, rows taken from the last one, and how many it has. The step alone would
+  not do: how many rows a unit gives is known once it is packed, to its owner only, so resuming would mean packing all
+  that came before. Units of a fixed number of rows would make it do, but throw text away.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+
+from nanochat.data.packing import pack_rows
+from nanochat.data.parquet import open_shard, read_texts
+from nanochat.dataset import Split, dataset_bytes, list_shards
+from nanochat.errors import UserError
+from nanochat.tokenizer import RustBPETokenizer
+
+UNIT_DOCUMENTS = 128  # packing 1,024 at a time would crop 9.6 % instead of 10.3 % (T=2048) but make coarse units
+
+Position = tuple[int, int, int]  # of a stream: units begun, rows taken from the last one, and how many it has
+
+
+class Unit(NamedTuple):
+    """Some documents of one row group, and the generator key that shuffles their rows."""
+
+    path: Path
+    row_group: int
+    start: int
+    stop: int
+    key: tuple[int, int, int]
+
+
+class UnitOrder:
+    """The endless sequence of units of some shards: `order[u]` for any u >= 0."""
+
+    def __init__(self, shards: list[Path], seed: int, streams: int) -> None:
+        self.seed = seed
+        self.row_groups: list[tuple[Path, int, int]] = []  # path, row group, documents
+        for path in shards:
+            metadata = open_shard(path).metadata
+            self.row_groups += [(path, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
+        counts = np.array([count for _, _, count in self.row_groups], dtype=np.int64)
+        documents = int(counts.sum())
+        if not documents:
+            raise UserError(f"no documents in {len(shards)} shard(s); get data with `python -m nanochat.dataset`")
+        # Little data: smaller units, so that the streams share an epoch instead of one of them reading it all.
+        self.unit_documents = int(np.clip(documents // (4 * streams), 16, UNIT_DOCUMENTS))
+        self._units = -(-counts // self.unit_documents)  # in each row group
+        self.per_epoch = int(self._units.sum())
+        self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
+
+    def _shuffled_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(row groups in the order of this epoch, its units up to the end of each). The units themselves are made on
+        demand: the two million of an epoch of 5,000 shards would cost each rank 9 s and 0.7 GB."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.row_groups))
+        return order, np.cumsum(self._units[order])
+
+    def __getitem__(self, number: int) -> Unit:
+        epoch, within = divmod(number, self.per_epoch)
+        order, ends = self._epoch(epoch)
+        place = int(np.searchsorted(ends, within, side="right"))
+        path, group, count = self.row_groups[order[place]]
+        start = int(within - ends[place] + self._units[order[place]]) * self.unit_documents
+        return Unit(path, group, start, min(start + self.unit_documents, count), (self.seed, epoch, within))
+
+    def too_little_text(self, sequence_len: int) -> UserError:
+        return UserError(
+            f"too little text: no {self.unit_documents} documents fill a row of {sequence_len} tokens; get more data "
+            f"or lower --max-seq-len"
+        )
+
+
+class Packer:
+    """Units -> rows of row_len tokens. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: RustBPETokenizer, row_len: int) -> None:
+        self.tokenizer, self.row_len = tokenizer, row_len
+        self.pool = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), thread_name_prefix="encode")
+        self._lock = threading.Lock()  # units of one row group are wanted at once: read it once
+        self._read = lru_cache(maxsize=4)(lambda path, group: read_texts(open_shard(path), group, str(path)))
+        self.kept = self.cropped = self.text_bytes = 0
+
+    def rows(self, unit: Unit) -> np.ndarray:
+        """(R, row_len) token rows of a unit, shuffled: packing hands out long documents first."""
+        with self._lock:
+            texts = self._read(unit.path, unit.row_group)[unit.start : unit.stop]
+        bos = self.tokenizer.get_bos_token_id()
+        rows, cropped = pack_rows(self.tokenizer.batch_encode(texts, 1), self.row_len, bos)
+        with self._lock:
+            self.kept += rows.size
+            self.cropped += cropped
+            self.text_bytes += sum(len(text.encode()) for text in texts)
+        return rows[np.random.default_rng(unit.key).permutation(len(rows))]
+
+    def cropped_share(self) -> float:
+        return self.cropped / max(self.kept + self.cropped, 1)
+
+
+class Stream:
+    """One row of every global batch: units number, number + streams, …, each packed ahead of its use."""
+
+    def __init__(self, order: UnitOrder, packer: Packer, number: int, streams: int, position: Position) -> None:
+        self.order, self.packer, self.number, self.streams = order, packer, number, streams
+        self.begun, self.taken, self.count = position
+        self.rows: np.ndarray | None = None
+        # not waited for here: all streams encode at once
+        self.resumed = self._pack(self.begun - 1) if self.begun else None
+        self.next_rows = self._pack(self.begun)
+
+    def _pack(self, nth: int) -> Future[np.ndarray]:
+        return self.packer.pool.submit(self.packer.rows, self.order[self.number + nth * self.streams])
+
+    def next(self) -> np.ndarray:
+        """The next row, (row_len,)."""
+        if self.resumed is not None:
+            self.rows, self.resumed = self.resumed.result(), None
+            if len(self.rows) != self.count:
+                raise UserError(
+                    f"cannot resume the data order: documents that filled {self.count} rows now fill {len(self.rows)}; "
+                    "the text or the tokenizer has changed"
+                )
+        empty = 0
+        while self.rows is None or self.taken == len(self.rows):
+            self.rows = self.next_rows.result()  # may be empty: a few short documents need not fill a row
+            self.begun, self.taken, self.count = self.begun + 1, 0, len(self.rows)
+            self.next_rows = self._pack(self.begun)
+            empty = empty + 1 if self.count == 0 else 0
+            if empty > self.order.per_epoch:
+                raise self.order.too_little_text(self.packer.row_len - 1)
+        self.taken += 1
+        return self.rows[self.taken - 1]
+
+    def position(self) -> Position:
+        return self.begun, self.taken, self.count
+
+
+class TextRows:
+    """The streams of this rank, as a row source (see nanochat.dataloader.RowSource)."""
+
+    def __init__(self, tokenizer: RustBPETokenizer, shards: list[Path], sequence_len: int, seed: int = 0) -> None:
+        self.shards, self.sequence_len, self.seed = shards, sequence_len, seed
+        self.filler_token = tokenizer.get_bos_token_id()
+        self.packer = Packer(tokenizer, sequence_len + 1)
+
+    def start(self, rows_per_step: int, local: range) -> None:
+        self.streams_per_step = rows_per_step
+        self.order = UnitOrder(self.shards, self.seed, rows_per_step)
+        self._start: dict[int, Position] = dict.fromkeys(local, (0, 0, 1))
+        self._streams: list[Stream] = []
+
+    def identity(self) -> dict[str, Any]:
+        return {"seed": self.seed, "streams": self.streams_per_step, "sequence_len": self.sequence_len,
+                "units_per_epoch": self.order.per_epoch}  # fmt: skip
+
+    def seek(self, state: dict[str, Any]) -> None:
+        for number in self._start:
+            begun, taken, rows = state["positions"][number]
+            self._start[number] = begun, taken, rows
+
+    def steps(self) -> Iterator[tuple[Iterator[tuple[np.ndarray, np.ndarray]], bool]]:
+        numbers = self._start.items()
+        self._streams = [Stream(self.order, self.packer, n, self.streams_per_step, at) for n, at in numbers]
+        while True:
+            rows = (stream.next() for stream in self._streams)
+            yield ((row[:-1], row[1:]) for row in rows), True
+
+    def position(self) -> dict[int, Position]:
+        """Of each local stream."""
+        return {stream.number: stream.position() for stream in self._streams} or self._start
+
+    def state(self, position: dict[int, Position]) -> dict[str, Any]:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, position)
+            position = {number: at for part in gathered for number, at in part.items()}
+        return {"positions": [list(position[number]) for number in range(self.streams_per_step)]}
+
+    def epoch(self, position: dict[int, Position]) -> float:
+        """From this rank's streams; 0 where it has none."""
+        units = [begun - 1 + taken / rows for begun, taken, rows in position.values() if begun]
+        return sum(units) / max(len(position), 1) * self.streams_per_step / self.order.per_epoch
+
+    def cropped_share(self) -> float:
+        return self.packer.cropped_share()
+
+    def close(self) -> None:
+        self.packer.pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A text source and the tokenizer that makes tokens of it: what nanochat.dataloader.TrainData says."""
+
+    source: str
+    tokenizer: RustBPETokenizer
+    fingerprint: None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    @property
+    def document_token(self) -> int:
+        return self.tokenizer.get_bos_token_id()
+
+    @property
+    def tokenizer_hash(self) -> str:
+        return self.tokenizer.hash
+
+    def rows(self, sequence_len: int, seed: int = 0) -> TextRows:
+        return TextRows(self.tokenizer, list_shards(self.source, "train"), sequence_len, seed)
+
+    def fixed_rows(self, split: Split, sequence_len: int, max_tokens: int = -1) -> np.ndarray:
+        """At most max_tokens targets (-1: the whole split), from row groups in a fixed shuffled order."""
+        order = UnitOrder(list_shards(self.source, split), seed=0, streams=1)
+        packer = Packer(self.tokenizer, sequence_len + 1)
+        wanted = max_tokens // sequence_len if max_tokens >= 0 else None
+        parts: list[np.ndarray] = []
+        count = 0
+        for number in range(order.per_epoch):
+            parts.append(packer.rows(order[number]))
+            count += len(parts[-1])
+            if wanted is not None and count >= wanted:
+                break
+        rows = np.concatenate(parts)[:wanted]
+        if not len(rows):
+            raise UserError(f"the {split} split of {self.source} does not fill one row of {sequence_len + 1} tokens")
+        return rows
+
+    def horizon_in_epochs(self, sequence_len: int, tokens: int, rows_per_step: int = 1) -> tuple[float, float]:
+        """From a sample of up to eight units. Where an epoch has fewer units than a step has rows, the first step alone
+        goes through it more than once, and that is the least."""
+        order = UnitOrder(list_shards(self.source, "train"), seed=0, streams=rows_per_step)
+        packer = Packer(self.tokenizer, sequence_len + 1)
+        for number in np.linspace(0, order.per_epoch - 1, min(8, order.per_epoch)).astype(int).tolist():
+            packer.rows(order[number])
+        if not packer.kept and not any(len(packer.rows(order[number])) for number in range(order.per_epoch)):
+            raise order.too_little_text(sequence_len)
+        available = packer.kept / max(packer.text_bytes, 1) * dataset_bytes(self.source, "train")
+        in_first_step = rows_per_step / order.per_epoch
+        epochs = max(tokens / max(available, 1.0), in_first_step if in_first_step > 1 else 0.0)
+        return epochs, packer.cropped_share()
