@@ -45,7 +45,7 @@ class ClusterObserver(Observer):
         self.steps += 1
         if self.steps == 1:  # all ranks have compiled: from here on a long wait is a fault
             lower_timeout(device=self.device, leave=background)
-        return self.stragglers.report(step) or {}
+        return self.stragglers.report(step)
 
     def close(self) -> None:
         if self.watchdog is not None:

@@ -9,11 +9,12 @@ It warns and does not stop a run. Only a disk that cannot be written is an error
 import math
 import os
 import socket
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import psutil
 import torch
@@ -53,6 +54,15 @@ class Measurement:
     """Why the artifact store cannot be written."""
 
 
+# What is compared: label, field, share of the median below which a rank is named, what to look at.
+COMPARED = (
+    ("matmul, TFLOP/s", "matmul_tflops", SLOW, "power, temperature and other programs"),
+    ("all-reduce, GB/s (bus)", "all_reduce_gbytes", 0.0, ""),  # the ranks wait for each other: it names nobody
+    ("disk write, MB/s", "disk_mbytes", SLOW_DISK, "the disk under the artifact store"),
+    ("free memory, GiB", "free_gib", SLOW, "programs left over there"),
+)
+
+
 def check(device: torch.device, folder: Path) -> list[Measurement]:
     """Measure all ranks, print a table and warnings on rank 0. Collective; returns the same list, by rank, everywhere.
 
@@ -67,10 +77,8 @@ def check(device: torch.device, folder: Path) -> list[Measurement]:
             disk = disk_mbytes(folder)
         except OSError as problem:
             error = problem.strerror or str(problem)
-    skew, accuracy = clock_offset(device)
-    tflops, gbytes = matmul_tflops(device), all_reduce_gbytes(device)
-    mine = Measurement(rank, hosts[rank], tflops, gbytes, disk, free_gib(device), skew, accuracy, error)
-    measurements = _gather(mine)
+    speeds = matmul_tflops(device), all_reduce_gbytes(device), disk, free_gib(device)
+    measurements = _gather(Measurement(rank, hosts[rank], *speeds, *clock_offset(device), error))
     if failed := next((m for m in measurements if m.error), None):
         raise UserError(
             f"rank {failed.rank} on {failed.host} cannot write to {folder}: {failed.error}; free or mount that disk "
@@ -82,7 +90,7 @@ def check(device: torch.device, folder: Path) -> list[Measurement]:
     return measurements
 
 
-def _gather(value):
+def _gather(value: Any) -> list[Any]:
     """The values of all ranks, by rank."""
     if not dist.is_initialized():
         return [value]
@@ -93,15 +101,14 @@ def _gather(value):
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     """Shortest of REPEATS runs after one to warm up."""
-    work()
-    best = math.inf
-    for _ in range(REPEATS):
+    seconds = []
+    for _ in range(1 + REPEATS):
         synchronize(device)
         begun = time.perf_counter()
         work()
         synchronize(device)
-        best = min(best, time.perf_counter() - begun)
-    return best
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds[1:])
 
 
 def matmul_tflops(device: torch.device) -> float:
@@ -120,9 +127,9 @@ def matmul_tflops(device: torch.device) -> float:
 
 def all_reduce_gbytes(device: torch.device) -> float:
     """Bus bandwidth of an all-reduce over all ranks, GB/s: 256 MiB on GPUs, 4 MiB elsewhere. NaN for one rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
         return math.nan
-    world = dist.get_world_size()
     data = torch.zeros((256 if device.type == "cuda" else 4) * 2**20 // 4, device=device)
     seconds = _best_seconds(lambda: dist.all_reduce(data), device)
     return 2 * (world - 1) / world * data.nbytes / seconds / 1e9
@@ -137,12 +144,10 @@ def disk_mbytes(folder: Path) -> float:
     try:
         with open(path, "wb") as file:
             file.write(data)
-            file.flush()
             os.fsync(file.fileno())
-        seconds = time.perf_counter() - begun
+        return len(data) / (time.perf_counter() - begun) / 1e6
     finally:
         path.unlink(missing_ok=True)
-    return len(data) / seconds / 1e6
 
 
 def free_gib(device: torch.device) -> float:
@@ -154,38 +159,23 @@ def free_gib(device: torch.device) -> float:
 def clock_offset(device: torch.device, clock: Callable[[], float] = time.time) -> tuple[float, float]:
     """(this clock minus rank 0's in seconds, accuracy): the true offset lies within ± accuracy.
 
-    Nobody leaves an all-gather before everybody has entered it. So with the times of entry and exit, that of this rank
-    in its own clock and that of rank 0 in rank 0's: entry - exit of rank 0 <= offset <= exit - entry of rank 0. Each
-    round gives such an interval, half as wide as a round trip or so; the offset lies in all of them.
+    Nobody leaves a barrier before everybody has entered it. So with the times of entry and exit, those of this rank in
+    its own clock and those of rank 0 in rank 0's: entry - exit of rank 0 <= offset <= exit - entry of rank 0.
     """
-    if not dist.is_initialized():
-        return 0.0, 0.0
-    world, rank = dist.get_world_size(), dist.get_rank()
-    low, high = -math.inf, math.inf
-    entered, left = torch.zeros(2, dtype=torch.float64, device=device)  # float64 resolves 0.2 µs at today's date
-    all_entered, all_left = ([torch.zeros_like(entered) for _ in range(world)] for _ in range(2))
+    rounds = []
     for _ in range(CLOCK_ROUNDS):
+        runtime.barrier()  # so that all enter the next one at nearly the same time
+        synchronize(device)
+        entry = clock()
         runtime.barrier()
-        entered.fill_(clock())
         synchronize(device)
-        dist.all_gather(all_entered, entered)
-        synchronize(device)
-        left.fill_(clock())
-        dist.all_gather(all_left, left)
-        low = max(low, (entered - all_left[0]).item())
-        high = min(high, (left - all_entered[0]).item())
-    if rank == 0:
+        rounds.append((entry, clock()))
+    first = _gather(rounds)[0]
+    if first == rounds:
         return 0.0, 0.0
+    pairs = list(zip(rounds, first, strict=True))
+    low, high = max(own[0] - other[1] for own, other in pairs), min(own[1] - other[0] for own, other in pairs)
     return (low + high) / 2, max(high - low, 0.0) / 2
-
-
-# What is compared: label, field, share of the median below which a rank is named, what to look at.
-COMPARED = (
-    ("matmul, TFLOP/s", "matmul_tflops", SLOW, "power, temperature and other programs"),
-    ("all-reduce, GB/s (bus)", "all_reduce_gbytes", 0.0, ""),  # the ranks wait for each other: it names nobody
-    ("disk write, MB/s", "disk_mbytes", SLOW_DISK, "the disk under the artifact store"),
-    ("free memory, GiB", "free_gib", SLOW, "programs left over there"),
-)
 
 
 def table(measurements: list[Measurement]) -> str:
@@ -194,16 +184,14 @@ def table(measurements: list[Measurement]) -> str:
     lines = [f"preflight: {len(measurements)} rank(s) on {hosts} host(s)"]
     for label, field, *_ in COMPARED:
         if known := _known(measurements, field):
-            worst = min(known, key=lambda m: getattr(m, field))
-            median = statistics.median(getattr(m, field) for m in known)
-            where = f"(rank {worst.rank} on {worst.host})" if len(known) > 1 else ""
-            lines.append(f"  {label:24} worst {getattr(worst, field):9.2f}  median {median:9.2f}  {where}".rstrip())
+            value, rank, host = min(known)
+            where = f"(rank {rank} on {host})" if len(known) > 1 else ""
+            lines.append(f"  {label:24} worst {value:9.2f}  median {_median(known):9.2f}  {where}".rstrip())
     if len(measurements) > 1:
         worst = max(measurements, key=lambda m: abs(m.clock_seconds))
-        accuracy = max(m.clock_accuracy for m in measurements)
         lines.append(
-            f"  {'clock against rank 0, s':24} worst {worst.clock_seconds:+9.4f}  known within ±{accuracy:.4f}  "
-            f"(rank {worst.rank} on {worst.host})"
+            f"  {'clock against rank 0, s':24} worst {worst.clock_seconds:+9.4f}  known within "
+            f"±{max(m.clock_accuracy for m in measurements):.4f}  (rank {worst.rank} on {worst.host})"
         )
     return "\n".join(lines)
 
@@ -213,15 +201,13 @@ def warnings(measurements: list[Measurement]) -> list[str]:
     lines = []
     for label, field, share, look in COMPARED:
         known = _known(measurements, field)
-        median = statistics.median(getattr(m, field) for m in known) if known else math.nan
-        for m in known:
-            value = getattr(m, field)
-            if value < share * median:
-                lines.append(
-                    f"rank {m.rank} on {m.host}: {label} {value:.2f}, {100 * value / median:.0f} % of the median "
-                    f"{median:.2f}; look at {look}, or leave that host out"
-                )
-    usual = statistics.median(m.clock_seconds for m in measurements)  # it may be rank 0 whose clock is off
+        lines += [
+            f"rank {rank} on {host}: {label} {value:.2f}, {100 * value / _median(known):.0f} % of the median "
+            f"{_median(known):.2f}; look at {look}, or leave that host out"
+            for value, rank, host in known
+            if value < share * _median(known)
+        ]
+    usual = median(m.clock_seconds for m in measurements)  # it may be rank 0 whose clock is off
     lines += [
         f"rank {m.rank} on {m.host}: its clock is {m.clock_seconds - usual:+.2f} s from the median of all "
         f"(±{m.clock_accuracy:.2f}); start time synchronisation there"
@@ -231,8 +217,13 @@ def warnings(measurements: list[Measurement]) -> list[str]:
     return lines
 
 
-def _known(measurements: list[Measurement], field: str) -> list[Measurement]:
-    return [m for m in measurements if not math.isnan(getattr(m, field))]
+def _known(measurements: list[Measurement], field: str) -> list[tuple[float, int, str]]:
+    """(value, rank, host) of the ranks that measured this."""
+    return [(getattr(m, field), m.rank, m.host) for m in measurements if not math.isnan(getattr(m, field))]
+
+
+def _median(known: list[tuple[float, int, str]]) -> float:
+    return median(value for value, *_ in known)
 
 
 @dataclass(frozen=True)
@@ -243,17 +234,15 @@ class Settings:
     """Device to run on."""
 
 
-def main(asked: Settings) -> None:
+def main(settings: Settings) -> None:
+    *_, device = runtime.compute_init(settings.device_type)
     try:
-        folder = paths.get_base_dir()
+        check(device, paths.get_base_dir())
     except OSError as problem:
         raise UserError(
-            f"cannot write to the artifact store {problem.filename}: {problem.strerror}; free or mount "
-            "that disk, or set NANOCHAT_BASE_DIR to another"
+            f"cannot write to the artifact store {problem.filename}: {problem.strerror}; free or mount that disk, or "
+            "set NANOCHAT_BASE_DIR to another"
         ) from None
-    *_, device = runtime.compute_init(asked.device_type)
-    try:
-        check(device, folder)
     finally:
         runtime.compute_cleanup()
 

@@ -4,8 +4,8 @@ In synchronous training a step takes equally long on all ranks, because the fast
 one. Only time that a rank spends on its own, before it waits for anybody, can tell. There are three such numbers:
 
 - data wait: host time in which this rank waited for its next batches. Shows slow storage, a slow tokenizer thread.
-- host: the rest of the host time from the last synchronisation to the first collective of the step. Shows what else
-  keeps Python busy on one rank. Does not show a slow launch of kernels later in the step.
+- host: the rest of the host time from the start of the step to its first collective. Shows what else keeps Python busy
+  on one rank. Does not show a slow launch of kernels later in the step.
 - forward: time of the first micro-batch's forward pass, on a GPU by events on its stream. Shows a slow GPU or CPU
   (throttled, shared, far from its memory). Under DDP no collective falls into a forward pass; under FSDP the weights
   are gathered in it, so that a slow rank shows on all: there, compare matmul TFLOP/s (nanochat.cluster.preflight).
@@ -14,10 +14,10 @@ None of them shows a slow link: all ranks wait for it alike.
 """
 
 import socket
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import mean, median
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,6 @@ import torch.distributed as dist
 from nanochat.runtime import print0
 
 NAMES = ("data wait", "host", "forward")
-RATIOS = {name: f"Stragglers/{name.replace(' ', '_')}_max_over_median" for name in NAMES}
 EVERY = 100  # steps: a mean that one pause does not make, and the wait for the device it costs is spread thin
 SLOW = 1.10  # over the median: healthy cards of one model differ by some per cent in clock rate under one power limit
 NOTICEABLE = 0.01  # of the step: a rank that is 10 % over a median of microseconds costs nobody anything
@@ -51,7 +50,7 @@ class StragglerReport:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Times the forward pass of the first micro-batch of a step: `with report.forward(): loss = model(...)`."""
+        """Times the forward pass of the first micro-batch of a step."""
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -64,70 +63,60 @@ class StragglerReport:
             self.forwards.append(time.perf_counter() - begun)
 
     def record(self, step_seconds: float, data_seconds: float) -> None:
-        """Once a step. `step_seconds`: host time from the last synchronisation to the first collective, data wait
-        included; `data_seconds`: of these, the wait for batches."""
+        """Once a step: see Observer.before_collective."""
         self.times.append((data_seconds, step_seconds - data_seconds))
         self.ends.append(time.perf_counter())
 
-    def report(self, step: int) -> dict[str, float] | None:
+    def report(self, step: int) -> dict[str, float]:
         """Every `every` steps: gather the means (16 bytes a rank), print worst against median, name the slowest rank.
 
-        Collective: call it after each step on all ranks. Returns max/median of each number as metrics; None when no
+        Collective: call it after each step on all ranks. Returns max/median of each number as metrics; none when no
         report is due, or there is nobody to compare with.
         """
         if step % self.every or len(self.times) < 2:
-            return None
-        mine = [*map(statistics.mean, zip(*self.times, strict=True)), self._forward_seconds(), self._step_seconds()]
-        count = len(self.times)
+            return {}
+        steps = [later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False)]
+        local = [*map(mean, zip(*self.times, strict=True)), mean(map(_seconds, self.forwards or [0.0])), median(steps)]
         self._clear()
         if self.world == 1:
-            return None
-        local = torch.tensor(mine, device=self.device)
-        gathered = [torch.empty_like(local) for _ in range(self.world)]
-        dist.all_gather(gathered, local)
-        *rows, steps = zip(*torch.stack(gathered).tolist(), strict=True)
+            return {}
+        gathered = torch.empty(self.world * len(local), device=self.device)
+        dist.all_gather_into_tensor(gathered, torch.tensor(local, device=self.device))
+        *rows, step_seconds = gathered.view(self.world, -1).T.tolist()
         table = dict(zip(NAMES, rows, strict=True))
-        medians = {name: statistics.median(row) for name, row in table.items()}
-        ratios = {name: max(max(row), TICK) / max(medians[name], TICK) for name, row in table.items()}
+        ratios = {name: max(max(row), TICK) / max(median(row), TICK) for name, row in table.items()}
         shown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
-        print0(f"stragglers: {shown} (max/median of {self.world} ranks over {count} steps)")
-        if line := slowest(table, statistics.median(steps), self.hosts):
+        print0(f"stragglers: {shown} (max/median of {self.world} ranks over {len(steps) + 1} steps)")
+        # The median step, which evaluations and checkpoints in between do not move
+        if line := slowest(table, median(step_seconds), self.hosts):
             print0(line)
-        return {RATIOS[name]: ratio for name, ratio in ratios.items()}
-
-    def _forward_seconds(self) -> float:
-        if not self.forwards:
-            return 0.0
-        return statistics.mean(
-            pair if isinstance(pair, float) else _elapsed(*pair)  # waits for the device: once in `every` steps
-            for pair in self.forwards
-        )
-
-    def _step_seconds(self) -> float:
-        """Typical time from step to step: the median, which evaluations and checkpoints in between do not move."""
-        return statistics.median(later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False))
+        return {f"Stragglers/{name.replace(' ', '_')}_max_over_median": ratio for name, ratio in ratios.items()}
 
 
-def _elapsed(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-    end.synchronize()
+def _seconds(forward: float | tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
+    if isinstance(forward, float):
+        return forward
+    start, end = forward
+    end.synchronize()  # waits for the device: once in `every` steps
     return start.elapsed_time(end) / 1000
 
 
-def slowest(table: dict[str, tuple[float, ...]], step_seconds: float, hosts: list[str]) -> str | None:
+def slowest(table: dict[str, list[float]], step_seconds: float, hosts: list[str]) -> str | None:
     """One line that names the rank which costs the others the most; None where nobody stands out.
 
     `table`: name of a number -> seconds per step, by rank.
     """
-    excess = {name: max(row) - statistics.median(row) for name, row in table.items()}
-    out = [name for name, row in table.items() if max(row) > SLOW * statistics.median(row)]
-    out = [name for name in out if excess[name] > NOTICEABLE * step_seconds]
-    if not out:
+    excess = {
+        name: max(row) - median(row)
+        for name, row in table.items()
+        if max(row) > SLOW * median(row) and max(row) - median(row) > NOTICEABLE * step_seconds
+    }
+    if not excess:
         return None
-    name = max(out, key=lambda name: excess[name])
+    name = max(excess, key=lambda name: excess[name])
     row = table[name]
     rank = row.index(max(row))
-    share = min(excess[name] / step_seconds, 1.0)
     return (
-        f"slowest: rank {rank} on {hosts[rank]}, {name} {row[rank]:.4f} s a step against a median of "
-        f"{statistics.median(row):.4f} s: {100 * share:.0f} % of the step of {step_seconds:.4f} s"
+        f"slowest: rank {rank} on {hosts[rank]}, {name} {row[rank]:.4f} s a step against a median of {median(row):.4f} "
+        f"s: {100 * min(excess[name] / step_seconds, 1.0):.0f} % of the step of {step_seconds:.4f} s"
     )

@@ -1,13 +1,15 @@
 """A stuck rank is found, named with its stack, and ended: waiting for it would only cost the hours of all others.
 
-The training loop says where it is by `mark`. A thread of each rank watches that these marks move on, and puts them into
-the process group's key-value store. Where they have not moved for the limit, and no other rank is known to be at work
-(which one may well wait for), the rank raises an alarm; all ranks put their stacks into the store; the one that raised
-the alarm finds out which rank is behind the others, prints that, and all leave with exit code 1, so that torchrun can
-start them again. In a synchronous program one stuck rank stops all, so a rank that is dead or stopped is found by the
-others, which wait for it.
+The training loop says where it is by `mark`; `runtime.heartbeat` says from within long work that it goes on. A thread
+of each rank looks every two seconds: it puts the status of its rank into the process group's key-value store and, while
+its own marks move on, counts up a number there that all ranks watch. A rank whose marks have not moved for its limit,
+while nobody counted either (one may well wait for a rank that works), raises the alarm. All ranks answer with their
+stacks; the one that raised the alarm finds out which rank is behind the others and prints that; all leave with exit
+code 1, so that torchrun can start them again. In a synchronous program one stuck rank stops all, so a rank that is dead
+or stopped is found by the others, which wait for it.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import json
@@ -16,7 +18,6 @@ import secrets
 import socket
 import sys
 import threading
-import time
 import traceback
 from dataclasses import asdict, dataclass
 
@@ -30,14 +31,14 @@ FIRST_SECONDS = 30 * 60.0  # until the first step is done: it compiles, which ta
 LIMIT_SECONDS = 10 * 60.0  # afterwards; a step takes seconds, a stall of a shared disk a minute or two
 GROUP_SECONDS = 15 * 60.0  # for lower_timeout: above the limit, so that the watchdog speaks first and names the rank
 SLOW_PHASES = ("evaluate", "save")  # have the first limit always: one of them may well take longer than ten minutes
-POLL_SECONDS = 2.0  # between two looks; each costs the store two requests a rank, 20 µs each or so
+POLL_SECONDS = 2.0  # between two looks; each costs the store three requests a rank, 20 µs each or so
 ANSWER_SECONDS = 10.0  # for the stacks of all ranks to arrive after an alarm
 STACK_LETTERS = 20_000  # per rank in the store
-NAMED = 8  # ranks, at most, that a verdict tells of one by one: a host full of them
+NAMED = 8  # ranks, at most, that a diagnosis tells of one by one: a host full of them
 
 
 @dataclass
-class Place:
+class RankStatus:
     """Where a rank is."""
 
     rank: int
@@ -49,15 +50,14 @@ class Place:
     """Of the mark within its step. All ranks make the same marks, so (step, number) says who is behind."""
     seconds: float = 0.0
     """Without a new mark."""
-    allowed: float = 0.0
-    """How many of these are not too many."""
-    beat: int = 0
-    """Counts the looks of this rank's watchdog: moves on as long as the process lives."""
     stack: str = ""
     """Empty: this rank gave no answer."""
 
     def progress(self) -> tuple[int, int]:
         return self.step, self.number
+
+    def where(self) -> str:
+        return f"step {self.step}, phase {self.phase}" if self.step >= 0 else "the time before the first step"
 
 
 class Watchdog:
@@ -70,33 +70,32 @@ class Watchdog:
         self.rank, self.world = info.rank, info.world_size
         self.first, self.limit = first, limit
         self.first_step: int | None = None
-        self.place = Place(self.rank, socket.gethostname(), os.getpid())
-        self.marks = 0  # moves on with each call of mark, so that repeated equal marks count as life
-        self.beats: dict[int, int] = {}  # of the other ranks, when last looked at
+        self.status = RankStatus(self.rank, socket.gethostname(), os.getpid())
+        self.marks = 0  # moves on with each mark and heartbeat
         self.interval = min(limit / 20, POLL_SECONDS)
         self.answer = min(limit, ANSWER_SECONDS)
-        self.store = _own_store(self.interval) if dist.is_initialized() and self.world > 1 else None
-        self._beat(self.place)  # now, so that every rank is known by host and process
+        self.store = _own_store() if dist.is_initialized() and self.world > 1 else None
+        self._publish("status")  # now, so that every rank is known by host and process
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self.thread.start()
-        self._unhook = on_heartbeat(self._alive)
+        self._unhook = on_heartbeat(self._count)
 
-    def _alive(self) -> None:
+    def _count(self) -> None:
         self.marks += 1
 
     def mark(self, step: int, phase: str) -> None:
-        """The loop has come to `phase` of `step`. Costs a microsecond; call it often, within long work too.
+        """The loop has come to `phase` of `step`. Costs a microsecond; call it often.
 
         A phase that is already the current one shows life but no progress; ranks may repeat it unequally often.
         """
-        self.marks += 1  # first: the thread, which reads them the other way round, then never sees a new place as old
-        place = self.place
-        if step != place.step or phase != place.phase:
+        self.marks += 1  # first: the thread, which reads them the other way round, then never sees a new status as old
+        now = self.status
+        if (step, phase) != (now.step, now.phase):
             if self.first_step is None:
                 self.first_step = step
-            number = place.number + 1 if step == place.step else 0
-            self.place = Place(place.rank, place.host, place.pid, step, phase, number)
+            number = now.number + 1 if step == now.step else 0
+            self.status = RankStatus(now.rank, now.host, now.pid, step, phase, number)
 
     def close(self) -> None:
         """Stop watching. Returns at once."""
@@ -106,9 +105,10 @@ class Watchdog:
         self.thread.join(timeout=5)  # it may hang in the store of a rank 0 that has gone
         faulthandler.cancel_dump_traceback_later()
 
-    def _allowed(self, place: Place) -> float:
-        started = self.first_step is not None and place.step > self.first_step
-        return self.limit if started and place.phase not in SLOW_PHASES else self.first
+    def _allowed(self, status: RankStatus) -> float:
+        """Seconds that this rank may go without a mark."""
+        started = self.first_step is not None and status.step > self.first_step
+        return self.limit if started and status.phase not in SLOW_PHASES else self.first
 
     def _run(self) -> None:
         try:
@@ -117,96 +117,69 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        seen, age, look, clock, beat = -1, 0.0, 0.0, time.monotonic(), 0
-        working = True
+        """Times are counted in looks, so that a process which was itself stopped (Ctrl-Z) has not been stuck."""
+        marks, count, age, quiet = -1, 0, 0.0, 0.0
+        margin = self.limit / 4  # a rank counts until so long before its limit; so long must nobody have counted
         while not self.closed.wait(self.interval):
-            now, beat = time.monotonic(), beat + 1
-            # A process that was itself stopped (Ctrl-Z) has not been stuck for that time.
-            age, clock = age + min(now - clock, 2 * self.interval), now
-            place = self.place
-            allowed = self._allowed(place)
-            if self.marks != seen:
-                seen, age, look = self.marks, 0.0, 0.75 * allowed
-            place.seconds, place.allowed, place.beat = age, allowed, beat
+            status, alarm = self.status, False
+            allowed = self._allowed(status)
+            age = age + self.interval if self.marks == marks else 0.0
+            marks, status.seconds = self.marks, age
             if self.store is not None:
                 # The last resort, a thread in C: should this thread stop moving (a main thread that keeps Python's
                 # lock, a store that hangs), it prints all stacks and ends the process.
                 faulthandler.dump_traceback_later(allowed + 4 * self.answer, exit=True, file=2)
-            try:
-                alarm = self._beat(place)
-                if age > look:  # seldom, as it reads the places of all ranks; the second look comes at the limit
-                    working, look = self._others_work(), age + allowed / 4
-            except RuntimeError:  # the store is in rank 0 or its agent, which may have ended before this rank closes
-                self.store, alarm, working = None, False, False
-                faulthandler.cancel_dump_traceback_later()
-            if alarm or (age > allowed and not working):
+                try:
+                    self._publish("status")
+                    alarm = self.store.check(["alarm"])
+                    before, count = count, self.store.add("working", int(age < allowed - margin))
+                    quiet = quiet + self.interval if count == before else 0.0
+                except RuntimeError:  # the store is in rank 0 or its agent, which may have ended before this rank
+                    self.store = None
+                    faulthandler.cancel_dump_traceback_later()
+            if alarm or (age > allowed and (self.store is None or quiet >= margin)):
                 self._give_up(raised_here=not alarm)
 
-    def _beat(self, place: Place) -> bool:
-        """Put this rank's place into the store; True when some rank has raised the alarm."""
-        if self.store is None:
-            return False
-        self.store.set(f"place/{self.rank}", json.dumps(asdict(place)))
-        return self.store.check(["alarm"])
-
-    def _others_work(self) -> bool:
-        """Whether another rank has lived since the last look and is within its own limit."""
-        keys = [f"place/{rank}" for rank in range(self.world)]
-        if self.store is None or not self.store.check(keys):
-            return False
-        others = [Place(**json.loads(text)) for text in self.store.multi_get(keys)]
-        before, self.beats = self.beats, {other.rank: other.beat for other in others}
-        return any(
-            other.beat != before.get(other.rank) and other.seconds <= other.allowed
-            for other in others
-            if other.rank != self.rank
-        )
+    def _publish(self, key: str) -> None:
+        if self.store is not None:
+            self.store.set(f"{key}/{self.rank}", json.dumps(asdict(self.status)))
 
     def _give_up(self, raised_here: bool) -> None:
         """Say where this rank is, find the culprit together with the others, and end the process."""
         if self.closed.is_set():
             return
-        place = self.place
         try:
-            place.stack = stacks()
-            waited = f"no progress for {place.seconds:.0f} s" if raised_here else "another rank raised the alarm"
-            _say(f"watchdog: rank {self.rank} on {place.host} ends: {waited}, in {_where(place)}\n{place.stack}")
+            status, stack = self.status, stacks()
+            waited = f"no progress for {status.seconds:.0f} s" if raised_here else "another rank raised the alarm"
+            _say(f"watchdog: rank {self.rank} on {status.host} ends: {waited}, in {status.where()}\n{stack}")
+            status.stack = stack[:STACK_LETTERS]
             if self.store is not None:
-                self._compare(place)
+                self._compare(self.store)
         except RuntimeError as error:
             _say(f"watchdog: rank {self.rank}: the store does not answer, so the ranks cannot be compared: {error}")
         finally:
             os._exit(1)  # the main thread is stuck: no exception would reach it
 
-    def _compare(self, place: Place) -> None:
-        store = self.store
-        assert store is not None
-        place.stack = place.stack[:STACK_LETTERS]
-        store.set(f"answer/{self.rank}", json.dumps(asdict(place)))
-        if store.add("alarm", 1) == 1:  # the first one compares: one reader, not a thousand
-            self._await([f"answer/{rank}" for rank in range(self.world)], self.answer)
-            places = [_read(store, rank) for rank in range(self.world)]
-            report = verdict(places)
+    def _compare(self, store: dist.Store) -> None:
+        """The first to raise the alarm compares (one reader, not a thousand); rank 0 prints what was found, too: its
+        log is the one that people read first. Then all leave together: the end of one breaks the collectives of the
+        others, and torchrun ends those."""
+        self._publish("answer")
+        if store.add("alarm", 1) == 1:
+            _await(store, [f"answer/{rank}" for rank in range(self.world)], self.answer)
+            everyone = [_read(store, rank) for rank in range(self.world)]
+            report = diagnosis(everyone)
             _say(report)
             store.set("report", report)
-            if self.rank == 0 or not places[0].stack:
+            if self.rank == 0 or not everyone[0].stack:
                 store.set("done", "1")
-        elif self.rank == 0 and self._await(["report"], 1.5 * self.answer):
-            _say(store.get("report").decode())  # the log that people read first
+        elif self.rank == 0 and _await(store, ["report"], 1.5 * self.answer):
+            _say(store.get("report").decode())
             store.set("done", "1")
-        # All leave together: the end of one breaks the collectives of the others, and torchrun then ends those.
-        self._await(["done"], 1.5 * self.answer)
-
-    def _await(self, keys: list[str], seconds: float) -> bool:
-        """Whether the store has these keys after at most so many seconds."""
-        assert self.store is not None
-        deadline = time.monotonic() + seconds
-        while not (there := self.store.check(keys)) and time.monotonic() < deadline:
-            time.sleep(self.interval / 4)
-        return there
+        _await(store, ["done"], 1.5 * self.answer)
 
 
-def _own_store(seconds: float) -> dist.Store:
+def _own_store() -> dist.Store:
     """A connection of our own to the store of the process group: on a shared one we would wait behind the main thread.
 
     Collective: the keys begin with a token that the ranks agree on, since torchrun lets the store, and an alarm in it,
@@ -215,25 +188,28 @@ def _own_store(seconds: float) -> dist.Store:
     token = [secrets.token_hex(8)]
     dist.broadcast_object_list(token)
     store = distributed_c10d._get_default_store().clone()
-    store.set_timeout(datetime.timedelta(seconds=max(seconds, 10.0)))
+    store.set_timeout(datetime.timedelta(seconds=10))
     return dist.PrefixStore(f"watchdog/{token[0]}", store)
 
 
-def _read(store: dist.Store, rank: int) -> Place:
-    """The answer of a rank; without one the last place it was heard from."""
-    for key in (f"answer/{rank}", f"place/{rank}"):
+def _await(store: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Whether the store has these keys after at most so many seconds."""
+    with contextlib.suppress(dist.DistStoreError):  # the time is up
+        store.wait(keys, datetime.timedelta(seconds=seconds))
+    return store.check(keys)
+
+
+def _read(store: dist.Store, rank: int) -> RankStatus:
+    """The answer of a rank; without one the last status it was heard in."""
+    for key in (f"answer/{rank}", f"status/{rank}"):
         if store.check([key]):
-            return Place(**json.loads(store.get(key)))
-    return Place(rank, "an unknown host", 0)
+            return RankStatus(**json.loads(store.get(key)))
+    return RankStatus(rank, "an unknown host", 0)
 
 
 def _say(text: str) -> None:
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
-
-
-def _where(place: Place) -> str:
-    return f"step {place.step}, phase {place.phase}" if place.step >= 0 else "the time before the first step"
 
 
 def stacks() -> str:
@@ -248,35 +224,34 @@ def stacks() -> str:
     )
 
 
-def verdict(places: list[Place]) -> str:
-    """Names the rank that the others wait for, from the place of each rank: one that gives no answer, else one that is
-    behind all others; where all are at the same place, says that."""
-    silent = [place for place in places if not place.stack]
-    answered = [place for place in places if place.stack]
-    behind = min((place.progress() for place in answered), default=None)
-    late = [place for place in answered if place.progress() == behind]
+def diagnosis(everyone: list[RankStatus]) -> str:
+    """Names the rank that the others wait for: one that gives no answer, else one that is behind all others; where all
+    are at the same place, says that."""
+    silent = [status for status in everyone if not status.stack]
+    answered = [status for status in everyone if status.stack]
+    last = min((status.progress() for status in answered), default=None)
+    late = [status for status in answered if status.progress() == last]
     if len(late) == len(answered):
         late = []
-    lines = [f"watchdog: a rank is stuck; all {len(places)} end here"]
+    lines = [f"watchdog: a rank is stuck; all {len(everyone)} end here"]
     lines += [
-        f"watchdog: rank {place.rank} on {place.host} gives no answer (stopped, dead or cut off; process {place.pid}); "
-        f"last heard of in {_where(place)}"
-        for place in silent[:NAMED]
+        f"watchdog: rank {status.rank} on {status.host} gives no answer (stopped, dead or cut off; process "
+        f"{status.pid}); last heard of in {status.where()}"
+        for status in silent[:NAMED]
     ]
     lines += [
-        f"watchdog: rank {place.rank} on {place.host} is behind the others: in {_where(place)} for "
-        f"{place.seconds:.0f} s\n{place.stack}"
-        for place in late[:NAMED]
+        f"watchdog: rank {status.rank} on {status.host} is behind the others: in {status.where()} for "
+        f"{status.seconds:.0f} s\n{status.stack}"
+        for status in late[:NAMED]
     ]
     if more := len(silent[NAMED:]) + len(late[NAMED:]):
         lines.append(f"watchdog: and {more} more ranks that give no answer or are behind")
     if not silent and not late:
         lines.append("watchdog: all ranks are at the same place: a collective or a device hangs (network, GPU)")
     groups: dict[str, list[int]] = {}
-    for place in answered:
-        groups.setdefault(_where(place), []).append(place.rank)
-    lines += [f"watchdog: in {where}: {_ranks(ranks)}" for where, ranks in groups.items()]
-    return "\n".join(lines)
+    for status in answered:
+        groups.setdefault(status.where(), []).append(status.rank)
+    return "\n".join(lines + [f"watchdog: in {where}: {_ranks(ranks)}" for where, ranks in groups.items()])
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -302,6 +277,5 @@ def lower_timeout(
     # torch 2.11 has only the private name, 2.15 has both and warns at the private one.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in list(distributed_c10d._world.pg_map):
-        if group is leave:
-            continue
-        set_timeout(datetime.timedelta(seconds=seconds), group)
+        if group is not leave:
+            set_timeout(datetime.timedelta(seconds=seconds), group)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.cluster import watchdog
-from nanochat.cluster.watchdog import Place, verdict
+from nanochat.cluster.watchdog import RankStatus, diagnosis
 from tests.processes import free_port, run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,31 +197,31 @@ def test_lower_timeout_alone_has_nothing_to_do():
     watchdog.lower_timeout(1.0)
 
 
-def place(rank: int, step: int, number: int, stack: str = "here") -> Place:
+def status(rank: int, step: int, number: int, stack: str = "here") -> RankStatus:
     phase = ("data", "forward", "update")[number]
-    return Place(rank, f"host{rank}", 100 + rank, step, phase, number, seconds=9.0, stack=stack)
+    return RankStatus(rank, f"host{rank}", 100 + rank, step, phase, number, seconds=9.0, stack=stack)
 
 
 @pytest.mark.parametrize(
-    ("places", "named"),
+    ("everyone", "named"),
     [
-        ([place(0, 5, 1), place(1, 5, 0), place(2, 5, 2)], [1]),  # by phase
-        ([place(0, 5, 0), place(1, 4, 2), place(2, 5, 2)], [1]),  # by step first
-        ([place(0, 5, 2), place(1, 5, 0), place(2, 5, 0)], [1, 2]),
-        ([place(0, 5, 2), place(1, 5, 2), place(2, 5, 2, stack="")], [2]),  # the silent one
-        ([place(0, 5, 2), place(1, 5, 2)], []),
+        ([status(0, 5, 1), status(1, 5, 0), status(2, 5, 2)], [1]),  # by phase
+        ([status(0, 5, 0), status(1, 4, 2), status(2, 5, 2)], [1]),  # by step first
+        ([status(0, 5, 2), status(1, 5, 0), status(2, 5, 0)], [1, 2]),
+        ([status(0, 5, 2), status(1, 5, 2), status(2, 5, 2, stack="")], [2]),  # the silent one
+        ([status(0, 5, 2), status(1, 5, 2)], []),
     ],
 )
-def test_the_verdict_names_who_is_behind_or_silent(places, named):
-    text = verdict(places)
+def test_the_diagnosis_names_who_is_behind_or_silent(everyone, named):
+    text = diagnosis(everyone)
     found = re.findall(r"rank (\d) on host\d (?:is behind|gives no answer)", text)
     assert [int(rank) for rank in found] == named
     assert ("all ranks are at the same place" in text) == (not named)
 
 
-def test_a_verdict_over_a_thousand_ranks_stays_short():
-    text = verdict([place(rank, 5, 2 if rank >= 8 else 0, stack="a stack") for rank in range(1024)])
+def test_a_diagnosis_over_a_thousand_ranks_stays_short():
+    text = diagnosis([status(rank, 5, 2 if rank >= 8 else 0, stack="a stack") for rank in range(1024)])
     assert text.count("a stack") == watchdog.NAMED and len(text.splitlines()) < 20
     assert "rank 8, 9, 10, 11, 12, 13, 14, 15 and 1008 more" in text
-    text = verdict([place(rank, 5, 2, stack="") for rank in range(1024)])
+    text = diagnosis([status(rank, 5, 2, stack="") for rank in range(1024)])
     assert text.count("gives no answer") == watchdog.NAMED and "and 1016 more ranks" in text
