@@ -3,25 +3,8 @@
 #
 #   bash scripts/run_basic_speedrun.sh WIDTH STEPS SEED [--flags of scripts.base_train]
 #   bash scripts/run_basic_speedrun.sh 768 1750 1337
-#
-# In the environment: SOURCE, the text (fineweb-edu by default; climbmix, pydocs, local:DIR, bin:DIR with tokens that are
-# ready, bin:fineweb10B for those of the speedrun); NPROC_PER_NODE, the GPUs (default: all); WANDB_RUN, the name in
-# Weights & Biases (default: not there), to which -wWIDTH is added, in the project WANDB_PROJECT (default:
-# speedrun-basic); NANOCHAT_BASE_DIR, where all is kept. Call it again to continue: a run goes on from its last
-# checkpoint, and one that is finished is not repeated.
-#
-# What must be there first: for text, `python -m nanochat.dataset -n 16 --source=SOURCE`, and then a tokenizer,
-# `python -m scripts.tok_train --source=SOURCE`; for bin:fineweb10B only
-# `python -m scripts.data_process.download --dataset=fineweb10B`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../dev/width_runs.sh"
-export WANDB_PROJECT=${WANDB_PROJECT:-speedrun-basic}
-
-[ $# -ge 3 ] || usage
-WIDTH=$1 STEPS=$2 SEED=$3
-take_flags "${@:4}"
-check_width WIDTH "$WIDTH"
-whole STEPS "$STEPS" 1
-whole SEED "$SEED" 0
+arguments "WIDTH STEPS SEED" "$@"
 prepare
 train "speedrun-w$WIDTH-i$STEPS-s$SEED" "w$WIDTH" --width="$WIDTH" --iterations="$STEPS" --seed="$SEED"

@@ -1,6 +1,5 @@
 """The run_*.sh scripts from the outside, with stand-ins for all that takes time: which commands they start."""
 
-import dataclasses
 import json
 import os
 import shlex
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.train.run_folder import OBSERVERS
+from nanochat import cli
 from scripts import base_train
 
 ROOT = Path(__file__).parents[2]
@@ -81,23 +80,22 @@ COMMON = {
 def test_the_basic_run(tree):
     code, _, err = run(tree, BASIC, 768, 1750, 1337)
     assert code == 0, err
-    ((program, run_id, project, *words),) = calls(tree)
-    assert (program, project, words[:2]) == ("python", "speedrun-basic", ["-m", "scripts.base_train"])
+    ((program, run_id, _, *words),) = calls(tree)
+    assert (program, words[:2]) == ("python", ["-m", "scripts.base_train"])
     asked = {"--width=768", "--iterations=1750", "--seed=1337", "--source=fineweb-edu", f"--model-tag={run_id}"}
     assert asked | COMMON <= set(words) and "--mup" not in words
-    names = [word.split("=")[0] for word in words[2:]]
-    assert len(names) == len(set(names))  # nothing is said twice
+    cli.parse(base_train.Settings, words[2:])  # which refuses what it does not know and what is given twice
 
 
 def test_a_width_under_mup_with_further_flags_and_text(tree):
     environment = {"SOURCE": "bin:fineweb10B", "WANDB_RUN": "a b"}
     code, _, err = run(tree, MUP, 1024, 768, 1000, 1337, "--depth=6", "--head_dim=64", "--no-compile", **environment)
     assert code == 0, err
-    ((_, run_id, project, *words),) = calls(tree)
+    ((_, run_id, _, *words),) = calls(tree)
     asked = {"--mup", "--width=1024", "--base-width=768", "--iterations=1000", "--seed=1337"}
     asked |= {"--run=a b-w1024-base768"}
     assert asked | {"--depth=6", "--head-dim=64", "--no-compile", "--source=bin:fineweb10B"} <= set(words)
-    assert "--depth=12" not in words and "--head-dim=128" not in words and project == "speedrun-mup"
+    assert "--depth=12" not in words and "--head-dim=128" not in words
     assert "1024" in run_id and "768" in run_id
 
 
@@ -123,20 +121,14 @@ def test_a_group_trains_the_base_and_every_width_alike_and_compares_them(tree):
     assert last[3:] == ["-m", "scripts.mup_transfer", "--widths=256,512,768,1024", f"--compare-runs={','.join(tags)}"]
 
 
-def test_finished_runs_are_skipped_unless_the_flags_differ(tree):
+def test_every_call_goes_through_all_widths_and_base_train_knows_what_is_finished(tree):
     assert run(tree, GROUP, 256, "512", 1000, 1337, CODE="3")[0] == 3
     assert len(calls(tree)) == 1  # the first failed, and nothing came after it
-    assert run(tree, GROUP, 256, "512", 1000, 1337)[0] == 0
-    assert len(calls(tree)) == 4
-    code, out, _ = run(tree, GROUP, 256, "512 768", 1000, 1337, WANDB_RUN="another")
-    assert code == 0 and out.count("finished before") == 2
-    assert [call[3:][1] for call in calls(tree)[4:]] == ["scripts.base_train", "scripts.mup_transfer"]
-    (tree / "calls").unlink()
-    code, out, _ = run(tree, GROUP, 256, "512", 1000, 1337, "--depth=6")
-    assert code == 0 and out.count("with other flags") == 2 and len(calls(tree)) == 3
-    (tree / "calls").unlink()
-    assert run(tree, GROUP, 256, "512", 1000, 1337, "--depth=4", CODE="3")[0] == 3
-    assert "with other flags" in run(tree, GROUP, 256, "512", 1000, 1337, "--depth=6")[1]  # what is there is unknown
+    for _ in range(2):
+        (tree / "calls").unlink()
+        assert run(tree, GROUP, 256, "512", 1000, 1337)[0] == 0
+        *trained, _ = calls(tree)
+        assert len(trained) == 2 and all("--resume=auto" in call for call in trained)
 
 
 def write_losses(tree, tag, shift, steps=40):
@@ -169,32 +161,37 @@ def test_too_few_words_show_the_usage(tree, script, words):
     ("script", "words"),
     [
         (BASIC, ["wide", 1750, 1337]),
+        (BASIC, [800, 1750, 1337]),
         (BASIC, [768, 0, 1337]),
         (BASIC, [768, 1750, -1]),
         (BASIC, [768, "1e3", 1]),
-        (BASIC, [800, 1750, 1337]),
-        (BASIC, [768, 1750, 1337, "depth=6"]),
-        (BASIC, [768, 1750, 1337, "--depth", "6"]),
-        (BASIC, [768, 1750, 1337, "--mup"]),
-        (BASIC, [768, 1750, 1337, "--num_iterations=5"]),
         (MUP, [1024, 700, 1000, 1337]),
-        (MUP, [1024, 768, 1000, 1337, "--base-width=512"]),
         (GROUP, [256, "", 1000, 1337]),
         (GROUP, [256, "512 many", 1000, 1337]),
         (GROUP, [256, "256", 1000, 1337]),
         (GROUP, [256, "512", 1000, 1337, "--head-dim=0"]),
-        (GROUP, [256, "512", 1000, 1337, "--model-tag=x"]),
     ],
 )
-def test_nonsense_is_refused_in_one_line_before_anything_is_set_up(tree, script, words):
+def test_impossible_numbers_are_refused_in_one_line_before_anything_is_set_up(tree, script, words):
     code, out, err = run(tree, script, *words)
     assert code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert not (tree / "set-up").exists() and not calls(tree)
 
 
-@pytest.mark.parametrize("environment", [{"SOURCE": "local:/no/such/folder"}, {"NPROC_PER_NODE": "two"}])
-def test_mistakes_in_the_environment_are_refused(tree, environment):
-    code, _, err = run(tree, BASIC, 768, 10, 1, **environment)
+@pytest.mark.parametrize(
+    "flag",
+    ["depth=6", "--mup", "--seed=5", "--num_iterations=5", "--base-width=512", "--model-tag=x", "--no-such-flag"],
+)  # fmt: skip
+def test_base_train_refuses_what_the_script_sets_itself_and_what_it_does_not_know(tree, flag, capsys):
+    assert run(tree, MUP, 768, 768, 10, 1337, flag)[0] == 0
+    ((_, _, _, *given),) = calls(tree)
+    with pytest.raises(SystemExit):
+        cli.parse(base_train.Settings, given[2:])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_mistakes_in_the_environment_are_refused(tree):
+    code, _, err = run(tree, BASIC, 768, 10, 1, NPROC_PER_NODE="two")
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and not calls(tree)
 
 
@@ -209,8 +206,7 @@ def test_training_that_was_stopped_from_outside_is_not_taken_for_finished(tree):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "call again to continue" in err and len(calls(tree)) == 1
     (tree / "calls").unlink()
-    code, out, _ = run(tree, GROUP, 256, "512", 1000, 1337)
-    assert code == 0 and "finished before" not in out and len(calls(tree)) == 3
+    assert run(tree, GROUP, 256, "512", 1000, 1337)[0] == 0 and len(calls(tree)) == 3
 
 
 def test_training_that_fails_at_once_fails_the_script(tree):
@@ -218,23 +214,6 @@ def test_training_that_fails_at_once_fails_the_script(tree):
     (tree / "dev/setup.sh").write_text('PATH=$PWD/bin:$PATH\nkill() { sleep 0.3; builtin kill "$@"; }\n')
     code, _, _ = run(tree, BASIC, 768, 10, 1, CODE="3")
     assert code == 3 and not (tree / "store/runs").exists()
-
-
-def test_what_only_observes_a_run_does_not_repeat_it(tree):
-    """Exactly those of base_train's settings that are OBSERVERS."""
-    names = [field.name for field in dataclasses.fields(base_train.Settings)]
-    flags = [f"--{name.replace('_', '-')}" for name in names]
-    shown = subprocess.run(
-        ["bash", "-c", 'source dev/width_runs.sh; deciding "$@"', "x", *(f"{flag}=1" for flag in flags), "--no-compile",
-         "--no-coord-check"],
-        cwd=tree, capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
-    expected = {f"{flag}=1" for flag, name in zip(flags, names, strict=True) if name not in OBSERVERS}
-    assert set(shown) == expected | {"--no-compile"} and len(expected) < len(flags)
-
-    assert run(tree, BASIC, 768, 1750, 1337)[0] == 0
-    watched = ["--eval-every=5", "--eval_tokens=64", "--monitor-interval=10", "--coord-check", "--device-batch-size=1"]
-    code, out, _ = run(tree, BASIC, 768, 1750, 1337, "--save-every=7", *watched, "--depth=12")
-    assert code == 0 and "finished before\n" in out and len(calls(tree)) == 1
 
 
 @pytest.mark.parametrize(("name", "expected"), [("us", "us-w{}"), ("auto", "auto"), ("dummy", "dummy")])
@@ -263,4 +242,4 @@ def test_a_signal_lets_training_save_and_nothing_follows(tree):
     process.communicate(timeout=60)
     assert process.returncode == 75 and (tree / "calls.saved").exists() and len(calls(tree)) == 1
     (tree / "calls").unlink()
-    assert run(tree, GROUP, 256, "512", 1000, 1337)[0] == 0 and len(calls(tree)) == 3  # none counts as finished
+    assert run(tree, GROUP, 256, "512", 1000, 1337)[0] == 0 and len(calls(tree)) == 3
