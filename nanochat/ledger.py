@@ -10,6 +10,7 @@ import itertools
 import re
 import time
 from collections.abc import Iterable, Sequence
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,13 +100,9 @@ def summarize(records: Sequence[Record]) -> list[Record]:
         row = dict(own[-1])
         if row["status"] == "finished" and name in stale:
             row["status"] = "stale"
-        attempts = [
-            record
-            for record in own
-            if "seconds" in record and record.get("key") == row.get("key") and not record.get("copy")
-        ]
-        if attempts:
-            row["seconds"] = sum(record["seconds"] for record in attempts)
+        work = [r for r in own if "seconds" in r and r.get("key") == row.get("key") and not r.get("copy")]
+        if work:
+            row["seconds"] = sum(record["seconds"] for record in work)
         rows.append(row)
     return rows
 
@@ -130,9 +127,8 @@ def _stale(records: Sequence[Record]) -> set[str]:
 
 def span_seconds(records: Sequence[Record]) -> float:
     """Wall clock from the start of the first stage to the end of the last, pauses between calls included."""
-    if not records:
-        return 0.0
-    return float(max(record["time"] for record in records) - min(record["time"] for record in records))
+    times = [record["time"] for record in records]
+    return float(max(times) - min(times)) if times else 0.0
 
 
 def fingerprint(patterns: Iterable[str]) -> Fingerprint:
@@ -177,40 +173,30 @@ def _fingerprint_file(path: Path) -> str:
 
 def stage_module(command: Sequence[str], root: Path = REPO) -> str | None:
     """The module of ours that `command` runs: the word after the first `-m` that names one, and not the launcher."""
-    for flag, word in itertools.pairwise(command):
-        if flag == "-m" and word != "nanochat.launch" and _module_file(word, root) is not None:
-            return word
-    return None
+    words = (word for flag, word in itertools.pairwise(command) if flag == "-m" and word != "nanochat.launch")
+    return next((word for word in words if _module_file(word, root) is not None), None)
 
 
 def code_version(module: str, root: Path = REPO) -> str:
     """Hash of all code that `module` runs: itself, what it imports from nanochat/ and scripts/ however deep, data in
     a .jsonl file of a module's name beside it, and the crate's sources when one of them uses it. Comments and layout
     do not count."""
-    digest = hashlib.sha256()
-    queue, seen, native = [module], {module}, False
-    trees = {}
-    data_files: dict[str, bytes] = {}
+    parts: dict[str, bytes] = {}  # name of a module or file -> what of it counts
+    queue = [module]
     while queue:
         name = queue.pop()
         file = _module_file(name, root)
-        if file is None:
+        if name == "rustbpe":
+            parts |= {str(source): source.read_bytes() for source in (root / "rustbpe" / "src").rglob("*.rs")}
+        if file is None or name in parts or (name in DESCRIBING_MODULES and name != module):
             continue
-        trees[name] = tree = ast.parse(file.read_bytes(), filename=str(file))
+        tree = ast.parse(file.read_bytes(), filename=str(file))
         data = file.with_suffix(".jsonl")
-        if data.is_file():
-            data_files[name] = data.read_bytes()
-        imported = set(_imports(tree, name))
-        native = native or "rustbpe" in imported
-        for other in imported - seen - DESCRIBING_MODULES:
-            seen.add(other)
-            queue.append(other)
-    for name in sorted(trees):
-        digest.update(f"{name}\n{ast.dump(trees[name])}\n".encode())
-        digest.update(data_files.get(name, b""))
-    if native:
-        for file in sorted((root / "rustbpe" / "src").rglob("*.rs")):
-            digest.update(file.read_bytes())
+        parts[name] = ast.dump(tree).encode() + (data.read_bytes() if data.is_file() else b"")
+        queue += _imports(tree, name)
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        digest.update(name.removeprefix(str(root)).encode() + b"\n" + parts[name] + b"\n")
     return digest.hexdigest()[:16]
 
 
@@ -228,8 +214,7 @@ def _imports(tree: ast.AST, module: str) -> Iterable[str]:
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = module.split(".")[: -node.level] if node.level else []
-            origin = ".".join(above + ([node.module] if node.module else []))
+            origin = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
             targets = [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Constant) and re.fullmatch(r"nanochat(\.\w+)+(:\w+)?", str(node.value)):
             targets = [str(node.value).partition(":")[0]]
