@@ -24,8 +24,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Annotated, Any, Literal
@@ -163,19 +163,60 @@ def _why_again(before: ledger.Record | None, basis: dict[str, Any], key: str) ->
     return None if ledger.still_stands(before["outputs"]) else "what it wrote is gone or changed"
 
 
+class ForwardedSignals:
+    """While open, notes signals that are sent to this process and hands them on to a child's process group.
+
+    A scheduler tells all processes of a job at once, and those that started us hand it on: one signal within half a
+    second is one. From the third on the user means it: the group is killed.
+    """
+
+    def __init__(self, numbers: Iterable[int] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) -> None:
+        self.numbers = numbers
+        self.received: list[int] = []
+        self.group: int | None = None
+        self._came: dict[int, float] = {}  # when each signal came last
+
+    def __enter__(self) -> "ForwardedSignals":
+        # SIGINT counts again, also in the child, where a shell has started us in the background with it ignored
+        self._before = {number: signal.signal(number, self._hand_on) for number in self.numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def attach(self, child: int) -> None:
+        """Hand on to the process group `child`, also what came while it was starting."""
+        self.group = child
+        for number in self.received:
+            kill_group(child, number)
+
+    def _hand_on(self, number: int, _frame: FrameType | None) -> None:
+        before, self._came[number] = self._came.get(number, -math.inf), time.monotonic()
+        if self._came[number] - before < SAME_SIGNAL_SECONDS:
+            return
+        self.received.append(number)
+        if self.group is not None:
+            kill_group(self.group, number if len(self.received) < 3 else signal.SIGKILL)
+
+
+def kill_group(group: int, number: int) -> None:
+    """Send a signal to all processes of a group, if any are left."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
 def _execute(command: list[str], log: Path) -> tuple[int, deque[str], int | None]:
     """Run `command` in a process group of its own, its output to stdout and `log`; signals to us are handed on.
 
     Returns the exit code as a shell has it, the last lines of output, and the first signal we were sent.
     """
-    signals: list[int] = []
-    group: list[int] = []
     environment = {**os.environ, "NANOCHAT_RUN_ID": paths.run_id(), "PYTHONUNBUFFERED": "1"}
     environment.pop("FORCE_COLOR", None)  # logs stay plain text
     arguments = [sys.executable, *command[1:]] if command[0] == "python" else command
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file, _handed_on(signals, group):
+    with log.open("ab") as file, ForwardedSignals() as signals:
         file.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
         try:
             child = subprocess.Popen(
@@ -188,42 +229,13 @@ def _execute(command: list[str], log: Path) -> tuple[int, deque[str], int | None
             )
         except OSError as error:
             raise UserError(f"cannot start {command[0]}: {error.strerror}") from error
-        group.append(child.pid)
-        if signals:  # one came while the child was starting
-            _kill_group(child.pid, signals[0])
-        assert child.stdout is not None
+        signals.attach(child.pid)
         reader = threading.Thread(target=_tee, args=(child.stdout, file, tail), daemon=True)
         reader.start()
         code = child.wait()
-        _kill_group(child.pid, signal.SIGKILL)  # a stage leaves no process behind that would hold the pipe open
+        kill_group(child.pid, signal.SIGKILL)  # a stage leaves no process behind that would hold the pipe open
         reader.join()
-    return (code if code >= 0 else 128 - code), tail, signals[0] if signals else None
-
-
-@contextmanager
-def _handed_on(received: list[int], group: list[int]) -> Iterator[None]:
-    """Note signals sent to us in `received` and pass them to the process group `group` (empty until it has started).
-
-    Also makes SIGINT count again in the child where a shell has started us in the background with it ignored.
-    """
-
-    came: dict[int, float] = {}  # the last time of each signal
-
-    def hand_on(number: int, _frame: FrameType | None) -> None:
-        # A scheduler tells all processes at once, and those that started us hand it on: that is one and the same
-        before, came[number] = came.get(number, -math.inf), time.monotonic()
-        if came[number] - before < SAME_SIGNAL_SECONDS:
-            return
-        received.append(number)
-        for pid in group:
-            _kill_group(pid, number if len(received) < 3 else signal.SIGKILL)  # the third time the user means it
-
-    handlers = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return (code if code >= 0 else 128 - code), tail, signals.received[0] if signals.received else None
 
 
 def _tee(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:
@@ -240,13 +252,6 @@ def _tee(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:
                 tail.append(f"[output no longer copied to {'the log' if sink is log else 'stdout'}: {error.strerror}]")
 
 
-def _kill_group(pid: int, number: int) -> None:
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        return  # it has ended already
-
-
 def _status(code: int, stopped_by: int | None) -> str:
     if code == UNFINISHED:
         return "unfinished"
@@ -261,17 +266,13 @@ def _say_end(stage: str, status: str, code: int, seconds: float, tail: Sequence[
         return
     again = os.environ.get("NANOCHAT_CONTINUE") or shlex.join(sys.orig_argv)
     if status == "failed":
-        killed = f" (killed by {signal.Signals(code - 128).name})" if code > 128 and code - 128 in _signals() else ""
+        killed = f" (killed by {signal.Signals(code - 128).name})" if code - 128 in signal.valid_signals() else ""
         print(f"\nerror: {stage} failed with exit code {code}{killed} after {duration(seconds)}", file=sys.stderr)
         print("".join(f"  | {line}\n" for line in tail), end="", file=sys.stderr)
         print(f"log: {log}", file=sys.stderr)
     else:
         print(f"\n{stage}: stopped early after {duration(seconds)} ({status})", file=sys.stderr)
     print(f"to continue: {again}", file=sys.stderr, flush=True)
-
-
-def _signals() -> set[int]:
-    return {int(number) for number in signal.valid_signals()}
 
 
 @contextmanager

@@ -255,6 +255,32 @@ def test_sigterm_reaches_the_stage_which_saves(store, code, status, exit_code):
     assert "to continue" in error and "Traceback" not in error
 
 
+COUNTS_SIGNALS = """
+import os, pathlib, signal, time
+store = pathlib.Path(os.environ["NANOCHAT_BASE_DIR"])
+received = []
+signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+(store / "ready").touch()
+while not received:
+    time.sleep(0.05)
+time.sleep(1)
+(store / "received").write_text(str(len(received)))
+raise SystemExit(75)
+"""
+
+
+def test_a_signal_that_comes_by_several_ways_counts_once(store):
+    # a scheduler signals every process of a job; the shell above hands its own on as well
+    runner = start("a", "--", "python", "-c", COUNTS_SIGNALS)
+    wait_for(store / "ready")
+    for _ in range(4):
+        runner.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    runner.communicate(timeout=30)
+    assert (store / "received").read_text() == "1"
+    assert statuses("a") == ["started", "unfinished"]
+
+
 def test_ctrl_c_reaches_the_stage_even_when_started_in_the_background(store):
     # an interactive shell's script runs `&` jobs with SIGINT ignored, which children inherit
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

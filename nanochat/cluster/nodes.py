@@ -32,6 +32,7 @@ from nanochat import cli
 from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError, exit_on_user_error
 from nanochat.files import atomic_write_text
+from nanochat.pipeline import ForwardedSignals
 
 STOPPED = 128 + signal.SIGTERM
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -42,35 +43,26 @@ GRACE_SECONDS = 60.0  # for a command here to end by itself once node 0 has ende
 def lead(folder: Path, nodes: int, patience: float, command: Sequence[str]) -> int:
     """On node 0: run `command` once all others have joined, with a heartbeat for them until it ends. Its exit code.
 
-    Signals go on to the process group of `command`. Raises UserError when a node does not join within `patience` s.
+    Raises UserError when a node does not join within `patience` s.
     """
     attempt = f"{time.time_ns()}-{os.getpid()}"  # of its own: the same job may have been here before
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("joined-*"):
         old.unlink()
-    signals: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def hand_on(number: int, _frame: FrameType | None) -> None:
-        signals.append(number)
-        if child is not None:
-            os.killpg(child.pid, number)
-
-    for number in SIGNALS:
-        signal.signal(number, hand_on)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(folder, attempt, ended), daemon=True)
     heart.start()
     code = 1
     try:
-        _wait_for_others(folder, attempt, nodes, patience, signals)
-        if not signals:
+        with ForwardedSignals(SIGNALS) as signals:
+            if not _others_joined(folder, attempt, nodes, patience, signals.received):
+                code = 128 + signals.received[0]
+                return code
             environment = {**os.environ, "NODES_FOLDER": str(folder), "NODES_ATTEMPT": attempt}
             child = subprocess.Popen(command, env=environment, start_new_session=True)
-            for early in signals:  # came while it was starting
-                os.killpg(child.pid, early)
-        code = -signals[0] if child is None else child.wait()
-        code = code if code >= 0 else 128 - code
+            signals.attach(child.pid)
+            code = child.wait()
+            code = code if code >= 0 else 128 - code
     finally:
         ended.set()
         heart.join()
@@ -87,14 +79,15 @@ def _beat(folder: Path, attempt: str, ended: threading.Event) -> None:
             return
 
 
-def _wait_for_others(folder: Path, attempt: str, nodes: int, patience: float, signals: Sequence[int]) -> None:
-    """Until all are here, or a signal comes. A node with another folder for its store would show only hours later."""
+def _others_joined(folder: Path, attempt: str, nodes: int, patience: float, signals: Sequence[int]) -> bool:
+    """Wait until all are here; False when a signal came before. A node with another folder for its store would
+    otherwise show only hours later."""
     started = next_word = time.monotonic()
     while not signals:
         joined = (folder / f"joined-{attempt}-{rank}" for rank in range(1, nodes))
         missing = " ".join(path.name.rpartition("-")[2] for path in joined if not path.exists())
         if not missing:
-            return
+            return True
         if time.monotonic() - started >= patience:
             raise UserError(
                 f"nodes {missing} of {nodes} did not join in {patience:g} s: see their logs, and check that {folder} "
@@ -104,6 +97,7 @@ def _wait_for_others(folder: Path, attempt: str, nodes: int, patience: float, si
             print(f"waiting for nodes {missing} of {nodes} to join, in {folder}", flush=True)
             next_word += 60
         time.sleep(0.2)
+    return False
 
 
 def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:

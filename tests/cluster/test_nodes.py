@@ -146,6 +146,7 @@ def save(number, frame):
     open({saved!r}, "w").write("saved")
     sys.exit(1)
 signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, save)
 open({ready!r}, "w")
 time.sleep(60)
 """
@@ -166,6 +167,19 @@ def test_a_signal_lets_the_command_save_and_node_0_say_the_end(node0, tmp_path, 
     node0.end(143)
     process.communicate(timeout=30)
     assert process.returncode == 143
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_node_0_lets_its_script_save_and_tells_the_others_how_it_ended(node0, tmp_path, number):
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    _, path = script(tmp_path, SAVES.format(saved=str(saved), ready=str(ready)))
+    words = ["nanochat.cluster.nodes", str(tmp_path), "--node-rank=0", "--", sys.executable, path]
+    process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT)
+    wait_for(ready)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 1 and saved.exists()
+    attempt, code = (tmp_path / "end").read_text().split()
+    assert code == "1" and (tmp_path / "beat").read_text().split() == [attempt, "last"]
 
 
 def wait_for(path):
