@@ -22,12 +22,12 @@ if [ "${1:-}" = --dry-run ]; then
 fi
 case ${1:-} in -*) stop "$1: expected --dry-run or a command, as in: bash pretrain.sh --depth=32" ;; esac
 
-# Any Python with jinja2 will do: the machine that submits need not be able to train.
+# Any Python with pyyaml will do: the machine that submits need not be able to train.
 for PYTHON in ${PYTHON:-.venv/bin/python python3 python}; do
-  if "$PYTHON" -c 'import jinja2' 2>/dev/null; then break; fi
+  if "$PYTHON" -c 'import yaml' 2>/dev/null; then break; fi
   PYTHON=
 done
-[ -n "$PYTHON" ] || stop "no Python with jinja2 here: \`bash dev/setup.sh\`, or \`pip install jinja2\`"
+[ -n "$PYTHON" ] || stop "no Python with pyyaml here: \`bash dev/setup.sh\`, or \`pip install pyyaml\`"
 
 if [ -n "$DRY_RUN" ]; then
   exec "$PYTHON" volc/render.py "$@"

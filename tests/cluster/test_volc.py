@@ -47,7 +47,7 @@ COMMAND = ["bash", "pretrain.sh", "--depth=32"]
 def tree(tmp_path):
     """volc/ in a folder of its own, where no volc/config of this machine counts."""
     (tmp_path / "volc").mkdir()
-    for name in ("volc_submit.sh", "render.py", "task.yaml.j2", "config.example"):
+    for name in ("volc_submit.sh", "render.py", "config.example"):
         shutil.copy(ROOT / "volc" / name, tmp_path / "volc")
     (tmp_path / "bin").mkdir()
     return tmp_path
@@ -157,7 +157,7 @@ def test_a_damaged_config_names_the_line(tree):
 @given(st.text(), st.text(min_size=1), st.lists(st.text(), min_size=1), st.booleans())
 def test_any_value_survives_yaml(image, secret, command, hide):
     known = {**ACCOUNT, "VOLC_IMAGE": image or "x", "HF_TOKEN": secret, "VOLC_ENVS": "ANY", "ANY": secret[::-1]}
-    task = yaml.safe_load(render.render(render.fields(known, command), hide))
+    task = yaml.safe_load(render.render(render.make_task(known, command), hide))
     values = {one["Name"]: one["Value"] for one in task["Envs"]}
     assert task["ImageUrl"] == (image or "x") and task["Description"] == shlex.join(command)
     assert values["ANY"] == secret[::-1] and values["HF_TOKEN"] == ("***" if hide else secret)
