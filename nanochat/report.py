@@ -32,16 +32,9 @@ CURVES = {
 MOST_POINTS = 800  # of a curve
 DARK_PAGE = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(0.9) hue-rotate(180deg) } }</style>"
 
+COLUMNS = tuple(dict.fromkeys(stage.column for stage in ledger.STAGES.values() if stage.column))
 BPB_METRICS = ("val_bpb", "train_bpb")
-EMPTY_SECTION = {
-    "settings": {},
-    "metrics": {},
-    "tables": [],
-    "samples": [],
-    "facts": {},
-    "notes": [],
-    "synthetic": False,
-}
+EMPTY: dict[str, Any] = {"settings": {}, "metrics": {}, "facts": {}, "tables": [], "samples": [], "notes": []}
 OFFLINE_SOURCES = frozenset({"pydocs"})
 
 
@@ -97,7 +90,7 @@ def read_sections(run_dir: Path) -> list[dict[str, Any]]:
     sections = []
     for path in sorted(sections_dir(run_dir).glob("*.json")):
         try:
-            sections.append({**EMPTY_SECTION, **json.loads(path.read_text(encoding="utf-8"))})
+            sections.append({**EMPTY, "synthetic": False, **json.loads(path.read_text(encoding="utf-8"))})
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not valid JSON ({error}): remove it and run that stage again") from error
     order = {name: place for place, name in enumerate(ledger.STAGES)}
@@ -126,7 +119,16 @@ def notes(section: Mapping[str, Any]) -> list[str]:
 def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Record]) -> dict[str, Any]:
     """Everything that the report shows, as plain data; this is report.json."""
     newest: ledger.Record = next((record for record in reversed(records) if record.get("profile")), {})
-    stages = [_stage_row(row) for row in ledger.summarize(records)] if records else []
+    stages = [
+        {
+            "stage": row["stage"],
+            "status": "running or killed" if row["status"] == "started" else row["status"],
+            "seconds": row.get("seconds"),
+            "commit": row.get("commit"),
+            "note": row.get("reason") or (f"exit code {row['exit_code']}" if row.get("exit_code") else ""),
+        }
+        for row in (ledger.summarize(records) if records else [])
+    ]
     stage_seconds = sum(row["seconds"] or 0.0 for row in stages)
     machine = hardware.hardware()
     gpus = [gpu["name"] for gpu in machine["gpus"]]
@@ -144,7 +146,7 @@ def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Recor
             "usd_per_hour": usd_per_hour,
             "usd": None if usd_per_hour is None else usd_per_hour * stage_seconds / 3600,
             "prices_of": hardware.PRICES_DATE,
-            "why_none": "no GPU" if not gpus else hardware.unlisted("price", gpus) if usd_per_hour is None else None,
+            "why_none": hardware.unlisted("price", gpus) if gpus else "no GPU",
         },
         "stages": stages,
         "stage_seconds": stage_seconds,
@@ -156,13 +158,10 @@ def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Recor
 
 def data_label(sections: list[dict[str, Any]]) -> str:
     """What the title has to say about the data, e.g. ` (offline text; synthetic data in base_eval)`."""
-    words = []
-    offline = {section["settings"].get("source") for section in sections} & OFFLINE_SOURCES
-    if offline:
-        words.append(f"offline text: {', '.join(sorted(offline))}")
+    offline = sorted({section["settings"].get("source") for section in sections} & OFFLINE_SOURCES)
     synthetic = [section["stage"] for section in sections if section["synthetic"]]
-    if synthetic:
-        words.append(f"synthetic data in {', '.join(synthetic)}")
+    words = [f"offline text: {', '.join(offline)}"] if offline else []
+    words += [f"synthetic data in {', '.join(synthetic)}"] if synthetic else []
     return f" ({'; '.join(words)})" if words else ""
 
 
@@ -171,37 +170,25 @@ def summary(sections: list[dict[str, Any]]) -> dict[str, Any]:
 
     Where two stages of a column give the same metric, the later stage counts: it measures on more.
     """
-    columns = {name: stage.column for name, stage in ledger.STAGES.items()}
-    cells: dict[str, dict[str | None, str]] = {}
-    for section in sections:
-        column = columns.get(section["stage"])
-        metrics = section["metrics"]
-        for name, value in metrics.items():
-            if column and _in_summary(section["stage"], name) and isinstance(value, int | float):
-                cells.setdefault(_bare(name), {})[column] = metric_text(metrics, name)
-    filled = [column for column in dict.fromkeys(columns.values()) if any(column in row for row in cells.values())]
-    rows = [[label(name), *(cells[name].get(column, "-") for column in filled)] for name in sorted(cells, key=_rank)]
-    return {"columns": ["Metric", *filled], "rows": rows}
-
-
-def _in_summary(stage: str, name: str) -> bool:
-    if name.endswith(STDERR_SUFFIXES) or name == "step":
-        return False
-    return _bare(name) in BPB_METRICS or "_eval" in stage
-
-
-def _bare(name: str) -> str:
-    """A metric's name without its group: Loss/val_bpb -> val_bpb."""
-    return name.rsplit("/", 1)[-1]
+    cells: dict[str, dict[str, str]] = {}
+    for stage, metrics in ((section["stage"], section["metrics"]) for section in sections):
+        column = ledger.STAGES[stage].column if stage in ledger.STAGES else None
+        for name in shown_metrics(metrics) if column else ():
+            bare = name.rsplit("/", 1)[-1]  # Loss/val_bpb -> val_bpb
+            counts = name != "step" and ("_eval" in stage or bare in BPB_METRICS)
+            if column and counts and isinstance(metrics[name], int | float):
+                cells.setdefault(bare, {})[column] = metric_text(metrics, name)
+    columns = [column for column in COLUMNS if any(column in row for row in cells.values())]
+    rows = [[label(name), *(cells[name].get(column, "-") for column in columns)] for name in sorted(cells, key=_rank)]
+    return {"columns": ["Metric", *columns], "rows": rows}
 
 
 def _rank(name: str) -> tuple[int, str]:
     """CORE first, then bits per byte, then single tasks by name, ChatCORE last."""
-    if "chatcore" in name.lower():
-        return 3, name
-    if "core" in name.lower():
-        return 0, name
-    return (1, str(BPB_METRICS.index(name))) if name in BPB_METRICS else (2, name)
+    if name in BPB_METRICS:
+        return 1, str(BPB_METRICS.index(name))
+    lower = name.lower()
+    return 3 if "chatcore" in lower else 0 if "core" in lower else 2, name
 
 
 def loss_curve(run_dir: Path) -> str | None:
@@ -234,19 +221,6 @@ def _draw(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     return buffer.getvalue().replace("<defs>", f"<defs>{DARK_PAGE}", 1)
 
 
-def _stage_row(row: ledger.Record) -> dict[str, Any]:
-    """The part of a ledger record that the report shows."""
-    status = "running or killed" if row["status"] == "started" else row["status"]
-    note = row.get("reason", "") or (f"exit code {row['exit_code']}" if row.get("exit_code") else "")
-    return {
-        "stage": row["stage"],
-        "status": status,
-        "seconds": row.get("seconds"),
-        "commit": row.get("commit"),
-        "note": note,
-    }
-
-
 def _templates() -> Any:
     import jinja2
 
@@ -273,9 +247,14 @@ def _templates() -> Any:
         gib=lambda size: f"{size / 2**30:.1f} GiB",
         date=lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)),
         metric=metric_text,
-        shown=lambda metrics: [name for name in metrics if not name.endswith(STDERR_SUFFIXES)],
+        shown=shown_metrics,
     )
     return environment
+
+
+def shown_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """Names of metrics that stand on a line of their own; a standard error stands beside its metric."""
+    return [name for name in metrics if not name.endswith(STDERR_SUFFIXES)]
 
 
 def label(name: str) -> str:
