@@ -4,7 +4,7 @@ A tokenizer directory holds five files:
     tiktoken.bpe               one line a token: base64 of its bytes, a space, its id (what from_directory reads)
     meta.json                  split pattern, special tokens, vocabulary size and hash; written last
     tokenizer.json             the same tokenizer for the `tokenizers` library and what is built on it
-    tokenizer_config.json      by which transformers loads that, with the chat template (nanochat.chat_template)
+    tokenizer_config.json      by which transformers loads that, with the chat template (nanochat.chat_format)
     token_bytes.safetensors    int32 (vocab,): what get_token_bytes returns, for programs without this module
 Ids: the mergeable tokens first (0-255 are the single bytes), then the special tokens.
 
@@ -26,12 +26,18 @@ import safetensors.torch
 import torch
 
 import rustbpe
-from nanochat.chat_format import Piece, completion_pieces, conversation_pieces
-from nanochat.chat_template import tokenizer_config
+from nanochat.chat_format import Piece, completion_pieces, conversation_pieces, tokenizer_config
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
-from nanochat.tokenizer_io import fingerprint, parse_ranks, rank_lines, read_meta, unusable, write_files
-from nanochat.tokenizer_json import huggingface_json, read_json
+from nanochat.tokenizer_io import (
+    fingerprint,
+    huggingface_json,
+    parse_ranks,
+    rank_lines,
+    read_meta,
+    unusable,
+    write_files,
+)
 
 SPECIAL_TOKENS = [
     "<|bos|>",  # starts every document
@@ -112,32 +118,6 @@ class RustBPETokenizer:
             raise unusable(directory, f"tiktoken.bpe or meta.json was changed: hash {found}, saved as {meta['hash']}")
         return cls(rustbpe.Tokenizer.from_ranks(parse_ranks(lines), meta["pattern"]), meta["special_tokens"])
 
-    @classmethod
-    def from_json(cls, path: str | Path) -> "RustBPETokenizer":
-        """Load a tokenizer.json, ours or another byte-level BPE's whose merges are in the order of its ids. Raises
-        UserError, naming the file, where it is absent, damaged or of another kind."""
-        try:
-            ranks, pattern, specials = read_json(Path(path).read_text("utf-8"))
-            return cls(rustbpe.Tokenizer.from_ranks(list(ranks.items()), pattern), specials)
-        except FileNotFoundError:
-            raise UserError(f"{path}: there is no such file") from None
-        except ValueError as error:
-            raise UserError(f"{path} is no tokenizer that nanochat can use: {error}") from None
-
-    @classmethod
-    def from_tiktoken(
-        cls, path: str | Path, pattern: str = rustbpe.SPLIT_PATTERN, special_tokens: Sequence[str] = SPECIAL_TOKENS
-    ) -> "RustBPETokenizer":
-        """Load a file of ranks as tiktoken writes it, which holds neither pattern nor special tokens. Raises UserError,
-        naming the file, where it is absent or damaged."""
-        try:
-            ranks = parse_ranks(Path(path).read_bytes())
-            return cls(rustbpe.Tokenizer.from_ranks(ranks, pattern), special_tokens)
-        except FileNotFoundError:
-            raise UserError(f"{path}: there is no such file") from None
-        except ValueError as error:
-            raise UserError(f"{path} is no file of ranks that nanochat can use: {error}") from None
-
     def save(self, directory: str | Path) -> None:
         """Write the files of a tokenizer directory. A full disk leaves the previous ones as they were."""
         meta = {
@@ -149,11 +129,11 @@ class RustBPETokenizer:
         ranks = dict(self.get_mergeable_ranks())
         sizes = {"token_bytes": torch.tensor(self.token_byte_lengths(), dtype=torch.int32)}
         files = {
+            "meta.json": (json.dumps(meta, indent=2) + "\n").encode(),
             "tokenizer.json": huggingface_json(ranks, self.get_pattern(), self.get_special_tokens()).encode(),
             "tokenizer_config.json": tokenizer_config(self.get_special_tokens()).encode(),
             "token_bytes.safetensors": safetensors.torch.save(sizes, {"tokenizer_hash": self.hash}),
             "tiktoken.bpe": rank_lines(self._token_bytes),
-            "meta.json": (json.dumps(meta, indent=2) + "\n").encode(),
         }
         write_files(Path(directory), files)
 
@@ -298,12 +278,6 @@ class RustBPETokenizer:
     def render_for_completion(self, conversation: Mapping[str, Any]) -> list[int]:
         """Ids up to the <|assistant_start|> of the answer to come, included; a final assistant message is dropped."""
         return self._encode_pieces(completion_pieces(conversation), max_tokens=None)[0]
-
-    def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
-        """The tokens for a terminal, `|` between them: green where the mask is 1, red where it is 0."""
-        colour = {0: "\x1b[31m", 1: "\x1b[32m"}
-        tokens = [f"{colour[m]}{self.id_to_token(i)}\x1b[0m" for i, m in zip(ids, mask, strict=True)]
-        return "|".join(tokens)
 
     def _encode_pieces(self, pieces: list[Piece], max_tokens: int | None) -> tuple[list[int], list[int]]:
         ids: list[int] = []

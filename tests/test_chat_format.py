@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.tok_texts import TEXTS
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
+from scripts.tok_eval import TEXTS
 
 relaxed = settings(deadline=None)  # a busy machine is no failure
 # special tokens spelled out in the text, too: they must stay text

@@ -5,8 +5,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
-from nanochat.tok_texts import TEXTS
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
+from scripts.tok_eval import TEXTS
 
 transformers = pytest.importorskip("transformers")
 

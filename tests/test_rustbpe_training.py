@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rustbpe
-from nanochat.tok_texts import TEXTS
+from scripts.tok_eval import TEXTS
 
 DOCUMENTS = [f"{text}\n{number}" for number in range(12) for text in TEXTS.values()]
 

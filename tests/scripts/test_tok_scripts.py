@@ -16,9 +16,9 @@ from nanochat import cli
 from nanochat.data.parquet import write_shard
 from nanochat.errors import UserError
 from nanochat.paths import run_dir, tokenizer_dir
-from nanochat.tok_texts import TEXTS
 from nanochat.tokenizer import get_tokenizer
 from scripts import tok_eval, tok_train
+from scripts.tok_eval import TEXTS
 
 DOCUMENTS = {"train": [TEXTS["news"], "", TEXTS["code"], TEXTS["science"]], "val": [TEXTS["maths"]]}
 
