@@ -132,7 +132,7 @@ def render(task: Mapping[str, Any], hide: bool = False) -> str:
     if hide:
         shown = [{**one, "Value": HIDDEN if one["IsPrivate"] else one["Value"]} for one in task["Envs"]]
         task = {**task, "Envs": shown}
-    return yaml.safe_dump(task, sort_keys=False, allow_unicode=True, width=10**9)
+    return yaml.safe_dump(task, sort_keys=False, width=10**9)
 
 
 def main(words: Sequence[str]) -> None:
