@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, and how every program ends on it."""
+"""The one exception for a user's mistake, and how every program ends on it."""
 
 import errno
 import sys

@@ -34,7 +34,7 @@ class Gpu(NamedTuple):
     usd: float | None  # per hour: usual on-demand price of cloud offers, rounded, as of PRICES_DATE; None: not known
 
 
-# By a substring of the device name; the first that fits counts, so a longer name stands before the shorter in it.
+# By a substring of the device name; the first that fits counts, so a name comes before those that are part of it.
 GPUS = {
     "GB200": Gpu(2500e12, "NVIDIA GB200 NVL72 datasheet: 360 PFLOPS sparse over 72 GPUs", 8.0),
     "B200": Gpu(2250e12, "NVIDIA HGX B200 datasheet: 36 PFLOPS sparse over 8 GPUs", 5.0),
@@ -64,7 +64,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def unlisted(what: str, names: Iterable[str]) -> str:
-    """What is said where the peak or the price of a card is not known."""
+    """The message where the peak or the price of a card is not known."""
     return f"the {what} of {' and '.join(dict.fromkeys(names))} is not in hardware.GPUS"
 
 

@@ -21,10 +21,10 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 class Stage(NamedTuple):
-    """What is known of a stage beside its command, which stands in dev/stages.sh."""
+    """What is known of a stage beside its command, which is in dev/stages.sh."""
 
     needs: tuple[str, ...] = ()  # what it builds on: once one of these, or what those build on, ran again, it is stale
-    column: str | None = None  # of the report's summary that its numbers stand in
+    column: str | None = None  # of the report's summary that its numbers are shown in
     optional: bool = False  # only large sources have it; where it did not run, nothing is pending
 
 
@@ -141,18 +141,18 @@ def fingerprint(patterns: Iterable[str]) -> Fingerprint:
 
 
 def missing(patterns: Iterable[str]) -> list[str]:
-    """Those of `patterns` that no file stands for."""
+    """Those of `patterns` that match no file."""
     return [pattern for pattern in patterns if not _files(pattern)]
 
 
-def still_stands(outputs: Fingerprint) -> bool:
-    """True when every file of `outputs` is there unchanged; what was added beside it does not matter."""
+def unchanged(outputs: Fingerprint) -> bool:
+    """True when every file of `outputs` is there as it was; what was added beside it does not matter."""
     base = paths.get_base_dir()
     return all((base / name).is_file() and _fingerprint_file(base / name) == mark for name, mark in outputs.items())
 
 
 def _files(pattern: str) -> list[Path]:
-    """Every file that `pattern` stands for; files that are being written (.tmp) do not count."""
+    """Every file that `pattern` matches; files that are being written (.tmp) do not count."""
     path = paths.get_base_dir() / Path(pattern).expanduser()
     tops = [Path(name) for name in glob.glob(str(path))] if glob.has_magic(str(path)) else [path]
     below = [file for top in tops for file in (top.rglob("*") if top.is_dir() else [top])]

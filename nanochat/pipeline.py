@@ -7,7 +7,7 @@
 
 The run is the one named by NANOCHAT_RUN_ID. Paths are relative to the artifact store and may be globs.
 A stage is done when it has finished with the same command, NANOCHAT_ settings, code and input artifacts, and all that
-it wrote still stands. How many processes ran it (torchrun), `--run` (W&B) and calls in between that skipped it make no
+it wrote is unchanged. How many processes ran it (torchrun), `--run` (W&B) and calls in between that skipped it make no
 difference.
 """
 
@@ -64,27 +64,28 @@ class Settings:
     """do not run the stage, and show this reason in the report"""
 
 
-def main(asked: Settings, command: Sequence[str]) -> int:
-    """Do what was asked; returns the exit code."""
-    if asked.action == "status":
-        return show_status(paths.run_dir())
-    if asked.action == "reset":
-        return reset(paths.run_dir())
-    if not asked.stage:
+def main(settings: Settings, command: Sequence[str]) -> int:
+    """Do what the settings say; returns the exit code."""
+    run_dir, stage = paths.run_dir(), settings.stage
+    if settings.action == "status":
+        return show_status(run_dir)
+    if settings.action == "reset":
+        return reset(run_dir)
+    if not stage:
         raise UserError(
             "run: no stage named; usage: python -m nanochat.pipeline run STAGE [--in P] [--out P] -- COMMAND"
         )
-    if not command and not asked.skip:
-        raise UserError(f"run {asked.stage}: no command; write it after `--`")
-    with locked(paths.run_dir()):
-        if asked.skip:
-            ledger.append(paths.run_dir(), {"stage": asked.stage, "status": "skipped", "reason": asked.skip})
-            _say(f"{asked.stage}: skipped, {asked.skip}")
+    if not command and not settings.skip:
+        raise UserError(f"run {stage}: no command; write it after `--`")
+    with locked(run_dir):
+        if settings.skip:
+            ledger.append(run_dir, {"stage": stage, "status": "skipped", "reason": settings.skip})
+            _say(f"{stage}: skipped, {settings.skip}")
             return 0
-        return run_stage(asked.stage, list(command), list(asked.inputs), list(asked.outputs))
+        return run_stage(stage, list(command), settings.inputs, settings.outputs)
 
 
-def run_stage(stage: str, command: list[str], inputs: list[str], outputs: list[str]) -> int:
+def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Sequence[str]) -> int:
     """Run `command` as `stage` of the current run unless it is done. Returns its exit code (128 + n for signal n).
 
     Raises UserError when an input is missing or the command cannot be started.
@@ -93,12 +94,11 @@ def run_stage(stage: str, command: list[str], inputs: list[str], outputs: list[s
     for absent in ledger.missing(inputs):
         raise UserError(f"{stage} needs {absent}, which is not in {paths.get_base_dir()}: run the stage that writes it")
     basis = describe(command, inputs)
-    key = _hash(basis)
+    key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
     records = ledger.read(run_dir)
     before = ledger.last_run(records, stage)
     reason = _why_again(before, basis, key)
-    if reason is None:
-        assert before is not None
+    if before is not None and reason is None:
         if ledger.status_of(records, stage) != "finished":  # skipped since, or stale until it was looked at here
             ledger.append(run_dir, {**before, "copy": True})
         done = time.strftime("%Y-%m-%d %H:%M", time.localtime(before["time"]))
@@ -120,14 +120,12 @@ def run_stage(stage: str, command: list[str], inputs: list[str], outputs: list[s
     ledger.append(run_dir, {**record, "status": "started"})
     started = time.perf_counter()
     code, tail, stopped_by = _execute(command, log)
-    status = _status(code, stopped_by)
-    if stopped_by is not None and code == 0:
-        code = 128 + stopped_by  # what comes after must not start
-    written = ledger.fingerprint(outputs) if status == "finished" else {}
-    not_written = ledger.missing(outputs) if status == "finished" else []
-    if not_written:  # it was told to stop and did so in good order: training saves and exits with 0
+    status, code = _status(code, stopped_by)
+    if status == "finished" and (not_written := ledger.missing(outputs)):
+        # it was told to stop and did so in good order: training saves and exits with 0
         status, code = "unfinished", UNFINISHED
         _say(f"{stage}: ended well but did not write {', '.join(not_written)} yet")
+    written = ledger.fingerprint(outputs) if status == "finished" else {}
     seconds = time.perf_counter() - started
     ledger.append(run_dir, {**record, "status": status, "exit_code": code, "seconds": seconds, "outputs": written})
     _say_end(stage, status, code, seconds, tail, log)
@@ -137,14 +135,11 @@ def run_stage(stage: str, command: list[str], inputs: list[str], outputs: list[s
 def describe(command: Sequence[str], inputs: Sequence[str]) -> dict[str, Any]:
     """Everything that decides what a stage writes."""
     module = ledger.stage_module(command)
-    words = list(command[command.index(module) :]) if module else list(command)
+    words = command[command.index(module) :] if module else command
+    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("NANOCHAT_")}
     return {
         "command": [word for word in words if not word.startswith("--run=")],
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith("NANOCHAT_") and name not in NEUTRAL_VARIABLES
-        },
+        "environment": {name: value for name, value in settings.items() if name not in NEUTRAL_VARIABLES},
         "code": ledger.code_version(module) if module else None,
         "inputs": ledger.fingerprint(inputs),
     }
@@ -155,12 +150,11 @@ def _why_again(before: ledger.Record | None, basis: dict[str, Any], key: str) ->
     if before is None:
         return "first run"
     if before.get("key") != key:
-        then = before.get("basis", {})
-        changed = [part for part in basis if then.get(part) != basis[part]]
+        changed = [part for part in basis if before.get("basis", {}).get(part) != basis[part]]
         return f"{' and '.join(changed)} changed since it ran"
     if before["status"] != "finished":
         return "continues" if before["status"] in ("unfinished", "interrupted", "started") else "failed before"
-    return None if ledger.still_stands(before["outputs"]) else "what it wrote is gone or changed"
+    return None if ledger.unchanged(before["outputs"]) else "what it wrote is gone or changed"
 
 
 class ForwardedSignals:
@@ -252,27 +246,26 @@ def _tee(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:
                 tail.append(f"[output no longer copied to {'the log' if sink is log else 'stdout'}: {error.strerror}]")
 
 
-def _status(code: int, stopped_by: int | None) -> str:
+def _status(code: int, stopped_by: int | None) -> tuple[str, int]:
+    """(status of a stage, exit code of its runner) from the exit code of its command and the first signal to us."""
     if code == UNFINISHED:
-        return "unfinished"
-    if stopped_by is not None:
-        return "interrupted"  # even at exit code 0: it may have left early
-    return "finished" if code == 0 else "failed"
+        return "unfinished", code
+    if stopped_by is not None:  # even at exit code 0 it may have left early, and what comes after must not start
+        return "interrupted", code or 128 + stopped_by
+    return ("failed" if code else "finished"), code
 
 
 def _say_end(stage: str, status: str, code: int, seconds: float, tail: Sequence[str], log: Path) -> None:
     if status == "finished":
         _say(f"{stage}: finished in {duration(seconds)}")
         return
-    again = os.environ.get("NANOCHAT_CONTINUE") or shlex.join(sys.orig_argv)
+    lines = [f"\n{stage}: stopped early after {duration(seconds)} ({status})"]
     if status == "failed":
         killed = f" (killed by {signal.Signals(code - 128).name})" if code - 128 in signal.valid_signals() else ""
-        print(f"\nerror: {stage} failed with exit code {code}{killed} after {duration(seconds)}", file=sys.stderr)
-        print("".join(f"  | {line}\n" for line in tail), end="", file=sys.stderr)
-        print(f"log: {log}", file=sys.stderr)
-    else:
-        print(f"\n{stage}: stopped early after {duration(seconds)} ({status})", file=sys.stderr)
-    print(f"to continue: {again}", file=sys.stderr, flush=True)
+        lines = [f"\nerror: {stage} failed with exit code {code}{killed} after {duration(seconds)}"]
+        lines += [*(f"  | {line}" for line in tail), f"log: {log}"]
+    again = os.environ.get("NANOCHAT_CONTINUE") or shlex.join(sys.orig_argv)
+    print("\n".join([*lines, f"to continue: {again}"]), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -283,8 +276,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip()
+            holder = (run_dir / "lock").read_text().strip()
             raise UserError(
                 f"run {run_dir.name} is being worked on by process {holder}: wait for it, or set another RUN_ID"
             ) from None
@@ -328,19 +320,14 @@ def reset(run_dir: Path) -> int:
     return 0
 
 
-def _hash(basis: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _say(line: str) -> None:
     print(f"\n=== {line}", flush=True)
 
 
 def _run() -> None:
     words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    asked = cli.parse(Settings, words[:cut])
-    sys.exit(main(asked, words[cut + 1 :]))
+    end = words.index("--") if "--" in words else len(words)
+    sys.exit(main(cli.parse(Settings, words[:end]), words[end + 1 :]))
 
 
 if __name__ == "__main__":

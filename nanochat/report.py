@@ -253,7 +253,7 @@ def _templates() -> Any:
 
 
 def shown_metrics(metrics: Mapping[str, Any]) -> list[str]:
-    """Names of metrics that stand on a line of their own; a standard error stands beside its metric."""
+    """Names of metrics that get a line of their own; a standard error is shown beside its metric."""
     return [name for name in metrics if not name.endswith(STDERR_SUFFIXES)]
 
 
@@ -284,9 +284,9 @@ def _current_run() -> Path:
     return paths.run_dir() if newest is None else newest.parent
 
 
-def main(asked: Settings) -> None:
+def main(settings: Settings) -> None:
     run_dir = _current_run()
-    if asked.action == "reset":
+    if settings.action == "reset":
         reset(run_dir)
     else:
         print(f"report of run {run_dir.name}: {generate(run_dir, copy_to=Path.cwd())}")

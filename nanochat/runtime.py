@@ -75,17 +75,17 @@ def print0(*values: object, **options: Any) -> None:
             listener(text.getvalue())
 
 
-def pick_device_type(asked: DeviceType = "auto") -> str:
-    """The device type to run on. Raises UserError where one was asked for that this machine lacks."""
+def pick_device_type(requested: DeviceType = "auto") -> str:
+    """The device type to run on. Raises UserError where one was requested that this machine lacks."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if asked == "auto":
+    if requested == "auto":
         return next(name for name, there in present.items() if there)
-    if not present[asked]:
+    if not present[requested]:
         have = ", ".join(name for name, there in present.items() if there)
         raise UserError(
-            f"--device-type={asked}: no such device here (present: {have}); drop the flag or choose one of these"
+            f"--device-type={requested}: no such device here (present: {have}); drop the flag or choose one of these"
         )
-    return asked
+    return requested
 
 
 def compute_init(device_type: DeviceType = "auto") -> tuple[bool, int, int, int, torch.device]:
@@ -143,11 +143,11 @@ def compute_cleanup() -> None:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies in it (compute capability >= 8.0), else fp32. `NANOCHAT_DTYPE` overrides."""
     names = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    asked = os.environ.get("NANOCHAT_DTYPE")
-    if asked is not None:
-        if asked not in names:
-            raise UserError(f"NANOCHAT_DTYPE={asked}: expected one of {', '.join(names)}")
-        return names[asked]
+    requested = os.environ.get("NANOCHAT_DTYPE")
+    if requested is not None:
+        if requested not in names:
+            raise UserError(f"NANOCHAT_DTYPE={requested}: expected one of {', '.join(names)}")
+        return names[requested]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.float32

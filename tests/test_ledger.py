@@ -62,19 +62,19 @@ def test_a_large_file_is_told_by_size_and_time(store, monkeypatch):
     monkeypatch.setattr(ledger, "HASHED_BYTES", 3)
     (store / "shard").write_text("12345")
     before = ledger.fingerprint(["shard"])
-    assert ledger.still_stands(before)
+    assert ledger.unchanged(before)
     os.utime(store / "shard", (1, 1))
-    assert not ledger.still_stands(before)
+    assert not ledger.unchanged(before)
 
 
-def test_outputs_stand_until_one_is_gone(store):
+def test_outputs_are_unchanged_until_one_is_gone(store):
     (store / "out").mkdir()
     (store / "out" / "a").write_text("1")
     outputs = ledger.fingerprint(["out"])
     (store / "out" / "more").write_text("2")
-    assert ledger.still_stands(outputs)
+    assert ledger.unchanged(outputs)
     (store / "out" / "a").unlink()
-    assert not ledger.still_stands(outputs)
+    assert not ledger.unchanged(outputs)
 
 
 @pytest.fixture

@@ -21,8 +21,7 @@ def _own_store(store):
 
 def run(stage, script, **settings):
     """Run a shell script as a stage."""
-    asked = pipeline.Settings("run", stage, **settings)
-    return pipeline.main(asked, ["bash", "-c", script])
+    return pipeline.main(pipeline.Settings("run", stage, **settings), ["bash", "-c", script])
 
 
 def statuses(stage):
