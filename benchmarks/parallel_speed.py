@@ -16,11 +16,10 @@ from typing import Annotated, Any
 import torch
 
 from nanochat import cli, parallel
-from nanochat.arch import model_config
 from nanochat.cli import int_flag
+from nanochat.config import build_config, resolve
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name, peak_flops, peak_memory_bytes
-from nanochat.model_config import InitSpec
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Parallel, Policy
 from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, print0, ranks_per_node
@@ -116,13 +115,13 @@ def main(settings: Settings) -> None:
     _, rank, _, world, device = compute_init("cuda")
     with torch.device("meta"):
         train = TrainSettings(depth=settings.depth, max_seq_len=settings.max_seq_len)
-        model = GPT(model_config(train, settings.vocab_size), compute_dtype(device))
+        model = GPT(build_config(resolve(train), settings.vocab_size), compute_dtype(device))
     node = settings.node_size or ranks_per_node()
     policy, why = parallel.make_policy(settings.parallel, model.num_params(), model.compute_dtype, world, node)
     print0(f"{policy} ({why})")
     parallel.parallelize(model, parallel.make_mesh(policy, "cuda", node), policy)
     model.to_empty(device=device)
-    parallel.init_weights(model, InitSpec())
+    model.init_weights()
     step = Step(model, policy, settings, world, device)
     started = time.perf_counter()
     for _ in range(WARM_UP):

@@ -19,8 +19,8 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from nanochat import attention, cli, parallel
-from nanochat.arch import TRAINING, Arch, model_config
 from nanochat.cli import int_flag
+from nanochat.config import Arch, build_config, resolve
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name, peak_flops, peak_memory_bytes
@@ -65,8 +65,8 @@ def measure(settings: Settings, device: torch.device, fp8: Fp8 = "none") -> dict
     """Seconds a step, tokens/s, MFU and memory of one variant, with the kernels as they are set now."""
     torch._dynamo.reset()
     torch.cuda.reset_peak_memory_stats()
-    train = TrainSettings(arch=settings.arch, depth=settings.depth, max_seq_len=settings.max_seq_len)
-    model = GPT(model_config(train, settings.vocab_size, document_token=0), compute_dtype(device)).to(device)
+    train = resolve(TrainSettings(arch=settings.arch, depth=settings.depth, max_seq_len=settings.max_seq_len))
+    model = GPT(build_config(train, settings.vocab_size, document_token=0), compute_dtype(device)).to(device)
     model.init_weights()
     apply_fp8(model, fp8)
     forward = parallel.compile_model(model, parallel.Policy("ddp", model.compute_dtype))
@@ -75,7 +75,7 @@ def measure(settings: Settings, device: torch.device, fp8: Fp8 = "none") -> dict
     idx[:, ::DOCUMENT_TOKENS] = 0
 
     inputs, targets = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-    clip = TRAINING[settings.arch]["grad_clip"] or None
+    clip = train.grad_clip or None
 
     def step() -> None:
         for _ in range(settings.accumulation):

@@ -4,8 +4,10 @@ FSDP2 cuts along the first dimension as torch.chunk does: ceil(rows / ranks) row
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +34,16 @@ def row_range(tensor: Any) -> tuple[int, int]:
     per_rank = -(-rows // mesh.size(cut[0]))
     first = min(per_rank * mesh.get_local_rank(cut[0]), rows)
     return first, min(first + per_rank, rows)
+
+
+def fill_rows(param: Any, fill: Callable[[Tensor], object]) -> None:
+    """Have `fill` write the full values of `param`, and keep the rows that this rank holds."""
+    if not is_sharded(param):
+        fill(param)
+        return
+    full = torch.empty(param.shape, dtype=param.dtype, device=local(param).device)
+    fill(full)
+    local(param).copy_(full[slice(*row_range(param))])
 
 
 def replicas_of(tensor: Any) -> int:

@@ -2,10 +2,12 @@
 
 With the defaults of GPTConfig, the classic nanochat architecture: rotary positions, QK-norm, untied embeddings, squared
 ReLU, RMSNorm without parameters (also right after the embedding), softcapped logits, no biases, grouped key/value heads
-and a pattern of attention windows. What the speedrun architecture adds is one setting each (nanochat.arch has the
+and a pattern of attention windows. What the speedrun architecture adds is one setting each (nanochat.config has the
 whole of it). Weights are kept in fp32 and cast to `compute_dtype` where they are used.
 """
 
+import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.attention import Mask, causal_attention, make_masks, masked_attention
+from nanochat.config import GATE_CHANNELS, InitSpec, init_parameter
+from nanochat.config import GPTConfig as GPTConfig
+from nanochat.dtensor import fill_rows
 from nanochat.errors import UserError
 from nanochat.fp8 import fp8_linear
 from nanochat.loss import Reduction, fused_head_loss, head_loss, softcap
-from nanochat.model_config import GATE_CHANNELS, VALUE_EMBED_STD, Init, InitSpec, init_parameter
-from nanochat.model_config import GPTConfig as GPTConfig
 
 if TYPE_CHECKING:  # the cache and the optimizer know the model, not the other way round
     from nanochat.engine import KVCache
@@ -223,18 +226,12 @@ class GPT(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     @torch.no_grad()
-    def init_weights(
-        self,
-        init: Init = "uniform",
-        seed: int = 42,
-        head_std: float = 0.001,
-        zero_proj: bool = True,
-        gain: float = 1.0,
-    ) -> None:
-        """Fill every parameter and buffer; see InitSpec and init_parameter."""
-        spec = InitSpec(init, seed, head_std, zero_proj, gain, VALUE_EMBED_STD[self.config.value_embeds])
+    def init_weights(self, spec: InitSpec | None = None, **changes: Any) -> None:
+        """Fill every parameter and buffer (see config.init_parameter), fields of `spec` changed by name. Each
+        parameter is drawn in full and this rank's rows of it kept, so that all layouts and world sizes begin alike."""
+        spec = dataclasses.replace(spec or InitSpec(), **changes)
         for name, param in self.named_parameters():
-            init_parameter(name, param, spec)
+            fill_rows(param, functools.partial(init_parameter, name, config=self.config, spec=spec))
         self.init_buffers()
 
     def init_buffers(self) -> None:

@@ -30,9 +30,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from nanochat.config import GPTConfig, InitSpec, init_std
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.model_config import GPTConfig, InitSpec, hidden_std
 
 Kind = Literal["input", "hidden", "output", "scalar"]
 
@@ -177,7 +177,10 @@ def mup_table(config: GPTConfig, use_muon: bool = True, spec: InitSpec | None = 
 
 def _scaling(name: str, shape: InfShape, config: GPTConfig, use_muon: bool, spec: InitSpec) -> ParamScaling:
     kind = classify(name, shape)
-    std = _init_std(name, kind, shape, spec)
+    std = 0.0
+    if len(shape.dims) == 2:
+        out, into = shape.dims
+        std = init_std(name, out.size, into.size, config, spec)
     eps = config.width_multiplier if any(shape.infinite) else 1.0
     if name.startswith(("transformer.h.", "transformer.value_embeds.")):  # gradients that come through a branch
         eps *= config.branch_multiplier
@@ -190,20 +193,6 @@ def _scaling(name: str, shape: InfShape, config: GPTConfig, use_muon: bool, spec
     if use_muon:
         return ParamScaling(kind, "muon", std, lr, weight_decay=1.0 / lr, multiplier=multiplier)
     return ParamScaling(kind, "adamw", std, lr, eps, weight_decay=1.0 / lr, multiplier=multiplier)
-
-
-def _init_std(name: str, kind: Kind, shape: InfShape, spec: InitSpec) -> float:
-    """What model_config.init_parameter draws this parameter with."""
-    if kind == "output":
-        return spec.head_std
-    if name == "transformer.wte.weight":
-        return 1.0
-    if name.startswith("transformer.value_embeds."):
-        return spec.value_embed_std
-    if kind != "hidden" or (spec.zero_proj and name.endswith("c_proj.weight")):
-        return 0.0
-    out, into = shape.dims
-    return spec.gain * hidden_std(out.size, into.size, spec.init)
 
 
 # ---- to be read

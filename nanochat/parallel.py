@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanochat.attention import load_flex_attention
-from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.model_config import InitSpec, init_parameter
 from nanochat.runtime import allow_variants, get_dist_info, print0, ranks_per_node
 
 Strategy = Literal["ddp", "fsdp", "hsdp"]
@@ -145,20 +143,6 @@ def parallelize_model(model: GPT, parallel: Parallel, device: torch.device) -> P
 def _units(model: nn.Module) -> list[Any]:
     """The parts of the model that are gathered together, outermost first; none where it is not sharded."""
     return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
-
-
-@torch.no_grad()
-def init_weights(model: GPT, spec: InitSpec) -> None:
-    """GPT.init_weights for any layout: each parameter is drawn whole, by its name, and this rank's rows of it kept. So
-    all layouts and world sizes begin with the same bits."""
-    for name, param in model.named_parameters():
-        if is_sharded(param):
-            whole = torch.empty(param.shape, dtype=param.dtype, device=local(param).device)
-            init_parameter(name, whole, spec)
-            local(param).copy_(whole[slice(*row_range(param))])
-        else:
-            init_parameter(name, param, spec)
-    model.init_buffers()
 
 
 def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:

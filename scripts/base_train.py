@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from nanochat import checkpoint, cli, mup, parallel
-from nanochat.arch import RATES, TUNED_AT, ArchSettings, init_spec, model_config, resolve
 from nanochat.cli import alias, float_flag, int_flag
 from nanochat.cluster.observer import ClusterObserver
+from nanochat.config import LEARNING_RATES, TUNED_AT, ArchFlags, build_config, init_spec, resolve
 from nanochat.dataloader import BatchPlan, RowLoader, TrainData, open_data, plan_batch, row_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
@@ -43,7 +43,7 @@ from nanochat.train.tracking import AUTO, NO_WANDB, Tracker, wandb_project
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ArchSettings):
+class Settings(ArchFlags):
     """Pretrain a base model."""
 
     # ---- the data
@@ -242,14 +242,14 @@ def main(settings: Settings) -> None:
     plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
 
     # ---- the model: shapes first (an impossible horizon costs no memory), memory second, values last
-    config = model_config(settings, data.vocab_size, data.document_token)
+    config = build_config(settings, data.vocab_size, data.document_token)
     with torch.device("meta"):
         model = GPT(config, compute_dtype(device))
     num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
     requested = parallel.requested_strategy(settings.parallel, settings.use_fsdp)
     policy = parallel.parallelize_model(model, requested, device)
     model.to_empty(device=device)
-    parallel.init_weights(model, init_spec(settings))
+    model.init_weights(init_spec(settings))
     apply_fp8(model, settings.fp8)
     compiled = settings.compile if settings.compile is not None else device.type == "cuda"
     forward = parallel.compile_model(model, policy) if compiled else model
@@ -257,7 +257,7 @@ def main(settings: Settings) -> None:
     # ---- the optimizer; its rates and the batch are what later stages go on with
     horizon = num_iterations * settings.total_batch_size
     lr_scale = batch_lr_scale(settings.total_batch_size, horizon, *TUNED_AT[settings.arch])
-    rates = {name: getattr(settings, name) * lr_scale for name in RATES}
+    rates = {name: getattr(settings, name) * lr_scale for name in LEARNING_RATES}
     optimizer = model.setup_optimizer(**rates, weight_decay=settings.weight_decay, use_muon=settings.use_muon)
 
     def schedule(step: int) -> tuple[float, float]:

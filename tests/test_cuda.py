@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from nanochat import parallel
-from nanochat.arch import arch_config
 from nanochat.attention import GPU_KERNELS, make_masks, masked_attention
 from nanochat.fp8 import CAPABILITY, apply_fp8
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.model_config import InitSpec
 from nanochat.optim import MuonAdamW
 from nanochat.train.monitor import Monitor, MonitorSettings
 from nanochat.train.spectral import spectral_norms
+from tests.models import make_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DDP = parallel.Policy("ddp", torch.float32)
@@ -38,7 +37,7 @@ def exact():
 def build(arch: str = "speedrun", dtype: torch.dtype = torch.float32, width: int = 256, **changes) -> GPT:
     """12 layers of the speedrun architecture, no weight zero, or a small classic one."""
     windows = {"long_window": 384, "short_window": 128} if arch == "speedrun" else {}
-    config = arch_config(
+    config = make_config(
         arch,  # type: ignore[arg-type]
         n_layer=12 if arch == "speedrun" else 2,
         n_embd=width,
@@ -49,7 +48,7 @@ def build(arch: str = "speedrun", dtype: torch.dtype = torch.float32, width: int
         **{**windows, **changes},
     )
     model = GPT(config, dtype).cuda()
-    parallel.init_weights(model, InitSpec(seed=1, head_std=0.05, zero_proj=False))
+    model.init_weights(seed=1, head_std=0.05, zero_proj=False)
     generator = torch.Generator("cuda").manual_seed(2)
     with torch.no_grad():  # what begins as nothing takes part
         for name, param in model.named_parameters():
@@ -199,7 +198,7 @@ def test_the_monitor_reads_what_is_there_and_waits_for_nothing():
     """Against fp64 SVD and eager sums; between the start of an event and its reading nothing is read back."""
     config = GPTConfig(sequence_len=256, vocab_size=512, n_layer=3, n_head=4, n_kv_head=4, n_embd=256)
     model = GPT(config, torch.bfloat16).cuda()
-    parallel.init_weights(model, InitSpec(seed=1, head_std=0.05, zero_proj=False))
+    model.init_weights(seed=1, head_std=0.05, zero_proj=False)
     compiled = parallel.compile_model(model, DDP)
     optimizer = model.setup_optimizer()
     monitor = Monitor(model, optimizer, MonitorSettings(1))

@@ -11,7 +11,6 @@ from nanochat import fp8, parallel
 from nanochat.errors import UserError
 from nanochat.fp8 import E4M3, E5M2, Scaled, apply_fp8, fp8_linear, fp8_mm, quantize, transposed
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.model_config import InitSpec
 from tests.processes import run_processes
 
 # Half a step of the mantissa, as a share of the value: 3 bits in e4m3, 2 in e5m2.
@@ -267,7 +266,7 @@ def whole_gradients(sharded):
     if sharded:
         parallel.parallelize(model, parallel.make_mesh(policy, "cpu", 1), policy)
     model.to_empty(device="cpu")
-    parallel.init_weights(model, InitSpec(seed=3, head_std=0.1, zero_proj=False))
+    model.init_weights(seed=3, head_std=0.1, zero_proj=False)
     apply_fp8(model, "all")
     assert len(marked(model)) == 13
     idx = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(0))

@@ -41,7 +41,7 @@ def test_short_windows_cost_fewer_flops():
 @pytest.mark.parametrize("init", ["uniform", "spectral"])
 def test_first_loss_is_ln_vocab(init):
     model = build(randomise=False)
-    model.init_weights(init, head_std=0.0)
+    model.init_weights(init=init, head_std=0.0)
     idx = torch.randint(97, (2, 16))
     assert model(idx, idx).item() == pytest.approx(math.log(97), abs=1e-6)
 
@@ -53,25 +53,25 @@ def test_init_fills_poisoned_memory_and_follows_names(init):
     model.to_empty(device="cpu")
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.fill_(float("nan"))
-    model.init_weights(init)
+    model.init_weights(init=init)
     assert all(tensor.isfinite().all() for tensor in [*model.parameters(), *model.buffers()])
     deeper = build(randomise=False, n_layer=5)
-    deeper.init_weights(init)
+    deeper.init_weights(init=init)
     for name, param in model.named_parameters():  # a parameter's values depend on its name, not on its neighbours
         assert torch.equal(param, dict(deeper.named_parameters())[name])
 
 
 def test_init_scales():
     model = build(randomise=False, n_embd=256, n_head=4, n_kv_head=1)
-    model.init_weights("uniform")
+    model.init_weights(init="uniform")
     attn, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
     assert attn.c_k.weight.std().item() == pytest.approx(1 / 16, rel=0.03)
-    model.init_weights("spectral")
+    model.init_weights(init="spectral")
     assert attn.c_k.weight.std().item() == pytest.approx(1 / 16 * math.sqrt(64 / 256), rel=0.03)  # fan_out < fan_in
     assert mlp.c_fc.weight.std().item() == pytest.approx(1 / 16, rel=0.03)  # fan_out > fan_in: capped at 1
     assert attn.c_proj.weight.abs().max() == 0
     assert model.lm_head.weight.std().item() == pytest.approx(0.001, rel=0.03)
-    model.init_weights("spectral", head_std=0.02, zero_proj=False, gain=0.5)
+    model.init_weights(init="spectral", head_std=0.02, zero_proj=False, gain=0.5)
     assert mlp.c_proj.weight.std().item() == pytest.approx(0.5 / 32 * math.sqrt(256 / 1024), rel=0.03)
     assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.03)
 

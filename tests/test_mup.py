@@ -13,30 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import mup, optim, parallel
-from nanochat.arch import ARCH_RATES, arch_config
+from nanochat.config import LEARNING_RATES, ArchFlags, InitSpec, resolve
 from nanochat.dtensor import is_sharded, local
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, norm
-from nanochat.model_config import VALUE_EMBED_STD, InitSpec
 from nanochat.mup import Dim, InfShape
+from tests import models
 from tests.processes import run_processes
 
 EVERYTHING = {"value_embeds": "gated", "attn_gate": True, "smear": True, "backout": True}
 
 
 def make_config(width, base_width=0, arch="nanochat", head_dim=16, n_layer=2, **changes):
-    return arch_config(
-        arch,
-        n_layer=n_layer,
-        n_embd=width,
-        head_dim=head_dim,
-        vocab_size=64,
-        sequence_len=32,
-        mup_base_width=base_width,
-        document_mask=False,
-        **changes,
-    )
+    sizes = {"n_layer": n_layer, "n_embd": width, "head_dim": head_dim, "vocab_size": 64, "sequence_len": 32}
+    return models.make_config(arch, **sizes, mup_base_width=base_width, **changes)
 
 
 def make_model(config, seed=0, head_std=0.02, **changes):
@@ -142,8 +133,7 @@ def test_the_stated_init_is_what_is_drawn(init, zero_proj):
     spec = InitSpec(init, 3, 0.05, zero_proj, 0.5)
     config = make_config(128, 32, "speedrun", **EVERYTHING)
     model = GPT(config)
-    spec = dataclasses.replace(spec, value_embed_std=VALUE_EMBED_STD[config.value_embeds])
-    model.init_weights(spec.init, spec.seed, spec.head_std, spec.zero_proj, spec.gain)
+    model.init_weights(spec)
     table = mup.mup_table(config, spec=spec)
     for name, param in model.named_parameters():
         found = param.std().item() if param.numel() > 1 else 0.0
@@ -219,10 +209,11 @@ def test_the_table_can_be_read():
 @pytest.mark.parametrize("use_muon", [True, False])
 @pytest.mark.parametrize("arch", ["nanochat", "speedrun"])
 def test_at_the_base_width_it_is_the_standard_parametrisation_bit_for_bit(arch, use_muon):
-    results = []
+    results, flags = [], resolve(ArchFlags(arch=arch))
+    rates = {name: getattr(flags, name) for name in LEARNING_RATES}
     for base_width in (0, 64):
         model = make_model(make_config(64, base_width, arch, n_layer=4))
-        optimizer = model.setup_optimizer(**ARCH_RATES[arch], weight_decay=0.1, use_muon=use_muon)
+        optimizer = model.setup_optimizer(**rates, weight_decay=0.1, use_muon=use_muon)
         results.append((train(model, optimizer, 20), [param.detach() for param in model.parameters()]))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
@@ -253,7 +244,7 @@ def sharded_losses(strategy):
     if world > 1:
         parallel.parallelize(model, parallel.make_mesh(policy, "cpu", 1), policy)
     model.to_empty(device="cpu")
-    parallel.init_weights(model, InitSpec(seed=1, head_std=0.02, zero_proj=False))
+    model.init_weights(seed=1, head_std=0.02, zero_proj=False)
     optimizer = model.setup_optimizer(0.02, 0.2, 0.1, weight_decay=0.1, use_mup=True, base_width=16)
     losses = []
     for step in range(4):

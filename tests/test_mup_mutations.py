@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from nanochat import mup
-from nanochat.arch import arch_config
+from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
-from nanochat.model_config import GPTConfig
 from nanochat.studies.coord_check import SP_AT_LEAST, get_coord_data, judge, markov_batches, slopes, steepest
 from nanochat.train.coordinates import LOGITS
+from tests.models import make_config
 
 WIDTHS, BASE, STEPS = (64, 128, 256), 128, 10
 # Muon's is half as large again as in training, so that its mistakes show within ten steps
@@ -28,7 +28,7 @@ def check(widths=WIDTHS, seeds=1, base_width=BASE, use_muon=True):
     """Slopes of models trained by the rules as they are now."""
 
     def maker(width):
-        config = arch_config(
+        config = make_config(
             "nanochat",
             n_layer=2,
             n_embd=width,

@@ -6,12 +6,11 @@ import torch
 import torch.distributed as dist
 
 from nanochat import parallel
-from nanochat.arch import arch_config
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.model_config import InitSpec
+from tests.models import make_config
 from tests.processes import run_processes
 
 # Uneven on purpose: 3 rows of 8 do not divide, the second moment of both orientations occurs, 2 layers of 6 matrices
@@ -21,7 +20,7 @@ ROWS, STEPS = 8, 3
 
 
 # Everything of the speedrun architecture at once, under muP, in a size that few counts of ranks divide.
-SPEEDRUN = arch_config(
+SPEEDRUN = make_config(
     "speedrun", n_layer=4, n_embd=24, head_dim=12, vocab_size=61, sequence_len=16, mup_base_width=12, document_token=0,
     long_window=9, short_window=4, attn_gate=True, smear=True, backout=True,
 )  # fmt: skip
@@ -39,7 +38,7 @@ def make_model(strategy="ddp", ranks_per_node=1, large=False, config=CONFIG):
     with torch.no_grad():
         for param in model.parameters():
             local(param).fill_(float("nan"))  # what was not initialised shows
-    parallel.init_weights(model, InitSpec(seed=7, head_std=0.0))
+    model.init_weights(seed=7, head_std=0.0)
     return model, policy
 
 

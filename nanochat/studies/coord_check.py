@@ -21,12 +21,11 @@ from cyclopts import Parameter
 from torch import Tensor
 
 from nanochat import cli, mup
-from nanochat.arch import ARCH_RATES, RATES, Arch, arch_config
 from nanochat.cli import float_flag, int_flag
+from nanochat.config import LEARNING_RATES, Arch, ArchFlags, GPTConfig, Init, InitSpec, build_config, resolve
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.gpt import GPT
-from nanochat.model_config import GPTConfig, Init, InitSpec
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
 from nanochat.studies.figures import line_panels
@@ -102,12 +101,12 @@ def run_checks(settings: Settings) -> list[Record]:
 
     def make_model(width: int, seed: int) -> GPT:
         model = GPT(configs[width]).to(device)
-        drawn = spec(seed)
-        model.init_weights(drawn.init, drawn.seed, drawn.head_std, drawn.zero_proj, drawn.gain)
+        model.init_weights(spec(seed))
         return model
 
     def make_optimizer(model: GPT) -> MuonAdamW:
-        rates: dict[str, Any] = {name: ARCH_RATES[settings.arch][name] * settings.lr_scale for name in RATES}
+        flags = resolve(ArchFlags(arch=settings.arch))
+        rates: dict[str, Any] = {name: getattr(flags, name) * settings.lr_scale for name in LEARNING_RATES}
         return model.setup_optimizer(**rates, use_muon=use_muon)
 
     print0(mup.format_table(mup.as_records(configs[widths[-1]], use_muon, spec(0))))
@@ -119,16 +118,17 @@ def run_checks(settings: Settings) -> list[Record]:
 def _config(settings: Settings, width: int) -> GPTConfig:
     if width % HEAD_DIM or width < HEAD_DIM:
         raise UserError(f"--widths: {width} is no multiple of {HEAD_DIM}, the size of a head")
-    return arch_config(
-        settings.arch,
-        n_layer=settings.depth,
-        n_embd=width,
+    flags = ArchFlags(
+        arch=settings.arch,
+        depth=settings.depth,
+        width=width,
         head_dim=HEAD_DIM,
-        vocab_size=VOCAB_SIZE,
-        sequence_len=SEQUENCE_LEN,
-        mup_base_width=settings.base_width if settings.mup else 0,
+        max_seq_len=SEQUENCE_LEN,
+        mup=settings.mup,
+        base_width=settings.base_width if settings.mup else None,
         document_mask=False,
     )
+    return build_config(resolve(flags), VOCAB_SIZE)
 
 
 def get_coord_data(

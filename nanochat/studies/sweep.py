@@ -19,16 +19,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from nanochat import parallel
-from nanochat.arch import ARCH_RATES, RATES, TRAINING, TUNED_AT, Arch, arch_config
+from nanochat import cli, parallel
 from nanochat.cli import int_flag
+from nanochat.config import LEARNING_RATES, TUNED_AT, Arch, ArchFlags, GPTConfig, build_config, init_spec, resolve
 from nanochat.dataloader import RowLoader, open_data, plan_batch, row_batches
 from nanochat.dataset import text_hash
 from nanochat.errors import UserError
 from nanochat.files import append_jsonl, atomic_write, read_jsonl
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
-from nanochat.model_config import GPTConfig, InitSpec
 from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum, set_schedule
 from nanochat.runtime import compute_dtype
@@ -36,7 +35,7 @@ from nanochat.studies import transfer
 
 Sweep = Literal["all", "matrix", "embedding", "head"]
 SWEPT: dict[Sweep, tuple[str, ...]] = {
-    "all": RATES,
+    "all": tuple(LEARNING_RATES),
     "matrix": ("matrix_lr",),
     "embedding": ("embedding_lr", "value_embedding_lr"),
     "head": ("unembedding_lr",),
@@ -227,6 +226,15 @@ class Bench:
 
     def __init__(self, settings: SweepSettings, text: Text, device: torch.device) -> None:
         self.settings, self.text, self.device = settings, text, device
+        self.flags = resolve(
+            ArchFlags(
+                arch=settings.arch,
+                depth=settings.depth,
+                head_dim=settings.head_dim,
+                max_seq_len=settings.max_seq_len,
+                document_mask=False if text.document_token < 0 else None,
+            )
+        )
         self.plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, 1)
         self.lr_scale = batch_lr_scale(
             settings.total_batch_size, settings.steps * settings.total_batch_size, *TUNED_AT[settings.arch]
@@ -236,17 +244,9 @@ class Bench:
         self.val = text.val()
 
     def config(self, width: int, mup: bool) -> GPTConfig:
-        settings = self.settings
-        return arch_config(
-            settings.arch,
-            n_layer=settings.depth,
-            n_embd=width,
-            head_dim=settings.head_dim,
-            vocab_size=self.text.vocab_size,
-            sequence_len=settings.max_seq_len,
-            document_token=self.text.document_token if settings.arch == "speedrun" else -1,
-            mup_base_width=settings.base_width if mup else 0,
-        )
+        base_width = self.settings.base_width if mup else None
+        flags = cli.replace(self.flags, width=width, mup=mup, base_width=base_width)
+        return build_config(flags, self.text.vocab_size, self.text.document_token)
 
     def model(self, width: int, mup: bool) -> tuple[GPT, Callable[..., torch.Tensor]]:
         """(the model, what to train with: compiled on CUDA)."""
@@ -265,8 +265,8 @@ class Bench:
     def optimizer(self, model: GPT, run: Run) -> MuonAdamW:
         """At the rates of this run."""
         settings = self.settings
-        factor = {name: 2**run.log2_rate if name in SWEPT[settings.sweep] else 1.0 for name in RATES}
-        rates = {name: ARCH_RATES[settings.arch][name] * self.lr_scale * factor[name] for name in RATES}
+        factor = {name: 2**run.log2_rate if name in SWEPT[settings.sweep] else 1.0 for name in LEARNING_RATES}
+        rates = {name: getattr(self.flags, name) * self.lr_scale * factor[name] for name in LEARNING_RATES}
         options: dict[str, Any] = {"weight_decay": 0.0, "use_muon": settings.optimizer == "muon", **rates}
         optimizer = model.setup_optimizer(**options)
         if not run.mup:
@@ -296,16 +296,15 @@ def train_run(bench: Bench, run: Run) -> dict[str, Any]:
     """Train one model from the start; its record for runs.jsonl. A loss that is not finite becomes None."""
     settings, started = bench.settings, time.perf_counter()
     model, forward = bench.model(run.width, run.mup)
-    preset = TRAINING[settings.arch]
-    spec = InitSpec(seed=run.seed, head_std=preset["head_init_std"], gain=preset["init_gain"])
-    parallel.init_weights(model, spec)
+    model.init_weights(init_spec(bench.flags), seed=run.seed)
     model.train()
     optimizer = bench.optimizer(model, run)
     rows_per_step, size = bench.plan.rows_per_step, bench.plan.device_batch_size
     tokens = bench.batches(run.seed)
     losses = torch.zeros(settings.steps, device=bench.device)  # read once, at the end
+    ratios: Any = bench.flags.warmup_ratio, bench.flags.warmdown_ratio, bench.flags.final_lr_frac
     for step in range(settings.steps):
-        multiplier = lr_multiplier(step, settings.steps, 0.0, preset["warmdown_ratio"], preset["final_lr_frac"])
+        multiplier = lr_multiplier(step, settings.steps, *ratios)
         set_schedule(optimizer.param_groups, multiplier, muon_momentum(step))
         batch = tokens[step * rows_per_step : (step + 1) * rows_per_step].long()
         for part in batch.split(size):

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Protocol
 import torch
 
 from nanochat import checkpoint, cli, parallel
-from nanochat.arch import RATES
 from nanochat.cli import float_flag, int_flag
+from nanochat.config import LEARNING_RATES
 from nanochat.data.chat_rows import ChatPacker, ChatRows, LossOn, Packing, evaluation_rows
 from nanochat.dataloader import RowLoader, plan_batch, target_batches
 from nanochat.errors import UserError
@@ -122,7 +122,7 @@ class ChatTrainSettings:
 
 def present(recipe: dict[str, Any]) -> list[str]:
     """The learning rates that a recipe gives; older ones lack some, for parameters which their models lack."""
-    return [name for name in RATES if name in recipe]
+    return [name for name in LEARNING_RATES if name in recipe]
 
 
 def inherit(settings: ChatTrainSettings, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.arch import model_config
 from nanochat.cluster import plan
 from nanochat.cluster.plan import (
     Measurement,
@@ -19,6 +18,7 @@ from nanochat.cluster.plan import (
     predict,
     shapes,
 )
+from nanochat.config import build_config, resolve
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.parallel import make_policy
@@ -47,7 +47,7 @@ def step(passes=1, **flags):
 @pytest.mark.parametrize("vocab_size", [4096, 65536])
 def test_shapes_are_those_of_the_model(depth, vocab_size):
     with torch.device("meta"):
-        model = GPT(model_config(TrainSettings(depth=depth), vocab_size))
+        model = GPT(build_config(resolve(TrainSettings(depth=depth)), vocab_size))
     ours = shapes(depth, vocab_size)
     assert (ours.params, ours.width) == (model.num_params(), model.config.n_embd)
     assert ours.flops_per_token(2048) == model.estimate_flops()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from nanochat.arch import arch_config
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim.param_groups import gpt_optimizer
+from tests.models import make_config
 
 RATES = {"matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "weight_decay": 0.1}
 EVERYTHING = {"value_embeds": "gated", "attn_gate": True, "smear": True, "backout": True}
@@ -16,14 +16,13 @@ EVERYTHING = {"value_embeds": "gated", "attn_gate": True, "smear": True, "backou
 def make_model(width=128, base_width=0, arch="speedrun", **changes):
     if arch == "speedrun":
         changes = EVERYTHING | changes
-    config = arch_config(
+    config = make_config(
         arch,
         n_layer=4,
         n_embd=width,
         head_dim=32,
         vocab_size=64,
         sequence_len=16,
-        document_mask=False,
         mup_base_width=base_width,
         **changes,
     )

@@ -16,7 +16,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
-from scripts.base_train import Settings, main, model_config, plan_horizon
+from scripts.base_train import Settings, build_config, main, plan_horizon, resolve
 from tests.data.test_text_rows import write_source
 
 SMALL = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 32, "device_batch_size": 4,
@@ -45,7 +45,7 @@ def prepared(tmp_path, monkeypatch):
 def test_the_classic_horizons(depth, steps):
     settings = Settings(depth=depth)
     with torch.device("meta"):
-        model = GPT(model_config(settings, 65536))
+        model = GPT(build_config(resolve(settings), 65536))
     assert plan_horizon(settings, model.num_params(), model.estimate_flops())[0] == steps
 
 

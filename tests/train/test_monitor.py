@@ -13,7 +13,6 @@ from nanochat import parallel
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, STATISTICS, GPTConfig, summarize
-from nanochat.model_config import InitSpec
 from nanochat.train.monitor import Monitor, MonitorSettings, monitor_settings, parse_interval
 from tests.processes import run_processes
 
@@ -206,7 +205,7 @@ def figures_on_ranks(strategy):
     parallel.parallelize(model, parallel.make_mesh(policy, "cpu", 2), policy)
     model.to_empty(device="cpu")
 
-    parallel.init_weights(model, InitSpec())
+    model.init_weights()
     shake(model)
     optimizer = model.setup_optimizer(matrix_lr=0.02, embedding_lr=0.1, unembedding_lr=0.01)
     monitor = Monitor(model, optimizer, MonitorSettings(2))

@@ -10,7 +10,6 @@ from nanochat import parallel
 from nanochat.checkpoint import rng_state
 from nanochat.dtensor import is_sharded, local
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.model_config import InitSpec
 from nanochat.optim.schedule import set_schedule
 from nanochat.train.warmup import SyntheticLoader, warm_up
 from tests.processes import run_processes
@@ -37,7 +36,7 @@ class Training:
         if strategy != "ddp":
             parallel.parallelize(self.model, parallel.make_mesh(self.policy, "cpu", 1), self.policy)
         self.model.to_empty(device="cpu")
-        parallel.init_weights(self.model, InitSpec(seed=1))
+        self.model.init_weights(seed=1)
         self.optimizer = self.model.setup_optimizer(0.02, 0.1, 0.01)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.steps, self.forwards = 0, 0

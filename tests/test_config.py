@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from nanochat.arch import ArchSettings, arch_config, init_spec, model_config, resolve
+from nanochat.config import ArchFlags, build_config, init_spec, resolve
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim.schedule import window_length
 from nanochat.parallel import disable_compile
+from tests.models import make_config
 
 BOS = 0
 SMALL = {"n_layer": 6, "n_embd": 64, "head_dim": 16, "vocab_size": 97, "sequence_len": 64, "document_token": BOS}
@@ -21,7 +22,7 @@ EVERYTHING = {"attn_gate": True, "smear": True, "backout": True}
 
 def build(randomise=True, document_token=BOS, **changes) -> GPT:
     """A small speedrun model; with `randomise` no weight is what it begins with, so that every path shows."""
-    config = arch_config("speedrun", **{**SMALL, "document_token": document_token, **WINDOWS, **changes})
+    config = make_config("speedrun", **{**SMALL, "document_token": document_token, **WINDOWS, **changes})
     model = GPT(config)
     model.init_weights()
     if randomise:
@@ -43,7 +44,7 @@ def text(rows=2, length=48, documents=4):
 
 def test_the_reference_model_has_its_size():
     with torch.device("meta"):
-        model = GPT(model_config(ArchSettings(arch="speedrun", depth=12, width=768), 50304, document_token=50256))
+        model = GPT(build_config(resolve(ArchFlags(arch="speedrun", depth=12, width=768)), 50304, 50256))
     scalars = 12 + 12 + 6 + 2 * 6  # shortcut, skips, mixes of the six layers with value embeddings
     attention, mlp, table = 11 * 4 * 768**2, 12 * 8 * 768**2, 50304 * 768
     assert model.num_params() == attention + mlp + 5 * table + scalars == 275_742_762
@@ -179,7 +180,7 @@ def test_window_schedule():
 
 
 def test_init_fills_poisoned_memory():
-    config = arch_config("speedrun", **SMALL, **WINDOWS, **EVERYTHING)
+    config = make_config("speedrun", **SMALL, **WINDOWS, **EVERYTHING)
     for changed in (config, dataclasses.replace(config, value_embeds="gated")):
         with torch.device("meta"):
             model = GPT(changed)
@@ -193,20 +194,21 @@ def test_init_fills_poisoned_memory():
 
 
 def test_flags_resolve():
-    classic = resolve(ArchSettings())
+    classic = resolve(ArchFlags())
     assert (classic.window_pattern, classic.matrix_lr, classic.value_embeds, classic.grad_clip) == (
         "L",
         0.02,
         "none",
         1,
     )
-    speedrun = resolve(ArchSettings(arch="speedrun", unet=False, grad_clip=0.5))
+    speedrun = resolve(ArchFlags(arch="speedrun", unet=False, grad_clip=0.5))
     assert (speedrun.unet, speedrun.matrix_lr, speedrun.grad_clip, speedrun.window_warmup) == (False, 0.05, 0.5, True)
-    assert init_spec(ArchSettings(arch="speedrun")).gain == 0.5 and init_spec(ArchSettings()).head_std == 0.0
-    config = model_config(ArchSettings(arch="speedrun", width=512, head_dim=64, mup=True, base_width=256), 97, BOS)
+    assert init_spec(speedrun).gain == 0.5 and init_spec(classic).head_std == 0.0
+    wide = resolve(ArchFlags(arch="speedrun", width=512, head_dim=64, mup=True, base_width=256))
+    config = build_config(wide, 97, BOS)
     assert config.n_head == 8 and config.attn_scale == 0.24  # logits stay within the same range
     assert config.logit_multiplier == 256**-0.5 * 256 / 512
-    assert model_config(ArchSettings(depth=4, head_dim=128), 97).n_embd == 256
+    assert build_config(resolve(ArchFlags(depth=4, head_dim=128)), 97).n_embd == 256
 
 
 @pytest.mark.parametrize(
@@ -223,4 +225,4 @@ def test_flags_resolve():
 )
 def test_flags_that_contradict_each_other(changes, message):
     with pytest.raises(UserError, match=message):
-        model_config(ArchSettings(**changes), 97)
+        build_config(resolve(ArchFlags(**changes)), 97)

@@ -1,0 +1,433 @@
+"""The model's shape, its first weights, and the flags that fix both.
+
+GPTConfig says what GPT computes, InitSpec how its weights are drawn. ArchFlags are the command line's view of both: a
+flag that is not given has the value that --arch gives it (ARCHS, over the classic's). `resolve` fills these in, once;
+`build_config` and `init_spec` take resolved flags.
+"""
+
+import dataclasses
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from nanochat.cli import float_flag, int_flag
+from nanochat.errors import UserError
+
+Arch = Literal["nanochat", "speedrun"]
+Init = Literal["uniform", "spectral"]
+ValueEmbeds = Literal["none", "ends", "gated"]
+F = TypeVar("F", bound="ArchFlags")
+
+GATE_CHANNELS = 12  # of the stream that gates look at: enough, and next to nothing to compute
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that fixes the shapes and the function of the model. The defaults are the classic architecture.
+
+    Every architecture has rotary positions (arXiv 2104.09864), QK-norm (arXiv 2010.04245), grouped key/value heads
+    (arXiv 2305.13245), squared ReLU (Primer, arXiv 2109.08668), RMSNorm (arXiv 1910.07467) without parameters, and
+    softcapped logits (Gemma 2, arXiv 2408.00118). The fields say where the others come from; records are those of the
+    modded-nanogpt speedrun.
+    """
+
+    sequence_len: int = 2048
+    """Longest training row, in tokens."""
+    vocab_size: int = 65536
+    """Entries of the embedding and the head."""
+    n_layer: int = 20
+    """Transformer blocks."""
+    n_head: int = 10
+    """Query heads."""
+    n_kv_head: int = 10
+    """Key/value heads; n_head must be a multiple."""
+    n_embd: int = 1280
+    """Width of the residual stream; n_head must divide it."""
+    window_pattern: str = "L"
+    """Attention window of each layer, tiled over the layers: L = long_window, S = short_window; the last is L."""
+    long_window: int = -1
+    """How many positions before its own a query sees in layers of the letter L; -1 = all."""
+    short_window: int = -1
+    """The same for the letter S; -1 = a quarter of sequence_len, in steps of 128."""
+    document_token: int = -1
+    """Token that starts a document: attention does not look beyond it. -1 = attention runs over documents."""
+    rotary_base: float = 10_000.0
+    """Rotary frequencies go from 1 down to about 1/rotary_base radians a token."""
+    rotary_half: bool = False
+    """Half of the frequencies are zero: those dimensions carry no position (records)."""
+    attn_scale: float = 0.0
+    """Factor on the attention logits; 0 = 1/sqrt(head_dim)."""
+    logit_scale: float = 1.0
+    """Factor between lm_head and the softcap, at width mup_base_width where that is given."""
+    unet: bool = False
+    """U-net skips (records): layer n - 1 - i also gets the output of layer i, times a learned weight, for the first
+    half of the layers."""
+    x0_shortcut: bool = False
+    """The input of each block is a learned mix of the residual stream and the normed embedding (records)."""
+    value_embeds: ValueEmbeds = "none"
+    """Embeddings of the tokens that join the values (ResFormer, arXiv 2410.17897): ends = three tables, used by the
+    first and again by the last three layers; gated = a table of its own and a learned gate, for every second layer."""
+    attn_gate: bool = False
+    """A learned gate on the output of each head, from the first 12 channels of its input (records)."""
+    smear: bool = False
+    """Each embedding takes up a learned share of the one before it (records)."""
+    backout: bool = False
+    """The stream of two thirds of the way leaves it again before the head, times a learned weight (records)."""
+    attention_free_layer: int = -1
+    """Layer without attention (records); -1 = none."""
+    mup_base_width: int = 0
+    """Width at which muP and the standard parametrisation agree (nanochat.mup); 0 = standard parametrisation."""
+    mup_base_depth: int = 0
+    """Depth at which residual branches have weight 1 (CompleteP, arXiv 2505.01618); 0 = at every depth."""
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise UserError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(
+                f"window_pattern={self.window_pattern!r}: use the letters S (short) and L (long), as in SSSL"
+            )
+        if self.rotary_half and self.head_dim % 4:
+            raise UserError(f"rotary_half needs a head_dim that divides by 4, not {self.head_dim}")
+        if self.n_embd < GATE_CHANNELS and (self.attn_gate or self.smear or self.value_embeds == "gated"):
+            raise UserError(f"n_embd={self.n_embd}: gates look at {GATE_CHANNELS} channels; make it wider")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def logit_multiplier(self) -> float:
+        """Factor between lm_head and the softcap. Under muP it falls with 1/width (arXiv 2203.03466, table 8), so that
+        the head's weights and their learning rate need not."""
+        return self.logit_scale * self.width_multiplier
+
+    @property
+    def width_multiplier(self) -> float:
+        """Base width / width under muP, else 1."""
+        return self.mup_base_width / self.n_embd if self.mup_base_width else 1.0
+
+    @property
+    def branch_multiplier(self) -> float:
+        """Weight of what a block adds to the stream: falls with 1/depth under CompleteP."""
+        return self.mup_base_depth / self.n_layer if self.mup_base_depth else 1.0
+
+    @property
+    def value_embed_std(self) -> float:
+        """Of the initial value embeddings, at every width: as the embedding's (records), or as small as the value
+        projection's weights at width 768."""
+        return 768**-0.5 if self.value_embeds == "gated" else 1.0
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention goes by masks made from tokens and windows (else plain causal kernels will do)."""
+        return self.document_token >= 0 or self.long_window >= 0
+
+    def is_long(self, layer: int) -> bool:
+        return self.window_pattern[layer % len(self.window_pattern)] == "L" or layer == self.n_layer - 1
+
+    def window(self, layer: int) -> int:
+        """How many positions before its own a query of this layer sees; -1 = all."""
+        if self.is_long(layer):
+            return self.long_window
+        if self.short_window >= 0:
+            return self.short_window
+        return min(self.sequence_len, math.ceil(self.sequence_len / 4 / 128) * 128)
+
+    def value_table(self, layer: int) -> int | None:
+        """Which table of value embeddings joins the values of this layer."""
+        last = self.n_layer - 1
+        if layer == self.attention_free_layer or self.value_embeds == "none":
+            return None
+        if self.value_embeds == "gated":
+            own = [i for i in range(self.n_layer) if i % 2 == last % 2 and i != self.attention_free_layer]
+            return own.index(layer) if layer in own else None
+        shared = min(3, self.n_layer // 2)
+        if layer < shared:
+            return layer
+        return layer - (self.n_layer - shared) if layer > last - shared else None
+
+
+@dataclass(frozen=True)
+class InitSpec:
+    """How weights are drawn."""
+
+    init: Init = "uniform"
+    """Hidden matrices: std = 1/sqrt(fan_in), from ±sqrt(3)·std (uniform: no outliers), or normal with
+    1/sqrt(fan_in) · min(1, sqrt(fan_out/fan_in)) (spectral; arXiv 2310.17813)."""
+    seed: int = 42
+    """Each parameter has a generator of its own, seeded by this and its name."""
+    head_std: float = 0.001
+    """Of lm_head, at every width; 0: the first loss is ln(vocab_size) exactly."""
+    zero_proj: bool = True
+    """Projections back into the stream (c_proj) begin at zero, so that every block starts as the identity."""
+    gain: float = 1.0
+    """Factor on the std of hidden matrices."""
+
+
+# What learned scalars begin with.
+CONSTANTS = {
+    "value_lambdas": 0.5,
+    "resid_lambdas": 1.0,
+    "x0_lambdas": 0.0,
+    "skip_weights": 1.0,
+    "smear_lambda": 0.0,
+    "backout_lambda": 0.0,
+}
+
+
+def init_std(name: str, fan_out: int, fan_in: int, config: GPTConfig, spec: InitSpec) -> float:
+    """Standard deviation of a matrix or table when it is drawn; 0: zeros. ValueError where no rule is for it."""
+    part = name.removesuffix(".weight").split(".")[-1]
+    if part.endswith("gate") or (part == "c_proj" and spec.zero_proj):
+        return 0.0
+    if name == "transformer.wte.weight":
+        return 1.0
+    if name.startswith("transformer.value_embeds."):
+        return config.value_embed_std
+    if name == "lm_head.weight":
+        return spec.head_std
+    if part not in ("c_q", "c_k", "c_v", "c_fc", "c_proj"):
+        raise ValueError(f"{name}: no rule says how to initialise it")
+    aspect = min(1.0, math.sqrt(fan_out / fan_in)) if spec.init == "spectral" else 1.0
+    return spec.gain * (1 / math.sqrt(fan_in) * aspect)
+
+
+def init_parameter(name: str, values: Tensor, config: GPTConfig, spec: InitSpec) -> None:
+    """Fill the full (unsharded) values of the parameter called `name`. They depend on nothing but seed, name and shape,
+    whatever else exists and in whatever order parameters are drawn.
+
+        lm_head                     normal, head_std
+        wte                         normal, 1
+        value_embeds                normal, config.value_embed_std
+        c_q c_k c_v c_fc c_proj     as `init` says, times gain; c_proj 0 with zero_proj
+        gates                       0: the factor 1
+        learned scalars             CONSTANTS
+    """
+    part = name.split(".")[-1]
+    if part in CONSTANTS:
+        values.fill_(CONSTANTS[part])
+        return
+    std = init_std(name, values.size(0), values.size(1), config, spec)
+    if std == 0:
+        values.zero_()
+        return
+    generator = torch.Generator(device=values.device).manual_seed(spec.seed ^ zlib.crc32(name.encode()))
+    if spec.init == "uniform" and name.split(".")[-2].startswith("c_"):
+        bound = math.sqrt(3.0) * std
+        values.uniform_(-bound, bound, generator=generator)
+    else:
+        values.normal_(0.0, std, generator=generator)
+
+
+# ---- architectures by name
+
+# What the classic is trained with, at the batch and horizon of TUNED_AT; weights of AdamW at width 768.
+LEARNING_RATES = {
+    "matrix_lr": 0.02,
+    "embedding_lr": 0.2,
+    "unembedding_lr": 0.004,
+    "scalar_lr": 0.04,
+    "value_embedding_lr": 0.2,
+}
+# Fields of GPTConfig that are flags of the same name.
+FEATURES = ("window_pattern", "long_window", "short_window", "rotary_base", "rotary_half", "attn_scale", "unet",
+            "x0_shortcut", "value_embeds", "attn_gate", "smear", "backout")  # fmt: skip
+CLASSIC: dict[str, Any] = {
+    **{name: getattr(GPTConfig, name) for name in FEATURES},
+    **LEARNING_RATES,
+    "document_mask": False,
+    "scaled_logits": False,
+    "drop_attention": False,
+    "head_init_std": 0.0,
+    "init_gain": 1.0,
+    "grad_clip": 1.0,
+    "warmdown_ratio": 0.2,
+    "final_lr_frac": 0.0,
+    "window_warmup": False,
+}
+# Where an architecture differs from the classic.
+ARCHS: dict[Arch, dict[str, Any]] = {
+    # what the published sizes and losses are of
+    "nanochat": {},
+    # record 26 of the modded-nanogpt speedrun: 12 layers, 768 wide, 275.7 million parameters with 50,304 tokens
+    "speedrun": {
+        "window_pattern": "LSSSLSSLSSSL",
+        "long_window": 1792,
+        "short_window": 896,
+        "document_mask": True,
+        "rotary_base": 1024.0,
+        "rotary_half": True,
+        "attn_scale": 0.12,
+        "scaled_logits": True,
+        "unet": True,
+        "x0_shortcut": True,
+        "value_embeds": "ends",
+        "drop_attention": True,
+        "matrix_lr": 0.05,
+        "embedding_lr": 0.6,
+        "unembedding_lr": 0.22,
+        "value_embedding_lr": 0.6,
+        "init_gain": 0.5,
+        "grad_clip": 0.0,
+        "warmdown_ratio": 0.45,
+        "final_lr_frac": 0.1,
+        "window_warmup": True,
+    },
+}
+# (tokens a step, tokens of the run) that the rates were tuned with; see schedule.batch_lr_scale
+TUNED_AT: dict[Arch, tuple[int, float]] = {"nanochat": (2**19, 11.2e9), "speedrun": (393_216, 688e6)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchFlags:
+    """Flags that fix the model, its first weights and what they are trained with; None: as --arch has it."""
+
+    arch: Arch = "nanochat"
+    """nanochat: the classic; speedrun: modded-nanogpt's record 26. Each of its features is a flag of its own."""
+    depth: Annotated[int, int_flag(gte=1, lte=128)] = 20
+    """Transformer layers; the one dial."""
+    aspect_ratio: Annotated[int, int_flag(gte=1)] = 64
+    """Width per layer: n_embd = depth x aspect_ratio, rounded up to a multiple of head_dim."""
+    width: Annotated[int | None, int_flag(gte=1)] = None
+    """n_embd itself, a multiple of head_dim; default: from depth and aspect_ratio."""
+    head_dim: Annotated[int, int_flag(gte=2)] = 128
+    """Width of one attention head."""
+    max_seq_len: Annotated[int, int_flag(gte=1)] = 2048
+    """Tokens in a training row."""
+
+    # ---- features
+    window_pattern: str | None = None
+    """Attention window of each layer, tiled: L = long_window, S = short_window (SSSL, for example)."""
+    long_window: Annotated[int | None, int_flag(gte=-1)] = None
+    """Tokens before its own that a query sees in layers of the letter L; -1: all."""
+    short_window: Annotated[int | None, int_flag(gte=-1)] = None
+    """The same for the letter S; -1: a quarter of the row."""
+    window_warmup: bool | None = None
+    """Let the windows grow from 128 tokens to their full length over the run; needs a long_window."""
+    document_mask: bool | None = None
+    """Attention stays within the document."""
+    rotary_base: Annotated[float | None, float_flag(gte=1)] = None
+    """Rotary frequencies go from 1 down to about 1/rotary_base."""
+    rotary_half: bool | None = None
+    """Half of the rotary dimensions carry no position."""
+    attn_scale: Annotated[float | None, float_flag(gte=0)] = None
+    """Factor on attention logits at head_dim 128, goes with 1/head_dim; 0: 1/sqrt(head_dim)."""
+    scaled_logits: bool | None = None
+    """Divide the logits by the square root of the width (with --mup: of the base width)."""
+    unet: bool | None = None
+    """The second half of the layers also gets the outputs of the first, in reverse order, times learned weights."""
+    x0_shortcut: bool | None = None
+    """Each block's input is a learned mix of the residual stream and the embedding."""
+    value_embeds: ValueEmbeds | None = None
+    """Value embeddings: ends = three tables for the first and the last three layers; gated = every second layer."""
+    attn_gate: bool | None = None
+    """A learned gate on each head's output."""
+    smear: bool | None = None
+    """Each embedding takes up some of the one before it."""
+    backout: bool | None = None
+    """Take the stream of two thirds of the way out again before the head."""
+    drop_attention: bool | None = None
+    """Leave out attention in one layer, seven twelfths of the way up; in models of at least 12 layers."""
+
+    # ---- width and depth that transfer (nanochat.mup)
+    mup: bool = False
+    """Maximal update parametrisation: the rates that are best at base_width are best at every width."""
+    base_width: Annotated[int | None, int_flag(gte=1)] = None
+    """Width at which muP and the standard parametrisation are the same (768); with --mup."""
+    base_depth: Annotated[int, int_flag(gte=0)] = 0
+    """Depth at which residual branches have weight 1, deeper models less (CompleteP); 0: everywhere; with --mup."""
+
+    # ---- first weights
+    init: Init = "uniform"
+    """How matrices are drawn: uniform, or spectral = 1/sqrt(fan_in) x min(1, sqrt(fan_out/fan_in))."""
+    init_gain: Annotated[float | None, float_flag(gte=0)] = None
+    """Factor on the standard deviation of hidden matrices."""
+    head_init_std: Annotated[float | None, float_flag(gte=0)] = None
+    """Standard deviation of the head, the same at every width; 0: the first loss is ln(vocabulary)."""
+    zero_proj: bool = True
+    """Projections back into the stream begin at zero; False: like other hidden matrices."""
+    seed: Annotated[int, int_flag(gte=0)] = 42
+    """Seed of the initial weights and the order of the data."""
+
+    # ---- rates, at the batch and horizon that they were tuned with
+    matrix_lr: Annotated[float | None, float_flag(gte=0)] = None
+    """Muon learning rate of the matrices (0.02; speedrun 0.05); all rates follow batch and horizon from there."""
+    embedding_lr: Annotated[float | None, float_flag(gte=0)] = None
+    """AdamW learning rate of the embedding at width 768 (0.2; speedrun 0.6); goes with width^-0.5, not under muP."""
+    unembedding_lr: Annotated[float | None, float_flag(gte=0)] = None
+    """The same of the head (0.004; speedrun 0.22)."""
+    value_embedding_lr: Annotated[float | None, float_flag(gte=0)] = None
+    """The same of value embeddings (0.2; speedrun 0.6)."""
+    scalar_lr: Annotated[float | None, float_flag(gte=0)] = None
+    """AdamW learning rate of learned scalars and gates (0.04), at every width."""
+    use_muon: bool = True
+    """False: AdamW for the matrices too, at matrix_lr x 0.05 x 768/width."""
+    weight_decay: Annotated[float, float_flag(gte=0)] = 0.0
+    """Weight decay of the matrices, times their learning rate; with Muon only where it agrees with the step."""
+    grad_clip: Annotated[float | None, float_flag(gte=0)] = None
+    """Largest global gradient norm (1; speedrun 0); 0: no clipping."""
+    warmup_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
+    """Share of the steps over which the learning rate rises."""
+    warmdown_ratio: Annotated[float | None, float_flag(gte=0, lte=1)] = None
+    """Share of the steps over which it falls at the end (0.2; speedrun 0.45)."""
+    final_lr_frac: Annotated[float | None, float_flag(gte=0, lte=1)] = None
+    """Where it falls to, as a share of the full rate (0; speedrun 0.1)."""
+
+
+def resolve(flags: F) -> F:
+    """The same flags with what was left to --arch filled in. UserError where flags contradict each other."""
+    preset = {**CLASSIC, **ARCHS[flags.arch]}
+    flags = dataclasses.replace(flags, **{name: preset[name] for name in preset if getattr(flags, name) is None})
+    if flags.window_warmup and (flags.long_window or -1) < 1:
+        raise UserError("--window-warmup needs windows that end somewhere: give --long-window, or --no-window-warmup")
+    for name in ("base_width", "base_depth"):
+        if (value := getattr(flags, name)) and not flags.mup:
+            raise UserError(f"--{name.replace('_', '-')}={value} does nothing without --mup: add it")
+    if flags.mup and flags.base_width is None:
+        flags = dataclasses.replace(flags, base_width=768)
+    if (base := flags.base_width) and base % flags.head_dim:
+        raise UserError(f"--base-width={base} is no multiple of --head-dim={flags.head_dim}")
+    return flags
+
+
+def build_config(flags: ArchFlags, vocab_size: int, document_token: int = -1) -> GPTConfig:
+    """What follows from resolved flags. document_token: what each document starts with, -1 where nothing does."""
+    assert flags.window_pattern is not None, "resolve the flags first"
+    head_dim, width = flags.head_dim, flags.width
+    if width is None:
+        width = -(-flags.depth * flags.aspect_ratio // head_dim) * head_dim
+    if width % head_dim:
+        below = width // head_dim * head_dim
+        near = f"{below} or {below + head_dim}" if below else str(head_dim)
+        raise UserError(f"--width={width} is no multiple of --head-dim={head_dim}: use {near}")
+    if flags.document_mask and document_token < 0:
+        raise UserError("--document-mask: the data does not say which token starts a document")
+    features = {name: getattr(flags, name) for name in FEATURES}
+    features["attn_scale"] *= 128 / head_dim  # queries and keys are normed: logits are at most head_dim x scale
+    return GPTConfig(
+        sequence_len=flags.max_seq_len,
+        vocab_size=vocab_size,
+        n_layer=flags.depth,
+        n_head=width // head_dim,
+        n_kv_head=width // head_dim,
+        n_embd=width,
+        document_token=document_token if flags.document_mask else -1,
+        logit_scale=1 / math.sqrt(flags.base_width or width) if flags.scaled_logits else 1.0,
+        attention_free_layer=7 * flags.depth // 12 if flags.drop_attention and flags.depth >= 12 else -1,
+        mup_base_width=flags.base_width or 0,
+        mup_base_depth=flags.base_depth,
+        **features,
+    )
+
+
+def init_spec(flags: ArchFlags) -> InitSpec:
+    """How the weights of resolved flags are drawn."""
+    assert flags.head_init_std is not None and flags.init_gain is not None, "resolve the flags first"
+    return InitSpec(flags.init, flags.seed, flags.head_init_std, flags.zero_proj, flags.init_gain)
