@@ -18,8 +18,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source dev/stages.sh
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Overrides: set any of these in the environment, or use the flag
+# ---- Overrides: set any of these in the environment, or use the flag
 
 remember_command "bash pretrain.sh$([ $# -eq 0 ] || printf ' %q' "$@")" MODEL_DEPTH SOURCE VOCAB_SIZE SHARDS PARALLEL \
   MAX_RESTARTS NPROC_PER_NODE WANDB_RUN RUN_ID EVAL_BUNDLE TASK_DATA WAIT_SECONDS NANOCHAT_BASE_DIR
@@ -33,9 +32,7 @@ SOURCE=${SOURCE:-} VOCAB_SIZE=${VOCAB_SIZE:-} NPROC_PER_NODE=${NPROC_PER_NODE:-}
 WANDB_RUN=${WANDB_RUN:-dummy} RUN_ID=${RUN_ID:-} EVAL_BUNDLE=${EVAL_BUNDLE:-} TASK_DATA=${TASK_DATA:-}
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
 
-WHAT=pretrain
-DEVICE_BATCH=
-TOTAL_BATCH=524288
+WHAT=pretrain DEVICE_BATCH='' TOTAL_BATCH=524288
 EXTRA=() # flags handed on to base_train
 
 read_flags() {
@@ -68,8 +65,7 @@ read_flags() {
   done
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Set-up, one node after the other where they share this folder. Then the profile's numbers.
+# ---- Set-up, one node after the other where they share this folder. Then the profile's numbers.
 
 if command -v flock >/dev/null; then
   {
@@ -92,8 +88,7 @@ fi
 PROFILE=pretrain
 name_run
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Where this runs
+# ---- Where this runs
 
 cluster() {
   python -m nanochat.launch ${NPROC_PER_NODE:+--nproc-per-node="$NPROC_PER_NODE"} --show="$1"
@@ -122,8 +117,7 @@ launch+=(-- -m)
 
 STOPPED_CODE=75 # what this script ends with after a signal, whatever torchrun made of it: call again to continue
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The stages, as dev/stages.sh writes them
+# ---- The stages, as dev/stages.sh writes them
 
 echo "$WHAT d$DEPTH: run $TAG, $NODES x $PROCESSES processes, $SHARDS shards of $SOURCE, $DEVICE_BATCH rows a pass"
 if [ "$WHAT" != posttrain ]; then base_stages; fi

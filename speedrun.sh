@@ -11,8 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source dev/stages.sh
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Overrides: set any of these in the environment
+# ---- Overrides: set any of these in the environment
 
 remember_command "bash speedrun.sh" PROFILE DEPTH SOURCE VOCAB_SIZE SHARDS NPROC_PER_NODE WANDB_RUN RUN_ID EVAL_BUNDLE \
   TASK_DATA RUN_RL NANOCHAT_BASE_DIR
@@ -30,8 +29,7 @@ TASK_DATA=${TASK_DATA:-}             # mini, full: folder with chat data sets (g
 RUN_RL=${RUN_RL:-0}                  # 1: reinforcement learning after SFT
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat} # where all artifacts live
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Set-up: uv, .venv, locked dependencies, the Rust tokenizer; nothing to do the second time. Then the profile's numbers.
+# ---- Set-up (uv, .venv, locked dependencies, the Rust tokenizer; nothing to do the second time), and the profile
 
 source dev/setup.sh
 
@@ -54,8 +52,7 @@ if [ "$NPROC_PER_NODE" -gt 1 ]; then
   launch=(python -m nanochat.launch --nproc-per-node="$NPROC_PER_NODE" -- -m)
 fi
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The stages, as dev/stages.sh writes them, and the report
+# ---- The stages, as dev/stages.sh writes them, and the report
 
 base_stages # text, tokenizer, pretraining
 chat_stages # conversations, mid-training, supervised fine-tuning

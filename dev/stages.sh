@@ -3,8 +3,7 @@
 set -euo pipefail
 shopt -s extglob
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Names
+# ---- Names
 
 # remember_command COMMAND SETTING...: what a stage that fails tells you to type, with those settings that are set.
 remember_command() {
@@ -40,8 +39,7 @@ name_run() {
   export PROFILE NANOCHAT_RUN_ID=$TAG
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The chain. --in and --out name what each stage reads and writes, relative to the artifact store; `launch` starts what
+# ---- The chain. --in and --out name what each stage reads and writes, relative to the artifact store; `launch` starts what
 # runs as one process a GPU.
 
 base_stages() {

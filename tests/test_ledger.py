@@ -79,14 +79,15 @@ def test_outputs_are_unchanged_until_one_is_gone(store):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A small repository: scripts.train -> nanochat.model -> nanochat.deep (lazily), nanochat.report beside it."""
+    """A small repository: scripts.train -> nanochat.model -> nanochat.deep (lazily), and what it leaves for the report."""
     files = {
         "scripts/__init__.py": "",
         "scripts/train.py": "from nanochat import model\nfrom nanochat.sections import write_section\n",
         "nanochat/__init__.py": "",
         "nanochat/model.py": "def f():\n    from .deep import g\n    return g()\n",
         "nanochat/deep.py": "import rustbpe\ndef g():\n    return 1\n",
-        "nanochat/report.py": "def write_section(): ...\n",
+        "nanochat/sections.py": "from nanochat import hardware\ndef write_section(): ...\n",
+        "nanochat/hardware.py": "PRICE = 1\n",
         "nanochat/other.py": "x = 1\n",
         "rustbpe/src/lib.rs": "fn main() {}\n",
     }
@@ -123,7 +124,8 @@ def test_the_conversations_about_the_assistant_are_code_of_the_chat_stages(monke
         ("nanochat/__init__.py", "x = 1\n", True),
         ("rustbpe/src/lib.rs", "fn main() { panic!() }\n", True),
         ("nanochat/deep.py", "import rustbpe  # why\n\n\ndef g():\n    return 1\n", False),
-        ("nanochat/report.py", "def write_section(): return 1\n", False),
+        ("nanochat/sections.py", "def write_section(): return 1\n", False),
+        ("nanochat/hardware.py", "PRICE = 2\n", False),
         ("nanochat/other.py", "x = 2\n", False),
     ],
 )
@@ -131,6 +133,11 @@ def test_code_version_changes_with_the_code_that_a_stage_runs_and_only_with_that
     before = ledger.code_version("scripts.train", tree)
     (tree / file).write_text(text)
     assert (ledger.code_version("scripts.train", tree) != before) == counts
+
+
+def test_modules_that_only_describe_a_run_exist():
+    for name in ledger.DESCRIBING_MODULES:
+        assert (ledger.REPO / name.replace(".", "/")).with_suffix(".py").is_file(), name
 
 
 def test_the_crate_counts_only_for_stages_that_use_it(tree):
