@@ -79,7 +79,7 @@ def test_outputs_are_unchanged_until_one_is_gone(store):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A small repository: scripts.train -> nanochat.model -> nanochat.deep (lazily), and what it leaves for the report."""
+    """A small repository: scripts.train -> nanochat.model -> nanochat.deep (lazily), and -> sections -> hardware."""
     files = {
         "scripts/__init__.py": "",
         "scripts/train.py": "from nanochat import model\nfrom nanochat.sections import write_section\n",
