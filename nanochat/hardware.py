@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
+from nanochat.paths import REPO
+
 if TYPE_CHECKING:
     import torch
-
-REPO = Path(__file__).resolve().parent.parent
 
 PRICES_DATE = "mid 2025"
 

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from nanochat import paths
 from nanochat.files import append_jsonl, read_jsonl
-
-REPO = Path(__file__).resolve().parent.parent
+from nanochat.paths import REPO
 
 
 class Stage(NamedTuple):

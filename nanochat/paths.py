@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+REPO = Path(__file__).resolve().parent.parent  # this program's own folder
+
 
 def get_base_dir() -> Path:
     """Root of the artifact store, created on first use."""

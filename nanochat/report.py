@@ -22,7 +22,7 @@ from nanochat.errors import UserError
 from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.sections import STDERR_SUFFIXES, duration, metric_text, number, plain, sections_dir
 
-TEMPLATES = hardware.REPO / "report"
+TEMPLATES = paths.REPO / "report"
 CURVE = "report_loss.svg"
 CURVES = {
     "Loss/train_loss": "Training loss (nats per token)",

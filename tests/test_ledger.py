@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import ledger
+from nanochat.paths import REPO
 
 
 def records(count):
@@ -109,7 +110,7 @@ def test_data_beside_a_module_counts_as_its_code(tree):
 
 
 def test_the_conversations_about_the_assistant_are_code_of_the_chat_stages(monkeypatch):
-    path = ledger.REPO / "nanochat" / "tasks" / "identity.jsonl"
+    path = REPO / "nanochat" / "tasks" / "identity.jsonl"
     read_bytes = Path.read_bytes
     before = ledger.code_version("scripts.chat_sft")
     monkeypatch.setattr(Path, "read_bytes", lambda file: b"{}" if file == path else read_bytes(file))
@@ -137,7 +138,7 @@ def test_code_version_changes_with_the_code_that_a_stage_runs_and_only_with_that
 
 def test_modules_that_only_describe_a_run_exist():
     for name in ledger.DESCRIBING_MODULES:
-        assert (ledger.REPO / name.replace(".", "/")).with_suffix(".py").is_file(), name
+        assert (REPO / name.replace(".", "/")).with_suffix(".py").is_file(), name
 
 
 def test_the_crate_counts_only_for_stages_that_use_it(tree):

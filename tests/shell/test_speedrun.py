@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from nanochat.ledger import REPO, STAGES
+from nanochat.ledger import STAGES
+from nanochat.paths import REPO
 
 STAGE_LIMIT_SECONDS = 720
 
