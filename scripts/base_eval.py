@@ -7,13 +7,13 @@ Scores go to base_eval/<tag>_<step>.csv, the answer to every item to the .jsonl 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from nanochat import cli
 from nanochat.checkpoint import load_model
 from nanochat.cli import int_flag
 from nanochat.eval.bundle import load_bundle
-from nanochat.eval.core import CoreResult, evaluate_core, write_results
+from nanochat.eval.core import evaluate_core, report_data, write_results
 from nanochat.paths import eval_bundle_dir, get_base_dir, slug
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
 from nanochat.sections import write_section
@@ -51,39 +51,16 @@ def main(settings: Settings) -> None:
         max_per_task=settings.max_per_task,
         log=print0,
     )
-    print0(f"{result.name}: {result.core:.4f} ± {result.stderr:.4f}")
+    print0(str(result))
     if rank == 0:
         prefix = "" if settings.stage == "base" else f"{settings.stage}_"
         name = f"{prefix}{slug(str(meta['tag']))}_{meta['step']:06d}"
         path = write_results(result, get_base_dir() / "base_eval", name)
         print0(f"wrote {path}")
-        write_section("base_eval", f"{result.name}, base model", section(settings, meta, result))
+        data = report_data(result)
+        data["metrics"]["step"] = meta["step"]
+        write_section("base_eval", f"{result.name}, base model", {"settings": cli.as_dict(settings), **data})
     compute_cleanup()
-
-
-def section(settings: Settings, meta: dict[str, Any], result: CoreResult) -> dict[str, Any]:
-    """What the report shows of this stage."""
-    rows = [[t.label, t.kind, t.num_fewshot, t.n, t.baseline, t.accuracy, t.stderr, t.centered] for t in result.tasks]
-    notes = ["Centred accuracy: 0 is guessing, 1 is perfect; the mean over the tasks is the score."]
-    notes.append("Standard errors are binomial: they cover the choice of items, not the spread between training runs.")
-    if result.kind == "offline":
-        notes.append(f"The tasks were generated from held-out text of {result.source}: not comparable with CORE.")
-    if settings.max_per_task > 0:
-        notes.append(f"At most {settings.max_per_task} items a task were scored.")
-    return {
-        "settings": cli.as_dict(settings),
-        "metrics": {result.name: result.core, f"{result.name} standard error": result.stderr, "step": meta["step"]},
-        "tables": [
-            {
-                "title": result.name,
-                "columns": ["Task", "Kind", "Shots", "Items", "Guessing %", "Accuracy", "Standard error", "Centered"],
-                "rows": rows,
-            }
-        ],
-        "samples": [],
-        "notes": notes,
-        "synthetic": result.kind != "published",
-    }
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def make_evaluations(
                 device_batch_size=max(1, settings.device_batch_size // 4),
                 max_per_task=settings.core_metric_max_per_task,
             )
-        return {f"Eval/{result.name}": result.core}
+        return {f"Eval/{result.name}": result.value}
 
     def show_samples(step: int) -> dict[str, float]:
         if rank == 0 and tokenizer is not None:

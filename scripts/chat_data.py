@@ -54,12 +54,8 @@ def main(settings: Settings) -> None:
         counts = [f"{count:,} {split}" for split, count in zip(("train", "test"), row[1:3], strict=True) if count]
         print(f"{row[0]}: {', '.join(counts)} items; {row[3]}", flush=True)
     table = {"title": "Tasks", "columns": COLUMNS, "rows": rows}
-    notes = ["Published: a data set that others train and score on too. The other tasks are made by this program."]
-    write_section(
-        "chat_data",
-        "Chat data",
-        {"settings": cli.as_dict(settings, without=["print_inputs"]), "tables": [table], "notes": notes},
-    )
+    recorded = cli.as_dict(settings, without=["print_inputs"])
+    write_section("chat_data", "Chat data", {"settings": recorded, "tables": [table]})
 
 
 def provide(name: str, source: str, from_dir: Path | None) -> None:

@@ -1,97 +1,57 @@
 """The CORE metric: few-shot tasks in the published bundle layout, scored in large batches.
 
 The model is any callable `idx (B, T) int64 -> logits (B, T, V)`, so models from elsewhere can be graded too. Every rank
-must hold the whole model: ranks score different items and meet only in one all-reduce at the end of each task.
+must hold the full model: ranks score different items and meet only in one gather at the end of each task.
 """
 
-import csv
 import dataclasses
 import itertools
-import json
-import math
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.eval.bundle import Bundle, Task
+from nanochat.eval.scores import (
+    Composite,
+    Record,
+    TaskScore,
+    gather_records,
+    longest_first,
+    pad_rows,
+    rank_and_world,
+    write_scores,
+)
 from nanochat.runtime import heartbeat
-from nanochat.tokenizer import repaired
+from nanochat.tokenizer import RustBPETokenizer, repaired
 
-_WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
 _CHUNK_ITEMS = 512  # items rendered and encoded at a time: bounds memory on the tasks with 10,000 items
 _CHUNK_LOGITS = 1 << 26  # logits turned to fp32 at a time: 256 MiB
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer: encode many texts with a token in front, and the id of that token."""
-
-    def encode(self, text: Any, prepend: Any = None) -> Any: ...
-
-    def get_bos_token_id(self) -> int: ...
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """Score of one task. The arrays hold one entry an item: line in the JSONL, correct, option chosen (-1 for
-    language modelling), mean loss of the right answer in nats a token."""
+class CoreScore(TaskScore):
+    """Score of one task. A record has `line` in the JSONL file, `correct`, `loss` (mean over the right answer, nats a
+    token) and, but for language modelling, the option `chosen`."""
 
-    label: str
     kind: str
     num_fewshot: int
-    baseline: float
-    line: np.ndarray
-    correct: np.ndarray
-    chosen: np.ndarray
-    loss: np.ndarray
-
-    @property
-    def n(self) -> int:
-        return len(self.correct)
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.correct.mean())
-
-    @property
-    def stderr(self) -> float:
-        """Binomial standard error of the accuracy: how much another draw of n items would move it."""
-        return math.sqrt(self.accuracy * (1.0 - self.accuracy) / self.n)
-
-    @property
-    def centered(self) -> float:
-        """0 = guessing, 1 = perfect."""
-        return (self.accuracy - 0.01 * self.baseline) / (1.0 - 0.01 * self.baseline)
-
-    @property
-    def centered_stderr(self) -> float:
-        return self.stderr / (1.0 - 0.01 * self.baseline)
+    outcome: ClassVar[str] = "correct"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CoreResult:
-    """All task scores; `core` is the plain mean of the centred accuracies. `name` says which tasks it stands on."""
+class CoreResult(Composite):
+    """The CORE metric or its like over a bundle; `kind` and `source` are those of the bundle."""
 
-    name: str
+    tasks: list[CoreScore]
     kind: str
     source: str
-    tasks: list[TaskResult]
-
-    @property
-    def core(self) -> float:
-        return sum(task.centered for task in self.tasks) / len(self.tasks)
-
-    @property
-    def stderr(self) -> float:
-        return math.sqrt(sum(task.centered_stderr**2 for task in self.tasks)) / len(self.tasks)
 
 
 class Row(NamedTuple):
@@ -161,16 +121,6 @@ def _fit(tokens: list[int], start: int, max_tokens: int) -> Row:
 # ---- scoring
 
 
-def _batches(rows: Sequence[Row], tokens_per_forward: int, max_tokens: int) -> Iterator[tuple[list[int], int]]:
-    """(row numbers, width) of each forward, longest first so that running out of memory shows at once."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True)
-    while order:
-        width = min(-(-len(rows[order[0]].tokens) // _WIDTH) * _WIDTH, max_tokens)
-        count = max(1, tokens_per_forward // width)
-        yield order[:count], width
-        order = order[count:]
-
-
 @torch.no_grad()
 def score_rows(
     model: Model, rows: Sequence[Row], device: torch.device, *, pad: int, max_tokens: int, tokens_per_forward: int
@@ -178,11 +128,9 @@ def score_rows(
     """(mean loss of the answer in nats a token (rows,) float64, whether every answer token is the argmax (rows,))."""
     means = np.zeros(len(rows))
     exact = np.zeros(len(rows), dtype=bool)
-    for numbers, width in _batches(rows, tokens_per_forward, max_tokens):
+    for numbers, width in longest_first([len(row.tokens) for row in rows], max_tokens, tokens_per_forward):
         heartbeat()
-        idx = torch.full((len(numbers), width), pad, dtype=torch.long)
-        for i, number in enumerate(numbers):
-            idx[i, : len(rows[number].tokens)] = torch.tensor(rows[number].tokens)
+        idx = pad_rows([rows[number].tokens for number in numbers], width, pad)
         lengths = [rows[number].end - rows[number].start for number in numbers]
         where = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)])
         column = torch.tensor([c for number in numbers for c in range(rows[number].start, rows[number].end)])
@@ -211,29 +159,28 @@ def _answer_losses(
 
 def evaluate_task(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: RustBPETokenizer,
     task: Task,
     device: torch.device,
     *,
     sequence_len: int,
     device_batch_size: int = 16,
     max_per_task: int = -1,
-) -> TaskResult:
+) -> CoreScore:
     """Score one task over all ranks. `max_per_task` items, -1 for all; prompts are cut to `sequence_len` tokens."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    line = list(range(len(task.items)))
-    random.Random(1337).shuffle(line)
-    line = line[:max_per_task] if max_per_task > 0 else line
-    items = [task.items[i] for i in line]
-    outcome = torch.zeros(len(items), 3, dtype=torch.float64)  # correct, chosen, loss; zero where another rank scores
+    rank, world = rank_and_world()
+    lines = list(range(len(task.items)))
+    random.Random(1337).shuffle(lines)
+    lines = lines[:max_per_task] if max_per_task > 0 else lines
+    items = [task.items[line] for line in lines]
     bos = tokenizer.get_bos_token_id()
-    mine = range(rank, len(items), world)
-    for chunk in (mine[i : i + _CHUNK_ITEMS] for i in range(0, len(mine), _CHUNK_ITEMS)):
+    local = range(rank, len(items), world)
+    records: dict[int, Record] = {}
+    for chunk in (local[i : i + _CHUNK_ITEMS] for i in range(0, len(local), _CHUNK_ITEMS)):
         prompts = [render_prompts(task, items[i], pick_shots(task, items, i)) for i in chunk]
         flat = [repaired(prompt) for prompt in itertools.chain.from_iterable(prompts)]  # JSON spells any code point
         encoded = iter(tokenizer.encode(flat, prepend=bos))
-        tokens = [[list(next(encoded)) for _ in texts] for texts in prompts]
-        rows = [make_rows(task.kind, item_tokens, sequence_len) for item_tokens in tokens]
+        rows = [make_rows(task.kind, [list(next(encoded)) for _ in texts], sequence_len) for texts in prompts]
         means, exact = score_rows(
             model,
             list(itertools.chain.from_iterable(rows)),
@@ -244,35 +191,29 @@ def evaluate_task(
         )
         first = 0
         for i, item_rows in zip(chunk, rows, strict=True):
-            outcome[i] = _judge(task.kind, items[i], means[first : first + len(item_rows)], bool(exact[first]))
+            outcome = _grade(task.kind, items[i], means[first : first + len(item_rows)], bool(exact[first]))
+            records[i] = {"line": lines[i], **outcome}
             first += len(item_rows)
-    if dist.is_initialized():
-        outcome = outcome.to(device)
-        dist.all_reduce(outcome)
-    correct, chosen, loss = outcome.cpu().numpy().T
-    return TaskResult(
-        label=task.label,
+    return CoreScore(
+        name=task.label,
+        baseline=0.01 * task.baseline,
+        records=gather_records(records),
         kind=task.kind,
         num_fewshot=min(task.num_fewshot, len(items) - 1),
-        baseline=task.baseline,
-        line=np.array(line),
-        correct=correct.astype(bool),
-        chosen=chosen.astype(np.int64),
-        loss=loss,
     )
 
 
-def _judge(kind: str, item: dict[str, Any], means: np.ndarray, exact: bool) -> torch.Tensor:
-    """(correct, option chosen, loss of the right answer) of one item."""
+def _grade(kind: str, item: dict[str, Any], means: np.ndarray, exact: bool) -> Record:
+    """The outcome of one item from the mean losses of its options and whether the first one is exactly right."""
     if kind == "language_modeling":
-        return torch.tensor([float(exact), -1.0, means[0]], dtype=torch.float64)
-    chosen = int(means.argmin())
-    return torch.tensor([float(chosen == item["gold"]), chosen, means[item["gold"]]], dtype=torch.float64)
+        return {"correct": exact, "loss": float(means[0])}
+    chosen, gold = int(means.argmin()), item["gold"]
+    return {"correct": chosen == gold, "loss": float(means[gold]), "chosen": chosen}
 
 
 def evaluate_core(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: RustBPETokenizer,
     bundle: Bundle,
     device: torch.device,
     *,
@@ -295,10 +236,7 @@ def evaluate_core(
         )
         results.append(result)
         if log is not None:
-            log(
-                f"{task.label} ({task.num_fewshot}-shot {task.kind}): accuracy {result.accuracy:.4f} "
-                f"± {result.stderr:.4f}, centered {result.centered:.4f}, {result.n} items"
-            )
+            log(f"{task.label} ({task.num_fewshot}-shot {task.kind}): {result}")
     return CoreResult(name=bundle.name, kind=bundle.kind, source=bundle.source, tasks=results)
 
 
@@ -307,21 +245,23 @@ def evaluate_core(
 
 def write_results(result: CoreResult, folder: Path, name: str) -> Path:
     """Write <name>.csv (a row a task, and one for the mean) and <name>.jsonl (a line an item). Returns the CSV."""
-    folder.mkdir(parents=True, exist_ok=True)
     table: list[list[object]] = [["Task", "Accuracy", "Centered", "n", "stderr"]]
     for task in result.tasks:
-        table.append([task.label, f"{task.accuracy:.6f}", f"{task.centered:.6f}", task.n, f"{task.stderr:.6f}"])
-    table.append([result.name, "", f"{result.core:.6f}", sum(task.n for task in result.tasks), f"{result.stderr:.6f}"])
-    target = folder / f"{name}.csv"
-    with (folder / f"{name}.csv.tmp").open("w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream).writerows(table)
-    with (folder / f"{name}.jsonl.tmp").open("w", encoding="utf-8") as stream:
-        for task in result.tasks:
-            for line, correct, chosen, loss in zip(task.line, task.correct, task.chosen, task.loss, strict=True):
-                record = {"task": task.label, "line": int(line), "correct": bool(correct), "loss": float(loss)}
-                if task.kind != "language_modeling":
-                    record["chosen"] = int(chosen)
-                stream.write(json.dumps(record) + "\n")
-    os.replace(folder / f"{name}.jsonl.tmp", folder / f"{name}.jsonl")
-    os.replace(folder / f"{name}.csv.tmp", target)
-    return target
+        table.append([task.name, f"{task.accuracy:.6f}", f"{task.centered:.6f}", task.n, f"{task.stderr:.6f}"])
+    table.append([result.name, "", f"{result.value:.6f}", result.n, f"{result.stderr:.6f}"])
+    return write_scores(folder, name, table, result.tasks)
+
+
+def report_data(result: CoreResult) -> dict[str, Any]:
+    """Metrics, table and facts of the report's section."""
+    columns = ["Task", "Kind", "Shots", "Items", "Guessing %", "Accuracy", "Standard error", "Centered"]
+    rows = [
+        [t.name, t.kind, t.num_fewshot, t.n, round(100 * t.baseline, 6), t.accuracy, t.stderr, t.centered]
+        for t in result.tasks
+    ]
+    return {
+        "metrics": {result.name: result.value, f"{result.name} standard error": result.stderr},
+        "tables": [{"title": result.name, "columns": columns, "rows": rows}],
+        "facts": {"kind": result.kind, "source": result.source},
+        "synthetic": result.kind != "published",
+    }

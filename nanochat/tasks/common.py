@@ -28,6 +28,8 @@ class Task(ABC):
     """True for data sets that others publish numbers on; False for items that our own code makes."""
     source: str = "generated"
     """Where the items come from, in words for the report."""
+    runs_code: bool = False
+    """True where grading runs code that the model wrote."""
     any_size: bool = False
     """True where the class takes `size`, the number of items to generate; others have a fixed set."""
 

@@ -30,6 +30,7 @@ class HumanEval(Task):
     name = "HumanEval"
     eval_type = "generative"
     published = True
+    runs_code = True
 
     def __init__(self, split: Split = "test", **kwargs: Any) -> None:
         super().__init__(**kwargs)

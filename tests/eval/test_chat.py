@@ -14,11 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import checkpoint, cli, sandbox
+from nanochat import checkpoint, cli, report, sandbox
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
+from nanochat.eval import chat
 from nanochat.eval.chat import (
-    TaskScore,
+    ChatScore,
     chat_core,
     chosen_items,
     evaluate_categorical,
@@ -107,6 +108,7 @@ class ScriptedEngine:
 
     def __init__(self, task: Task, answers: dict[int, list[str]], sequence_len: int = 1024) -> None:
         self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=sequence_len))
+        self.tokenizer = TOKENIZER
         self.index = {tuple(TOKENIZER.render_for_completion(task[i])): i for i in range(len(task))}
         self.answers = answers
         self.calls: list[dict] = []
@@ -121,10 +123,10 @@ class ScriptedEngine:
         return out
 
 
-def generative(engine, task: Task, **changes) -> TaskScore:
+def generative(engine, task: Task, **changes) -> ChatScore:
     drawn = {"num_samples": 1, "max_new_tokens": 8, "temperature": 0.0, "top_k": 50}
     drawn |= {name: changes.pop(name) for name in drawn.keys() & changes.keys()}
-    return evaluate_generative(engine, TOKENIZER, task, Sampling(**drawn), **{"batch_size": 4, **changes})
+    return evaluate_generative(engine, task, Sampling(**drawn), **{"batch_size": 4, **changes})
 
 
 # ---- multiple choice
@@ -296,7 +298,7 @@ def test_pass_at_k_is_the_average_over_all_choices_of_k(outcomes, data):
 
 def score_of(name: str, passed: list, baseline: float = 0.0, published: bool = True, kind: str = "categorical"):
     records = [{"index": i, "passed": bool(p), "chosen": "A", "expected": "B"} for i, p in enumerate(passed)]
-    return TaskScore(
+    return ChatScore(
         name=name, eval_type=kind, baseline=baseline, published=published, source="somewhere", records=records
     )
 
@@ -306,7 +308,7 @@ def test_pass_at_of_a_task():
     records = [
         {"index": i, "passed": any(s), "completions": ["a"] * 3, "samples_passed": s} for i, s in enumerate(samples)
     ]
-    score = TaskScore(name="GSM8K", eval_type="generative", baseline=0.0, published=True, source="x", num_samples=3,
+    score = ChatScore(name="GSM8K", eval_type="generative", baseline=0.0, published=True, source="x", num_samples=3,
                       records=records)  # fmt: skip
     assert score.pass_at == pytest.approx({1: (1 / 3 + 0 + 2 / 3) / 3, 2: (2 / 3 + 0 + 1) / 3, 3: 2 / 3})
     assert score.pass_at[3] == pytest.approx(score.accuracy)
@@ -319,11 +321,11 @@ def test_composites_are_named_by_what_they_stand_on():
     (whole,) = chat_core(five)
     assert whole.name == "ChatCORE" and whole.value == pytest.approx((3 * (0.25 / 0.75) + 2 * 0.5) / 5)
     assert whole.stderr == pytest.approx(np.sqrt(3 * (0.25 / 0.75) ** 2 + 2 * 0.25**2) / 5)
-    assert whole.baselines == dict(zip(CHATCORE_TASKS, [0.25, 0.25, 0.25, 0.0, 0.0], strict=True))
+    assert [task.name for task in whole.tasks] == list(CHATCORE_TASKS)
     other = [score_of("SpellingBee", [1, 0], published=False), score_of("Else", [1, 1], published=True)]
     part, offline = chat_core([*five[1:3], *other])
-    assert part.name == "ChatCORE (2 of 5 tasks)" and list(part.baselines) == ["ARC-Challenge", "MMLU"]
-    assert offline.name == "ChatCORE-offline" and list(offline.baselines) == ["SpellingBee"]
+    assert part.name == "ChatCORE (2 of 5 tasks)" and [task.name for task in part.tasks] == ["ARC-Challenge", "MMLU"]
+    assert offline.name == "ChatCORE-offline" and [task.name for task in offline.tasks] == ["SpellingBee"]
     assert offline.value == 0.5
     assert chat_core(other[1:]) == chat_core([]) == []
 
@@ -411,9 +413,9 @@ def trained(store, monkeypatch):
     def parse_tasks(spec, split, source):
         return [make_task(name, split, source) for name in spec.replace("|", ",").split(",")]
 
-    monkeypatch.setattr(script, "make_task", make_task)
-    monkeypatch.setattr(script, "parse_tasks", parse_tasks)
-    monkeypatch.setattr(script, "GRADED_TASKS", [name for name in TASKS if name != "SmolTalk"])
+    monkeypatch.setattr(chat, "make_task", make_task)
+    monkeypatch.setattr(chat, "parse_tasks", parse_tasks)
+    monkeypatch.setattr(chat, "GRADED_TASKS", [name for name in TASKS if name != "SmolTalk"])
     return store, sources
 
 
@@ -423,7 +425,9 @@ def run_script(monkeypatch, *words: str) -> None:
 
 
 def section() -> dict:
-    return json.loads((run_dir() / "report" / "chat_eval_sft.json").read_text())
+    (found,) = report.read_sections(run_dir())
+    assert found["stage"] == "chat_eval_sft"
+    return found
 
 
 def test_script_scores_what_has_data_and_reports(trained, monkeypatch, capsys):
@@ -479,14 +483,14 @@ def test_script_samples_named_tasks(trained, monkeypatch, capsys):
 
 
 class Code(Say):
-    name, published = "HumanEval", True
+    name, published, runs_code = "HumanEval", True, True
 
 
 @pytest.fixture
 def with_code(trained, monkeypatch):
     """HumanEval, not graded by running anything, on a kernel without layers."""
     monkeypatch.setitem(TASKS, "HumanEval", lambda: Code(3))
-    monkeypatch.setattr(script, "GRADED_TASKS", [name for name in TASKS if name != "SmolTalk"])
+    monkeypatch.setattr(chat, "GRADED_TASKS", [name for name in TASKS if name != "SmolTalk"])
     monkeypatch.setattr(sandbox, "isolation_level", sandbox.Isolation)
     monkeypatch.delenv(sandbox.ALLOW_UNSAFE, raising=False)
     return trained
@@ -592,7 +596,7 @@ def test_another_tokenizer_is_one_line(trained, monkeypatch, capsys):
 
 
 def test_unknown_tasks_are_named_with_those_there_are(trained, monkeypatch, capsys):
-    monkeypatch.setattr(script, "parse_tasks", parse_tasks)
+    monkeypatch.setattr(chat, "parse_tasks", parse_tasks)
     with pytest.raises(SystemExit):
         run_script(monkeypatch, "-i", "sft", "-a", "Nope")
     (line,) = capsys.readouterr().err.splitlines()
@@ -600,7 +604,7 @@ def test_unknown_tasks_are_named_with_those_there_are(trained, monkeypatch, caps
 
 
 def test_nothing_to_score_is_one_line(trained, monkeypatch, capsys):
-    monkeypatch.setattr(script, "GRADED_TASKS", ("ARC-Easy",))
+    monkeypatch.setattr(chat, "GRADED_TASKS", ("ARC-Easy",))
     with pytest.raises(SystemExit):
         run_script(monkeypatch, "-i", "sft")
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,6 +1,5 @@
 """scripts/make_eval_bundle.py, base_loss.py and base_eval.py on a tiny store: real shards, tokenizer and model."""
 
-import json
 import lzma
 from pathlib import Path
 
@@ -9,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import checkpoint, cli, dataset
+from nanochat import checkpoint, cli, dataset, report
 from nanochat.errors import UserError
+from nanochat.eval import bpb
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.samples import PROMPTS
 from nanochat.gpt import GPT, GPTConfig
@@ -55,7 +55,7 @@ def trained(store, monkeypatch) -> str:
 
 
 def section(stage: str) -> dict:
-    return json.loads((run_dir() / "report" / f"{stage}.json").read_text())
+    return next(found for found in report.read_sections(run_dir()) if found["stage"] == stage)
 
 
 def test_base_loss_of_an_untrained_model(trained, capsys):
@@ -64,9 +64,9 @@ def test_base_loss_of_an_untrained_model(trained, capsys):
     sizes = get_token_bytes().numpy()
     splits = {row[0]: row for row in found["tables"][0]["rows"]}
     for split in ("train", "val"):
-        _, bpb, stderr, tokens, size = splits[split]
-        assert bpb == pytest.approx(np.log2(len(sizes)) * tokens / size, rel=1e-5)  # ln V nats a token
-        assert 0 < stderr < 0.2 * bpb and 3000 < tokens <= 4096
+        _, value, stderr, tokens, size = splits[split]
+        assert value == pytest.approx(np.log2(len(sizes)) * tokens / size, rel=1e-5)  # ln V nats a token
+        assert 0 < stderr < 0.2 * value and 3000 < tokens <= 4096
     predictors = dict(found["tables"][1]["rows"])
     assert predictors["this model"] == found["metrics"]["val_bpb"] == splits["val"][1]
     assert predictors["xz -9e"] < predictors["byte 3-gram (Witten-Bell)"] < predictors["order-0 bytes"] < 8
@@ -81,12 +81,11 @@ def test_baselines_see_exactly_the_bytes_that_the_model_is_scored_on(trained):
     tokenizer = RustBPETokenizer.from_directory(tokenizer_dir())
     sizes = get_token_bytes().numpy()
     rows = base_loss.TextData(trained, tokenizer).fixed_rows("val", 128, 4096)
-    text = base_loss.measured_text(tokenizer, rows, sizes)
+    text = bpb.scored_bytes(tokenizer, rows, sizes)
     assert len(text) == sizes[rows[:, 1:].astype(np.int64)].sum()
     assert b"<|bos|>" not in text
-    table = dict(base_loss.baseline_table(b"abc", text, base_loss.BpbResult(1.5, 1, 1, 0.1, 1)))
+    table = bpb.baselines(b"abc", text)
     assert table["xz -9e"] == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    assert table["this model"] == 1.5
 
 
 def test_base_eval_on_a_generated_bundle(trained, capsys):

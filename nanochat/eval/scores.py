@@ -1,0 +1,123 @@
+"""What CORE and the chat tasks share: items dealt to ranks, prompts in batches, accuracy and its error, files."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from nanochat.files import atomic_write_text
+
+_WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
+
+Record = dict[str, Any]  # the outcome of one item, JSON-able
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """Score of one task; `records` has one record an item, with the key `outcome` saying whether it was right."""
+
+    name: str
+    baseline: float
+    """Accuracy of guessing, between 0 and 1."""
+    records: list[Record] = field(repr=False)
+    outcome: ClassVar[str] = "passed"
+
+    @property
+    def n(self) -> int:
+        """Items scored."""
+        return len(self.records)
+
+    @property
+    def accuracy(self) -> float:
+        return sum(record[self.outcome] for record in self.records) / self.n
+
+    @property
+    def stderr(self) -> float:
+        """Binomial standard error of the accuracy: how much another draw of n items would move it."""
+        return math.sqrt(self.accuracy * (1.0 - self.accuracy) / self.n)
+
+    @property
+    def centered(self) -> float:
+        """0 = guessing, 1 = perfect."""
+        return (self.accuracy - self.baseline) / (1.0 - self.baseline)
+
+    @property
+    def centered_stderr(self) -> float:
+        return self.stderr / (1.0 - self.baseline)
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.4f} ± {self.stderr:.4f}, centered {self.centered:.4f}, {self.n} items"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite:
+    """Plain mean of the centred accuracies of some tasks; the name says which."""
+
+    name: str
+    tasks: Sequence[TaskScore]
+
+    @property
+    def value(self) -> float:
+        return sum(task.centered for task in self.tasks) / len(self.tasks)
+
+    @property
+    def stderr(self) -> float:
+        return math.sqrt(sum(task.centered_stderr**2 for task in self.tasks)) / len(self.tasks)
+
+    @property
+    def n(self) -> int:
+        return sum(task.n for task in self.tasks)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.value:.4f} ± {self.stderr:.4f}"
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, world size) of the process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_records(records: dict[int, Record]) -> list[Record]:
+    """The records of all ranks in the order of their keys, the same list on every rank."""
+    if dist.is_initialized():
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, records)
+        records = {key: record for part in parts for key, record in part.items()}
+    return [records[key] for key in sorted(records)]
+
+
+def longest_first(
+    lengths: Sequence[int], limit: int, tokens: int, max_rows: int | None = None
+) -> Iterator[tuple[list[int], int]]:
+    """(row numbers, width) of each forward of at most `tokens` tokens and `max_rows` rows, but one row at least.
+
+    The longest come first, so that running out of memory shows at once. `limit`: the largest width.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    while order:
+        width = min(-(-lengths[order[0]] // _WIDTH) * _WIDTH, limit)
+        count = max(1, min(max_rows or len(order), tokens // width))
+        yield order[:count], width
+        order = order[count:]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], width: int, pad: int) -> torch.Tensor:
+    """(B, width) int64: the rows, filled up with `pad` on the right."""
+    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=torch.long)
+
+
+def write_scores(folder: Path, name: str, table: Sequence[Sequence[object]], scores: Sequence[TaskScore]) -> Path:
+    """Write <name>.csv with `table` and <name>.jsonl with a line an item. Returns the CSV."""
+    lines = (json.dumps({"task": score.name, **record}) for score in scores for record in score.records)
+    atomic_write_text(folder / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(table)
+    atomic_write_text(folder / f"{name}.csv", text.getvalue())
+    return folder / f"{name}.csv"
