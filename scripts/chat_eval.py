@@ -22,8 +22,7 @@ from nanochat.paths import get_base_dir, slug
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
 from nanochat.sandbox import isolation_level
 from nanochat.sections import duration, write_section
-from nanochat.tasks.common import Task
-from nanochat.tasks.splits import stable_hash
+from nanochat.tasks.common import Task, stable_hash
 
 
 @dataclass(frozen=True, kw_only=True)

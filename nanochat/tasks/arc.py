@@ -1,40 +1,30 @@
 """ARC: science questions of school exams with three to five choices; the easy ones and the challenge set.
 
-Source: allenai/ai2_arc on the Hugging Face hub.
+Source: allenai/ai2_arc on the Hugging Face hub (arXiv 1803.05457).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.tasks import hub
-from nanochat.tasks.common import Conversation, Split, Task, graded_letter, multiple_choice
+from nanochat.tasks.common import Conversation, Split, multiple_choice
+from nanochat.tasks.hub import PublishedTask
 
 LETTERS = "ABCDE"
 
 
-class ARC(Task):
-    """One of the two sets, in a fixed random order. Raises UserError where its data is absent."""
+class ARC(PublishedTask):
+    """ARC-Easy or ARC-Challenge."""
 
     eval_type = "categorical"
     baseline = 0.25
-    published = True
 
-    def __init__(self, subset: Literal["ARC-Easy", "ARC-Challenge"], split: Split, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, subset: str, split: Split, **kwargs: Any) -> None:
         self.name = subset
-        self.source = hub.source_text(subset)
-        self._rows = hub.load_rows(subset, split)
+        super().__init__(split, **kwargs)
 
-    def num_examples(self) -> int:
-        return len(self._rows)
-
-    def get_example(self, index: int) -> Conversation:
-        row = self._rows[hub.fixed_order(len(self._rows))[index]]
+    def conversation(self, row: dict[str, Any]) -> Conversation:
         choices, labels = row["choices"]["text"], row["choices"]["label"]
         if row["answerKey"] not in labels:
             raise UserError(f"{self.name} item {row['id']}: answer {row['answerKey']!r} is none of {', '.join(labels)}")
         letters = LETTERS[: len(choices)]  # some items label their choices 1 to 4
         return multiple_choice(row["question"], choices, letters, letters[labels.index(row["answerKey"])])
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return graded_letter(conversation, completion)

@@ -7,66 +7,68 @@ There are no spaces in a calculation: they would be tokens of their own, and the
 """
 
 import random
-import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.tasks.common import Conversation, Split, Task
-from nanochat.tasks.splits import item_rng, split_of
+from nanochat.tasks.common import (
+    Conversation,
+    GeneratedTask,
+    Split,
+    answered,
+    call_calculator,
+    item_rng,
+    right_number,
+    split_of,
+)
 
 LIMIT = 1000  # results are below it
 LIMIT_BETWEEN = 100  # and those that a second step uses below this: one token each, and a short answer
 LARGEST_FACTOR = 12  # factors and divisors; products of larger numbers are beyond what the problems should need
 TRIES = 300  # draws of numbers before another template is taken
-_ANSWER = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)")
 
 
-class Template(NamedTuple):
+class Template:
     """A problem: `text` names the numbers {a} {b} {c}; each step is `operand operator operand`, r the last result."""
 
-    text: str
-    steps: tuple[str, ...]
-
-
-def _template(text: str, *steps: str) -> Template:
-    return Template(text, steps)
+    def __init__(self, text: str, *steps: str) -> None:
+        self.text, self.steps = text, steps
 
 
 TEMPLATES = (
-    _template("{x} has {a} {things} and gets {b} more. How many {things} does {x} have now?", "a + b"),
-    _template("{x} has {a} {things} and {y} has {b}. How many {things} do they have together?", "a + b"),
-    _template("There are {a} {things} in one box and {b} in another. How many {things} are there in all?", "a + b"),
-    _template("{x} read {a} pages on Monday and {b} pages on Tuesday. How many pages is that?", "a + b"),
-    _template("{x} is {a} years old. How old will {x} be in {b} years?", "a + b"),
-    _template("{x} has {a} {things} and gives {b} to {y}. How many {things} are left?", "a - b"),
-    _template("{x} had {a} {things} and lost {b} of them. How many {things} does {x} have now?", "a - b"),
-    _template("A book has {a} pages. {x} has read {b}. How many pages are left?", "a - b"),
-    _template("{x} has {a} {things} and {y} has {b}. How many more {things} does {x} have?", "a - b"),
-    _template("A shop had {a} {things} and sold {b}. How many {things} remain?", "a - b"),
-    _template("{x} has {a} boxes with {b} {things} each. How many {things} is that?", "a * b"),
-    _template("One of the {things} costs {a} coins. How many coins do {b} of them cost?", "a * b"),
-    _template("{x} walks {a} miles every day. How many miles does {x} walk in {b} days?", "a * b"),
-    _template("There are {a} rows of {b} chairs. How many chairs are there?", "a * b"),
-    _template("{x} shares {a} {things} equally among {b} friends. How many does each friend get?", "a / b"),
-    _template("{a} {things} are packed into bags of {b}. How many bags are needed?", "a / b"),
-    _template("{b} of the {things} cost {a} coins in all. How many coins does one cost?", "a / b"),
-    _template("{x} has {a} {things}, finds {b} more and buys {c}. How many {things} is that?", "a + b", "r + c"),
-    _template("{x} has {a} {things}, gets {b} more and gives away {c}. How many are left?", "a + b", "r - c"),
-    _template("A bus has {a} people. {b} get off and {c} get on. How many people are on it now?", "a - b", "r + c"),
-    _template("{x} had {a} coins, spent {b} and then {c} more. How many coins are left?", "a - b", "r - c"),
-    _template("{x} has {a} bags of {b} {things} and {c} more. How many {things} is that?", "a * b", "r + c"),
-    _template("{x} has {a} bags of {b} {things} and uses {c}. How many {things} are left?", "a * b", "r - c"),
-    _template("{x} has {c} coins and buys {a} {things} for {b} coins each. How many coins are left?", "a * b", "c - r"),
-    _template("{x} works {a} hours a day for {b} days at {c} coins an hour. How many coins is that?", "a * b", "r * c"),
-    _template("{x} has {a} red and {b} blue {things} and fills bags of {c}. How many bags?", "a + b", "r / c"),
-    _template("{x} had {a} {things}, lost {b} and packs the rest in bags of {c}. How many bags?", "a - b", "r / c"),
-    _template("{a} boxes of {b} {things} are shared by {c} people. How many does each get?", "a * b", "r / c"),
-    _template("{x} shares {a} {things} among {b} friends. {y}, one of them, had {c}. How many now?", "a / b", "r + c"),
-    _template("{b} of the {things} cost {a} coins. How many coins do {c} of them cost?", "a / b", "r * c"),
-    _template("A class has {a} boys and {b} girls. Each gets {c} {things}. How many is that?", "a + b", "r * c"),
-    _template("{x} has {a} {things} and {y} has {b} fewer. How many do they have together?", "a - b", "a + r"),
-    _template("{x} has {a} {things} and {y} has {b} times as many. How many do both have?", "a * b", "a + r"),
+    Template("{x} has {a} {things} and gets {b} more. How many {things} does {x} have now?", "a + b"),
+    Template("{x} has {a} {things} and {y} has {b}. How many {things} do they have together?", "a + b"),
+    Template("There are {a} {things} in one box and {b} in another. How many {things} are there in all?", "a + b"),
+    Template("{x} read {a} pages on Monday and {b} pages on Tuesday. How many pages is that?", "a + b"),
+    Template("{x} is {a} years old. How old will {x} be in {b} years?", "a + b"),
+    Template("{x} has {a} {things} and gives {b} to {y}. How many {things} are left?", "a - b"),
+    Template("{x} had {a} {things} and lost {b} of them. How many {things} does {x} have now?", "a - b"),
+    Template("A book has {a} pages. {x} has read {b}. How many pages are left?", "a - b"),
+    Template("{x} has {a} {things} and {y} has {b}. How many more {things} does {x} have?", "a - b"),
+    Template("A shop had {a} {things} and sold {b}. How many {things} remain?", "a - b"),
+    Template("{x} has {a} boxes with {b} {things} each. How many {things} is that?", "a * b"),
+    Template("One of the {things} costs {a} coins. How many coins do {b} of them cost?", "a * b"),
+    Template("{x} walks {a} miles every day. How many miles does {x} walk in {b} days?", "a * b"),
+    Template("There are {a} rows of {b} chairs. How many chairs are there?", "a * b"),
+    Template("{x} shares {a} {things} equally among {b} friends. How many does each friend get?", "a / b"),
+    Template("{a} {things} are packed into bags of {b}. How many bags are needed?", "a / b"),
+    Template("{b} of the {things} cost {a} coins in all. How many coins does one cost?", "a / b"),
+    Template("{x} has {a} {things}, finds {b} more and buys {c}. How many {things} is that?", "a + b", "r + c"),
+    Template("{x} has {a} {things}, gets {b} more and gives away {c}. How many are left?", "a + b", "r - c"),
+    Template("A bus has {a} people. {b} get off and {c} get on. How many people are on it now?", "a - b", "r + c"),
+    Template("{x} had {a} coins, spent {b} and then {c} more. How many coins are left?", "a - b", "r - c"),
+    Template("{x} has {a} bags of {b} {things} and {c} more. How many {things} is that?", "a * b", "r + c"),
+    Template("{x} has {a} bags of {b} {things} and uses {c}. How many {things} are left?", "a * b", "r - c"),
+    Template("{x} has {c} coins and buys {a} {things} for {b} coins each. How many coins are left?", "a * b", "c - r"),
+    Template("{x} works {a} hours a day for {b} days at {c} coins an hour. How many coins is that?", "a * b", "r * c"),
+    Template("{x} has {a} red and {b} blue {things} and fills bags of {c}. How many bags?", "a + b", "r / c"),
+    Template("{x} had {a} {things}, lost {b} and packs the rest in bags of {c}. How many bags?", "a - b", "r / c"),
+    Template("{a} boxes of {b} {things} are shared by {c} people. How many does each get?", "a * b", "r / c"),
+    Template("{x} shares {a} {things} among {b} friends. {y}, one of them, had {c}. How many now?", "a / b", "r + c"),
+    Template("{b} of the {things} cost {a} coins. How many coins do {c} of them cost?", "a / b", "r * c"),
+    Template("A class has {a} boys and {b} girls. Each gets {c} {things}. How many is that?", "a + b", "r * c"),
+    Template("{x} has {a} {things} and {y} has {b} fewer. How many do they have together?", "a - b", "a + r"),
+    Template("{x} has {a} {things} and {y} has {b} times as many. How many do both have?", "a * b", "a + r"),
 )
 NAMES = (
     "Ada", "Ben", "Cara", "Dan", "Ella", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mia", "Noah",
@@ -84,76 +86,50 @@ _OPERATIONS: dict[str, Callable[[int, int], int | None]] = {
 }
 
 
-class Arithmetic(Task):
+class Arithmetic(GeneratedTask):
     """Generated word problems; answers call the calculator and end in `#### n`."""
 
     name = "Arithmetic"
-    eval_type = "generative"
-    any_size = True
     source = "generated word problems"
 
     def __init__(self, split: Split, size: int | None = None, steps: int = 2, largest: int = 99, **kwargs: Any) -> None:
-        """`size` problems (default 20,000 to train, 256 to test) of up to `steps` steps, numbers up to `largest`.
+        """`size` problems of up to `steps` steps, numbers up to `largest`.
 
         Raises UserError for steps other than 1 and 2, and for a `largest` outside 9 … 99.
         """
-        super().__init__(**kwargs)
+        super().__init__(split, size, **kwargs)
         if steps not in (1, 2):
             raise UserError(f"Arithmetic steps={steps}: choose 1 or 2")
         if not 9 <= largest <= 99:
             raise UserError(f"Arithmetic largest={largest}: choose 9 to 99")
-        self.split, self.steps, self.largest = split, steps, largest
-        self.size = size if size is not None else (20_000 if split == "train" else 256)
-
-    def num_examples(self) -> int:
-        return self.size
+        self.steps, self.largest = steps, largest
 
     def get_example(self, index: int) -> Conversation:
         rng = item_rng("arithmetic", self.split, index, self.steps, self.largest)
-        template, numbers, worked = self._problem(rng)
+        template, numbers, results = self._problem(rng)
         first, second = rng.sample(NAMES, 2)
         question = template.text.format(x=first, y=second, things=rng.choice(THINGS), **numbers)
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": _answer(worked)},
-        ]
-        return {"messages": messages}
+        return answered(question, _answer(results))
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return right_number(conversation, completion)
 
     def _problem(self, rng: random.Random) -> tuple[Template, dict[str, int], list[tuple[str, int]]]:
-        """A template, numbers that belong with it to this split, and its steps worked out."""
+        """A template, numbers that put it into this split, and (expression, result) of each step."""
         usable = [template for template in TEMPLATES if len(template.steps) <= self.steps]
         while True:
             # the template first and for good: else those that most numbers fit would be drawn far more often
             template = rng.choice(usable)
             for _ in range(TRIES):
                 numbers = _draw_numbers(template, self.largest, rng)
-                worked = _work_out(template, numbers)
-                if worked is not None and problem_split(template, numbers) == self.split:
-                    return template, numbers, worked
+                results = _work_out(template, numbers)
+                if results is not None and problem_split(template, numbers) == self.split:
+                    return template, numbers, results
 
 
 def problem_split(template: Template, numbers: Mapping[str, int]) -> Split:
     """Where a problem belongs: by its template and its numbers."""
     return split_of("arithmetic", template.text, sorted(numbers.items()))
-
-
-def answer_number(text: str) -> float | None:
-    """The number after the last `####`, None where there is none."""
-    found = _ANSWER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def right_number(conversation: Conversation, completion: str) -> bool:
-    """Whether `completion` ends in the number that the last part of the conversation's answer ends in."""
-    return answer_number(completion) == answer_number(conversation["messages"][-1]["content"][-1]["text"])
-
-
-def call_calculator(expression: str, result: int) -> list[dict[str, str]]:
-    """The two parts of one tool call: what the model writes and what it gets back."""
-    return [{"type": "python", "text": expression}, {"type": "python_output", "text": str(result)}]
 
 
 def _draw_numbers(template: Template, largest: int, rng: random.Random) -> dict[str, int]:
@@ -174,22 +150,22 @@ def _work_out(template: Template, numbers: Mapping[str, int]) -> list[tuple[str,
     A result that is used further is from 1 to LIMIT_BETWEEN - 1; nothing left halfway would read oddly.
     """
     values = dict(numbers)
-    worked: list[tuple[str, int]] = []
+    results: list[tuple[str, int]] = []
     for step in template.steps:
         left, operator, right = step.split()
         result = _OPERATIONS[operator](values[left], values[right])
         lowest, limit = (0, LIMIT) if step == template.steps[-1] else (1, LIMIT_BETWEEN)
         if result is None or not lowest <= result < limit:
             return None
-        worked.append((f"{values[left]}{operator}{values[right]}", result))
+        results.append((f"{values[left]}{operator}{values[right]}", result))
         values["r"] = result
-    return worked
+    return results
 
 
-def _answer(worked: list[tuple[str, int]]) -> list[dict[str, str]]:
+def _answer(results: list[tuple[str, int]]) -> list[dict[str, str]]:
     parts: list[dict[str, str]] = []
-    for expression, result in worked:
+    for expression, result in results:
         line_break = "\n" if parts else ""
         parts.append({"type": "text", "text": f"{line_break}{expression}="})
         parts += call_calculator(expression, result)
-    return [*parts, {"type": "text", "text": f"\n#### {worked[-1][1]}"}]
+    return [*parts, {"type": "text", "text": f"\n#### {results[-1][1]}"}]

@@ -1,15 +1,22 @@
-"""What a task is: a list of conversations with a way to grade answers; slices and mixtures of them."""
+"""What a task is: a list of conversations with a way to grade answers; slices and mixtures of them.
 
+Also the hashing that gives every generated item to train or to test, and seeds its random choices: it depends on
+values alone, never on the process, PYTHONHASHSEED or Python's global random state.
+"""
+
+import hashlib
 import random
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 from nanochat.errors import UserError
 
 Conversation = dict[str, Any]  # {"messages": [...]}, see nanochat/chat_format.py; tasks may add keys of their own
 Split = Literal["train", "test"]
 MIXTURE_SEED = 42
+_ANSWER = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)")
 
 
 class Task(ABC):
@@ -47,9 +54,15 @@ class Task(ABC):
         """Item `index` of the whole task: the question and, as the last message, the right answer."""
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion`, what the model said (or the letter it chose), answers `conversation`. Raises UserError
-        for tasks that are only trained on."""
-        raise UserError(f"{self.name or type(self).__name__} has no answers to grade: choose another task")
+        """Whether `completion`, what the model said (or the letter it chose), answers `conversation`.
+
+        Raises UserError for tasks that are only trained on, and ValueError for a letter that is none of the item's.
+        """
+        if self.eval_type != "categorical":
+            raise UserError(f"{self.name or type(self).__name__} has no answers to grade: choose another task")
+        if completion not in conversation["letters"]:
+            raise ValueError(f"{completion!r} is none of the letters {conversation['letters']}")
+        return bool(completion == conversation["messages"][-1]["content"])
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """What reinforcement learning is given for `completion`; 1 for a right answer and 0 otherwise."""
@@ -73,6 +86,23 @@ class Task(ABC):
         return self.get_example(self._range()[index])
 
 
+class GeneratedTask(Task):
+    """Questions made by a program and graded by their answers, as many as asked for."""
+
+    eval_type = "generative"
+    any_size = True
+    sizes: ClassVar[dict[Split, int]] = {"train": 20_000, "test": 256}
+
+    def __init__(self, split: Split, size: int | None = None, **kwargs: Any) -> None:
+        """`size` items, by default `sizes[split]`."""
+        super().__init__(**kwargs)
+        self.split = split
+        self.size = self.sizes[split] if size is None else size
+
+    def num_examples(self) -> int:
+        return self.size
+
+
 class TaskMixture(Task):
     """All items of several tasks in one fixed random order. A task given twice comes twice as often."""
 
@@ -92,6 +122,14 @@ class TaskMixture(Task):
         return self.tasks[number][item]
 
 
+# ---- conversations
+
+
+def answered(question: str, answer: str | list[dict[str, str]]) -> Conversation:
+    """One question and its answer: text, or the parts of a message with tool calls."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """A multiple-choice question as the user asks it.
 
@@ -106,15 +144,42 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 
 def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> Conversation:
     """A categorical item: the question, and the right letter as its answer."""
-    messages = [
-        {"role": "user", "content": render_mc(question, letters, choices)},
-        {"role": "assistant", "content": answer},
-    ]
-    return {"messages": messages, "letters": list(letters)}
+    return {**answered(render_mc(question, letters, choices), answer), "letters": list(letters)}
 
 
-def graded_letter(conversation: Mapping[str, Any], completion: str) -> bool:
-    """`evaluate` of categorical tasks: the letter chosen is the right one. Raises ValueError for any other text."""
-    if completion not in conversation["letters"]:
-        raise ValueError(f"{completion!r} is none of the letters {conversation['letters']}")
-    return completion == conversation["messages"][-1]["content"]
+# ---- calculations
+
+
+def answer_number(text: str) -> float | None:
+    """The number after the last `####`, None where there is none."""
+    found = _ANSWER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def right_number(conversation: Conversation, completion: str) -> bool:
+    """Whether `completion` ends in the number that the last part of the conversation's answer ends in."""
+    return answer_number(completion) == answer_number(conversation["messages"][-1]["content"][-1]["text"])
+
+
+def call_calculator(expression: str, result: int) -> list[dict[str, str]]:
+    """The two parts of one tool call: what the model writes, and the result put in behind it."""
+    return [{"type": "python", "text": expression}, {"type": "python_output", "text": str(result)}]
+
+
+# ---- hashing
+
+
+def stable_hash(*parts: object) -> int:
+    """64 bits over `parts` (strings, numbers, tuples of them) written in ASCII: the same everywhere, never below 0."""
+    return int.from_bytes(hashlib.blake2b(ascii(parts).encode(), digest_size=8).digest(), "big")
+
+
+def split_of(*identity: object, test_share: float = 0.1) -> Split:
+    """The one split that an item may stand in, from what identifies it."""
+    # apart from the hashes that seed generators: an item's split must not tell anything about its other choices
+    return "test" if stable_hash("split", *identity) < test_share * 2**64 else "train"
+
+
+def item_rng(*identity: object) -> random.Random:
+    """The random choices of one item."""
+    return random.Random(stable_hash("item", *identity))

@@ -12,8 +12,7 @@ from typing import Any
 
 from nanochat.chat_format import conversation_pieces
 from nanochat.errors import UserError
-from nanochat.tasks.common import Conversation, Split, Task
-from nanochat.tasks.splits import split_of
+from nanochat.tasks.common import Conversation, Split, Task, split_of
 
 TEST_SHARE = 0.05  # of the conversations
 

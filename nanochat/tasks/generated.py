@@ -1,55 +1,45 @@
-"""Material that tasks make from a text source, and the markers that say what it was made from.
+"""Material that tasks make from a text source, and the marker that says what it was made from.
 
 task_data/<source>/<name>.json     source and fingerprint of the material <name>, sha256 of its files; written last
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nanochat import dataset
 from nanochat.data import parquet
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, sha256_file
+from nanochat.files import atomic_write_text, sha256_file
 from nanochat.paths import data_dir, slug, task_data_dir
-from nanochat.tasks.splits import stable_hash
+from nanochat.tasks.common import stable_hash
 
 
-def source_dir(source: str) -> Path:
-    """Where material made from the text of `source` stands."""
-    return task_data_dir() / slug(dataset.canonical(source))
+def generate(source: str, name: str, rules: tuple[object, ...], make: Callable[[], dict[str, str]]) -> None:
+    """Write the material `name`, unless it is there as it was written and was made from this text by these `rules`.
 
-
-def fingerprint(source: str, *about: object) -> str:
-    """16 hex digits over the shards of `source` and `about`, what was made of them. UserError without shards."""
-    source = dataset.canonical(source)
-    dataset.dataset_bytes(source, "train")  # refuses a source that is absent, or whose folder is another's
-    files = parquet.load_manifest(data_dir(source))["files"]
-    content = [(name, entry["split"], entry["sha256"]) for name, entry in sorted(files.items())]
-    return f"{stable_hash(source, content, about):016x}"
-
-
-def is_made(folder: Path, name: str, made_from: str) -> bool:
-    """Whether the material `name` stands in `folder`, as it was written, and was made from just this."""
+    make() -> the text of each of its files by name. Raises UserError without shards of `source`, and as `make` does.
+    """
+    folder = _folder(source)
     marker = _marker(folder, name)
-    return marker.get("fingerprint") == made_from and not _damaged(folder, marker)
+    fingerprint = _fingerprint(source, rules)
+    if marker.get("fingerprint") == fingerprint and not _damaged(folder, marker):
+        return
+    files = make()
+    for file, text in files.items():
+        atomic_write_text(folder / file, text)
+    digests = {file: sha256_file(folder / file) for file in files}
+    marker = {"source": dataset.canonical(source), "fingerprint": fingerprint, "files": digests}
+    atomic_write_text(folder / f"{name}.json", json.dumps(marker, indent=1) + "\n")
 
 
-def mark_made(folder: Path, name: str, source: str, made_from: str, files: Iterable[str]) -> None:
-    """Say so; to be called when all `files` (names in `folder`) of the material stand."""
-    digests = {file: _sha256(folder / file) for file in files}
-    marker = {"source": dataset.canonical(source), "fingerprint": made_from, "files": digests}
-    with atomic_write(folder / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
-
-
-def require_made(source: str, name: str, task: str) -> Path:
-    """The folder of `source` with the material `name` in it, whole.
+def require(source: str, name: str, task: str) -> Path:
+    """The folder of `source` with the material `name` in it, undamaged.
 
     Raises UserError with the command that makes it when it was not made, or a file of it is absent or was changed.
     """
-    folder = source_dir(source)
+    folder = _folder(source)
     marker = _marker(folder, name)
     command = f"python -m scripts.chat_data --source={source} --tasks={task}"
     # two sources can have the same slug (local:/a/b and local:/a-b); the marker says whose material this is
@@ -58,6 +48,19 @@ def require_made(source: str, name: str, task: str) -> Path:
     if damaged := _damaged(folder, marker):
         raise UserError(f"{folder}: {', '.join(damaged)} absent or damaged: run `{command}`")
     return folder
+
+
+def _folder(source: str) -> Path:
+    return task_data_dir() / slug(dataset.canonical(source))
+
+
+def _fingerprint(source: str, rules: tuple[object, ...]) -> str:
+    """16 hex digits over the shards of `source` and the rules."""
+    source = dataset.canonical(source)
+    dataset.dataset_bytes(source, "train")  # refuses a source that is absent, or whose folder is another's
+    files = parquet.load_manifest(data_dir(source))["files"]
+    content = [(name, entry["split"], entry["sha256"]) for name, entry in sorted(files.items())]
+    return f"{stable_hash(source, content, rules):016x}"
 
 
 def _damaged(folder: Path, marker: dict[str, Any]) -> list[str]:
@@ -69,11 +72,7 @@ def _damaged(folder: Path, marker: dict[str, Any]) -> list[str]:
 
 
 def _sha256(path: Path) -> str | None:
-    """None where there is no such file."""
-    try:
-        return sha256_file(path)
-    except FileNotFoundError:
-        return None
+    return sha256_file(path) if path.exists() else None
 
 
 def _marker(folder: Path, name: str) -> dict[str, Any]:

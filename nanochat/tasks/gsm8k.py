@@ -1,7 +1,7 @@
 """GSM8K: word problems of grade school, answered step by step, with a calculator.
 
 An answer in the data reads `He sells 3 * 5 = <<3*5=15>>15 apples. ... #### 15`. Each `<<expression=result>>` becomes a
-call of the calculator and what it gave back. Source: openai/gsm8k on the Hugging Face hub.
+call of the calculator and what it gave back. Source: openai/gsm8k on the Hugging Face hub (arXiv 2110.14168).
 """
 
 import re
@@ -9,35 +9,21 @@ from decimal import Decimal
 from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.tasks import hub
-from nanochat.tasks.common import Conversation, Split, Task
+from nanochat.tasks.common import Conversation, answered
+from nanochat.tasks.hub import PublishedTask
 
 _CALL = re.compile(r"<<([^<>]*)>>")
 _FINAL = re.compile(r"####[ \t]*(-?\$?|\$-)([\d,]*\.?\d+)", re.ASCII)
 
 
-class GSM8K(Task):
-    """Word problems in a fixed random order. Raises UserError where the data is absent."""
+class GSM8K(PublishedTask):
+    """Word problems with calls of the calculator."""
 
     name = "GSM8K"
     eval_type = "generative"
-    published = True
 
-    def __init__(self, split: Split, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.source = hub.source_text(self.name)
-        self._rows = hub.load_rows(self.name, split)
-
-    def num_examples(self) -> int:
-        return len(self._rows)
-
-    def get_example(self, index: int) -> Conversation:
-        row = self._rows[hub.fixed_order(len(self._rows))[index]]
-        messages = [
-            {"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": answer_parts(row["answer"])},
-        ]
-        return {"messages": messages}
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        return answered(row["question"], answer_parts(row["answer"]))
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the number after the first `####` of the completion is that of the reference, 10.0 being 10."""

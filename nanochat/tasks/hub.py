@@ -11,6 +11,7 @@ import functools
 import random
 import re
 import shutil
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from nanochat.data import parquet
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, sha256_file
 from nanochat.paths import task_data_dir
+from nanochat.tasks.common import Conversation, Split, Task
 
 LOCAL = "local directory"
 ORDER_SEED = 42
@@ -43,8 +45,14 @@ def _files(*names: str) -> dict[str, tuple[str, ...]]:
     return {name.rpartition("/")[2]: (f"{name}-00000-of-00001.parquet",) for name in names}
 
 
-ARC_REVISION = "210d026faf9955653af8916fad021475a3f00453"
-ARC_COLUMNS = ("id", "question", "choices", "answerKey")
+def _arc(subset: str) -> HubTask:
+    return HubTask(
+        "allenai/ai2_arc",
+        "210d026faf9955653af8916fad021475a3f00453",
+        _files(*(f"{subset}/{split}" for split in ("train", "validation", "test"))),
+        ("id", "question", "choices", "answerKey"),
+    )
+
 
 HUB_TASKS = {
     "SmolTalk": HubTask(
@@ -65,18 +73,8 @@ HUB_TASKS = {
         _files("main/train", "main/test"),
         ("question", "answer"),
     ),
-    "ARC-Easy": HubTask(
-        "allenai/ai2_arc",
-        ARC_REVISION,
-        _files("ARC-Easy/train", "ARC-Easy/validation", "ARC-Easy/test"),
-        ARC_COLUMNS,
-    ),
-    "ARC-Challenge": HubTask(
-        "allenai/ai2_arc",
-        ARC_REVISION,
-        _files("ARC-Challenge/train", "ARC-Challenge/validation", "ARC-Challenge/test"),
-        ARC_COLUMNS,
-    ),
+    "ARC-Easy": _arc("ARC-Easy"),
+    "ARC-Challenge": _arc("ARC-Challenge"),
     "HumanEval": HubTask(
         "openai/openai_humaneval",
         "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
@@ -84,6 +82,39 @@ HUB_TASKS = {
         ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
     ),
 }
+
+
+class PublishedTask(Task):
+    """Items of a hub data set in a fixed random order. Raises UserError where the data is absent.
+
+    The table is read when the first item is asked for (SmolTalk has 2 GB), and an item is made when it is.
+    """
+
+    published = True
+
+    def __init__(self, split: Split, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.split = split
+        self.source = source_text(self.name)
+        self._total = sum(entry["rows"] for entry in _present(self.name, split).values())
+
+    @functools.cached_property
+    def _table(self) -> pa.Table:
+        return load_table(self.name, self.split)
+
+    def num_examples(self) -> int:
+        return self._total
+
+    def row_number(self, index: int) -> int:
+        """Where item `index` stands in the data set."""
+        return fixed_order(self._total)[index]
+
+    def get_example(self, index: int) -> Conversation:
+        return self.conversation(row(self._table, self.row_number(index)))
+
+    @abstractmethod
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        """An item of the task from a row of the data set."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,22 +126,20 @@ def load_table(task: str, split: str) -> pa.Table:
 
     Read once a process. Raises UserError naming the command that gets the data when it is absent or damaged.
     """
-    return _read(*_key(task, split))
+    # what decides the content: the files with their sha256, and the columns
+    files = tuple((path, entry["sha256"]) for path, entry in _present(task, split).items())
+    return _read(files, HUB_TASKS[task].columns)
 
 
 def load_rows(task: str, split: str) -> list[dict[str, Any]]:
-    """All items of one split as dicts, not to be changed; for small data sets. Raises UserError like load_table."""
-    return _read_rows(*_key(task, split))
+    """All items of one split as dicts; for small data sets. Raises UserError like load_table."""
+    rows: list[dict[str, Any]] = load_table(task, split).to_pylist()
+    return rows
 
 
 def row(table: pa.Table, index: int) -> dict[str, Any]:
     """Item `index` of a table as a dict."""
     return {name: table.column(name)[index].as_py() for name in table.column_names}
-
-
-def num_rows(task: str, split: str) -> int:
-    """Items in one split, from the manifest. Raises UserError when the data is absent."""
-    return sum(entry["rows"] for entry in _present(task, split).values())
 
 
 @functools.lru_cache(maxsize=16)
@@ -153,12 +182,6 @@ def folder(task: str) -> Path:
     return task_data_dir() / "hub" / task
 
 
-def _key(task: str, split: str) -> tuple[tuple[tuple[Path, str], ...], tuple[str, ...]]:
-    """What decides the content: the files with their sha256, and the columns wanted."""
-    files = tuple((path, entry["sha256"]) for path, entry in _present(task, split).items())
-    return files, HUB_TASKS[task].columns
-
-
 def _present(task: str, split: str) -> dict[Path, parquet.Manifest]:
     if split not in HUB_TASKS[task].files:
         raise UserError(f"{task} has no {split} split: it has {', '.join(HUB_TASKS[task].files)}")
@@ -198,11 +221,6 @@ def _stands(path: Path, entry: parquet.Manifest) -> bool:
 @functools.lru_cache(maxsize=16)
 def _read(files: tuple[tuple[Path, str], ...], columns: tuple[str, ...]) -> pa.Table:
     return pa.concat_tables([_read_file(path).select(list(columns)) for path, _ in files])
-
-
-@functools.lru_cache(maxsize=16)
-def _read_rows(files: tuple[tuple[Path, str], ...], columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    return _read(files, columns).to_pylist()
 
 
 def _read_file(path: Path) -> pa.Table:

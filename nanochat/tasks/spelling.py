@@ -1,6 +1,9 @@
 """Spelling a word, and counting a letter in it: what a model that reads tokens cannot see and has to learn.
 
-The words are those of the run's own text, see words.py; test words are never asked about in training.
+The words are those of the run's own text; test words are never asked about in training.
+
+    task_data/<source>/words.txt     one word a line, the most frequent first
+    task_data/<source>/words.json    what they were counted on; written last
 
 Letters stand apart by a space, `apple: a p p l e`. The split pattern lets one character that is neither letter nor
 digit lead a run of letters, so each ` p` is a chunk of its own whatever the merges are: no token spans two letters.
@@ -10,18 +13,37 @@ for some letters and not for others, as the text happens to have it, and the fir
 """
 
 import random
+import re
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-from nanochat.tasks import words
-from nanochat.tasks.arithmetic import call_calculator, right_number
-from nanochat.tasks.common import Conversation, Split, Task
-from nanochat.tasks.splits import item_rng
+from nanochat import dataset
+from nanochat.errors import UserError
+from nanochat.tasks.common import (
+    Conversation,
+    GeneratedTask,
+    Split,
+    answered,
+    call_calculator,
+    item_rng,
+    right_number,
+    split_of,
+)
+from nanochat.tasks.generated import generate, require
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-SIZES = {"train": 20_000, "test": 256}
 ABSENT_SHARE = 0.15  # of the questions are about a letter that is not in the word
 REPEATED_SHARE = 0.4  # are about one that occurs more than once, where the word has such: else 1 is nearly always right
+
+MAX_CHARS = 30_000_000  # of the train text; the rarest words kept are then still ordinary ones
+CHUNK_CHARS = 1_000_000
+MIN_COUNT = 5  # rarer ones are mostly typing errors and names
+MAX_WORDS = 20_000
+RULES = 1  # count up when the rules below change, so that words made by older ones are made again
+# In running text: not a part of an identifier, a path, an address, a compound or a contraction (the `don` of don't)
+_WORD = re.compile(r"(?<![\w.'\u2019@/\\-])[a-z]{3,12}(?![\w'\u2019@/\\-]|\.\w)")
 
 SPELL_QUESTIONS = (
     "Spell the word: {word}",
@@ -76,32 +98,24 @@ COUNT_QUESTIONS = (
 QUOTES = ("{}", "{}", "'{}'", '"{}"')  # around the word, and around the letter; mostly none
 
 
-class WordTask(Task):
+class WordTask(GeneratedTask):
     """Questions about single words of a text source."""
 
-    eval_type = "generative"
-    any_size = True
-
     def __init__(self, split: Split, source: str, size: int | None = None, **kwargs: Any) -> None:
-        """`size` items (default 20,000 to train, 256 to test) on the text `source`. UserError before it is prepared."""
-        super().__init__(**kwargs)
-        self.words = words.load_words(source, split)
+        """`size` items on words of the text `source`. Raises UserError before it is prepared."""
+        super().__init__(split, size, **kwargs)
+        self.words = load_words(source, split)
         # in a fixed random order: few items are a fair sample, and no word comes twice soon
         item_rng(self.name, split, "order").shuffle(self.words)
-        self.split, self.source = split, f"generated from words of {source}"
-        self.size = SIZES[split] if size is None else size
-
-    def num_examples(self) -> int:
-        return self.size
+        self.source = f"generated from words of {source}"
 
     def get_example(self, index: int) -> Conversation:
         word = self.words[index % len(self.words)]
-        question, answer = self.ask(word, item_rng(self.name, self.split, index))
-        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        return answered(*self.ask(word, item_rng(self.name, self.split, index)))
 
     @classmethod
     def prepare(cls, source: str) -> None:
-        words.prepare(source)
+        prepare(source)
 
     @abstractmethod
     def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
@@ -163,3 +177,48 @@ def _count(word: str, letter: str) -> list[dict[str, str]]:
     by_hand = f"{spelled(word)}\nCount {letter}: {' '.join(running)}\n"
     verified = call_calculator(f"'{word}'.count('{letter}')", count)
     return [{"type": "text", "text": by_hand}, *verified, {"type": "text", "text": f"\n#### {count}"}]
+
+
+# ---- words, some to train on and some to test on
+
+
+def prepare(source: str) -> None:
+    """Count the words of the train text of `source` and write them, unless that is done. UserError without text."""
+
+    def make() -> dict[str, str]:
+        words = frequent_words(dataset.iter_documents(source, "train"))
+        return {"words.txt": "".join(f"{word}\n" for word in words)}
+
+    generate(source, "words", (RULES, MAX_CHARS, MIN_COUNT, MAX_WORDS), make)
+
+
+def frequent_words(documents: Iterable[str]) -> list[str]:
+    """Lower-case ASCII words of 3 to 12 letters that occur at least MIN_COUNT times, the most frequent first."""
+    counts: Counter[str] = Counter()
+    chunk: list[str] = []
+    size = total = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= CHUNK_CHARS:
+            counts.update(_WORD.findall("\n".join(chunk)))
+            total += size
+            chunk, size = [], 0
+            if total >= MAX_CHARS:
+                break
+    counts.update(_WORD.findall("\n".join(chunk)))
+    # words as frequent as each other in alphabetical order: the order must not hang on which came first
+    frequent = sorted((-count, word) for word, count in counts.items() if count >= MIN_COUNT)
+    return [word for _, word in frequent[:MAX_WORDS]]
+
+
+def load_words(source: str, split: Split) -> list[str]:
+    """Words of one split, the most frequent first; about one in ten, by its hash, is for test.
+
+    Raises UserError when they were not made yet or are damaged, or when the text has too few.
+    """
+    path = require(source, "words", "SpellingBee") / "words.txt"
+    words = [word for word in path.read_text(encoding="utf-8").split() if split_of("word", word) == split]
+    if not words:
+        raise UserError(f"{path} has no words for {split}: the text of {source} is too short for tasks about words")
+    return words

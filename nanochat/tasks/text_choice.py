@@ -15,10 +15,8 @@ from typing import Any
 from nanochat import dataset
 from nanochat.errors import UserError
 from nanochat.eval.offline_bundle import Item, Passage, find_passages, next_sentence, seen_word
-from nanochat.files import atomic_write
-from nanochat.tasks.common import Conversation, Split, Task, graded_letter, multiple_choice
-from nanochat.tasks.generated import fingerprint, is_made, mark_made, require_made, source_dir
-from nanochat.tasks.splits import item_rng
+from nanochat.tasks.common import Conversation, Split, Task, item_rng, multiple_choice
+from nanochat.tasks.generated import generate, require
 
 COUNTS: dict[Split, int] = {"train": 4000, "test": 400}
 MIN_ITEMS = 20
@@ -37,9 +35,9 @@ class TextChoice(Task):
     baseline = 0.25
 
     def __init__(self, split: Split, source: str, **kwargs: Any) -> None:
-        """Items made from the text `source`. Raises UserError before they are made, or when they are damaged."""
+        """Items generated from the text `source`. Raises UserError before they are, or when they are damaged."""
         super().__init__(**kwargs)
-        path = require_made(source, "text_choice", self.name) / f"text_choice_{split}.jsonl"
+        path = require(source, "text_choice", self.name) / f"text_choice_{split}.jsonl"
         self.source = f"generated from the {'train' if split == 'train' else 'validation'} text of {source}"
         self.items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -54,22 +52,18 @@ class TextChoice(Task):
         item = self.items[index]
         return multiple_choice(item["question"], item["choices"], LETTERS, item["answer"])
 
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return graded_letter(conversation, completion)
-
 
 def prepare(source: str) -> None:
-    """Make the items of both splits from the text of `source`, unless they stand. UserError for too little text."""
-    folder = source_dir(source)
-    made_from = fingerprint(source, RULES, sorted(COUNTS.items()), MAX_CHARS, MAX_SENTENCE, MAX_ITEM)
-    if is_made(folder, "text_choice", made_from):
-        return
-    items = make_items(dataset.iter_documents(source, "train"), dataset.iter_documents(source, "val"), source)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in items.items():
-        with atomic_write(folder / f"text_choice_{split}.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    mark_made(folder, "text_choice", source, made_from, [f"text_choice_{split}.jsonl" for split in items])
+    """Make the items of both splits from the text of `source`, unless that is done. UserError for too little text."""
+
+    def make() -> dict[str, str]:
+        items = make_items(dataset.iter_documents(source, "train"), dataset.iter_documents(source, "val"), source)
+        return {
+            f"text_choice_{split}.jsonl": "".join(json.dumps(row) + "\n" for row in rows)
+            for split, rows in items.items()
+        }
+
+    generate(source, "text_choice", (RULES, sorted(COUNTS.items()), MAX_CHARS, MAX_SENTENCE, MAX_ITEM), make)
 
 
 def make_items(train: Iterable[str], held_out: Iterable[str], source: str) -> dict[Split, list[dict[str, Any]]]:

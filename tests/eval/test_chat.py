@@ -30,7 +30,7 @@ from nanochat.eval.chat import (
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
 from nanochat.tasks import registry
-from nanochat.tasks.common import Task, graded_letter, multiple_choice
+from nanochat.tasks.common import Task, multiple_choice
 from nanochat.tasks.registry import CHATCORE_TASKS, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_eval as script
@@ -62,9 +62,6 @@ class Pick(Task):
     def get_example(self, index: int) -> dict:
         letters = "ABCD"[: 2 + index % 3]
         return multiple_choice(text(index), [f"choice {letter}" for letter in letters], letters, letters[index % 2])
-
-    def evaluate(self, conversation, completion):
-        return graded_letter(conversation, completion)
 
 
 class Say(Task):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from nanochat.calculator import use_calculator
 from nanochat.errors import UserError
-from nanochat.tasks.arithmetic import TEMPLATES, Arithmetic, answer_number
+from nanochat.tasks.arithmetic import TEMPLATES, Arithmetic
+from nanochat.tasks.common import answer_number
 from nanochat.tokenizer import RustBPETokenizer
 
 FORMS = {4: ["text", "python", "python_output", "text"], 7: ["text", "python", "python_output"] * 2 + ["text"]}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.tasks import registry, words
+from nanochat.tasks import registry, spelling
 from nanochat.tasks.arc import ARC
 from nanochat.tasks.common import Task
 from nanochat.tasks.gsm8k import GSM8K
@@ -120,7 +120,7 @@ def test_a_jsonl_file_is_a_task(tmp_path):
 
 
 def test_counts_of_generated_tasks_are_their_size_and_others_are_cut(store, monkeypatch):
-    monkeypatch.setattr(words, "load_words", lambda source, split: ["bolts", "keys"])
+    monkeypatch.setattr(spelling, "load_words", lambda source, split: ["bolts", "keys"])
     found = parse_tasks("SpellingBee:30_000,SimpleSpelling,Arithmetic:70_000,Identity:7", "train", "pydocs")
     assert [len(task) for task in found] == [30_000, 20_000, 70_000, 7]
     assert [task.stop for task in found] == [None, None, None, 7]

@@ -9,8 +9,15 @@ from hypothesis import strategies as st
 
 from nanochat.calculator import use_calculator
 from nanochat.errors import UserError
-from nanochat.tasks.spelling import COUNT_QUESTIONS, SPELL_QUESTIONS, SimpleSpelling, SpellingBee, spelled
-from nanochat.tasks.words import load_words, prepare
+from nanochat.tasks.spelling import (
+    COUNT_QUESTIONS,
+    SPELL_QUESTIONS,
+    SimpleSpelling,
+    SpellingBee,
+    load_words,
+    prepare,
+    spelled,
+)
 from nanochat.tokenizer import RustBPETokenizer
 from tests.tasks.test_words import documents, put_text, source  # noqa: F401  (the fixture)
 

@@ -1,4 +1,4 @@
-"""words.py: words of running text, counted once; hashing that is the same everywhere and splits the world in two."""
+"""Words of running text in spelling.py, counted once; hashing that is the same everywhere."""
 
 import itertools
 import json
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from nanochat.data import parquet
 from nanochat.errors import UserError
 from nanochat.paths import data_dir, task_data_dir
-from nanochat.tasks import words
-from nanochat.tasks.splits import item_rng, split_of, stable_hash
-from nanochat.tasks.words import frequent_words, load_words, prepare
+from nanochat.tasks import spelling
+from nanochat.tasks.common import item_rng, split_of, stable_hash
+from nanochat.tasks.spelling import frequent_words, load_words, prepare
 
 SYLLABLES = [a + b for a, b in itertools.product("bdfgklmnprst", "aeiou")]
 VOCABULARY = ["".join(syllables) + "s" for syllables in itertools.product(SYLLABLES, repeat=3)]
@@ -115,7 +115,7 @@ def slow_words(text: str) -> Counter[str]:
 @given(st.text(alphabet="abcxyz.'\u2019-_/@\\ \nAé1", max_size=60))
 def test_words_of_running_text(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(words, "MIN_COUNT", 1)
+        patch.setattr(spelling, "MIN_COUNT", 1)
         counts = slow_words(text)
         assert frequent_words([text]) == sorted(counts, key=lambda word: (-counts[word], word))
 
@@ -125,13 +125,13 @@ def test_rare_words_are_left_out_and_the_frequent_come_first(monkeypatch):
     assert frequent_words(texts) == ["often", "alike", "usual"]
     assert frequent_words(texts * 2) == ["often", "alike", "usual", "seldom"]
     assert frequent_words(["half ", "half "] * 2 + ["half"]) == ["half"]  # counted over all documents
-    monkeypatch.setattr(words, "MAX_WORDS", 2)
+    monkeypatch.setattr(spelling, "MAX_WORDS", 2)
     assert frequent_words(texts) == ["often", "alike"]
 
 
 def test_reading_stops_in_time(monkeypatch):
-    monkeypatch.setattr(words, "CHUNK_CHARS", 100)
-    monkeypatch.setattr(words, "MAX_CHARS", 1000)
+    monkeypatch.setattr(spelling, "CHUNK_CHARS", 100)
+    monkeypatch.setattr(spelling, "MAX_CHARS", 1000)
     taken = []
 
     def stream():
@@ -225,5 +225,5 @@ def test_too_little_text(store):
 
 def test_same_words_in_every_process(source):
     prepare(source)
-    code = "from nanochat.tasks.words import load_words; print(load_words('pydocs', 'test'))"
+    code = "from nanochat.tasks.spelling import load_words; print(load_words('pydocs', 'test'))"
     assert other_process(code, "1") == other_process(code, "2") == f"{load_words(source, 'test')}\n"
