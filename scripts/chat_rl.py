@@ -135,7 +135,6 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
     def measure(step: int) -> dict[str, float]:
         score = evaluate_generative(
             engine,
-            engine.tokenizer,
             task,
             sampling(settings, settings.eval_samples),
             batch_size=questions_at_once(settings.device_batch_size, settings.eval_samples),

@@ -424,7 +424,7 @@ def run_script(monkeypatch, *words: str) -> None:
 def section() -> dict:
     (found,) = report.read_sections(run_dir())
     assert found["stage"] == "chat_eval_sft"
-    return found
+    return {**found, "notes": report.notes(found)}
 
 
 def test_script_scores_what_has_data_and_reports(trained, monkeypatch, capsys):

@@ -406,4 +406,4 @@ def test_real_bundle_runs():
     for task, scored in zip(bundle.tasks[:4], result.tasks[:4], strict=True):
         few = Task(**{**vars(task), "num_fewshot": scored.num_fewshot})
         expected = slow_task(TinyModel(), ByteTokenizer(), few, 1024, 6)
-        assert scored.correct.tolist() == [correct for correct, _, _ in expected]
+        assert values(scored, "correct") == [correct for correct, _, _ in expected]

@@ -55,7 +55,8 @@ def trained(store, monkeypatch) -> str:
 
 
 def section(stage: str) -> dict:
-    return next(found for found in report.read_sections(run_dir()) if found["stage"] == stage)
+    found = next(section for section in report.read_sections(run_dir()) if section["stage"] == stage)
+    return {**found, "notes": report.notes(found)}
 
 
 def test_base_loss_of_an_untrained_model(trained, capsys):
