@@ -161,11 +161,11 @@ class ForwardedSignals:
     """While open, notes signals that are sent to this process and hands them on to a child's process group.
 
     A scheduler tells all processes of a job at once, and those that started us hand it on: one signal within half a
-    second is one. From the third on the user means it: the group is killed.
+    second is one. From the third on the user means it: the group is killed, where `kill` says so.
     """
 
-    def __init__(self, numbers: Iterable[int] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) -> None:
-        self.numbers = numbers
+    def __init__(self, numbers: Iterable[int], kill: bool) -> None:
+        self.numbers, self.kill = numbers, kill
         self.received: list[int] = []
         self.group: int | None = None
         self._came: dict[int, float] = {}  # when each signal came last
@@ -191,7 +191,7 @@ class ForwardedSignals:
             return
         self.received.append(number)
         if self.group is not None:
-            kill_group(self.group, number if len(self.received) < 3 else signal.SIGKILL)
+            kill_group(self.group, signal.SIGKILL if self.kill and len(self.received) > 2 else number)
 
 
 def kill_group(group: int, number: int) -> None:
@@ -210,7 +210,8 @@ def _execute(command: list[str], log: Path) -> tuple[int, deque[str], int | None
     arguments = [sys.executable, *command[1:]] if command[0] == "python" else command
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file, ForwardedSignals() as signals:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with log.open("ab") as file, ForwardedSignals(numbers, kill=True) as signals:
         file.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
         try:
             child = subprocess.Popen(

@@ -330,3 +330,22 @@ def test_records_tell_what_was_read_and_written(store, monkeypatch):
     assert list(record["basis"]["inputs"]) == ["in"] and list(record["outputs"]) == ["out"]
     assert record["exit_code"] == 0 and record["seconds"] > 0 and record["profile"] == "tiny"
     assert os.path.exists(record["log"])
+
+
+IGNORES_SIGTERM = """
+import os, pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(pathlib.Path(os.environ["NANOCHAT_BASE_DIR"]) / "ready").touch()
+time.sleep(60)
+"""
+
+
+def test_a_stage_that_will_not_stop_is_killed_at_the_third_signal(store):
+    runner = start("a", "--", "python", "-c", IGNORES_SIGTERM)
+    wait_for(store / "ready")
+    for _ in range(3):
+        assert runner.poll() is None
+        runner.send_signal(signal.SIGTERM)
+        time.sleep(2 * pipeline.SAME_SIGNAL_SECONDS)
+    assert runner.wait(timeout=30) == 128 + signal.SIGKILL
+    runner.communicate()

@@ -54,7 +54,8 @@ def lead(folder: Path, nodes: int, patience: float, command: Sequence[str]) -> i
     heart.start()
     code = 1
     try:
-        with ForwardedSignals(SIGNALS) as signals:
+        # its stage runner would not live to end the stage if this killed it
+        with ForwardedSignals(SIGNALS, kill=False) as signals:
             if not _others_joined(folder, attempt, nodes, patience, signals.received):
                 code = 128 + signals.received[0]
                 return code
