@@ -1,16 +1,162 @@
-"""The whole tiny chain, as a newcomer runs it. Minutes on two cores, so only with `bash runtests.sh --all`."""
+"""speedrun.sh: the stages that it walks through, with a python that only logs; and the whole tiny chain, as a newcomer
+runs it, which takes minutes on two cores and so runs only with `bash runtests.sh --all`."""
 
 import json
 import os
+import re
 import subprocess
 import time
 
 import pytest
 
+from nanochat import ledger
 from nanochat.ledger import STAGES
-from nanochat.paths import REPO
+from tests.shell.scripts import ROOT, shell
 
 STAGE_LIMIT_SECONDS = 720
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PROFILE": "huge"}, "error: PROFILE=huge: expected auto, tiny, mini or full"),
+        ({"PROFILE": "full"}, "error: PROFILE=full needs an NVIDIA GPU"),
+        ({"PROFILE": "tiny", "RUN_RL": "yes"}, "error: RUN_RL=yes: expected 0 or 1"),
+        ({"PROFILE": "tiny", "SOURCE": "local:nowhere"}, "error: SOURCE=local:nowhere: no such folder"),
+    ],
+)
+def test_speedrun_refuses_what_cannot_work(tree, bare_path, environment, message):
+    done = shell(tree, "speedrun.sh", path=str(bare_path), **environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert not (tree / "calls").exists()
+
+
+def calls(tree, bare_path, **environment):
+    done = shell(tree, "speedrun.sh", path=str(bare_path), **environment)
+    assert done.returncode == 0, done.stderr
+    return (tree / "calls").read_text().splitlines()
+
+
+def test_tiny_is_the_whole_chain_without_a_gpu(tree, bare_path):
+    made = calls(tree, bare_path)
+    stages = [line.split()[3] for line in made if "nanochat.pipeline run" in line]
+    assert stages == [stage for stage in STAGES if stage != "dataset_rest"]
+    assert [line.split()[3] for line in made if "--skip=" in line] == ["chat_rl", "chat_eval_rl"]
+    assert made[-1] == "-m nanochat.report generate"
+    assert "--source=pydocs" in made[0] and "--depth=4" in made[4]
+    assert not any("nanochat.launch" in line for line in made)
+
+
+def test_the_chain_and_the_ledgers_table_say_the_same(tree, bare_path):
+    made = calls(tree, bare_path, RUN_RL="1", SOURCE="climbmix", SHARDS="20")
+    lines = {line.split()[3]: line for line in made if "nanochat.pipeline run" in line}
+    assert list(lines) == list(STAGES)
+    writers = {}
+    for stage, line in lines.items():
+        below = set(STAGES[stage].needs).union(*(writers[need]["below"] for need in STAGES[stage].needs))
+        for path in re.findall(r"--in (\S+)", line):
+            wrote = {name for name, at in writers.items() for out in at["outs"] if f"{path}/".startswith(f"{out}/")}
+            assert wrote and wrote <= below, (stage, path)
+        writers[stage] = {"below": below, "outs": re.findall(r"--out (\S+)", line)}
+
+
+def test_the_chat_stages_hang_together(tree, bare_path):
+    made = calls(tree, bare_path, RUN_RL="1", RUN_ID="r")
+    lines = {line.split()[3]: line for line in made if "nanochat.pipeline run" in line}
+    assert not any("--skip" in line for line in made)
+    for stage, parent in (("mid_train", "base"), ("chat_sft", "mid"), ("chat_rl", "sft")):
+        assert f"--in checkpoints/{parent}/r --in task_data/pydocs/words.txt" in lines[stage]
+        assert f"--out checkpoints/{lines[stage].split('checkpoints/')[2].split('/')[0]}/r/COMPLETE" in lines[stage]
+        assert "--model-tag=r --resume=auto" in lines[stage]
+    for stage in ("mid", "sft", "rl"):
+        assert f"scripts.chat_eval -i {stage} -g r" in lines[f"chat_eval_{stage}"]
+    assert "task_data/hub" not in "".join(made)
+
+
+CHAT_STAGES = ("mid_train", "chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl")
+
+
+def chat_data_read(made):
+    """For each chat stage, the patterns below task_data that it names with --in."""
+    lines = {line.split()[3]: line for line in made if "nanochat.pipeline run" in line}
+    return {stage: sorted(set(re.findall(r"--in (task_data\S*)", lines[stage]))) for stage in CHAT_STAGES}
+
+
+def test_the_end_says_how_to_talk_to_the_model(tree, bare_path):
+    done = shell(tree, "speedrun.sh", path=str(bare_path), RUN_ID="r")
+    assert "python -m scripts.chat_cli -i sft -g r" in done.stdout
+    done = shell(tree, "speedrun.sh", path=str(bare_path), RUN_ID="r", RUN_RL="1")
+    assert "python -m scripts.chat_cli -i rl -g r" in done.stdout
+
+
+@pytest.fixture
+def gpu(bare_path):
+    """A driver; the python of `tree` sees one GPU where it is asked."""
+    driver = bare_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nexit 0\n")
+    driver.chmod(0o755)
+
+
+@pytest.mark.parametrize("environment", [{}, {"TASK_DATA": "my tasks"}, {"TASK_DATA": "nowhere"}])
+def test_the_chat_stages_of_tiny_find_what_chat_data_makes(tree, bare_path, store, environment):
+    from scripts import chat_data
+    from tests.tasks.test_words import documents, put_text
+
+    (tree / "my tasks").mkdir()
+    made = calls(tree, bare_path, RUN_RL="1", **environment)
+    tasks = re.search(r"scripts.chat_data --source=pydocs --tasks=(\S+)$", "\n".join(made), re.M).group(1)
+    put_text("pydocs", documents(150), documents(40, seed=1))
+    chat_data.main(chat_data.Settings(source="pydocs", tasks=tasks))
+    for patterns in chat_data_read(made).values():
+        assert patterns and ledger.missing(patterns) == []
+        assert ledger.fingerprint(patterns).keys() == ledger.fingerprint(["task_data"]).keys()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_task_data_comes_from_a_folder(tree, bare_path):
+    (tree / "my tasks").mkdir()
+    made = calls(tree, bare_path, PROFILE="mini", RUN_RL="1", TASK_DATA="my tasks")
+    data = next(line for line in made if "run chat_data" in line)
+    assert f"--from-dir={tree / 'my tasks'}" in data and f"--in {tree / 'my tasks'} --out" in data
+    for patterns in chat_data_read(made).values():
+        assert [pattern for pattern in patterns if "hub" in pattern] == ["task_data/hub/GSM8K"]
+    assert "--task=GSM8K" in next(line for line in made if "run chat_rl" in line)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_full_profile_reads_the_data_sets_it_names(tree, bare_path):
+    made = calls(tree, bare_path, PROFILE="full", RUN_RL="1")
+    hub = [f"task_data/hub/{name}" for name in ("ARC-Challenge", "ARC-Easy", "GSM8K", "MMLU", "SmolTalk")]
+    words = [f"task_data/fineweb-edu/words.{suffix}" for suffix in ("json", "txt")]
+    for patterns in chat_data_read(made).values():
+        assert patterns == sorted(hub + words)
+
+
+def test_overrides_reach_the_stages(tree, bare_path):
+    (tree / "my text").mkdir()
+    made = calls(tree, bare_path, SOURCE="local:my text", DEPTH="6", NPROC_PER_NODE="2", RUN_ID="a/b", WANDB_RUN="w")
+    train = next(line for line in made if "run base_train" in line)
+    source = f"local:{tree / 'my text'}"
+    assert f"--source={source}" in train and "--depth=6" in train and "--run=w" in train and "--model-tag=a-b" in train
+    assert "-- python -m nanochat.launch --nproc-per-node=2 -- -m scripts.base_train" in train
+    assert "--out checkpoints/base/a-b" in train
+
+
+def test_shell_and_python_agree_on_folder_names(tree, bare_path):
+    from nanochat import paths
+
+    folder = tree / "my--text (2)"
+    folder.mkdir()
+    made = calls(tree, bare_path, SOURCE=f"local:{folder}")
+    assert f"--out base_data/{paths.slug(f'local:{folder}')} --" in made[0]
+
+
+def test_a_large_source_gets_the_tokenizers_shards_first(tree, bare_path):
+    made = calls(tree, bare_path, PROFILE="tiny", SOURCE="climbmix", SHARDS="20")
+    stages = [line.split()[3] for line in made if "nanochat.pipeline run" in line]
+    assert stages[:4] == ["dataset", "tok_train", "tok_eval", "dataset_rest"]
+    assert "-n 8" in made[0] and "shard_0000[0-7].parquet" in made[0] and "-n 20" in made[3]
 
 
 @pytest.mark.slow
@@ -18,7 +164,7 @@ def test_tiny_from_nothing_to_a_report_and_again(tmp_path):
     environment = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "PROFILE": "tiny", "RUN_RL": "1"}
     environment.pop("OMP_NUM_THREADS", None)
     started = time.monotonic()
-    first = subprocess.run(["bash", "speedrun.sh"], cwd=REPO, env=environment, capture_output=True, text=True)
+    first = subprocess.run(["bash", "speedrun.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-2000:]
     assert time.monotonic() - started < STAGE_LIMIT_SECONDS
 
@@ -45,10 +191,10 @@ def test_tiny_from_nothing_to_a_report_and_again(tmp_path):
     assert "| Metric | BASE | MID | SFT | RL |" in report and "ChatCORE-offline" in report
 
     talk = ["bash", "-c", "source .venv/bin/activate && python -m scripts.chat_cli -i rl -t 0 -p 'Who are you?'"]
-    answer = subprocess.run(talk, cwd=REPO, env=environment, capture_output=True, text=True)
+    answer = subprocess.run(talk, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
 
-    again = subprocess.run(["bash", "speedrun.sh"], cwd=REPO, env=environment, capture_output=True, text=True)
+    again = subprocess.run(["bash", "speedrun.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.count(": done on ") == sum(
         not stage.optional for stage in STAGES.values()
     )

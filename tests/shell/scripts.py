@@ -1,0 +1,18 @@
+"""Shell scripts of the project, and running a copy of them."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("speedrun.sh", "runtests.sh", "dev/setup.sh", "dev/stages.sh", ".ci/run")
+
+
+def shell(tree, script, path=None, **environment):
+    everything = {
+        "PATH": path or os.environ["PATH"],
+        "HOME": str(tree / "home"),
+        "CALLS": str(tree / "calls"),
+        **environment,
+    }
+    return subprocess.run(["bash", script], cwd=tree, env=everything, capture_output=True, text=True, timeout=60)
