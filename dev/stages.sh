@@ -39,8 +39,8 @@ name_run() {
   export PROFILE NANOCHAT_RUN_ID=$TAG
 }
 
-# ---- The chain. --in and --out name what each stage reads and writes, relative to the artifact store; `launch` starts what
-# runs as one process a GPU.
+# ---- The chain. --in and --out name what each stage reads and writes, relative to the artifact store; `launch` starts
+# what runs as one process a GPU.
 
 base_stages() {
   local first_data=$DATA first=$SHARDS count=() folder
