@@ -51,15 +51,6 @@ def completion_pieces(conversation: Mapping[str, Any]) -> list[Piece]:
     return [*pieces, Piece("<|assistant_start|>", special=True, trained=False)]
 
 
-def without_oldest_turn(conversation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The conversation without its first question and answer, a system message kept; None if only one question is
-    left."""
-    messages = _messages(conversation)
-    has_system = _role(messages[0], "message 0") == "system"
-    rest = messages[has_system + 2 :]
-    return {"messages": messages[:has_system] + rest} if rest else None
-
-
 def _user_turn(text: str) -> list[Piece]:
     return _bracketed("<|user_start|>", text, "<|user_end|>", trained=False)
 

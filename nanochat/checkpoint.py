@@ -1,53 +1,53 @@
-"""Checkpoints on disk: what lies where, how it is read, exported and thrown away (nanochat.saver writes them).
+"""Checkpoints on disk: the layout, and how they are found, read, exported and deleted (nanochat.saver writes them).
 
-    checkpoints/<stage>/<tag>/step_000123/state/              weights (fp32) and optimizer state, in parts
-                                                              (torch.distributed.checkpoint): model.<name>,
+    checkpoints/<stage>/<tag>/step_000123/state/              fp32 weights and optimizer state, written by
+                                                              torch.distributed.checkpoint: model.<name>,
                                                               optimizer.<name>.<kind>
                                           model.safetensors   the weights in one file: of a run's last step, or exported
                                           meta.json           settings, model config, loop, loader and RNG state
-                                          COMMITTED           written last: without it nothing here exists for a reader
+                                          COMMITTED           written last; readers ignore folders without it
     checkpoints/<stage>/<tag>/COMPLETE                        the run that writes here has reached its last step
 
-Every tensor lies under its name and its place in the whole, so any number of ranks can take it up, in any layout.
+Tensors are stored by name and offset in the unsharded tensor, so any number of ranks reads them in any layout: each
+tensor is filled in place, on any device, and of a DTensor only the local rows, without communication between ranks.
 
     python -m nanochat.checkpoint export --stage=base --tag=d12 --out=d12.safetensors
 """
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import safetensors.torch
 import torch
-import torch.distributed as dist
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from nanochat import cli
+from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, atomic_write_text
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, slug
 from nanochat.runtime import compute_dtype, get_dist_info, print0
-from nanochat.tensor_files import damaged, read_file, read_parts, write_file
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
-if TYPE_CHECKING:
-    from nanochat.tokenizer import RustBPETokenizer
-
-# What makes the checkpoints of each training stage.
-STAGE_SCRIPTS = {
+STAGE_SCRIPTS = {  # which writes the checkpoints of each training stage
     "base": "scripts.base_train",
     "mid": "scripts.mid_train",
     "sft": "scripts.chat_sft",
     "rl": "scripts.chat_rl",
 }
 COMPLETE = "COMPLETE"  # file beside the steps of a run that has reached its last one
-FORMAT = 2  # of meta.json and the layout; raised when old readers could not read new checkpoints
+FORMAT = 2  # of meta.json and the layout
 
 
 def step_dir(folder: Path, step: int) -> Path:
@@ -55,22 +55,9 @@ def step_dir(folder: Path, step: int) -> Path:
 
 
 def committed_steps(folder: Path) -> list[int]:
-    """Steps of whole checkpoints under `folder`, ascending."""
+    """Steps of the complete checkpoints in `folder`, ascending."""
     names = [path.parent.name for path in folder.glob("step_*/COMMITTED")]
     return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d+", name))
-
-
-def save(folder: Path, step: int, model: GPT, optimizer: MuonAdamW | None, meta: dict[str, Any]) -> Path:
-    """Write one checkpoint, model.safetensors included, and wait for it (every rank calls this). Returns its folder."""
-    from nanochat.saver import Saver  # which builds on this module
-
-    saver = Saver(folder, model, optimizer, keep_last=1_000_000)
-    try:
-        saver.save(step, meta, last=True)
-        saver.wait()
-    finally:
-        saver.close()
-    return step_dir(folder, step)
 
 
 def rng_state() -> dict[str, Any]:
@@ -98,57 +85,59 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(tensor(state["cuda"]))
 
 
+# ---- which checkpoints there are
+
+
+def list_models() -> dict[str, list[str]]:
+    """Stage -> tags of its runs that have a complete checkpoint; stages without any are left out."""
+    found = {}
+    for stage in STAGE_SCRIPTS:
+        if tags := sorted(path.name for path in checkpoint_dir(stage, "x").parent.glob("*") if committed_steps(path)):
+            found[stage] = tags
+    return found
+
+
+def find_run(stage: str, tag: str | None = None) -> Path:
+    """Folder of a run of `stage`: the one of this tag, or the newest. Raises UserError, which lists the runs of all
+    stages, where it has no complete checkpoint."""
+    parent = checkpoint_dir(stage, "x").parent
+    if tag is not None:
+        folders = [parent / slug(tag)] if committed_steps(parent / slug(tag)) else []
+    else:
+        folders = [path for path in parent.glob("*") if committed_steps(path)]
+    if folders:
+        return max(folders, key=lambda path: step_dir(path, committed_steps(path)[-1]).stat().st_mtime)
+    wanted = f"{stage} checkpoint" if tag is None else f"{stage} checkpoint tagged {tag}"
+    runs = "; ".join(f"{name}: {', '.join(tags)}" for name, tags in list_models().items())
+    raise UserError(
+        f"no {wanted} in {parent.parent}: run `python -m {STAGE_SCRIPTS[stage]}` first; "
+        f"there are {runs or 'none at all (`bash speedrun.sh` runs all stages)'}"
+    )
+
+
 def read_meta(folder: Path, step: int) -> dict[str, Any]:
-    """meta.json of one checkpoint. Raises UserError when it is absent, damaged or of a newer format."""
+    """meta.json of one checkpoint. Raises UserError when it is absent, damaged or of another format."""
     path = step_dir(folder, step) / "meta.json"
     if not (path.parent / "COMMITTED").exists():
-        raise UserError(f"no checkpoint {path.parent}; there are: {_present(folder)}")
+        steps = ", ".join(f"step {step}" for step in committed_steps(folder))
+        raise UserError(f"no checkpoint {path.parent}; there are: {steps or 'none'}")
     try:
         meta = json.loads(path.read_text())
-        newer = meta["format"] > FORMAT
+        written = meta["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, error) from None
-    if newer:
-        raise UserError(f"{path} has format {meta['format']}, this program reads {FORMAT}: update the program")
+        raise _damaged(path, error) from None
+    if written != FORMAT:
+        raise UserError(f"{path} has format {written}, this program reads {FORMAT}: use the program that wrote it")
     return meta
 
 
-def load_weights(folder: Path, step: int, model: nn.Module) -> None:
-    """Fill `model` in place, on any device; where its weights are DTensors, each rank reads the rows that it holds.
-
-    Ranks read on their own, without communication. Raises UserError for files that are damaged or belong to another
-    model.
-    """
-    path = step_dir(folder, step) / "model.safetensors"
-    weights = model.state_dict()
-    if path.exists():
-        read_file(path, weights)
-    else:
-        read_parts(path.with_name("state"), "model.", weights)
-
-
-def load_optimizer(folder: Path, step: int, optimizer: MuonAdamW, num_steps: int) -> None:
-    """Fill the optimizer's state in place (the number of ranks and the layout may differ from the writer's)."""
-    read_parts(step_dir(folder, step) / "state", "optimizer.", optimizer.named_state(), leftover=True)
-    optimizer.num_steps = num_steps
-
-
-def export(folder: Path, step: int, out: Path | None = None) -> Path:
-    """Write the weights of one checkpoint as a single safetensors file (default: into its folder); returns its path.
-
-    Holds one tensor at a time, on the CPU. Raises UserError when there is no such checkpoint or it is damaged.
-    """
-    read_meta(folder, step)
-    path = step_dir(folder, step)
-    out = out or path / "model.safetensors"
-    write_file(path / "state", out)
-    return out
+# ---- reading
 
 
 def load_model(
     stage: str, device: torch.device, tag: str | None = None, step: int | None = None
-) -> tuple[GPT, "RustBPETokenizer", dict[str, Any]]:
-    """(whole model in evaluation mode, its tokenizer, meta) of a training stage's checkpoint; see find_model."""
+) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+    """(unsharded model in evaluation mode, its tokenizer, meta) of a training stage's checkpoint; see find_model."""
     model, tokenizer, meta = find_model(stage, device, tag, step)
     fill_model(model, device, meta)
     return model.eval(), tokenizer, meta
@@ -156,15 +145,13 @@ def load_model(
 
 def find_model(
     stage: str, device: torch.device, tag: str | None = None, step: int | None = None
-) -> tuple[GPT, "RustBPETokenizer", dict[str, Any]]:
-    """(model without memory yet, to be cut over ranks or not and then filled; its tokenizer; meta) of a checkpoint.
+) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+    """(model on the meta device, to be sharded or not and then filled; its tokenizer; meta) of a checkpoint.
 
     Without a tag the stage's newest run, without a step its last checkpoint. Raises UserError when there is none, when
     files are damaged, or when the tokenizer in the store is not the one the model was trained with.
     """
-    from nanochat.tokenizer import get_tokenizer
-
-    folder = _find_folder(stage, tag)
+    folder = find_run(stage, tag)
     step = step if step is not None else committed_steps(folder)[-1]
     meta = read_meta(folder, step)
     tokenizer = get_tokenizer()
@@ -175,15 +162,12 @@ def find_model(
         )
     with torch.device("meta"):
         model = GPT(GPTConfig(**meta["model_config"]), compute_dtype(device))
-    return (
-        model,
-        tokenizer,
-        {**meta, "stage": stage, "step": step, "tag": folder.name, "identity": identity(folder, step)},
-    )
+    about = {"stage": stage, "step": step, "tag": folder.name, "identity": identity(folder, step)}
+    return model, tokenizer, {**meta, **about}
 
 
 def fill_model(model: GPT, device: torch.device, meta: dict[str, Any]) -> None:
-    """Give the model of find_model its memory and its weights; each rank reads what it holds of them."""
+    """Allocate the model of find_model and load its weights; each rank reads its own rows."""
     folder = checkpoint_dir(meta["stage"], meta["tag"])
     model.to_empty(device=device)
     load_weights(folder, meta["step"], model)
@@ -191,65 +175,138 @@ def fill_model(model: GPT, device: torch.device, meta: dict[str, Any]) -> None:
     print0(f"loaded {step_dir(folder, meta['step'])}")
 
 
+def load_weights(folder: Path, step: int, model: nn.Module) -> None:
+    """Fill `model` in place. Raises UserError for files that are damaged or belong to another model."""
+    path = step_dir(folder, step) / "model.safetensors"
+    weights = model.state_dict()
+    if path.exists():
+        _read_file(path, weights)
+    else:
+        _read_state(path.with_name("state"), {f"model.{name}": tensor for name, tensor in weights.items()}, "model.")
+
+
+def load_optimizer(folder: Path, step: int, optimizer: MuonAdamW, num_steps: int) -> None:
+    """Fill the optimizer's state in place (the number of ranks and the layout may differ from the writer's)."""
+    state = {f"optimizer.{name}": tensor for name, tensor in optimizer.named_state().items()}
+    _read_state(step_dir(folder, step) / "state", state)
+    optimizer.num_steps = num_steps
+
+
 def identity(folder: Path, step: int) -> str:
     """Tells this checkpoint from one that another run left at the same place: a hash of meta.json, timings and all."""
     return hashlib.sha256((step_dir(folder, step) / "meta.json").read_bytes()).hexdigest()[:16]
 
 
-def recipe(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a stage decided and later ones go on with: source, max_seq_len, device_batch_size, total_batch_size, the
-    learning rates at that batch, weight_decay."""
-    if "recipe" not in meta:
-        raise UserError(f"the {meta['stage']} checkpoint {meta['tag']} is of an older version: train it again")
-    return meta["recipe"]
+@torch.no_grad()
+def _read_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill all `tensors` from a safetensors file, one at a time."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_shapes(path, shapes, tensors)
+            for name, tensor in tensors.items():
+                if is_sharded(tensor):
+                    first, end = row_range(tensor)
+                    local(tensor).copy_(file.get_slice(name)[first:end])
+                else:
+                    tensor.copy_(file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from None
 
 
-def _find_folder(stage: str, tag: str | None) -> Path:
-    parent = checkpoint_dir(stage, "x").parent
-    if tag is not None:
-        tag = slug(tag)  # as it was written
-        if not committed_steps(parent / tag):
-            raise UserError(f"no {stage} checkpoint tagged {tag} in {parent}; there are: {_present(parent)}")
-        return parent / tag
-    folders = [path for path in parent.glob("*") if committed_steps(path)]
-    if not folders:
-        raise UserError(f"no {stage} checkpoint in {parent}: run `python -m {STAGE_SCRIPTS[stage]}` first")
-    return max(folders, key=lambda path: step_dir(path, committed_steps(path)[-1]).stat().st_mtime)
+def _read_state(path: Path, tensors: dict[str, Tensor], complete: str | None = None) -> None:
+    """Fill all `tensors` from the folder `path`; complete: which has none but these whose names begin so."""
+    shapes = _state_shapes(path)
+    checked = (name for name in shapes if name in tensors or (complete is not None and name.startswith(complete)))
+    _check_shapes(path, {name: shapes[name] for name in checked}, tensors)
+    _fill(path, tensors)
 
 
-def _present(folder: Path) -> str:
-    if steps := committed_steps(folder):
-        return ", ".join(f"step {step}" for step in steps)
-    names = sorted(path.name for path in folder.glob("*") if committed_steps(path))
-    return ", ".join(names) or "none"
+def _state_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from torch.distributed.checkpoint import FileSystemReader  # takes 3 s: only where a file of weights does not do
+
+    try:
+        entries: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _damaged(path, error) from None
+    return {name: tuple(entry.size) for name, entry in entries.items()}
+
+
+def _fill(path: Path, tensors: dict[str, Tensor]) -> None:
+    """What dcp.load does, without its collectives: a rank that has nothing to read need not take part."""
+    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+
+    reader = FileSystemReader(path)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        metadata = reader.read_metadata()
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        planner.set_up_planner(tensors, metadata, is_coordinator=True)
+        reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
+    except Exception as error:  # nor is there a limit to what a damaged archive raises
+        raise _damaged(path, error) from None
+
+
+def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, shape in found.items():
+        if wanted.get(name) != shape:
+            raise UserError(f"{path}: {name} is {shape}, the model has {wanted.get(name)}")
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise UserError(f"{path} lacks {len(missing)} tensors: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}")
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"{path} is damaged ({reason}); delete the folder {path.parent} and use an earlier step")
+
+
+# ---- writing
+
+
+def write_weights(state: Path, out: Path) -> None:
+    """Weights from the folder `state` into the safetensors file `out`; holds them all on the CPU."""
+    shapes = _state_shapes(state)
+    weights = {name: torch.empty(shape) for name, shape in sorted(shapes.items()) if name.startswith("model.")}
+    _fill(state, weights)
+    with atomic_write(out) as temporary:
+        named = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        safetensors.torch.save_file(named, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def export(folder: Path, step: int, out: Path | None = None) -> Path:
+    """Write the weights of one checkpoint as a single safetensors file (default: into its folder); returns its path.
+    Raises UserError when there is no such checkpoint or it is damaged."""
+    read_meta(folder, step)
+    path = step_dir(folder, step)
+    out = out or path / "model.safetensors"
+    write_weights(path / "state", out)
+    return out
 
 
 def update_meta(folder: Path, step: int, known: dict[str, Any]) -> None:
     """Add to meta.json what came to be known after the checkpoint was saved (rank 0)."""
     path = step_dir(folder, step) / "meta.json"
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({**json.loads(path.read_text()), **known}, indent=1) + "\n")
+    atomic_write_text(path, json.dumps({**json.loads(path.read_text()), **known}, indent=1) + "\n")
 
 
 def mark_complete(folder: Path) -> None:
-    """Say that the run writing into `folder` is done, its section of the report included: rank 0's last deed."""
-    if get_dist_info().rank != 0:
-        return
-    with atomic_write(folder / COMPLETE) as temporary:
-        temporary.touch()
+    """Say that the run writing into `folder` is done, its section of the report included (rank 0 calls this last)."""
+    if get_dist_info().rank == 0:
+        (folder / COMPLETE).touch()
 
 
 def prune(folder: Path, keep_last: int, keep_every: int = -1) -> None:
-    """Delete all checkpoints but the newest `keep_last` and those of every `keep_every`-th step (if > 0); rank 0."""
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
+    """Delete all checkpoints but the newest `keep_last` and those of every `keep_every`-th step (if > 0)."""
     for step in committed_steps(folder)[:-keep_last]:
         if keep_every <= 0 or step % keep_every:
             discard(step_dir(folder, step))
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete one checkpoint, if it is there. COMMITTED goes first: half a folder is never read."""
+    """Delete one checkpoint, if it exists. COMMITTED goes first: half a folder is never read."""
     (checkpoint / "COMMITTED").unlink(missing_ok=True)
     if checkpoint.exists():
         shutil.rmtree(checkpoint)
@@ -262,6 +319,9 @@ def set_aside(folder: Path) -> Path:
         number += 1
     folder.rename(target)
     return target
+
+
+# ---- python -m nanochat.checkpoint
 
 
 @dataclass(frozen=True)
@@ -281,11 +341,11 @@ class Settings:
     """file to write; by default model.safetensors in the folder of the checkpoint"""
 
 
-def main(asked: Settings) -> None:
+def main(settings: Settings) -> None:
     """Export, and say where to."""
-    folder = _find_folder(asked.stage, asked.tag)
-    step = asked.step if asked.step >= 0 else committed_steps(folder)[-1]
-    out = export(folder, step, asked.out)
+    folder = find_run(settings.stage, settings.tag)
+    step = settings.step if settings.step >= 0 else committed_steps(folder)[-1]
+    out = export(folder, step, settings.out)
     print(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
 
 

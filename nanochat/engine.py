@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nanochat.calculator import use_calculator
-from nanochat.chat_format import without_oldest_turn
 from nanochat.errors import UserError
 from nanochat.runtime import heartbeat
 from nanochat.tokenizer import RustBPETokenizer
@@ -185,24 +184,6 @@ class Engine:
         self.tokenizer = tokenizer
         self.specials = {name: tokenizer.encode_special(name) for name in TOOL_TOKENS}
         self.stops = {self.specials["<|assistant_end|>"], self.specials["<|bos|>"]}
-
-    def prompt(self, conversation: Mapping[str, Any], max_tokens: int) -> list[int]:
-        """Ids that the answer to `conversation` follows on. Whole turns are dropped, oldest first (a system message
-        stays), until max_tokens more fit into the model's context. Raises UserError if the last message alone does
-        not fit."""
-        limit = self.model.config.sequence_len - max_tokens
-        while True:
-            tokens = self.tokenizer.render_for_completion(conversation)
-            if len(tokens) <= limit:
-                return tokens
-            shorter = without_oldest_turn(conversation)
-            if shorter is None:
-                raise UserError(
-                    f"the message is {len(tokens):,} tokens long, and the model's context of "
-                    f"{self.model.config.sequence_len:,} leaves {max(limit, 0):,} beside an answer of {max_tokens:,}: "
-                    "shorten it"
-                )
-            conversation = shorter
 
     def generate(
         self,

@@ -1,14 +1,15 @@
 """Saves checkpoints while training goes on.
 
-What becomes of one save, on every rank:
+On every rank, one save is:
 
   1. the training loop waits: an earlier save ends, the disk is checked, the tensors that this rank writes are copied to
      the CPU (on a GPU the copies are only enqueued; what the loop enqueues later comes after them)
   2. a thread waits for the copies, and all ranks write their parts of state/ together
-  3. rank 0's thread adds the other files, COMMITTED last, gives the folder its name and prunes older checkpoints
+  3. rank 0's thread adds the other files, COMMITTED last, renames the folder and prunes older checkpoints
 
-Until the folder has its name it is called .partial_*, so a full disk or a kill leaves the earlier ones as they were.
-What several ranks hold alike is copied and written by one of them, each its share.
+Until then the folder is called .partial_*, so a full disk or a kill leaves the earlier checkpoints as they were. What
+several ranks hold alike is copied and written by one of them: torch's own stager copies it on every rank
+(docs/decisions.md has the numbers).
 
 Importing this module takes 3 s (torch.distributed.checkpoint): import it where training starts.
 """
@@ -32,43 +33,30 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from nanochat.checkpoint import FORMAT, discard, prune, rng_state, step_dir
+from nanochat.checkpoint import FORMAT, discard, prune, rng_state, step_dir, write_weights
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import heartbeat, print0
-from nanochat.tensor_files import write_file
 
-ALIVE_SECONDS = 30.0  # between two signs of life while waiting for the disk
+HEARTBEAT_SECONDS = 30.0  # while waiting for the disk
 SLOWEST_DISK = datetime.timedelta(hours=2)  # how long ranks that have written their part wait for the last one
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a tensor, on the CPU, with their place in the whole."""
+    """Rows of a tensor, copied to the CPU, and where they are in the unsharded tensor."""
 
     rows: Tensor
     offsets: torch.Size
     shape: torch.Size
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the thread needs to know of one save; nothing in here changes while training goes on."""
-
-    step: int
-    last: bool
-    parts: dict[str, _Part]
-    copied: torch.cuda.Event | None
-    document: dict[str, Any]
-    rng: dict[str, Any]
-
-
 class Saver:
-    """Writes the checkpoints of one run; made, used and closed by all ranks together.
+    """Writes the checkpoints of one run; created, used and closed by all ranks together.
 
     keep_last: newest checkpoints to keep; keep_every: also those whose step is a multiple of this; -1: none. On a GPU
-    it holds pinned memory for this rank's share from the start on, on the CPU only while a save is under way.
+    it holds pinned memory for this rank's share all the time, on the CPU only during a save.
     """
 
     def __init__(
@@ -83,13 +71,12 @@ class Saver:
             self.group = dist.new_group(backend="gloo", timeout=SLOWEST_DISK)  # type: ignore[assignment]
         self._agree(self._prepare_folder() if self.rank == 0 else None)
         tensors = self._tensors()
-        self.mine = self._share(tensors)
+        self.assigned = self._share(tensors)
         self.device = local(next(iter(tensors.values()))).device
         self.pinned: dict[str, Tensor] = {}
         if self.device.type == "cuda":
-            for name in self.mine:
-                part = local(tensors[name])
-                self.pinned[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            rows = {name: local(tensors[name]) for name in self.assigned}
+            self.pinned = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in rows.items()}
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
 
@@ -106,10 +93,10 @@ class Saver:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         steps = self.optimizer.num_steps if self.optimizer is not None else 0
         about = {"format": FORMAT, "step": step, "optimizer_steps": steps, **meta}
-        document = json.loads(json.dumps(about))  # a copy: the loop goes on changing what it gave
+        document = json.dumps({**about, "rng": self._gather(rng_state(), only_first=True)}, indent=1) + "\n"
         parts, copied = self._stage()
-        job = _Job(step, last, parts, copied, document, rng_state())
-        self.thread = threading.Thread(target=self._run, args=(job,), name=f"save step {step}", daemon=True)
+        job = (step, last, parts, copied, document)
+        self.thread = threading.Thread(target=self._run, args=job, name=f"save step {step}", daemon=True)
         self.thread.start()
         return time.perf_counter() - started
 
@@ -118,7 +105,7 @@ class Saver:
         if self.thread is None:
             return
         while self.thread.is_alive():
-            self.thread.join(ALIVE_SECONDS)
+            self.thread.join(HEARTBEAT_SECONDS)
             heartbeat()
         self.thread = None
         failure, self.failure = self.failure, None
@@ -148,32 +135,27 @@ class Saver:
         return None
 
     def _share(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Names of the tensors whose parts this rank writes, so that each part is written once and every rank writes
-        about as many bytes. Also adds up what all ranks write."""
-        held = self._gather({name: tensor.nbytes for name, tensor in tensors.items() if not is_sharded(tensor)})
-        sizes = {name: size for rank in held for name, size in rank.items()}
-        cut = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+        """Names of the tensors whose local rows this rank writes: each part once, and on every rank about as many
+        bytes. Also adds up what all ranks write."""
+        held = self._gather({
+            name: (row_range(tensor)[0] if is_sharded(tensor) else 0, local(tensor).nbytes)
+            for name, tensor in tensors.items()
+            if not is_sharded(tensor) or local(tensor).numel() > 0
+        })  # fmt: skip
+        holders: dict[tuple[str, int, int], list[int]] = {}  # (name, first row, bytes) -> ranks
+        for rank, parts in enumerate(held):
+            for name, (row, size) in parts.items():
+                holders.setdefault((name, row, size), []).append(rank)
+        self.total_bytes = sum(size for _, _, size in holders)
         self.model_bytes = sum(t.numel() * t.element_size() for n, t in tensors.items() if n.startswith("model."))
-        self.total_bytes = sum(sizes.values()) + sum(tensor.numel() * tensor.element_size() for tensor in cut.values())
-
-        holders = {name: [rank for rank, names in enumerate(held) if name in names] for name in sizes}
         load = [0] * len(held)
-        mine = []
-        for name in sorted(sizes, key=lambda name: (len(holders[name]) > 1, -sizes[name], name)):
-            writer = min(holders[name], key=load.__getitem__)
-            load[writer] += sizes[name]
+        assigned = []
+        for name, row, size in sorted(holders, key=lambda part: (len(holders[part]) > 1, -part[2], part)):
+            writer = min(holders[name, row, size], key=load.__getitem__)
+            load[writer] += size
             if writer == self.rank:
-                mine.append(name)
-        # Every rank holds rows of these; what its replicas hold alike goes to one of them.
-        loads: dict[int, list[int]] = {}
-        for name in sorted(cut, key=lambda name: (-cut[name].numel(), name)):
-            replica, replicas = _replica(cut[name])
-            written = loads.setdefault(replicas, [0] * replicas)
-            writer = written.index(min(written))
-            written[writer] += cut[name].numel()
-            if writer == replica and local(cut[name]).numel() > 0:
-                mine.append(name)
-        return mine
+                assigned.append(name)
+        return assigned
 
     def _check_space(self, last: bool) -> BaseException | None:
         """Why the checkpoint will not fit. Asked first, because what a full disk raises from inside the writers is
@@ -194,7 +176,7 @@ class Saver:
         """Copy this rank's share to the CPU; on a GPU only enqueue that, and give an event that follows it."""
         tensors = self._tensors()
         parts = {}
-        for name in self.mine:
+        for name in self.assigned:
             tensor = tensors[name]
             rows = local(tensor)
             if self.pinned:
@@ -209,41 +191,41 @@ class Saver:
         copied.record(torch.cuda.current_stream(self.device))
         return parts, copied
 
-    def _run(self, job: _Job) -> None:
-        """The thread: write, and leave what went wrong in `failure`."""
-        partial = self.folder / f".partial_{job.step:06d}"
+    def _run(
+        self, step: int, last: bool, parts: dict[str, _Part], copied: torch.cuda.Event | None, document: str
+    ) -> None:
+        """The thread: write, and leave what went wrong in `failure`. Nothing it is given changes while training goes
+        on."""
+        partial = self.folder / f".partial_{step:06d}"
         try:
-            self._write(partial, job)
+            if copied is not None:
+                torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and would take memory there
+                copied.synchronize()
+            dcp.save(
+                {name: part.rows for name, part in parts.items()},
+                # copy-ahead is for tensors on a GPU, and would synchronise its stream
+                storage_writer=dcp.FileSystemWriter(partial / "state", per_thread_copy_ahead=0),
+                planner=_PartsPlanner(parts),
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
+            if self.rank == 0:
+                if last:
+                    write_weights(partial / "state", partial / "model.safetensors")
+                self._commit(partial, step, document)
         except (Exception, CheckpointException) as error:
             self.failure = _explained(error, partial)
         finally:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _write(self, partial: Path, job: _Job) -> None:
-        if job.copied is not None:
-            torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and would take memory there
-            job.copied.synchronize()
-        # copy-ahead is for tensors on a GPU, and would synchronise its stream
-        writer = dcp.FileSystemWriter(partial / "state", per_thread_copy_ahead=0)
-        dcp.save(
-            {name: part.rows for name, part in job.parts.items()},
-            storage_writer=writer,
-            planner=_PartsPlanner(job.parts),
-            process_group=self.group,
-            no_dist=self.group is None,
-        )
-        rng = self._gather(job.rng, only_first=True)
-        if self.rank > 0:
-            return
-        if job.last:
-            write_file(partial / "state", partial / "model.safetensors")
+    def _commit(self, partial: Path, step: int, document: str) -> None:
         with (partial / "meta.json").open("w") as file:
-            file.write(json.dumps({**job.document, "rng": rng}, indent=1) + "\n")
+            file.write(document)
             file.flush()
             os.fsync(file.fileno())
         (partial / "COMMITTED").touch()
-        target = step_dir(self.folder, job.step)
+        target = step_dir(self.folder, step)
         discard(target)
         partial.rename(target)
         print0(f"saved {target}")
@@ -262,17 +244,17 @@ class Saver:
 
     def _agree(self, problem: BaseException | None) -> None:
         """Raise on all ranks when one of them has a problem, so that none goes on alone."""
-        said = self._gather(problem and (isinstance(problem, UserError), str(problem)))
+        problems = self._gather(problem and (isinstance(problem, UserError), str(problem)))
         if problem is not None:
             raise problem
-        for rank, answer in enumerate(said):
-            if answer is not None:
-                mendable, text = answer
-                raise UserError(text) if mendable else RuntimeError(f"rank {rank} cannot save: {text}")
+        for rank, remote in enumerate(problems):
+            if remote is not None:
+                is_user_error, text = remote
+                raise UserError(text) if is_user_error else RuntimeError(f"rank {rank} cannot save: {text}")
 
 
 class _PartsPlanner(dcp.DefaultSavePlanner):
-    """Writes each part under its place in the whole tensor, as DCP does for DTensors; but those would need a mesh of
+    """Writes each part under its offset in the unsharded tensor, as DCP does for DTensors; those would need a mesh of
     CPUs, with process groups that nothing else uses."""
 
     def __init__(self, parts: dict[str, _Part]) -> None:
@@ -293,19 +275,8 @@ def _write_item(name: str, part: _Part) -> WriteItem:
     return WriteItem(index=MetadataIndex(name, part.offsets), type=WriteItemType.SHARD, tensor_data=about)
 
 
-def _replica(tensor: Any) -> tuple[int, int]:
-    """(number of this rank among those that hold the same rows of a DTensor, how many these are)."""
-    mesh = tensor.device_mesh
-    index, count = 0, 1
-    for dim, placement in enumerate(tensor.placements):
-        if not placement.is_shard():
-            index = index * mesh.size(dim) + mesh.get_local_rank(dim)
-            count *= mesh.size(dim)
-    return index, count
-
-
 def _explained(error: BaseException, path: Path) -> BaseException:
-    """A disk that does not take the files is the user's to mend; everything else stays what it is."""
+    """Disk errors become UserError; everything else stays what it is."""
     if isinstance(error, CheckpointException):  # no Exception itself, and the same on every rank
         rank, (cause, _) = next(iter(error.failures.items()))
         explained = _explained(cause, path)
@@ -318,7 +289,7 @@ def _explained(error: BaseException, path: Path) -> BaseException:
 
 
 def _clean(folder: Path) -> None:
-    """Delete what a killed run has left in `folder`: checkpoints half written or half deleted."""
+    """Delete what a killed run has left in `folder`: checkpoints partly written or partly deleted."""
     for path in [*folder.glob(".partial_*"), *folder.glob("step_*")]:
         if path.name.startswith(".partial_") or not (path / "COMMITTED").exists():
             shutil.rmtree(path)

@@ -7,25 +7,21 @@
 Answers go to stdout, everything else to stderr. A call of the calculator is shown as [2+3 → 5].
 """
 
-import codecs
 import contextlib
 import io
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from nanochat import cli
 from nanochat.checkpoint import load_model
 from nanochat.cli import alias, float_flag, int_flag
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
-from nanochat.models import require_model
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init
-from nanochat.tokenizer import repaired
-
-STOPS = ("<|assistant_end|>", "<|bos|>")
-Part = dict[str, str]
+from nanochat.tokenizer import RustBPETokenizer, repaired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +53,6 @@ def main(settings: Settings) -> None:
         if isinstance(stream, io.TextIOWrapper):  # neither side may fail on a character that it cannot write
             stream.reconfigure(errors="replace")
     with contextlib.redirect_stdout(sys.stderr):
-        require_model(settings.stage, settings.model_tag)
         device = compute_init(settings.device_type)[-1]
         model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.model_step)
     chat = Chat(Engine(model, tokenizer), settings)
@@ -104,105 +99,88 @@ def _typed() -> Iterator[str]:
 
 
 class Chat:
-    """One conversation: what was said so far, and how the next answer is made and shown."""
+    """One conversation, as the tokens that the model has read and written."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
         self.is_base = settings.stage == "base"
-        self.max_tokens = min(settings.max_tokens, engine.model.config.sequence_len // 2)
-        self.messages: list[dict[str, Any]] = []
+        self.context = engine.model.config.sequence_len
+        self.max_tokens = min(settings.max_tokens, self.context // 2)
+        self.turns: list[list[int]] = []  # each a question with its answer, from <|user_start|> to <|assistant_end|>
         self.answers = 0
 
     def clear(self) -> None:
-        self.messages = []
+        self.turns = []
 
     def answer(self, message: str) -> None:
         """Print the answer as it comes, and remember it. Raises UserError for a message that is too long."""
-        messages = [*self.messages, {"role": "user", "content": message}]
-        prompt = self._text(message) if self.is_base else self.engine.prompt({"messages": messages}, self.max_tokens)
-        parts: list[Part] = []
-        for text in stream_text(self.engine.tokenizer, self._tokens(prompt), parts):
+        tokenizer = self.engine.tokenizer
+        bos = tokenizer.encode_special("<|bos|>")
+        if self.is_base:
+            question = tokenizer.encode(repaired(message))
+        else:
+            question = tokenizer.render_for_completion({"messages": [{"role": "user", "content": message}]})[1:]
+        self._make_room(1 + len(question))
+        written: list[int] = []
+        for text in readable(tokenizer, self._sample([bos, *itertools.chain(*self.turns), *question], written)):
             print(text, end="", flush=True)
         print(flush=True)
         self.answers += 1
         if not self.is_base:
-            self.messages = [*messages, {"role": "assistant", "content": content(parts)}]
+            self.turns.append([*question, *written, tokenizer.encode_special("<|assistant_end|>")])
 
-    def _text(self, text: str) -> list[int]:
-        """Prompt of a base model: a document that begins with `text`."""
-        tokenizer = self.engine.tokenizer
-        tokens = [tokenizer.encode_special("<|bos|>"), *tokenizer.encode(repaired(text))]
-        room = self.engine.model.config.sequence_len - self.max_tokens
-        if len(tokens) > room:
-            raise UserError(f"the text is {len(tokens):,} tokens long, the model has room for {room:,}: shorten it")
-        return tokens
+    def _make_room(self, length: int) -> None:
+        """Forget the oldest turns, until what is left, `length` more tokens and an answer fit into the context."""
+        room = self.context - self.max_tokens
+        if length > room:
+            raise UserError(
+                f"the message is {length:,} tokens long, and the model's context of {self.context:,} leaves {room:,} "
+                f"beside an answer of {self.max_tokens:,}: shorten it"
+            )
+        while sum(map(len, self.turns)) + length > room:
+            del self.turns[0]
 
-    def _tokens(self, prompt: list[int]) -> Iterator[int]:
-        """The tokens of the answer as they are made, without the one that ends it."""
-        stops = [self.engine.tokenizer.encode_special(name) for name in STOPS]
-        columns = self.engine.generate(
-            prompt,
-            max_tokens=self.max_tokens,
+    def _sample(self, prompt: list[int], written: list[int]) -> Iterator[int]:
+        """The tokens of the answer as they are sampled, without the one that ends it; `written` gets them too."""
+        sampling = Sampling(
+            max_new_tokens=self.max_tokens,
             temperature=self.settings.temperature,
             top_k=self.settings.top_k or None,
-            seed=self.settings.seed + self.answers,
         )
-        for (token,), _ in columns:
-            if token in stops:
+        for (token,), _ in self.engine.stream([prompt], sampling, [self.settings.seed + self.answers]):
+            if token in self.engine.stops:
                 return
+            written.append(token)
             yield token
 
 
-def stream_text(tokenizer: Any, tokens: Iterable[int], parts: list[Part]) -> Iterator[str]:
-    """What to show of an answer, token by token; `parts` is filled with its parts (see nanochat/chat_format.py).
-
-    Never a part of a character: its bytes are held back until it is whole. Special tokens are not shown, but
-    <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|> reads [2+3 → 5].
-    """
-    parts.append({"type": "text", "text": ""})
-    bracket_open = False
-    for special, text in _pieces(tokenizer, tokens):
-        if special in ("<|python_start|>", "<|output_start|>"):
-            is_call = special == "<|python_start|>"
-            if is_call:
-                yield "] [" if bracket_open else "["
-            else:
-                yield " → " if bracket_open else "[→ "
-            bracket_open = True
-            parts.append({"type": "python" if is_call else "python_output", "text": ""})
-        elif special in ("<|python_end|>", "<|output_end|>"):
-            if bracket_open and special == "<|output_end|>":
-                bracket_open = False
+def readable(tokenizer: RustBPETokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """What to show of an answer, piece by piece, never a part of a character. Special tokens are not shown, but
+    <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|> reads [2+3 → 5]."""
+    names = {tokenizer.encode_special(name): name for name in tokenizer.get_special_tokens()}
+    ids, copy = itertools.tee(tokens)
+    is_open = within = False  # a bracket; and whether what comes belongs between its brackets
+    for token, piece in itertools.zip_longest(ids, tokenizer.decode_stream(copy)):
+        name = names.get(token, "")
+        text = piece.removesuffix(name)
+        if text:
+            if is_open and not within:  # a call that got no output
+                is_open = False
                 yield "]"
-            parts.append({"type": "text", "text": ""})
-        elif text:
-            if bracket_open and parts[-1]["type"] == "text":  # a call that got no output
-                bracket_open = False
-                yield "]"
-            parts[-1]["text"] += text
             yield text
-    if bracket_open:
+        if name == "<|python_start|>":
+            yield "] [" if is_open else "["
+            is_open = within = True
+        elif name == "<|output_start|>":
+            yield " → " if is_open else "[→ "
+            is_open = within = True
+        elif name in ("<|python_end|>", "<|output_end|>"):
+            within = False
+            if is_open and name == "<|output_end|>":
+                is_open = False
+                yield "]"
+    if is_open:
         yield "]"
-
-
-def _pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[tuple[str, str]]:
-    """(name of a special token, "") or ("", whole characters)."""
-    specials = {tokenizer.encode_special(name): name for name in tokenizer.get_special_tokens()}
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        if token in specials:
-            yield "", decoder.decode(b"", final=True)  # a character that was never finished
-            yield specials[token], ""
-        else:
-            yield "", decoder.decode(tokenizer.decode_bytes([token]))
-    yield "", decoder.decode(b"", final=True)
-
-
-def content(parts: list[Part]) -> str | list[Part]:
-    """Content of an assistant message made of these parts: a string where there is only text."""
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return [part for part in parts if part["text"] or part["type"] != "text"]
 
 
 if __name__ == "__main__":

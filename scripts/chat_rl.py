@@ -159,7 +159,7 @@ def main(settings: Settings) -> None:
     requested = parallel.requested_strategy(settings.parallel, settings.use_fsdp)
     policy = parallel.parallelize_model(model, requested, device)
     checkpoint.fill_model(model, device, parent)
-    recipe = checkpoint.recipe(parent)
+    recipe = parent["recipe"]
     questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))
     num_iterations = plan_steps(settings, len(questions), settings.questions_per_step)
     width = row_width(tokenizer, questions, settings.max_new_tokens, model.config.sequence_len)

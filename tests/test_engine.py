@@ -29,9 +29,6 @@ class FakeTokenizer:
     def decode(self, ids):
         return "".join(chr(token - FIRST_CHARACTER + 32) for token in ids)
 
-    def render_for_completion(self, conversation):
-        return [BOS, *self.encode("".join(message["content"] for message in conversation["messages"]))]
-
 
 class Script:
     """Stands in for a model: prompt i is followed by script[i], whatever else is heard; then by <|assistant_end|>."""
@@ -188,28 +185,11 @@ def test_rows_that_have_ended_leave_the_batch():
     assert [len(heard) for heard in model.heard] == [4, 4, 2, 1, 1, 1, 1, 1, 1, 1]
 
 
-def play(model, max_tokens=63):
+def play(model, max_tokens):
     """(sequences, masks), one for each script."""
     sampling = Sampling(max_new_tokens=max_tokens)
     results = Engine(model, FakeTokenizer()).generate_many([[BOS]] * len(model.scripts), sampling)
     return [rows[0] for rows, _ in results], [masks[0] for _, masks in results]
-
-
-def conversation(*contents, system=None):
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-    return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
-
-
-def test_the_oldest_turns_go_when_the_context_is_full():
-    engine = Engine(Script(), FakeTokenizer())  # context of 64
-    long = conversation("a" * 20, "b" * 20, "c" * 10, "d" * 10, "e" * 5)
-    assert len(engine.prompt(long, 1)) == 26  # one turn gone: 1 + 10 + 10 + 5
-    assert len(engine.prompt(long, 38)) == 26 and len(engine.prompt(long, 39)) == 6
-    with_system = conversation("a" * 40, "b", "c" * 20, system="s" * 10)
-    assert engine.prompt(with_system, 10) == [BOS, *FakeTokenizer().encode("s" * 10 + "c" * 20)]
-    with pytest.raises(UserError, match="the message is 71 tokens long"):
-        engine.prompt(conversation("short", "answer", "x" * 70), 8)
-    assert len(long["messages"]) == 5  # the caller's history stays
 
 
 def test_prefill_repeats_one_row():

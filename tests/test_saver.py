@@ -195,8 +195,8 @@ def fail_on_one_rank(folder):
         made.wait()
         patches = {
             "part": (1, mock.patch.object(saver.dcp, "FileSystemWriter", FullDisk)),
-            "file": (0, mock.patch.object(saver, "write_file", no_space)),
-            "defect": (0, mock.patch.object(saver, "write_file", defect)),
+            "file": (0, mock.patch.object(saver, "write_weights", no_space)),
+            "defect": (0, mock.patch.object(saver, "write_weights", defect)),
         }
         for step, (name, (victim, patch)) in enumerate(patches.items(), start=2):
             with patch if rank == victim else contextlib.nullcontext():
@@ -207,7 +207,7 @@ def fail_on_one_rank(folder):
         usage = mock.Mock(free=10)
         with mock.patch.object(saver.shutil, "disk_usage", lambda _: usage) if rank == 0 else contextlib.nullcontext():
             seen["small"] = raised(lambda: made.save(8, {}))
-        with mock.patch.object(saver, "write_file", no_space):
+        with mock.patch.object(saver, "write_weights", no_space):
             made.save(9, {}, last=True)
             seen["next"] = raised(lambda: made.save(10, {}))
         made.save(11, {})

@@ -182,7 +182,7 @@ def train_on_chats(
     requested = parallel.requested_strategy(settings.parallel, settings.use_fsdp)
     policy = parallel.parallelize_model(model, requested, device)
     checkpoint.fill_model(model, device, parent)
-    recipe = inherit(settings, checkpoint.recipe(parent))
+    recipe = inherit(settings, parent["recipe"])
     length, batch = recipe["max_seq_len"], recipe["total_batch_size"]
     if length > model.config.sequence_len:
         raise UserError(f"--max-seq-len={length}: the model was trained on rows of {model.config.sequence_len}")

@@ -38,7 +38,8 @@ def describe_run(
     data: str | None = None,
 ) -> dict[str, Any]:
     """What every checkpoint says of its run. parent: what load_model says of the checkpoint that training starts from;
-    recipe: see checkpoint.recipe; data: a hash of what is trained on, where the settings do not tell."""
+    recipe: what later stages take over from this one (source, batch sizes, learning rates ...); data: a hash of what is
+    trained on, where the settings do not tell."""
     about = {
         "stage": stage,
         "settings": settings,

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import checkpoint, cli, report, sandbox
+from nanochat import cli, report, sandbox
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.eval import chat
@@ -34,6 +34,7 @@ from nanochat.tasks.common import Task, multiple_choice
 from nanochat.tasks.registry import CHATCORE_TASKS, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_eval as script
+from tests.checkpoints import save_checkpoint
 from tests.processes import run_processes
 
 CPU = torch.device("cpu")
@@ -400,7 +401,7 @@ def trained(store, monkeypatch):
     TOKENIZER.save(tokenizer_dir())
     model = tiny_gpt()
     meta = {"model_config": vars(model.config), "settings": {"source": "pydocs"}, "tokenizer_hash": TOKENIZER.hash}
-    checkpoint.save(checkpoint_dir("sft", "d2"), 7, model, None, meta)
+    save_checkpoint(checkpoint_dir("sft", "d2"), 7, model, None, meta)
     sources = []
 
     def make_task(name, split, source=None):

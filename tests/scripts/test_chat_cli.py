@@ -1,4 +1,4 @@
-"""scripts/chat_cli.py and nanochat/models.py, with an untrained model that says random things."""
+"""scripts/chat_cli.py, with an untrained model that says random things."""
 
 import io
 import sys
@@ -12,11 +12,11 @@ from nanochat import checkpoint, cli
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.models import list_models
 from nanochat.paths import checkpoint_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_cli
-from scripts.chat_cli import Chat, Settings, content, stream_text
+from scripts.chat_cli import Chat, Settings, readable
+from tests.checkpoints import save_checkpoint
 
 TOKENIZER = RustBPETokenizer.train_from_iterator(["the cat sat on the mat, 2 + 3 = 5 and café"] * 20, 300)
 CONTEXT = 96
@@ -44,7 +44,7 @@ def stored(store, model):
     TOKENIZER.save(tokenizer_dir())
     meta = {"model_config": vars(model.config), "settings": {}, "tokenizer_hash": TOKENIZER.hash}
     for stage, tag in (("sft", "d1"), ("base", "d1"), ("base", "wide")):
-        checkpoint.save(checkpoint_dir(stage, tag), 7, model, None, meta)
+        save_checkpoint(checkpoint_dir(stage, tag), 7, model, None, meta)
     return store
 
 
@@ -60,15 +60,20 @@ def say(monkeypatch, capsys):
     return run
 
 
-def expected(model: GPT, messages: list[dict], seed: int = 42, max_tokens: int = 12) -> list[int]:
-    """The answer's ids, from generate_batch."""
-    prompt = TOKENIZER.render_for_completion({"messages": messages})
+def asked(message: str) -> list[int]:
+    """What opens an answer to `message`, without <|bos|>."""
+    return TOKENIZER.render_for_completion({"messages": [{"role": "user", "content": message}]})[1:]
+
+
+def expected(model: GPT, message: str, seed: int = 42, max_tokens: int = 12, before: list[int] = ()) -> list[int]:
+    """The answer's ids, from generate_batch; before: the turns that were said earlier."""
+    prompt = [*special("bos"), *before, *asked(message)]
     options = {"max_tokens": max_tokens, "temperature": 0.6, "top_k": 50, "seed": seed}
     return Engine(model, TOKENIZER).generate_batch(prompt, **options)[0][0][len(prompt) :]
 
 
 def shown(tokens: list[int]) -> str:
-    return "".join(stream_text(TOKENIZER, tokens, []))
+    return "".join(readable(TOKENIZER, tokens))
 
 
 def special(*names: str) -> list[int]:
@@ -87,13 +92,12 @@ def call(expression: str, result: str | None) -> list[int]:
 
 @given(st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 10), max_size=40))
 def test_streamed_text_is_the_decoded_text(tokens):
-    parts: list = []
-    assert "".join(stream_text(TOKENIZER, tokens, parts)) == TOKENIZER.decode(tokens) == content(parts)
+    assert "".join(readable(TOKENIZER, tokens)) == TOKENIZER.decode(tokens)
 
 
 def test_characters_come_whole():
     tokens = TOKENIZER.encode("a🙂é中")
-    pieces = [text for text in stream_text(TOKENIZER, tokens, [])]
+    pieces = list(readable(TOKENIZER, tokens))
     assert "".join(pieces) == "a🙂é中" and "�" not in "".join(pieces)
     assert len(tokens) > len(pieces)
     assert shown(tokens[:3]) == "a�"  # cut within the emoji: said at the end, not before
@@ -109,13 +113,11 @@ def test_calls_of_the_calculator_are_readable():
     assert shown([*special("output_start"), *text("5")]) == "[→ 5]"
 
 
-def test_the_history_keeps_the_parts():
-    parts: list = []
-    tokens = [*TOKENIZER.encode("is "), *call("2+3", "5"), *TOKENIZER.encode(" so")]
-    list(stream_text(TOKENIZER, tokens, parts))
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content(parts)}]
-    ids, _ = TOKENIZER.render_conversation({"messages": messages})
-    assert ids[-len(tokens) - 1 :] == [*tokens, *special("assistant_end")]
+def test_pieces_come_as_soon_as_their_tokens():
+    given = iter(TOKENIZER.encode("a cat"))
+    shown_so_far = readable(TOKENIZER, given)
+    assert next(shown_so_far) == TOKENIZER.decode(TOKENIZER.encode("a cat")[:1])
+    assert list(given) == TOKENIZER.encode("a cat")[1:]
 
 
 # One message
@@ -123,7 +125,7 @@ def test_the_history_keeps_the_parts():
 
 def test_one_message_is_answered_like_generate_batch_does(stored, say, model):
     out, err = say(prompt="the cat")
-    wanted = expected(model, [{"role": "user", "content": "the cat"}])
+    wanted = expected(model, "the cat")
     assert len(wanted) > 3 and out == shown(wanted) + "\n"
     assert "loaded" in err and "base model" not in err
     assert say(prompt="the cat").out == out != say(prompt="the cat", seed=43).out
@@ -148,26 +150,43 @@ def test_an_answer_takes_at_most_half_of_the_context(stored, model):
 
 def test_lines_of_stdin_are_one_conversation(stored, say, model):
     out, _ = say("the cat\n\nthe mat\nquit\nnever read\n")
-    first = {"role": "user", "content": "the cat"}
-    answer = expected(model, [first])
-    parts: list = []
-    text = "".join(stream_text(TOKENIZER, answer, parts))
-    history = [first, {"role": "assistant", "content": content(parts)}, {"role": "user", "content": "the mat"}]
-    assert out == f"{text}\n{shown(expected(model, history, seed=43))}\n"
+    answer = expected(model, "the cat")
+    turn = [*asked("the cat"), *answer, *special("assistant_end")]
+    assert out == f"{shown(answer)}\n{shown(expected(model, 'the mat', seed=43, before=turn))}\n"
+
+
+def test_the_model_reads_the_very_tokens_that_it_wrote(model, monkeypatch, capsys):
+    """Also where their text would be encoded in other tokens, and with calls of the calculator."""
+    prompts: list[list[int]] = []
+    letters = [TOKENIZER.encode(letter)[0] for letter in "the"]
+    assert TOKENIZER.encode("the") != letters
+    answer = [*letters, *call("2+3", "5"), *special("user_end")]
+
+    def stream(self, given, sampling, seeds):
+        prompts.append(given[0])
+        yield from (([token], [1]) for token in [*answer, *special("bos")])
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    chat = Chat(Engine(model, TOKENIZER), Settings(max_tokens=5))
+    chat.answer("a")
+    chat.answer("b")
+    assert prompts == [
+        [*special("bos"), *asked("a")],
+        [*special("bos"), *asked("a"), *answer, *special("assistant_end"), *asked("b")],
+    ]
+    assert capsys.readouterr().out == "the[2+3 → 5]\n" * 2
 
 
 def test_clear_forgets_and_exit_ends(stored, say, model):
     out, err = say("the cat\nCLEAR\nthe mat\nexit\nthe cat\n")
-    answers = [
-        expected(model, [{"role": "user", "content": text}], seed) for text, seed in (("the cat", 42), ("the mat", 43))
-    ]
+    answers = [expected(model, text, seed) for text, seed in (("the cat", 42), ("the mat", 43))]
     assert out == "".join(shown(answer) + "\n" for answer in answers)
     assert "(forgotten)" in err
 
 
 def test_a_message_too_long_is_one_line_and_the_chat_goes_on(stored, say, model):
     out, err = say(f"{'xyz ' * 200}\nthe cat\n")
-    assert out == shown(expected(model, [{"role": "user", "content": "the cat"}])) + "\n"
+    assert out == shown(expected(model, "the cat")) + "\n"
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert "shorten" in line
     _, err = say(f"{'xyz ' * 200}\n", stage="base")
@@ -177,6 +196,20 @@ def test_a_message_too_long_is_one_line_and_the_chat_goes_on(stored, say, model)
 def test_a_long_conversation_drops_its_oldest_turns(stored, say):
     out, err = say("the cat sat on the mat\n" * 8)
     assert "error" not in err and len(out) > 8
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(model):
+    chat = Chat(Engine(model, TOKENIZER), Settings(max_tokens=12))  # of 96, so that 84 are left
+    chat.turns = [[1] * 40, [2] * 30, [3] * 5]
+    chat._make_room(9)
+    assert list(map(len, chat.turns)) == [40, 30, 5]
+    chat._make_room(10)
+    assert list(map(len, chat.turns)) == [30, 5]
+    with pytest.raises(UserError, match=r"the message is 85 tokens long.* leaves 84 beside an answer of 12"):
+        chat._make_room(85)
+    assert list(map(len, chat.turns)) == [30, 5]  # a message that is refused costs no memory
+    chat._make_room(84)
+    assert chat.turns == []
 
 
 class Terminal(io.StringIO):
@@ -204,9 +237,9 @@ def test_at_a_terminal_control_d_and_control_c_end_politely(stored, monkeypatch,
 
 
 def test_models_of_the_store(stored, model):
-    assert list_models() == {"base": ["d1", "wide"], "sft": ["d1"]}
+    assert checkpoint.list_models() == {"base": ["d1", "wide"], "sft": ["d1"]}
     (checkpoint_dir("rl", "half") / "step_000001").mkdir(parents=True)  # no whole checkpoint in it
-    assert list_models() == {"base": ["d1", "wide"], "sft": ["d1"]}
+    assert checkpoint.list_models() == {"base": ["d1", "wide"], "sft": ["d1"]}
 
 
 def test_a_missing_checkpoint_lists_what_is_there(stored, say):

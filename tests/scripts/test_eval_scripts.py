@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import checkpoint, cli, dataset, report
+from nanochat import cli, dataset, report
 from nanochat.errors import UserError
 from nanochat.eval import bpb
 from nanochat.eval.bundle import load_bundle
@@ -17,6 +17,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import checkpoint_dir, get_base_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
 from scripts import base_eval, base_loss, make_eval_bundle
+from tests.checkpoints import save_checkpoint
 from tests.eval.test_offline_bundle import document
 
 
@@ -41,7 +42,7 @@ def store(tmp_path_factory) -> tuple[Path, str]:
         model = GPT(config)
         model.init_weights(head_std=0.0)
         meta = {"model_config": vars(config), "settings": {"source": source}, "tokenizer_hash": tokenizer.hash}
-        checkpoint.save(checkpoint_dir("base", "d1"), 7, model, None, meta)
+        save_checkpoint(checkpoint_dir("base", "d1"), 7, model, None, meta)
     return folder / "base", source
 
 
