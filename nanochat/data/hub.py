@@ -1,6 +1,10 @@
-"""One file of a dataset repository on the Hugging Face hub, or on a mirror of it named by HF_ENDPOINT."""
+"""One file of a dataset repository on the Hugging Face hub, or on a mirror of it named by HF_ENDPOINT.
 
-import hashlib
+huggingface_hub describes and transfers the file. Its `hf_hub_download` does not serve here: it refuses plain file
+servers as mirrors and checks no sha256. A transfer that breaks off goes on where it stopped, after a kill from 0.
+"""
+
+import io
 import os
 import re
 import threading
@@ -8,25 +12,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, logging
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, sha256_file
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0  # seconds, doubled after each failed attempt: 15 s in all
-TIMEOUT = 30.0  # seconds without an answer or a byte
-CHUNK = 1 << 20
+TIMEOUT = 30.0  # seconds for the hub to say what a file is
 RETRIED_STATUS = {408, 429, 500, 502, 503, 504}
+
+disable_progress_bars("huggingface_hub.http_get")  # ours is dataset.py's
+logging.set_verbosity_error()
 
 
 class Downloaded(NamedTuple):
@@ -38,6 +44,21 @@ class Downloaded(NamedTuple):
 
 class _Transient(Exception):
     """Worth another attempt: the network, or a server that is busy or broken for the moment."""
+
+
+class _Watched(io.FileIO):
+    """A file to append to, which reports its size and takes no more once `stop` is set."""
+
+    def __init__(self, path: Path, on_bytes: Callable[[int], None], stop: threading.Event) -> None:
+        super().__init__(path, "a")
+        self.on_bytes, self.stop = on_bytes, stop
+
+    def write(self, chunk: bytes) -> int:  # type: ignore[override]
+        if self.stop.is_set():
+            raise UserError("stopped")
+        written = super().write(chunk)
+        self.on_bytes(self.tell())
+        return written
 
 
 def endpoint() -> str:
@@ -69,103 +90,71 @@ def download(
     stop = stop or threading.Event()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        for attempt in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
-                fetched = _attempt(repo, filename, revision, temporary, otherwise, on_bytes, stop)
+                fetched = _fetch(repo, filename, revision, temporary, on_bytes, stop)
                 break
-            except _Transient as failure:
-                reason = str(failure)
-            wait = FIRST_WAIT * 2**attempt
-            last = attempt == ATTEMPTS - 1
-            if not last:
+            except OfflineModeIsEnabled:
+                raise UserError(f"HF_HUB_OFFLINE is set, but {filename} is needed: unset it, or {otherwise}") from None
+            except (HTTPError, _Transient) as error:
+                reason = _passing_reason(error, repo, filename, revision)
+            wait = FIRST_WAIT * 2 ** (attempt - 1)
+            if attempt < ATTEMPTS:
                 print(f"{filename}: {reason}; trying again in {wait:.0f} s", flush=True)
-            if last or stop.wait(wait):
+            if attempt == ATTEMPTS or stop.wait(wait):
                 raise UserError(
-                    f"could not get {filename} from {endpoint()} ({reason}; {attempt + 1} attempts): check the "
+                    f"could not get {filename} from {endpoint()} ({reason}; {attempt} attempts): check the "
                     f"network, set HF_ENDPOINT to a mirror, or {otherwise}"
                 )
         verify(temporary)
     return fetched
 
 
-def _attempt(
+def _fetch(
     repo: str,
     filename: str,
     revision: str,
     temporary: Path,
-    otherwise: str,
     on_bytes: Callable[[int, int], None],
     stop: threading.Event,
 ) -> Downloaded:
     where = endpoint()
-    try:
-        url = hf_hub_url(repo, filename, repo_type="dataset", revision=revision, endpoint=where)
-        about = get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=where)
-        # the commit, not the branch: the file must be the one that was just described
-        url = hf_hub_url(repo, filename, repo_type="dataset", revision=about.commit_hash or revision, endpoint=where)
-        size = _stream(url, temporary, about.size, on_bytes, stop)
-    except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
-        raise _not_there(error, repo, filename, revision) from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in RETRIED_STATUS:
-            raise _Transient(f"HTTP {status}") from None
-        if status == 404:
-            raise _not_there(error, repo, filename, revision) from None
-        raise UserError(f"{where} refused {filename} of {repo}: HTTP {status} (see `hf auth login`)") from None
-    except OfflineModeIsEnabled:
-        raise UserError(f"HF_HUB_OFFLINE is set, but {filename} is needed: unset it, or {otherwise}") from None
-    except HTTPError as error:  # every failure below HTTP: no name, no route, refused, reset, timed out
-        raise _Transient(_first_line(error)) from None
+    url = hf_hub_url(repo, filename, repo_type="dataset", revision=revision, endpoint=where)
+    about = get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=where)
+    # the commit, not the branch: the file must be the one that was just described
+    commit = about.commit_hash or revision
+    url = hf_hub_url(repo, filename, repo_type="dataset", revision=commit, endpoint=where)
+    size = about.size
+    with _Watched(temporary, lambda done: on_bytes(done, size or 0), stop) as file:
+        try:
+            # compressed on the way, a file would be of another size
+            headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+            http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
+        except OSError as error:
+            if isinstance(error, HTTPError) or error.errno is not None:
+                raise
+            raise _Transient(f"{file.tell():,} of {size or 0:,} bytes came") from None
     etag = about.etag or ""
-    if re.fullmatch(r"[0-9a-f]{64}", etag):  # large files are known by their sha256
-        with open(temporary, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != etag:
-            temporary.unlink()
-            raise _Transient(f"sha256 is {digest[:12]}…, expected {etag[:12]}…")
-    return Downloaded(about.commit_hash or revision, size)
-
-
-def _stream(
-    url: str,
-    temporary: Path,
-    size: int | None,
-    on_bytes: Callable[[int, int], None],
-    stop: threading.Event,
-) -> int:
-    """Append what is missing of `url` to `temporary`; returns its full size in bytes."""
-    done = temporary.stat().st_size if temporary.exists() else 0
-    if size is not None and done > size:
+    if re.fullmatch(r"[0-9a-f]{64}", etag) and (digest := sha256_file(temporary)) != etag:  # large files have it
         temporary.unlink()
-        done = 0
-    if size is None or done < size or size == 0:
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        if done:
-            headers["Range"] = f"bytes={done}-"
-        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
-            hf_raise_for_status(response)
-            if done and response.status_code != 206:  # a server without ranges sends everything again
-                done = 0
-            with open(temporary, "ab" if done else "wb") as file:
-                for chunk in response.iter_bytes(CHUNK):
-                    if stop.is_set():
-                        raise UserError("stopped")
-                    file.write(chunk)
-                    done += len(chunk)
-                    on_bytes(done, size or 0)
-    if size is not None and done != size:
-        raise _Transient(f"{done:,} of {size:,} bytes came")
-    return done
+        raise _Transient(f"sha256 is {digest[:12]}…, expected {etag[:12]}…")
+    return Downloaded(commit, temporary.stat().st_size)
 
 
-def _not_there(error: HfHubHTTPError, repo: str, filename: str, revision: str) -> UserError:
+def _passing_reason(error: Exception, repo: str, filename: str, revision: str) -> str:
+    """Why another attempt may help. Raises UserError where none will."""
+    where = endpoint()
+    if not isinstance(error, HfHubHTTPError):  # below HTTP: no name, no route, refused, reset, timed out
+        return (str(error) or type(error).__name__).splitlines()[0]
+    status = error.response.status_code
+    if status in RETRIED_STATUS:
+        return f"HTTP {status}"
     if isinstance(error, RepositoryNotFoundError):
-        return UserError(f"{endpoint()} has no dataset {repo}, or it is private: check HF_ENDPOINT, or `hf auth login`")
-    if isinstance(error, RevisionNotFoundError):
-        return UserError(f"dataset {repo} on {endpoint()} has no revision {revision}")
-    return UserError(f"dataset {repo} on {endpoint()} has no file {filename} (404, revision {revision})")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        text = f"{where} has no dataset {repo}, or it is private: check HF_ENDPOINT, or `hf auth login`"
+    elif isinstance(error, RevisionNotFoundError):
+        text = f"dataset {repo} on {where} has no revision {revision}"
+    elif status == 404:
+        text = f"dataset {repo} on {where} has no file {filename} (404, revision {revision})"
+    else:
+        text = f"{where} refused {filename} of {repo}: HTTP {status} (see `hf auth login`)"
+    raise UserError(text) from None

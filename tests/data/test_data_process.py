@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from nanochat import cli, dataset
 from nanochat.data import hub
@@ -77,7 +78,7 @@ def test_more_files_are_added_to_those_that_are_here(server, capsys):
 
 
 def test_a_cut_connection_is_taken_up_again(server, monkeypatch):
-    monkeypatch.setattr(hub, "CHUNK", 100)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
     server.faults[train_name(1)] = ["cut", 503]
     found = get(shards=1)
     assert found.train[0].read_bytes() == server.files[train_name(1)]

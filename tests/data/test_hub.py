@@ -2,6 +2,7 @@ import os
 import socket
 
 import pytest
+from huggingface_hub import constants
 
 from nanochat.data import hub
 from nanochat.errors import UserError
@@ -66,7 +67,7 @@ def test_lasting_server_error_ends_after_all_attempts(server, tmp_path):
 
 
 def test_cut_transfer_goes_on_where_it_stopped(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "CHUNK", 1000)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     server.faults[NAME] = ["cut"]
     get(tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == server.files[NAME]
