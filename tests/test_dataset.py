@@ -295,6 +295,17 @@ def test_shards_do_not_depend_on_how_text_is_spread_over_files(tmp_path, texts, 
     assert results[0] == results[1]
 
 
+def test_repeated_documents_do_not_move_the_validation_split(tmp_path):
+    """At 150 documents of two bytes, one per cent is one document; counted twice it would be three."""
+    found = []
+    for times in (1, 2):
+        origin = tmp_path / f"{times} times"
+        origin.mkdir()
+        (origin / "a.jsonl").write_text(jsonl([chr(0x100 + i) for i in range(150)] * times))
+        found.append(local.convert(local.input_files(origin), origin / "out"))
+    assert found[0] == found[1] and found[0]["shard_00001.parquet"]["documents"] == 1
+
+
 def test_validation_is_one_per_cent(folder, monkeypatch):
     monkeypatch.setattr(local, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(local, "BUCKET_BYTES", 50_000)  # several buckets

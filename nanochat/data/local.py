@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nanochat.data import parquet
 from nanochat.errors import UserError
@@ -77,17 +78,16 @@ def convert(files: list[Path], target: Path) -> parquet.Manifest:
     target.mkdir(parents=True, exist_ok=True)
     buckets = min(MAX_BUCKETS, 1 + sum(path.stat().st_size for path in files) // BUCKET_BYTES)
     with tempfile.TemporaryDirectory(dir=target, prefix="ordering-") as folder:
-        size = _spread(files, Path(folder), buckets)
-        val_bytes = min(MAX_VAL_BYTES, int(size * VAL_SHARE))
+        _spread(files, Path(folder), buckets)
+        val_bytes = min(MAX_VAL_BYTES, int(sum(map(_distinct_bytes, Path(folder).iterdir())) * VAL_SHARE))
         return parquet.write_shards(target, _ordered(Path(folder)), val_bytes, SHARD_BYTES)
 
 
-def _spread(files: list[Path], folder: Path, buckets: int) -> int:
-    """Write each document to one of `buckets` Arrow files by its hash; returns the UTF-8 bytes written."""
+def _spread(files: list[Path], folder: Path, buckets: int) -> None:
+    """Write each document to one of `buckets` Arrow files by its hash."""
     schema = pa.schema([("text", pa.large_string())])
     waiting: list[list[str]] = [[] for _ in range(buckets)]
     sizes = [0] * buckets
-    total = 0
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_file(str(folder / f"{i:03d}.arrow"), schema)) for i in range(buckets)]
 
@@ -99,21 +99,27 @@ def _spread(files: list[Path], folder: Path, buckets: int) -> int:
             for text in read_documents(path):
                 # buckets are ranges of the hash, so that one after the other they are in order
                 i = int.from_bytes(parquet.text_hash(text)[:8], "big") * buckets >> 64
-                size = len(text.encode())
                 waiting[i].append(text)
-                sizes[i] += size
-                total += size
+                sizes[i] += len(text.encode())
                 if sizes[i] > 1 << 20:
                     flush(i)
         for i in range(buckets):
             flush(i)
-    return total
+
+
+def _read_bucket(path: Path) -> pa.ChunkedArray:
+    with pa.memory_map(str(path)) as stream:
+        return pa.ipc.open_file(stream).read_all().column("text")
+
+
+def _distinct_bytes(path: Path) -> int:
+    """UTF-8 bytes of the documents in a bucket, each counted once: repetitions must not move the validation split."""
+    return pc.sum(pc.binary_length(pc.unique(_read_bucket(path)))).as_py() or 0
 
 
 def _ordered(folder: Path) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
-        with pa.memory_map(str(path)) as stream:
-            texts = pa.ipc.open_file(stream).read_all().column("text").to_pylist()
+        texts = _read_bucket(path).to_pylist()
         yield from (text for _, text in sorted({parquet.text_hash(text): text for text in texts}.items()))
 
 
