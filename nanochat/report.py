@@ -99,10 +99,8 @@ def read_sections(run_dir: Path) -> list[dict[str, Any]]:
 
 def notes(section: Mapping[str, Any]) -> list[str]:
     """The sentences below a section: one for each paragraph of report/notes/<stage>.md.j2 (chat_eval_mid, _sft and _rl
-    share chat_eval.md.j2), which sees the section's settings, metrics and facts.
-
-    Raises UserError where the section lacks a value that the template shows.
-    """
+    share chat_eval.md.j2), which sees the section's settings, metrics and facts. No report fails for a sentence: where
+    the section lacks a value that the template shows, the note says so."""
     import jinja2
 
     stage = section["stage"]
@@ -112,7 +110,7 @@ def notes(section: Mapping[str, Any]) -> list[str]:
     except jinja2.TemplatesNotFound:
         text = ""
     except jinja2.UndefinedError as error:
-        raise UserError(f"section {stage} was left by another version of the code ({error}): run it again") from error
+        text = f"No notes: another version of the code left this section ({error}); run the stage again."
     return [*section["notes"], *(" ".join(part.split()) for part in text.split("\n\n") if part.strip())]
 
 
