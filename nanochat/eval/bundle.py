@@ -15,32 +15,12 @@ import yaml
 
 from nanochat.errors import UserError
 
-PUBLISHED_TASKS = frozenset(
-    [
-        "hellaswag_zeroshot",
-        "jeopardy",
-        "bigbench_qa_wikidata",
-        "arc_easy",
-        "arc_challenge",
-        "copa",
-        "commonsense_qa",
-        "piqa",
-        "openbook_qa",
-        "lambada_openai",
-        "hellaswag",
-        "winograd",
-        "winogrande",
-        "bigbench_dyck_languages",
-        "agi_eval_lsat_ar",
-        "bigbench_cs_algorithms",
-        "bigbench_operators",
-        "bigbench_repeat_copy_logic",
-        "squad",
-        "coqa",
-        "boolq",
-        "bigbench_language_identification",
-    ]
-)
+PUBLISHED_TASKS = frozenset((
+    "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa", "commonsense_qa",
+    "piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande", "bigbench_dyck_languages",
+    "agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators", "bigbench_repeat_copy_logic", "squad", "coqa",
+    "boolq", "bigbench_language_identification",
+))  # fmt: skip
 MARKER = "bundle.json"  # {"kind": "published" | "offline", "source": str, "tasks": [label]}; absent in older downloads
 _FIELDS = {
     "multiple_choice": ("query", "choices"),

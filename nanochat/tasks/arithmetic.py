@@ -3,12 +3,15 @@
 What identifies a problem is its template with its numbers: that decides between train and test, and the names and
 objects in it do not matter. Answers have one form, in few tokens: each calculation once as text, which the call that
 follows repeats (a small model copies more safely than it writes two forms of the same thing), then `#### result`.
-There are no spaces in a calculation: they would be tokens of their own, and the call has none either.
+There are no spaces in a calculation: they would be tokens of their own, and the call has none either. The templates
+stand in arithmetic.jsonl beside this module.
 """
 
+import json
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from nanochat.errors import UserError
 from nanochat.tasks.common import (
@@ -28,48 +31,15 @@ LARGEST_FACTOR = 12  # factors and divisors; products of larger numbers are beyo
 TRIES = 300  # draws of numbers before another template is taken
 
 
-class Template:
+class Template(NamedTuple):
     """A problem: `text` names the numbers {a} {b} {c}; each step is `operand operator operand`, r the last result."""
 
-    def __init__(self, text: str, *steps: str) -> None:
-        self.text, self.steps = text, steps
+    text: str
+    steps: list[str]
 
 
-TEMPLATES = (
-    Template("{x} has {a} {things} and gets {b} more. How many {things} does {x} have now?", "a + b"),
-    Template("{x} has {a} {things} and {y} has {b}. How many {things} do they have together?", "a + b"),
-    Template("There are {a} {things} in one box and {b} in another. How many {things} are there in all?", "a + b"),
-    Template("{x} read {a} pages on Monday and {b} pages on Tuesday. How many pages is that?", "a + b"),
-    Template("{x} is {a} years old. How old will {x} be in {b} years?", "a + b"),
-    Template("{x} has {a} {things} and gives {b} to {y}. How many {things} are left?", "a - b"),
-    Template("{x} had {a} {things} and lost {b} of them. How many {things} does {x} have now?", "a - b"),
-    Template("A book has {a} pages. {x} has read {b}. How many pages are left?", "a - b"),
-    Template("{x} has {a} {things} and {y} has {b}. How many more {things} does {x} have?", "a - b"),
-    Template("A shop had {a} {things} and sold {b}. How many {things} remain?", "a - b"),
-    Template("{x} has {a} boxes with {b} {things} each. How many {things} is that?", "a * b"),
-    Template("One of the {things} costs {a} coins. How many coins do {b} of them cost?", "a * b"),
-    Template("{x} walks {a} miles every day. How many miles does {x} walk in {b} days?", "a * b"),
-    Template("There are {a} rows of {b} chairs. How many chairs are there?", "a * b"),
-    Template("{x} shares {a} {things} equally among {b} friends. How many does each friend get?", "a / b"),
-    Template("{a} {things} are packed into bags of {b}. How many bags are needed?", "a / b"),
-    Template("{b} of the {things} cost {a} coins in all. How many coins does one cost?", "a / b"),
-    Template("{x} has {a} {things}, finds {b} more and buys {c}. How many {things} is that?", "a + b", "r + c"),
-    Template("{x} has {a} {things}, gets {b} more and gives away {c}. How many are left?", "a + b", "r - c"),
-    Template("A bus has {a} people. {b} get off and {c} get on. How many people are on it now?", "a - b", "r + c"),
-    Template("{x} had {a} coins, spent {b} and then {c} more. How many coins are left?", "a - b", "r - c"),
-    Template("{x} has {a} bags of {b} {things} and {c} more. How many {things} is that?", "a * b", "r + c"),
-    Template("{x} has {a} bags of {b} {things} and uses {c}. How many {things} are left?", "a * b", "r - c"),
-    Template("{x} has {c} coins and buys {a} {things} for {b} coins each. How many coins are left?", "a * b", "c - r"),
-    Template("{x} works {a} hours a day for {b} days at {c} coins an hour. How many coins is that?", "a * b", "r * c"),
-    Template("{x} has {a} red and {b} blue {things} and fills bags of {c}. How many bags?", "a + b", "r / c"),
-    Template("{x} had {a} {things}, lost {b} and packs the rest in bags of {c}. How many bags?", "a - b", "r / c"),
-    Template("{a} boxes of {b} {things} are shared by {c} people. How many does each get?", "a * b", "r / c"),
-    Template("{x} shares {a} {things} among {b} friends. {y}, one of them, had {c}. How many now?", "a / b", "r + c"),
-    Template("{b} of the {things} cost {a} coins. How many coins do {c} of them cost?", "a / b", "r * c"),
-    Template("A class has {a} boys and {b} girls. Each gets {c} {things}. How many is that?", "a + b", "r * c"),
-    Template("{x} has {a} {things} and {y} has {b} fewer. How many do they have together?", "a - b", "a + r"),
-    Template("{x} has {a} {things} and {y} has {b} times as many. How many do both have?", "a * b", "a + r"),
-)
+DATA = Path(__file__).with_suffix(".jsonl")
+TEMPLATES = [Template(**json.loads(line)) for line in DATA.read_text(encoding="utf-8").splitlines()]
 NAMES = (
     "Ada", "Ben", "Cara", "Dan", "Ella", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mia", "Noah",
     "Olga", "Paul", "Rosa", "Sam", "Tess", "Will",

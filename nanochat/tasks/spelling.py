@@ -12,11 +12,13 @@ the same one at every place, the question included. `a,p,p,l,e` would have chunk
 for some letters and not for others, as the text happens to have it, and the first letter would look different again.
 """
 
+import json
 import random
 import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from nanochat import dataset
@@ -45,56 +47,10 @@ RULES = 1  # count up when the rules below change, so that words made by older o
 # In running text: not a part of an identifier, a path, an address, a compound or a contraction (the `don` of don't)
 _WORD = re.compile(r"(?<![\w.'\u2019@/\\-])[a-z]{3,12}(?![\w'\u2019@/\\-]|\.\w)")
 
-SPELL_QUESTIONS = (
-    "Spell the word: {word}",
-    "Spell {word}.",
-    "How do you spell {word}?",
-    "How is {word} spelled?",
-    "Please spell {word} for me.",
-    "Spell out the word {word}, letter by letter.",
-    "What are the letters of {word}?",
-    "Write {word} one letter at a time.",
-    "Can you spell the word {word}?",
-    "Which letters make up the word {word}?",
-)
-COUNT_QUESTIONS = (
-    "How many {letter} are in {word}?",
-    "How many {letter} are there in {word}?",
-    "How many {letter} are in the word {word}?",
-    "How many {letter} does {word} have?",
-    "How many {letter} does the word {word} contain?",
-    "How many {letter} do you see in {word}?",
-    "How many {letter} can you find in the word {word}?",
-    "How many times does {letter} occur in {word}?",
-    "How many times is {letter} in {word}?",
-    "How many times does {letter} appear in the word {word}?",
-    "How many times do you write {letter} when you spell {word}?",
-    "How many times is the letter {letter} used in {word}?",
-    "How many letters {letter} are in {word}?",
-    "How many of the letters in {word} are {letter}?",
-    "How often does {letter} occur in {word}?",
-    "How often does the letter {letter} appear in {word}?",
-    "How often is {letter} in the word {word}?",
-    "How often do I need {letter} to write {word}?",
-    "Count the {letter} in {word}.",
-    "Count the letter {letter} in {word}.",
-    "Count how many {letter} are in {word}.",
-    "Count how often {letter} is in the word {word}.",
-    "Please count the {letter} in the word {word}.",
-    "Can you count the letter {letter} in {word}?",
-    "Can you tell me how many {letter} are in {word}?",
-    "Could you count how often {letter} occurs in {word}?",
-    "Tell me how many {letter} there are in {word}.",
-    "Tell me how often the word {word} has {letter}.",
-    "What is the number of {letter} in {word}?",
-    "What is the count of the letter {letter} in {word}?",
-    "In {word}, how many {letter} are there?",
-    "In the word {word}, how often does {letter} occur?",
-    "I need to know how many {letter} are in {word}.",
-    "Do you know how many {letter} {word} has?",
-    "Find the number of {letter} in the word {word}.",
-    "Look at the word {word}. How many {letter} does it have?",
-)
+DATA = Path(__file__).with_suffix(".jsonl")  # {"spell": question about {word}} or {"count": one about {letter} too}
+_QUESTIONS = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+SPELL_QUESTIONS = [line["spell"] for line in _QUESTIONS if "spell" in line]
+COUNT_QUESTIONS = [line["count"] for line in _QUESTIONS if "count" in line]
 QUOTES = ("{}", "{}", "'{}'", '"{}"')  # around the word, and around the letter; mostly none
 
 
@@ -115,7 +71,13 @@ class WordTask(GeneratedTask):
 
     @classmethod
     def prepare(cls, source: str) -> None:
-        prepare(source)
+        """Count the words of the train text and write them, unless that is done. Raises UserError without text."""
+
+        def make() -> dict[str, str]:
+            words = frequent_words(dataset.iter_documents(source, "train"))
+            return {"words.txt": "".join(f"{word}\n" for word in words)}
+
+        generate(source, "words", (RULES, MAX_CHARS, MIN_COUNT, MAX_WORDS), make)
 
     @abstractmethod
     def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
@@ -180,16 +142,6 @@ def _count(word: str, letter: str) -> list[dict[str, str]]:
 
 
 # ---- words, some to train on and some to test on
-
-
-def prepare(source: str) -> None:
-    """Count the words of the train text of `source` and write them, unless that is done. UserError without text."""
-
-    def make() -> dict[str, str]:
-        words = frequent_words(dataset.iter_documents(source, "train"))
-        return {"words.txt": "".join(f"{word}\n" for word in words)}
-
-    generate(source, "words", (RULES, MAX_CHARS, MIN_COUNT, MAX_WORDS), make)
 
 
 def frequent_words(documents: Iterable[str]) -> list[str]:

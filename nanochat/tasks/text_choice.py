@@ -4,23 +4,22 @@
     task_data/<source>/text_choice.json                   what they were made from; written last
 
 Two kinds, mixed: which sentence comes next (at most half), and which of four words stood in the sentence. They are
-those of offline_bundle.py, from shorter passages, as questions in a chat.
+those of the offline bundle, from shorter passages, as questions in a chat.
 """
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nanochat import dataset
 from nanochat.errors import UserError
-from nanochat.eval.offline_bundle import Item, Passage, find_passages, next_sentence, seen_word
 from nanochat.tasks.common import Conversation, Split, Task, item_rng, multiple_choice
 from nanochat.tasks.generated import generate, require
+from nanochat.tasks.passages import MAX_CHARS, Item, Passage, draw_items, find_passages, next_sentence, seen_word
 
 COUNTS: dict[Split, int] = {"train": 4000, "test": 400}
 MIN_ITEMS = 20
-MAX_CHARS = 10_000_000  # read of each split; it takes a second or two, and gives more than enough
 MAX_SENTENCE = 80  # characters; longer ones make five sentences in one question too long for small models
 MAX_ITEM = 300  # characters of question and choices together: 90 tokens in the mean with all around them
 LETTERS = ("A", "B", "C", "D")
@@ -41,10 +40,6 @@ class TextChoice(Task):
         self.source = f"generated from the {'train' if split == 'train' else 'validation'} text of {source}"
         self.items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
-    @classmethod
-    def prepare(cls, source: str) -> None:
-        prepare(source)
-
     def num_examples(self) -> int:
         return len(self.items)
 
@@ -52,18 +47,18 @@ class TextChoice(Task):
         item = self.items[index]
         return multiple_choice(item["question"], item["choices"], LETTERS, item["answer"])
 
+    @classmethod
+    def prepare(cls, source: str) -> None:
+        """Make the items of both splits, unless that is done. Raises UserError for too little text."""
 
-def prepare(source: str) -> None:
-    """Make the items of both splits from the text of `source`, unless that is done. UserError for too little text."""
+        def make() -> dict[str, str]:
+            texts = (dataset.iter_documents(source, "train"), dataset.iter_documents(source, "val"))
+            return {
+                f"text_choice_{split}.jsonl": "".join(json.dumps(row) + "\n" for row in rows)
+                for split, rows in make_items(*texts, source).items()
+            }
 
-    def make() -> dict[str, str]:
-        items = make_items(dataset.iter_documents(source, "train"), dataset.iter_documents(source, "val"), source)
-        return {
-            f"text_choice_{split}.jsonl": "".join(json.dumps(row) + "\n" for row in rows)
-            for split, rows in items.items()
-        }
-
-    generate(source, "text_choice", (RULES, sorted(COUNTS.items()), MAX_CHARS, MAX_SENTENCE, MAX_ITEM), make)
+        generate(source, "text_choice", (RULES, sorted(COUNTS.items()), MAX_CHARS, MAX_SENTENCE, MAX_ITEM), make)
 
 
 def make_items(train: Iterable[str], held_out: Iterable[str], source: str) -> dict[Split, list[dict[str, Any]]]:
@@ -71,25 +66,12 @@ def make_items(train: Iterable[str], held_out: Iterable[str], source: str) -> di
 
     A sentence of the held-out text that the train text read here has as well is not used for test.
     """
-    passages: dict[Split, list[Passage]] = {
-        "train": find_passages(_limited(train)),
-        "test": find_passages(_limited(held_out)),
-    }
-    taken = {sentence for passage in passages["train"] for sentence in passage.sentences}
+    train_passages, test_passages = find_passages(train), find_passages(held_out)
+    trained_on = {sentence for passage in train_passages for sentence in passage.sentences}
     return {
-        "train": _split_items("train", _short(passages["train"], set()), source),
-        "test": _split_items("test", _short(passages["test"], taken), source),
+        "train": _split_items("train", _short(train_passages, set()), source),
+        "test": _split_items("test", _short(test_passages, trained_on), source),
     }
-
-
-def _limited(documents: Iterable[str]) -> Iterator[str]:
-    """The first documents, up to MAX_CHARS characters."""
-    chars = 0
-    for document in documents:
-        yield document
-        chars += len(document)
-        if chars >= MAX_CHARS:
-            return
 
 
 def _short(passages: Sequence[Passage], excluded: set[str]) -> list[Passage]:
@@ -104,13 +86,13 @@ def _short(passages: Sequence[Passage], excluded: set[str]) -> list[Passage]:
 
 
 def _split_items(split: Split, passages: Sequence[Passage], source: str) -> list[dict[str, Any]]:
-    next_ones: list[Item] = []
+    pairs: list[Item] = []
     words: list[Item] = []
     # the makers look for passages of four different documents
     if len({passage.document for passage in passages}) >= 8:
-        next_ones = _fitting(next_sentence(passages, item_rng("next_sentence", split)))[: COUNTS[split] // 2]
-        words = _fitting(seen_word(passages, item_rng("seen_word", split)))[: COUNTS[split] - len(next_ones)]
-    rows = [_row(f"Which sentence comes next? {item['query']}", item) for item in next_ones]
+        pairs = _fitting(draw_items(next_sentence, passages, item_rng("next_sentence", split)))[: COUNTS[split] // 2]
+        words = _fitting(draw_items(seen_word, passages, item_rng("seen_word", split)))[: COUNTS[split] - len(pairs)]
+    rows = [_row(f"Which sentence comes next? {item['query']}", item) for item in pairs]
     rows += [_row(item["query"], item) for item in words]
     if len(rows) < MIN_ITEMS:
         raise UserError(f"too little prose in {source}: {len(rows)} {split} items for TextChoice; get more data")

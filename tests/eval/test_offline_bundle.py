@@ -11,7 +11,8 @@ import pytest
 
 from nanochat.errors import UserError
 from nanochat.eval.bundle import load_bundle
-from nanochat.eval.offline_bundle import RECIPES, copy_bundle, find_passages, make_items, write_offline_bundle
+from nanochat.eval.offline_bundle import RECIPES, copy_bundle, make_items, write_offline_bundle
+from nanochat.tasks.passages import find_passages
 
 NOUNS = [
     "engine", "garden", "letter", "market", "number", "planet", "record", "signal", "teacher", "village",

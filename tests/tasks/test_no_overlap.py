@@ -13,7 +13,6 @@ import pytest
 from nanochat.calculator import use_calculator
 from nanochat.chat_format import conversation_pieces
 from nanochat.paths import task_data_dir
-from nanochat.tasks import spelling, text_choice
 from nanochat.tasks.arithmetic import TEMPLATES, Arithmetic
 from nanochat.tasks.common import Task
 from nanochat.tasks.customjson import CustomJSON
@@ -31,8 +30,8 @@ SIZE = 3000
 @pytest.fixture(autouse=True)
 def ready(store, package):  # noqa: F811
     put_text("pydocs", documents(150), documents(40, seed=1))
-    spelling.prepare("pydocs")
-    text_choice.prepare("pydocs")
+    SpellingBee.prepare("pydocs")
+    TextChoice.prepare("pydocs")
 
 
 def question_of(conversation: dict[str, Any]) -> str:
