@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from nanochat.attention import load_flex_attention
 from nanochat.config import ArchFlags, build_config, init_spec, resolve
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
@@ -160,6 +161,7 @@ def test_block_masks_give_the_same_and_growing_them_compiles_nothing():
     model, idx = build(long_window=600, short_window=300, sequence_len=700, n_layer=4), text(1, 700, 3)
     dense = model(idx)
     model.block_masks = True
+    load_flex_attention()  # as compile_model does
     counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, dynamic=False)

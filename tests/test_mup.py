@@ -12,13 +12,14 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import mup, optim, parallel
+from nanochat import mup, parallel
 from nanochat.config import LEARNING_RATES, ArchFlags, InitSpec, resolve
 from nanochat.dtensor import is_sharded, local
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, norm
 from nanochat.mup import Dim, InfShape
+from nanochat.optim.buckets import lr_aspect_scale
 from tests import models
 from tests.processes import run_processes
 
@@ -99,8 +100,8 @@ def test_factors_at_four_times_the_base_width(use_muon):
 def test_muon_steps_by_the_spectral_condition_relative_to_base(sizes):
     out, into, base_out, base_into = sizes
     factor = mup.muon_lr_factor(InfShape((Dim(base_out, out, True), Dim(base_into, into, True))))
-    step = factor * optim._stretch(torch.empty(out, into, device="meta"))
-    at_base = optim._stretch(torch.empty(base_out, base_into, device="meta"))
+    step = factor * lr_aspect_scale(torch.empty(out, into, device="meta"))
+    at_base = lr_aspect_scale(torch.empty(base_out, base_into, device="meta"))
     assert step / at_base == pytest.approx(math.sqrt((out / into) / (base_out / base_into)))
 
 

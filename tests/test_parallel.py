@@ -11,6 +11,7 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from tests.models import make_config
+from tests.optim.test_optim import changed_by
 from tests.processes import run_processes
 
 # Uneven on purpose: 3 rows of 8 do not divide, the second moment of both orientations occurs, 2 layers of 6 matrices
@@ -202,3 +203,17 @@ def test_strategies_that_do_not_fit():
         parallel.requested_strategy("ddp", use_fsdp=True)
     assert parallel.requested_strategy("auto", use_fsdp=True) == "fsdp"
     assert parallel.make_policy("fsdp", 1e9, torch.bfloat16, 1, 1)[0].strategy == "ddp"  # nothing to cut
+
+
+def sharded_steps_with_bad_ones(strategy, ranks_per_node):
+    model, _ = make_model(strategy, ranks_per_node)
+    optimizer = model.setup_optimizer(0.02, 0.1, 0.01, weight_decay=0.1)
+    params = dict(model.named_parameters())
+    return [changed_by(params, optimizer, is_bad, "nan") for is_bad in (False, True, False)], int(optimizer.skipped)
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("fsdp", 2), ("hsdp", 4)])
+def test_a_step_that_is_not_finite_changes_nothing_on_shards(strategy, world):
+    for (good, bad, again), skipped in run_processes(world, sharded_steps_with_bad_ones, strategy, 2):
+        assert bad == set() and skipped == 1
+        assert good and again

@@ -1,5 +1,7 @@
-"""The arithmetic of Muon and AdamW on stacked tensors, without a word of ranks. Scalars are 0-D tensors, so that a new
-value recompiles nothing."""
+"""The arithmetic of Muon and AdamW on stacked tensors; nothing here knows of ranks.
+
+Scalars are 0-D tensors, so that a new value recompiles nothing. Where `ok` (0-D bool) is false, weights and state stay.
+"""
 
 import torch
 from torch import Tensor
@@ -33,31 +35,39 @@ def orthogonalize(G: Tensor, steps: int) -> Tensor:
     return X if wide else X.mT
 
 
-def nesterov(momentum_buffer: Tensor, grads: Tensor, momentum: Tensor, first: int, stop: int) -> Tensor:
+def _set_where(ok: Tensor, old: Tensor, new: Tensor) -> None:
+    """old <- new where ok (0-D bool); else every bit of it stays, whatever `new` holds."""
+    old.copy_(torch.where(ok, new, old))
+
+
+def nesterov(momentum_buffer: Tensor, grads: Tensor, momentum: Tensor, first: int, stop: int, ok: Tensor) -> Tensor:
     """Update the momentum (K, m, n), fp32, in place; what matrices first:stop would step along, to be sent."""
-    momentum_buffer.lerp_(grads, 1 - momentum)
+    _set_where(ok, momentum_buffer, momentum_buffer.lerp(grads, 1 - momentum))
     direction = grads[first:stop].lerp(momentum_buffer[first:stop], momentum)
     return direction.to(exchange_dtype(grads.device))
 
 
-def muon_direction(direction: Tensor, second_moment: Tensor, beta2: Tensor, ns_steps: int) -> Tensor:
-    """What whole matrices (K, m, n) step along, fp32: orthogonalised, then normalised by NorMuon (arXiv 2510.05491):
-    each row (column, if there are more of those) is divided by the running RMS of its entries, second_moment
-    (K, m, 1) or (K, 1, n), and the whole rescaled to its old norm, so that no neuron's update dwarfs the others'."""
+def muon_direction(direction: Tensor, second_moment: Tensor, beta2: Tensor, ns_steps: int, ok: Tensor) -> Tensor:
+    """What unsharded matrices (K, m, n) step along, fp32: orthogonalised, then normalised by NorMuon (arXiv
+    2510.05491): each row (column, if there are more of those) is divided by the running RMS of its entries,
+    second_moment (K, m, 1) or (K, 1, n), and the matrix rescaled to its old norm, so that no neuron's update dwarfs
+    the others'."""
     direction = orthogonalize(direction, ns_steps).float()
     reduce_dim = -1 if direction.size(-2) >= direction.size(-1) else -2
     mean_square = direction.square().mean(dim=reduce_dim, keepdim=True)
-    second_moment.lerp_(mean_square, 1 - beta2)
+    _set_where(ok, second_moment, second_moment.lerp(mean_square, 1 - beta2))
     before = direction.norm(dim=(-2, -1), keepdim=True)
     direction = direction * second_moment.clamp(min=1e-10).rsqrt()
     return direction * (before / direction.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
 
 
-def muon_apply(params: Tensor, direction: Tensor, lr: Tensor, weight_decay: Tensor, stretch: float) -> None:
-    """Step params (K, rows, n) in place by lr · stretch along `direction`, where stretch = √max(1, m/n) of the whole
-    matrix. Decay acts only where it agrees with the step ("cautious")."""
+def muon_apply(
+    params: Tensor, direction: Tensor, lr: Tensor, weight_decay: Tensor, aspect_scale: float, ok: Tensor
+) -> None:
+    """Step params (K, rows, n) in place by lr · aspect_scale along `direction`, where aspect_scale = √max(1, m/n) of
+    the unsharded matrix. Decay acts only where it agrees with the step ("cautious", modded-nanogpt)."""
     decay = weight_decay * params * (direction * params >= 0)
-    params.sub_(lr * stretch * direction.float() + lr * decay)
+    _set_where(ok, params, params - (lr * aspect_scale * direction.float() + lr * decay))
 
 
 def adamw_update(
@@ -71,10 +81,11 @@ def adamw_update(
     beta2: Tensor,
     eps: Tensor,
     weight_decay: Tensor,
+    ok: Tensor,
 ) -> None:
     """One AdamW step in place (arXiv 1711.05101), bias-corrected, fp32."""
-    params.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grads, 1 - beta1)
-    exp_avg_sq.lerp_(grads.square(), 1 - beta2)
+    _set_where(ok, exp_avg, exp_avg.lerp(grads, 1 - beta1))
+    _set_where(ok, exp_avg_sq, exp_avg_sq.lerp(grads.square(), 1 - beta2))
     denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
-    params.sub_(lr / (1 - beta1**step) * exp_avg / denominator)
+    decayed = params * (1 - lr * weight_decay)
+    _set_where(ok, params, decayed - lr / (1 - beta1**step) * exp_avg / denominator)

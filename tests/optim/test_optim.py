@@ -7,8 +7,10 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.optim import MuonAdamW, deal
+from nanochat.dtensor import local
+from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum
+from nanochat.optim.sharded import assign_owners
 from nanochat.optim.update_rules import adamw_update, orthogonalize
 from tests.processes import run_processes
 
@@ -95,7 +97,7 @@ def test_adamw_matches_torch():
         theirs.grad = grad.clone()
         reference.step()
         adamw_update(ours, grad, m, v, number(float(step)), number(0.03), number(0.8), number(0.95), number(1e-8),
-                     number(0.1))  # fmt: skip
+                     number(0.1), torch.tensor(True))  # fmt: skip
     torch.testing.assert_close(ours, theirs.detach(), atol=1e-6, rtol=1e-5)
 
 
@@ -121,6 +123,50 @@ def test_muon_step_has_the_size_of_the_learning_rate():
     optimizer.step()
     # singular values near 1, times lr, times sqrt(64/16); NorMuon keeps the Frobenius norm
     assert param.detach().norm().item() == pytest.approx(0.1 * 2 * math.sqrt(16), rel=0.15)
+
+
+BAD = {"nan": (math.nan, 1.0), "inf": (math.inf, 1.0), "loss": (0.0, math.nan)}  # gradient of one rank, loss of all
+
+
+def bits(params, optimizer):
+    """Every bit of weights and state. The state holds a -0.0, which arithmetic with zeros would not leave alone."""
+    state = {f"{i}.{kind}": t for i, bucket in enumerate(optimizer.buckets) for kind, t in bucket.state.items()}
+    for tensor in state.values():
+        tensor.view(-1)[:1] = -0.0
+    return {name: local(t.detach()).view(torch.int32).numpy().copy() for name, t in {**params, **state}.items()}
+
+
+def changed_by(params, optimizer, is_bad, bad):
+    """Names of what a step changed, good or bad: then the last rank alone has the bad gradient."""
+    grad, loss = BAD[bad] if is_bad else (0.0, 1.0)
+    for param in params.values():
+        param.grad = torch.full_like(param, 0.1)
+    if not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1:
+        local(next(iter(params.values())).grad).view(-1)[0] += grad
+    before = bits(params, optimizer)
+    optimizer.step(max_norm=1.0, loss=torch.tensor(loss))
+    state = [(f"{i}.{kind}", t) for i, bucket in enumerate(optimizer.buckets) for kind, t in bucket.state.items()]
+    after = {name: local(t.detach()).view(torch.int32).numpy() for name, t in [*params.items(), *state]}
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+def steps_with_bad_ones(bad):
+    params, optimizer = make_optimizer()
+    changed, counters = [], []
+    for is_bad in (False, False, True, True, False):
+        changed.append(changed_by(params, optimizer, is_bad, bad))
+        counters.append((int(optimizer.skipped), int(optimizer.skipped_in_a_row)))
+    return changed, counters
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(world, bad):
+    results = run_processes(world, steps_with_bad_ones, bad) if world > 1 else [steps_with_bad_ones(bad)]
+    for changed, counters in results:
+        assert counters == [(0, 0), (0, 0), (1, 1), (2, 2), (2, 0)]
+        assert changed[2:4] == [set(), set()]
+        assert all(names >= SHAPES.keys() for names in (changed[0], changed[1], changed[4]))
 
 
 def test_missing_gradient_counts_as_zero():
@@ -168,9 +214,9 @@ def test_bad_groups(change, message):
 @given(st.lists(st.floats(0.1, 100), max_size=60), st.integers(1, 64))
 @settings(max_examples=100, deadline=None)
 def test_work_is_dealt_evenly(costs, owners):
-    owner = deal(costs, owners)
+    owner = assign_owners(costs, owners)
     load = [sum(cost for cost, who in zip(costs, owner, strict=True) if who == rank) for rank in range(owners)]
     assert len(owner) == len(costs) and all(0 <= who < owners for who in owner)
     # longest first to whoever has least: nobody has more than the mean and one job more (Graham 1969)
     assert max(load) <= sum(costs) / owners + max(costs, default=0) + 1e-9
-    assert deal(costs, owners) == owner
+    assert assign_owners(costs, owners) == owner
