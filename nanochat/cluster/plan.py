@@ -3,26 +3,28 @@
     python -m nanochat.launch plan --depth=48 --nodes=16
     python -m nanochat.launch plan --depth=26 --gpus-per-node=8 --parallel=fsdp --device-batch-size=8
 
-To sharpen it, measure (benchmarks/scale.sh) and add rows to MEASURED. The model is the classic one of that depth: width
-= 64 x depth rounded up to whole heads of 128, 12 x width² parameters a layer, embedding and head apart.
+To sharpen it, measure (benchmarks/scale.sh) and add rows to MEASURED. The model is the classic one of that depth.
 """
 
 import bisect
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
+from nanochat.config import ArchFlags, build_config
 from nanochat.errors import UserError
-from nanochat.parallel import Parallel, Policy, make_policy
+from nanochat.gpt import GPT
+from nanochat.hardware import GPUS
+from nanochat.parallel import Parallel, make_policy
 from nanochat.sections import duration
 
 GB = 1e9
-HEAD_DIM = 128
-PEAK_FLOPS = 989e12  # dense bf16, H100 and H200
+PEAK_FLOPS = GPUS["H100"].peak or 0.0
 MATMUL_FLOPS = 790e12  # bf16 8192³ on random data; measured on one H200
 
 
@@ -96,119 +98,131 @@ class Settings:
     """Network of each GPU, 1e9 bits per second: that of a node's cards together over its GPUs. Assumed."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-@dataclass(frozen=True)
-class Shapes:
+class Shapes(NamedTuple):
     """What counts of a model."""
 
-    depth: int
     width: int
-    matrices: int  # parameters of the blocks, all of them Muon's
+    params: int
+    matrices: int  # of these, parameters of the blocks: Muon's
     head: int  # parameters of the head; the embedding has as many
-
-    @property
-    def params(self) -> int:
-        return self.matrices + 2 * self.head
-
-    def flops_per_token(self, length: int) -> float:
-        """Forward and backward, as GPT.estimate_flops counts it."""
-        return 6.0 * (self.matrices + self.head) + 12.0 * self.depth * self.width * length
+    flops_per_token: float  # forward and backward
 
 
-def shapes(depth: int, vocab_size: int) -> Shapes:
-    """The classic model of that depth."""
-    width = -(-depth * 64 // HEAD_DIM) * HEAD_DIM
-    return Shapes(depth, width, 12 * width * width * depth, vocab_size * width)
+@functools.cache
+def shapes(depth: int, vocab_size: int, row_len: int = 2048) -> Shapes:
+    """The classic model of that depth, in rows of row_len tokens."""
+    with torch.device("meta"):
+        model = GPT(build_config(ArchFlags(depth=depth, max_seq_len=row_len), vocab_size))
+    matrices = sum(param.numel() for param in model.transformer.h.parameters())
+    head = model.lm_head.weight.numel()
+    return Shapes(model.config.n_embd, model.num_params(), matrices, head, model.estimate_flops())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory
+class Step(NamedTuple):
+    """Predicted seconds of one step, by purpose."""
+
+    computing: float
+    muon: float
+    waiting: float  # for traffic that nothing hides
 
 
-def memory(model: Shapes, policy: Policy, asked: Settings, rows: int) -> dict[str, float]:
-    """Bytes on each GPU by purpose, with `rows` in a forward pass."""
-    world = asked.nodes * asked.gpus_per_node
-    parts = {"ddp": 1, "fsdp": world, "hsdp": asked.gpus_per_node}[policy.strategy]
-    state = (4 if asked.use_muon else 8) * model.matrices + 8 * 2 * model.head
-    block = model.matrices / model.depth
-    if policy.strategy == "ddp":
-        copies = 2.0 * (model.matrices + model.head)  # one of each weight, kept until the backward pass
-    elif policy.reshard_after_forward:
-        copies = 2.0 * (2 * block + 2 * model.head) + 4.0 * block  # two blocks, both ends; gradients of one block
-    else:
-        copies = 2.0 * model.params
-    whole = policy.strategy != "ddp" and policy.accumulate_whole and passes_per_step(asked, rows) > 1
-    return {
-        "weights, fp32": 4.0 * model.params / parts,
-        "gradients, fp32": 4.0 * model.params / parts + (4.0 * model.params if whole else 0.0),
-        "optimizer state, fp32": state / (world if policy.strategy == "ddp" else parts),
-        "weights to compute, bf16": copies,
-        "activations (estimated)": ACTIVATION_BYTES * rows * asked.max_seq_len * model.depth * model.width,
-    }
+class Plan:
+    """What one optimizer step of these settings needs."""
 
-
-def largest_batch(model: Shapes, policy: Policy, asked: Settings) -> int:
-    """Rows a forward pass: the largest power of two up to 32 that fits in memory and divides the batch; 1 at least."""
-    for rows in (32, 16, 8, 4, 2):
-        tokens = rows * asked.max_seq_len * asked.nodes * asked.gpus_per_node
-        if asked.total_batch_size % tokens == 0 and fits(memory(model, policy, asked, rows), asked):
-            return rows
-    return 1
-
-
-def fits(used: dict[str, float], asked: Settings) -> bool:
-    """Whether it fits with a margin of 10 %, for what is not counted and for fragmentation."""
-    return sum(used.values()) <= 0.9 * asked.gpu_memory_gb * GB
-
-
-def passes_per_step(asked: Settings, rows: int) -> int:
-    """Forward and backward passes in a step. Raises UserError when the batch is not a whole number of them."""
-    world = asked.nodes * asked.gpus_per_node
-    tokens = rows * asked.max_seq_len * world
-    if asked.total_batch_size % tokens:
-        raise UserError(
-            f"--total-batch-size={asked.total_batch_size} is no multiple of {rows} rows x {asked.max_seq_len} tokens x "
-            f"{world} GPUs = {tokens}: change it or --device-batch-size"
+    def __init__(self, settings: Settings, rows: int | None = None) -> None:
+        """rows: of each forward pass, in place of the settings'. Raises UserError when the batch is not a whole number
+        of passes."""
+        self.settings = settings
+        self.world = settings.nodes * settings.gpus_per_node
+        self.model = shapes(settings.depth, settings.vocab_size, settings.max_seq_len)
+        self.policy, self.why = make_policy(
+            settings.parallel, self.model.params, torch.bfloat16, self.world, settings.gpus_per_node
         )
-    return asked.total_batch_size // tokens
+        self.rows = rows or settings.device_batch_size or self._largest_batch()
+        self.passes, rest = divmod(settings.total_batch_size, self._tokens(self.rows))
+        if rest:
+            raise UserError(
+                f"--total-batch-size={settings.total_batch_size} is no multiple of {self.rows} rows x "
+                f"{settings.max_seq_len} tokens x {self.world} GPUs = {self._tokens(self.rows)}: change it or "
+                "--device-batch-size"
+            )
 
+    def _tokens(self, rows: int) -> int:
+        """Of one forward pass over all GPUs."""
+        return rows * self.settings.max_seq_len * self.world
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Traffic
+    def _largest_batch(self) -> int:
+        """Rows of a pass: the largest power of two up to 32 that fits in memory and divides the batch; 1 at least."""
+        for rows in (32, 16, 8, 4, 2):
+            if self.settings.total_batch_size % self._tokens(rows) == 0 and Plan(self.settings, rows).fits():
+                return rows
+        return 1
 
+    def memory(self) -> dict[str, float]:
+        """Bytes on each GPU by purpose."""
+        settings, model, policy = self.settings, self.model, self.policy
+        parts = {"ddp": 1, "fsdp": self.world, "hsdp": settings.gpus_per_node}[policy.strategy]
+        state = (4 if settings.use_muon else 8) * model.matrices + 8 * (model.params - model.matrices)
+        block = model.matrices / settings.depth
+        if policy.strategy == "ddp":
+            copies = 2.0 * (model.matrices + model.head)  # one of each weight, kept until the backward pass
+        elif policy.reshard_after_forward:
+            copies = 2.0 * (2 * block + 2 * model.head) + 4.0 * block  # two blocks, both ends; gradients of one block
+        else:
+            copies = 2.0 * model.params
+        unsharded = policy.strategy != "ddp" and policy.accumulate_whole and self.passes > 1
+        return {
+            "weights, fp32": 4.0 * model.params / parts,
+            "gradients, fp32": 4.0 * model.params / parts + (4.0 * model.params if unsharded else 0.0),
+            "optimizer state, fp32": state / (self.world if policy.strategy == "ddp" else parts),
+            "weights to compute, bf16": copies,
+            "activations (estimated)": ACTIVATION_BYTES
+            * (self.rows * settings.max_seq_len * settings.depth * model.width),
+        }
 
-def traffic(model: Shapes, policy: Policy, asked: Settings, passes: int) -> tuple[float, float]:
-    """Bytes (inside the node, between nodes) that each GPU sends in a step of `passes` forward and backward passes.
+    def fits(self) -> bool:
+        """Whether it fits with a margin of 10 %, for what is not counted and for fragmentation."""
+        return sum(self.memory().values()) <= 0.9 * self.settings.gpu_memory_gb * GB
 
-    A collective of n bytes over k GPUs sends n (k-1)/k of each (ring). Rings run through all GPUs of a node before they
-    leave it, and each GPU has a network card's worth of them, so between nodes each GPU sends 1/gpus_per_node of that.
-    """
-    nodes, local, params = asked.nodes, asked.gpus_per_node, model.params
-    world = nodes * local
-    if policy.strategy == "ddp":
-        volume = 4.0 * params + 4.0 * params  # gradients to their owners, weights back, fp32, once a step
-        return volume * _others(world), volume * _others(nodes) / local
-    # bf16 weights, once a step or for each forward and each backward pass; fp32 gradients
-    gather = 2.0 * params * (2 * passes if policy.reshard_after_forward else 1)
-    scatter = 4.0 * params * (1 if policy.accumulate_whole else passes)
-    muon = 4.0 * model.matrices if asked.use_muon else 0.0  # bf16 shards to the owners, updates back
-    if policy.strategy == "fsdp":
-        inside = (gather + scatter) * _others(world) + muon / world * _others(local)
-        return inside, (gather + scatter) * _others(nodes) / local + muon / world * _others(nodes)
-    replicas = 2 * 4.0 * params / local  # fp32 all-reduce of gradient shards, once a step
-    updates = muon / 2 / local  # bf16: each replica orthogonalises its part of the matrices and hands on the result
-    return (gather + scatter) * _others(local) + muon / local, (replicas + updates) * _others(nodes)
+    def traffic(self) -> tuple[float, float]:
+        """Bytes (inside the node, between nodes) that each GPU sends in a step.
+
+        A collective of n bytes over k GPUs sends n (k-1)/k of each (ring). Rings run through all GPUs of a node before
+        they leave it, and each GPU has a network card's worth of them, so between nodes each GPU sends 1/gpus_per_node
+        of that.
+        """
+        nodes, local, world, params = self.settings.nodes, self.settings.gpus_per_node, self.world, self.model.params
+        if self.policy.strategy == "ddp":
+            volume = 4.0 * params + 4.0 * params  # gradients to their owners, weights back, fp32, once a step
+            return volume * _others(world), volume * _others(nodes) / local
+        # bf16 weights, once a step or for each forward and each backward pass; fp32 gradients
+        gather = 2.0 * params * (2 * self.passes if self.policy.reshard_after_forward else 1)
+        scatter = 4.0 * params * (1 if self.policy.accumulate_whole else self.passes)
+        muon = 4.0 * self.model.matrices if self.settings.use_muon else 0.0  # bf16 shards to the owners, updates back
+        if self.policy.strategy == "fsdp":
+            inside = (gather + scatter) * _others(world) + muon / world * _others(local)
+            return inside, (gather + scatter) * _others(nodes) / local + muon / world * _others(nodes)
+        replicas = 2 * 4.0 * params / local  # fp32 all-reduce of gradient shards, once a step
+        updates = muon / 2 / local  # bf16: each replica orthogonalises its part of the matrices and hands on the result
+        return (gather + scatter) * _others(local) + muon / local, (replicas + updates) * _others(nodes)
+
+    def step(self) -> Step:
+        """How long it takes."""
+        settings = self.settings
+        flops = self.model.flops_per_token * settings.total_batch_size / self.world
+        computing = flops / (one_gpu_mfu(settings.depth)[0] * PEAK_FLOPS)
+        muon = muon_seconds(self.model, settings.depth, self.world) if settings.use_muon else 0.0
+        inside, between = self.traffic()
+        network = settings.network_gbps * 1e9 / 8 * NETWORK_EFFICIENCY  # bytes/s of each GPU
+        moving = max(inside / NVLINK_BYTES_PER_SECOND, between / network)
+        # DDP's gradients are reduced by the optimizer after the backward pass, so nothing hides them. FSDP and HSDP
+        # gather and reduce block by block beside the computation.
+        hidden = 0.0 if self.policy.strategy == "ddp" else OVERLAP * computing
+        return Step(computing, muon, max(0.0, moving - hidden))
 
 
 def _others(parts: int) -> float:
     return (parts - 1) / parts
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Time
 
 
 def one_gpu_mfu(depth: int, measured: Sequence[Measurement] = MEASURED) -> tuple[float, str]:
@@ -225,113 +239,60 @@ def one_gpu_mfu(depth: int, measured: Sequence[Measurement] = MEASURED) -> tuple
     return below.mfu + share * (above.mfu - below.mfu), f"between d{below.depth} and d{above.depth}, both measured"
 
 
-def muon_seconds(model: Shapes, ranks: int) -> float:
+def muon_seconds(model: Shapes, depth: int, ranks: int) -> float:
     """The optimizer step: orthogonalisation of 4 square matrices and 2 of width x 4 width a layer, spread over `ranks`
     without repetition (five iterations take 300 width³ FLOP a layer), and what goes with it."""
-    return 300.0 * model.width**3 * model.depth / ranks / (OPTIMIZER_EFFICIENCY * MATMUL_FLOPS)
+    return 300.0 * model.width**3 * depth / ranks / (OPTIMIZER_EFFICIENCY * MATMUL_FLOPS)
 
 
-@dataclass(frozen=True)
-class Step:
-    """Predicted seconds of one step, by purpose."""
-
-    computing: float
-    muon: float
-    waiting: float  # for traffic that nothing hides
-
-    @property
-    def seconds(self) -> float:
-        return self.computing + self.muon + self.waiting
-
-
-def predict(model: Shapes, policy: Policy, asked: Settings, passes: int) -> Step:
-    """One step of `passes` forward and backward passes."""
-    world = asked.nodes * asked.gpus_per_node
-    flops = model.flops_per_token(asked.max_seq_len) * asked.total_batch_size / world
-    computing = flops / (one_gpu_mfu(asked.depth)[0] * PEAK_FLOPS)
-    muon = muon_seconds(model, world) if asked.use_muon else 0.0
-    inside, between = traffic(model, policy, asked, passes)
-    moving = max(inside / NVLINK_BYTES_PER_SECOND, between / network_bytes_per_second(asked))
-    # DDP's gradients are reduced by the optimizer after the backward pass, so nothing hides them. FSDP and HSDP gather
-    # and reduce block by block beside the computation.
-    hidden = 0.0 if policy.strategy == "ddp" else OVERLAP * computing
-    return Step(computing, muon, max(0.0, moving - hidden))
-
-
-def network_bytes_per_second(asked: Settings) -> float:
-    """What each GPU gets of the network."""
-    return asked.network_gbps * 1e9 / 8 * NETWORK_EFFICIENCY
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def main(asked: Settings) -> None:
+def main(settings: Settings) -> None:
     """Print the prediction. Raises UserError for a batch that cannot be divided."""
-    model = shapes(asked.depth, asked.vocab_size)
-    world = asked.nodes * asked.gpus_per_node
-    policy, why = make_policy(asked.parallel, model.params, torch.bfloat16, world, asked.gpus_per_node)
-    rows = asked.device_batch_size or largest_batch(model, policy, asked)
-    passes = passes_per_step(asked, rows)
+    plan = Plan(settings)
+    model, batch = plan.model, settings.total_batch_size
     print("A PREDICTION from the constants below; nothing of it was run.\n")
-    print(f"d{asked.depth}: {model.params:,} parameters, width {model.width:,}, vocabulary {asked.vocab_size:,}")
-    print(f"{asked.nodes} x {asked.gpus_per_node} GPUs, {policy.strategy} ({why})")
-    print(f"step: {asked.total_batch_size:,} tokens = {passes} x {rows} rows of {asked.max_seq_len} on each GPU\n")
-    print_memory(memory(model, policy, asked, rows), asked)
-    inside, between = traffic(model, policy, asked, passes)
-    print("\nTraffic a step, sent by each GPU")
-    print(f"  inside the node          {inside / GB:8.2f} GB\n  between nodes            {between / GB:8.2f} GB")
-    print_time(predict(model, policy, asked, passes), model, asked)
-    print_constants(asked)
+    print(f"d{settings.depth}: {model.params:,} parameters, width {model.width:,}, vocabulary {settings.vocab_size:,}")
+    print(f"{settings.nodes} x {settings.gpus_per_node} GPUs, {plan.policy.strategy} ({plan.why})")
+    print(f"step: {batch:,} tokens = {plan.passes} x {plan.rows} rows of {settings.max_seq_len} on each GPU\n")
 
-
-def print_memory(used: dict[str, float], asked: Settings) -> None:
-    """The table of memory, and a warning where it does not fit."""
     print("Memory of each GPU")
+    used = plan.memory()
     for name, size in used.items():
         print(f"  {name:<24} {size / GB:8.2f} GB")
-    total = sum(used.values()) / GB
-    print(f"  {'together':<24} {total:8.2f} GB of {asked.gpu_memory_gb:g} GB")
-    if not fits(used, asked):
+    print(f"  {'together':<24} {sum(used.values()) / GB:8.2f} GB of {settings.gpu_memory_gb:g} GB")
+    if not plan.fits():
         print("  DOES NOT FIT with a margin of 10 %: lower --device-batch-size, or shard (--parallel=fsdp or hsdp)")
 
+    inside, between = plan.traffic()
+    print("\nTraffic a step, sent by each GPU")
+    print(f"  inside the node          {inside / GB:8.2f} GB\n  between nodes            {between / GB:8.2f} GB")
 
-def print_time(step: Step, model: Shapes, asked: Settings) -> None:
-    """Step time and what follows from it."""
-    world = asked.nodes * asked.gpus_per_node
-    rate = asked.total_batch_size / step.seconds
-    mfu = model.flops_per_token(asked.max_seq_len) * rate / (world * PEAK_FLOPS)
+    step = plan.step()
+    seconds = sum(step)
+    rate = batch / seconds
+    mfu = model.flops_per_token * rate / (plan.world * PEAK_FLOPS)
+    horizon = 20 * model.params
     print("\nTime of a step")
     print(f"  forward and backward     {1000 * step.computing:8.1f} ms")
-    print(f"  Muon                     {1000 * step.muon:8.1f} ms, {100 * step.muon / step.seconds:.2f} % of the step")
+    print(f"  Muon                     {1000 * step.muon:8.1f} ms, {100 * step.muon / seconds:.2f} % of the step")
     print(f"  waiting for traffic      {1000 * step.waiting:8.1f} ms")
-    print(f"  together                 {1000 * step.seconds:8.1f} ms = {rate:,.0f} tokens/s, MFU {100 * mfu:.1f} %")
-    horizon = 20 * model.params
+    print(f"  together                 {1000 * seconds:8.1f} ms = {rate:,.0f} tokens/s, MFU {100 * mfu:.1f} %")
     print(f"  20 tokens a parameter    {horizon / 1e9:8.1f}e9 tokens in {duration(horizon / rate)}")
 
-
-def print_constants(asked: Settings) -> None:
-    """What the prediction rests on."""
-    print("\nMeasured")
-    mfu, origin = one_gpu_mfu(asked.depth)
-    print(
-        f"  MFU of a GPU             {100 * mfu:.1f} % of {PEAK_FLOPS / 1e12:g} TFLOP/s without the optimizer, {origin}"
-    )
-    print(f"  matmul, bf16             {MATMUL_FLOPS / 1e12:g} TFLOP/s, one H200, 8192³")
-    print(f"  activations              {ACTIVATION_BYTES:g} bytes a token, layer and unit of width, d12 on one H200")
-    print(f"  inside a node            {NVLINK_BYTES_PER_SECOND / GB:g} GB/s a GPU, two H200 of one host")
-    print(f"  optimizer                its products at {100 * OPTIMIZER_EFFICIENCY:g} % of the matmul rate, two H200")
-    print(f"  (two H200 of one host reached {100 * TWO_GPU_EFFICIENCY:g} % of twice one at d12)")
-    print("Assumed")
-    used = f"used at {100 * NETWORK_EFFICIENCY:g} %"
-    print(f"  network                  {asked.network_gbps:g} Gb/s a GPU (--network-gbps), {used}")
-    print("  more GPUs                as fast as two, the optimizer's work spread over all of them")
-    print(
-        f"  traffic of FSDP, HSDP    hides behind {100 * OVERLAP:g} % of forward and backward; of DDP, behind nothing"
-    )
-    print(
-        "  not counted              smaller matmuls of small device batches, slow hosts, data, checkpoints, evaluation"
-    )
+    share, origin = one_gpu_mfu(settings.depth)
+    peak = f"{PEAK_FLOPS / 1e12:g} TFLOP/s"
+    print(f"""
+Measured
+  MFU of a GPU             {100 * share:.1f} % of {peak} without the optimizer, {origin}
+  matmul, bf16             {MATMUL_FLOPS / 1e12:g} TFLOP/s, one H200, 8192³
+  activations              {ACTIVATION_BYTES:g} bytes a token, layer and unit of width, d12 on one H200
+  inside a node            {NVLINK_BYTES_PER_SECOND / GB:g} GB/s a GPU, two H200 of one host
+  optimizer                its products at {100 * OPTIMIZER_EFFICIENCY:g} % of the matmul rate, two H200
+  (two H200 of one host reached {100 * TWO_GPU_EFFICIENCY:g} % of twice one at d12)
+Assumed
+  network                  {settings.network_gbps:g} Gb/s a GPU (--network-gbps), used at {100 * NETWORK_EFFICIENCY:g} %
+  more GPUs                as fast as two, the optimizer's work spread over all of them
+  traffic of FSDP, HSDP    hides behind {100 * OVERLAP:g} % of forward and backward; of DDP, behind nothing
+  not counted              smaller matmuls of small device batches, slow hosts, data, checkpoints, evaluation""")
 
 
 if __name__ == "__main__":

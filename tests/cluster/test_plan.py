@@ -3,54 +3,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.cluster import plan
-from nanochat.cluster.plan import (
-    Measurement,
-    Settings,
-    largest_batch,
-    memory,
-    one_gpu_mfu,
-    passes_per_step,
-    predict,
-    shapes,
-)
-from nanochat.config import build_config, resolve
+from nanochat.cluster.plan import Measurement, Plan, Settings, one_gpu_mfu, shapes
 from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.parallel import make_policy
-from scripts.base_train import Settings as TrainSettings
 
 ROOT = Path(__file__).parents[2]
 DEPTHS = (12, 20, 26, 32, 48, 64)
-
-
-def policy_of(asked):
-    world = asked.nodes * asked.gpus_per_node
-    return make_policy(asked.parallel, shapes(asked.depth, 65536).params, torch.bfloat16, world, asked.gpus_per_node)[0]
-
-
-def used(rows=1, **flags):
-    asked = Settings(**flags)
-    return memory(shapes(asked.depth, asked.vocab_size), policy_of(asked), asked, rows)
-
-
-def step(passes=1, **flags):
-    asked = Settings(**flags)
-    return predict(shapes(asked.depth, asked.vocab_size), policy_of(asked), asked, passes)
-
-
-@pytest.mark.parametrize("depth", [1, 7, 12, 20, 33, 64])
-@pytest.mark.parametrize("vocab_size", [4096, 65536])
-def test_shapes_are_those_of_the_model(depth, vocab_size):
-    with torch.device("meta"):
-        model = GPT(build_config(resolve(TrainSettings(depth=depth)), vocab_size))
-    ours = shapes(depth, vocab_size)
-    assert (ours.params, ours.width) == (model.num_params(), model.config.n_embd)
-    assert ours.flops_per_token(2048) == model.estimate_flops()
 
 
 def test_published_sizes():
@@ -62,76 +23,74 @@ def test_published_sizes():
 def test_sharding_divides_what_it_says(depth, nodes):
     """Against the arithmetic done by hand: 4 bytes each of weights and gradients, 4 of momentum, 8 of Adam."""
     params = shapes(depth, 65536).params
-    ends = 2 * shapes(depth, 65536).head
+    ends = params - shapes(depth, 65536).matrices
     state = 4 * (params - ends) + 8 * ends
-    one_pass = {"depth": depth, "nodes": nodes, "total_batch_size": 2048 * nodes * 8}
+    one_pass = {"depth": depth, "nodes": nodes, "total_batch_size": 2048 * nodes * 8, "device_batch_size": 1}
     for parallel, parts in (("fsdp", 8 * nodes), ("hsdp", 8)):
-        sizes = used(**one_pass, parallel=parallel)
+        sizes = Plan(Settings(**one_pass, parallel=parallel)).memory()
         assert sizes["weights, fp32"] == sizes["gradients, fp32"] == 4 * params / parts
         assert sizes["optimizer state, fp32"] == state / parts
-    whole = used(**one_pass, parallel="ddp")
-    assert whole["weights, fp32"] == 4 * params and whole["optimizer state, fp32"] == state / (8 * nodes)
+    sizes = Plan(Settings(**one_pass, parallel="ddp")).memory()
+    assert sizes["weights, fp32"] == 4 * params and sizes["optimizer state, fp32"] == state / (8 * nodes)
 
 
 def test_state_under_hsdp_as_derived_by_hand():
     """12 bytes a parameter over 8 GPUs: d48 8.4 to 9 GB, d64 19.8 to 20.5 GB (Adam's ends make the difference)."""
     for depth, low, high in ((48, 8.4e9, 9.2e9), (64, 19.8e9, 20.8e9)):
-        sizes = used(depth=depth, nodes=16, parallel="hsdp", total_batch_size=2048 * 128)
-        state = sum(size for name, size in sizes.items() if name.endswith("fp32"))
+        asked = Settings(depth=depth, nodes=16, parallel="hsdp", total_batch_size=2048 * 128)
+        state = sum(size for name, size in Plan(asked).memory().items() if name.endswith("fp32"))
         assert low <= state <= high
 
 
-def test_gradients_kept_whole_between_passes_are_counted():
+def test_unsharded_gradients_between_passes_are_counted():
     params = shapes(20, 65536).params
-    accumulating = used(depth=20, parallel="fsdp", total_batch_size=4 * 2048 * 8)["gradients, fp32"]
-    assert accumulating == 4 * params / 8 + 4 * params
+    four_passes = Settings(depth=20, parallel="fsdp", total_batch_size=4 * 2048 * 8, device_batch_size=1)
+    assert Plan(four_passes).memory()["gradients, fp32"] == 4 * params / 8 + 4 * params
 
 
 def test_the_run_that_was_measured_is_predicted():
     row = plan.MEASURED[0]
-    asked = {"depth": row.depth, "vocab_size": row.vocab_size, "total_batch_size": row.tokens_per_step}
-    one = {**asked, "gpus_per_node": 1}
-    assert sum(used(rows=row.device_batch_size, **one).values()) == pytest.approx(row.peak_bytes, rel=0.03)
-    assert row.tokens_per_step / step(**one).seconds == pytest.approx(row.tokens_per_second, rel=0.02)
-    two = step(**asked, gpus_per_node=2).seconds
-    assert step(**one).seconds / two / 2 == pytest.approx(plan.TWO_GPU_EFFICIENCY, abs=0.03)
+    sizes = {"depth": row.depth, "vocab_size": row.vocab_size, "total_batch_size": row.tokens_per_step}
+    one, two = (Plan(Settings(**sizes, gpus_per_node=n, device_batch_size=row.device_batch_size)) for n in (1, 2))
+    assert sum(one.memory().values()) == pytest.approx(row.peak_bytes, rel=0.03)
+    assert row.tokens_per_step / sum(one.step()) == pytest.approx(row.tokens_per_second, rel=0.02)
+    assert sum(one.step()) / sum(two.step()) / 2 == pytest.approx(plan.TWO_GPU_EFFICIENCY, abs=0.03)
 
 
 @given(st.sampled_from(DEPTHS), st.sampled_from([1, 2, 4, 16]), st.sampled_from(["ddp", "fsdp", "hsdp"]))
 def test_more_nodes_and_faster_networks_never_slow_a_step(depth, nodes, parallel):
-    slow, fast = (
-        step(depth=depth, nodes=nodes, parallel=parallel, network_gbps=speed).seconds for speed in (10.0, 1000.0)
-    )
-    assert 0 < fast <= slow
-    assert (
-        step(depth=depth, nodes=2 * nodes, parallel=parallel, network_gbps=1e9).computing
-        < step(depth=depth, nodes=nodes, parallel=parallel).computing
-    )
+    def step(nodes, speed):
+        return Plan(Settings(depth=depth, nodes=nodes, parallel=parallel, network_gbps=speed)).step()
+
+    assert 0 < sum(step(nodes, 1000.0)) <= sum(step(nodes, 10.0))
+    assert step(2 * nodes, 1e9).computing < step(nodes, 1e9).computing
 
 
-def traffic_of(passes=1, **flags):
-    asked = Settings(**flags)
-    return plan.traffic(shapes(asked.depth, asked.vocab_size), policy_of(asked), asked, passes)
+def traffic(**flags):
+    return Plan(Settings(**flags)).traffic()
 
 
 def test_one_gpu_sends_nothing_and_one_node_nothing_out():
-    assert traffic_of(depth=20, gpus_per_node=1) == (0.0, 0.0)
+    assert traffic(depth=20, gpus_per_node=1) == (0.0, 0.0)
     for parallel in ("ddp", "fsdp", "hsdp"):
-        inside, between = traffic_of(depth=20, parallel=parallel)
+        inside, between = traffic(depth=20, parallel=parallel)
         assert inside > 0 and between == 0.0
 
 
 def test_large_models_send_less_between_nodes_by_hsdp_than_by_fsdp():
     """Four passes a step, which fsdp gathers and reduces across nodes each time."""
-    hsdp, fsdp = (traffic_of(4, depth=48, nodes=8, parallel=parallel)[1] for parallel in ("hsdp", "fsdp"))
+    hsdp, fsdp = (
+        traffic(depth=48, nodes=8, device_batch_size=1, parallel=parallel)[1] for parallel in ("hsdp", "fsdp")
+    )
     assert hsdp < fsdp / 2
 
 
 def test_muon_is_a_small_part_and_spread():
-    one, eight = (plan.muon_seconds(shapes(26, 65536), ranks) for ranks in (1, 8))
+    one, eight = (plan.muon_seconds(shapes(26, 65536), 26, ranks) for ranks in (1, 8))
     assert one == pytest.approx(8 * eight)
-    assert step(depth=26).muon / step(depth=26).seconds < 0.02
-    assert step(depth=26, use_muon=False).muon == 0.0
+    step = Plan(Settings(depth=26)).step()
+    assert step.muon / sum(step) < 0.02
+    assert Plan(Settings(depth=26, use_muon=False)).step().muon == 0.0
 
 
 def test_mfu_between_two_measurements():
@@ -147,15 +106,13 @@ def test_mfu_between_two_measurements():
 
 @given(st.sampled_from(DEPTHS), st.sampled_from([1, 2, 4, 16]), st.floats(24, 200))
 def test_the_chosen_batch_fits_and_divides(depth, nodes, gpu_memory):
-    asked = Settings(depth=depth, nodes=nodes, gpu_memory_gb=gpu_memory)
-    rows = largest_batch(shapes(depth, 65536), policy_of(asked), asked)
-    assert passes_per_step(asked, rows) >= 1
-    assert rows == 1 or plan.fits(used(rows=rows, depth=depth, nodes=nodes), asked)
+    chosen = Plan(Settings(depth=depth, nodes=nodes, gpu_memory_gb=gpu_memory))
+    assert chosen.passes >= 1 and (chosen.rows == 1 or chosen.fits())
 
 
 def test_a_batch_that_does_not_divide_names_both_flags():
     with pytest.raises(UserError, match=r"--total-batch-size=524288 .* 5 rows .*--device-batch-size"):
-        passes_per_step(Settings(), 5)
+        Plan(Settings(device_batch_size=5))
 
 
 def test_what_is_printed_says_that_it_is_a_prediction_and_on_what_it_rests(capsys):
@@ -180,10 +137,7 @@ def test_plan_is_a_word_of_launch():
 @pytest.mark.parametrize(("depth", "strategy", "rows"), [(20, "ddp", 16), (26, "ddp", 8), (32, "fsdp", 8)])
 def test_what_was_measured_on_two_gpus_is_predicted(depth, strategy, rows):
     measured = next(row for row in plan.MEASURED if row.depth == depth)
-    asked = plan.Settings(depth=depth, gpus_per_node=2, parallel=strategy, device_batch_size=rows, gpu_memory_gb=150)
-    model = plan.shapes(depth, asked.vocab_size)
-    policy, _ = plan.make_policy(strategy, model.params, torch.bfloat16, 2, 2)
-    step = plan.predict(model, policy, asked, plan.passes_per_step(asked, rows))
-    assert asked.total_batch_size / step.seconds == pytest.approx(2 * measured.tokens_per_second, rel=0.02)
-    used = sum(plan.memory(model, policy, asked, rows).values())
-    assert 0.9 * measured.peak_bytes < used < 1.25 * measured.peak_bytes
+    asked = Settings(depth=depth, gpus_per_node=2, parallel=strategy, device_batch_size=rows, gpu_memory_gb=150)
+    predicted = Plan(asked)
+    assert asked.total_batch_size / sum(predicted.step()) == pytest.approx(2 * measured.tokens_per_second, rel=0.02)
+    assert 0.9 * measured.peak_bytes < sum(predicted.memory().values()) < 1.25 * measured.peak_bytes
