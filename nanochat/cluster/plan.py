@@ -16,7 +16,7 @@ import torch
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
-from nanochat.config import ArchFlags, build_config
+from nanochat.config import ArchFlags, build_config, resolve
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import GPUS
@@ -112,8 +112,8 @@ class Shapes(NamedTuple):
 def shapes(depth: int, vocab_size: int, row_len: int = 2048) -> Shapes:
     """The classic model of that depth, in rows of row_len tokens."""
     with torch.device("meta"):
-        model = GPT(build_config(ArchFlags(depth=depth, max_seq_len=row_len), vocab_size))
-    matrices = sum(param.numel() for param in model.transformer.h.parameters())
+        model = GPT(build_config(resolve(ArchFlags(depth=depth, max_seq_len=row_len)), vocab_size))
+    matrices = sum(param.numel() for name, param in model.named_parameters() if name.startswith("transformer.h."))
     head = model.lm_head.weight.numel()
     return Shapes(model.config.n_embd, model.num_params(), matrices, head, model.estimate_flops())
 
