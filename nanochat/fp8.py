@@ -1,17 +1,17 @@
 """Matmuls of training in 8 bits: twice the arithmetic rate of bf16 on GPUs of compute capability 8.9 and above.
 
 y = x @ w.T takes x and w in e4m3 (3 bits of mantissa, at most 448); the gradients of y come in e5m2 (2 bits, at most
-57,344), which has the range that gradients need. Each tensor has one scale, its largest magnitude / the format's
-maximum, found anew at every use: nothing to tune when width, batch or learning rate change, nothing overflows, and no
-value goes to the host. Fixed scales would save one reading of each tensor, and went wrong in others' hands whenever
-the recipe changed. What autograd keeps is the 8-bit copies, one byte an element where bf16 has two; but each of the
+57,344), which has the range that gradients need (arXiv 2209.05433). Each tensor has one scale, its largest magnitude /
+the format's maximum, found anew at every use: nothing to tune when width, batch or learning rate change, nothing
+overflows, and no value goes to the host. Fixed scales would save one reading of each tensor, and are known to go wrong
+when the recipe changes. Autograd keeps the 8-bit copies, one byte an element where bf16 has two; but each of the
 projections of queries, keys and values keeps a copy of their common input, and each matrix one of its weights.
 
-Only training is done in 8 bits: gpt.Linear asks for it in training mode with gradients enabled, and nowhere else. On a
-CPU the same numbers are computed in fp32 from the 8-bit values, which is slow, and there for tests.
+Only training is done in 8 bits (see Linear). On a CPU the same numbers are computed in fp32 from the 8-bit values,
+which is slow, and there for tests.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from torch import Tensor, nn
 
 from nanochat.errors import UserError
 from nanochat.runtime import kernel
-
-if TYPE_CHECKING:  # the model calls this file
-    from nanochat.gpt import GPT
 
 Fp8 = Literal["none", "head", "all"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -153,24 +150,36 @@ fp8_mm.register_autograd(_backward, setup_context=_save)
 # ---- who uses it
 
 
-def apply_fp8(model: "GPT", which: Fp8) -> None:
-    """Make `model` train in 8 bits: its head, or ("all") also the matrices of its blocks; gates stay as they are.
+class Linear(nn.Linear):
+    """Linear map without bias: (..., in) -> (..., out) in the dtype of its input, whatever that of the weight (fp32).
+    With `fp8`, set by apply_fp8, in 8 bits while training, and nowhere else."""
+
+    fp8 = False
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and self.training and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def apply_fp8(model: nn.Module, which: Fp8) -> None:
+    """Make a model train in 8 bits: its lm_head, or ("all") also the matrices c_* of its blocks.
 
     Call it once the model lies on its device. Raises UserError where that has no 8-bit matmul, and names the first
     layer whose dimensions are no multiples of 16.
     """
     if which == "none":
         return
-    device = model.get_device()
-    require_fp8(device, which)
-    layers: dict[str, Any] = {"lm_head": model.lm_head}
-    if which == "all":
-        blocks = model.transformer.h.named_modules(prefix="transformer.h")  # type: ignore[union-attr]
-        layers |= {name: module for name, module in blocks if name.rpartition(".")[2].startswith("c_")}
-    for name, module in layers.items():
-        _require_multiples(name, module, which)
-    for module in layers.values():
-        module.fp8 = True
+    require_fp8(next(model.parameters()).device, which)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    chosen = [n for n in layers if n == "lm_head" or (which == "all" and n.rpartition(".")[2].startswith("c_"))]
+    for name in sorted(chosen, key=lambda name: name != "lm_head"):
+        _require_multiples(name, layers[name], which)
+    for name in chosen:
+        layers[name].fp8 = True
 
 
 def require_fp8(device: torch.device, which: Fp8) -> None:

@@ -1,30 +1,28 @@
-"""The model: a decoder-only transformer, and nothing about devices, meshes or optimizers.
+"""The model: a decoder-only transformer, and nothing about devices, meshes or optimizer steps.
 
-With the defaults of GPTConfig, the classic nanochat architecture: rotary positions, QK-norm, untied embeddings, squared
-ReLU, RMSNorm without parameters (also right after the embedding), softcapped logits, no biases, grouped key/value heads
-and a pattern of attention windows. What the speedrun architecture adds is one setting each (nanochat.config has the
-whole of it). Weights are kept in fp32 and cast to `compute_dtype` where they are used.
+With the defaults of GPTConfig, the classic nanochat architecture. What the speedrun architecture adds is one setting
+each; nanochat.config says what they are and where they come from. Weights are kept in fp32 and cast to `compute_dtype`
+where they are used. Shapes: B rows, T tokens, C channels, H heads of D channels, V entries of the vocabulary.
 """
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat import mup
 from nanochat.attention import Mask, causal_attention, make_masks, masked_attention
-from nanochat.config import GATE_CHANNELS, InitSpec, init_parameter
+from nanochat.config import GATE_CHANNELS, LEARNING_RATES, InitSpec, init_parameter
 from nanochat.config import GPTConfig as GPTConfig
 from nanochat.dtensor import fill_rows
 from nanochat.errors import UserError
-from nanochat.fp8 import fp8_linear
-from nanochat.loss import Reduction, fused_head_loss, head_loss, softcap
-
-if TYPE_CHECKING:  # the cache and the optimizer know the model, not the other way round
-    from nanochat.engine import KVCache
-    from nanochat.optim import MuonAdamW
+from nanochat.fp8 import Linear
+from nanochat.loss import Head, Reduction, head_loss, softcap
+from nanochat.optim import MuonAdamW
+from nanochat.optim.param_groups import check_parametrisation, make_param_groups
 
 LOGIT_CAP = 15.0
 ROTARY_MARGIN = 10  # the rotary table covers this many times sequence_len, so that generation may run past it
@@ -56,7 +54,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1).to(x.dtype)
 
 
-class Surroundings(NamedTuple):
+class Cache(Protocol):
+    """What the model needs of a KV cache (nanochat.engine.KVCache)."""
+
+    tokens: Tensor
+    """(B, length) int64: what was read so far."""
+    starts: Tensor | None
+    """(B,) first position of each row that is no padding; None: 0."""
+
+    def get_pos(self) -> int: ...
+    def advance(self, num_tokens: int) -> None: ...
+    def insert_tokens(self, idx: Tensor) -> Tensor: ...
+    def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class ForwardContext(NamedTuple):
     """What all blocks of one forward pass share."""
 
     cos: Tensor
@@ -65,30 +77,7 @@ class Surroundings(NamedTuple):
     """For layers with short and long windows; None: plain causal attention."""
     documents: Tensor | None
     """(B, Tk) number of the document that each cached position belongs to."""
-    kv_cache: "KVCache | None"
-
-
-class Linear(nn.Linear):
-    """Bias-free linear map with an fp32 weight that multiplies in the dtype of its input."""
-
-    fp8 = False  # nanochat.fp8.apply_fp8 sets it
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fp8 and self.training and torch.is_grad_enabled():
-            return fp8_linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class Head(Linear):
-    """The output projection: hidden states to logits, or straight to their loss."""
-
-    def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float, scale: float) -> Tensor:
-        """Summed cross-entropy of scaled and softcapped logits, with gradients, see nanochat.loss. A method of its own,
-        so that what gathers sharded weights before a module's forward() can do so here."""
-        return fused_head_loss(hidden, self.weight, targets, weights, cap, scale, fp8=self.fp8 and self.training)
+    kv_cache: Cache | None
 
 
 class CausalSelfAttention(nn.Module):
@@ -110,7 +99,7 @@ class CausalSelfAttention(nn.Module):
         if config.attn_gate:
             self.gate = Linear(GATE_CHANNELS, config.n_head)
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, around: Surroundings) -> Tensor:
+    def forward(self, x: Tensor, value_embed: Tensor | None, ctx: ForwardContext) -> Tensor:
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, -1, self.head_dim)
         k = self.c_k(x).view(B, T, -1, self.head_dim)
@@ -118,16 +107,16 @@ class CausalSelfAttention(nn.Module):
         if value_embed is not None:
             v = self.join(v, value_embed.view(v.shape), x)
         # QK-norm keeps the attention logits bounded
-        q, k = norm(rotate(q, around.cos, around.sin)), norm(rotate(k, around.cos, around.sin))
-        if around.masks is not None:
-            short, long = around.masks  # not indexed by a bool: torch 2.11 could not compile that
+        q, k = norm(rotate(q, ctx.cos, ctx.sin)), norm(rotate(k, ctx.cos, ctx.sin))
+        if ctx.masks is not None:
+            short, long = ctx.masks  # not indexed by a bool: torch 2.11 could not compile that
             y = masked_attention(q, k, v, long if self.is_long else short, self.scale)
         else:
             starts = None
-            if around.kv_cache is not None:
-                k, v = around.kv_cache.insert(self.layer, k, v)
-                starts = around.kv_cache.starts
-            y = causal_attention(q, k, v, self.window, starts, around.documents, self.scale)
+            if ctx.kv_cache is not None:
+                k, v = ctx.kv_cache.insert(self.layer, k, v)
+                starts = ctx.kv_cache.starts
+            y = causal_attention(q, k, v, self.window, starts, ctx.documents, self.scale)
         if hasattr(self, "gate"):
             y = y * _gate(self.gate, x)
         return self.c_proj(y.reshape(B, T, C))
@@ -178,9 +167,9 @@ class Block(nn.Module):
             self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, around: Surroundings) -> Tensor:
+    def forward(self, x: Tensor, value_embed: Tensor | None, ctx: ForwardContext) -> Tensor:
         if hasattr(self, "attn"):
-            x = self.add(x, self.attn(norm(x), value_embed, around), 0)
+            x = self.add(x, self.attn(norm(x), value_embed, ctx), 0)
         return self.add(x, self.mlp(norm(x)), 1)
 
     def add(self, x: Tensor, branch: Tensor, which: int) -> Tensor:
@@ -269,7 +258,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        kv_cache: "KVCache | None" = None,
+        kv_cache: Cache | None = None,
         loss_reduction: Reduction = "mean",
         loss_weights: Tensor | None = None,
     ) -> Tensor:
@@ -278,8 +267,8 @@ class GPT(nn.Module):
         a KV cache, idx continues what the cache holds."""
         config, T = self.config, idx.size(1)
         x = self.embed(idx, kv_cache)
-        around = self.surroundings(idx, kv_cache)
-        x = self.run_blocks(x, idx, around)
+        ctx = self.forward_context(idx, kv_cache)
+        x = self.run_blocks(x, idx, ctx)
         if kv_cache is not None:
             kv_cache.advance(T)
         x = norm(x)
@@ -290,7 +279,7 @@ class GPT(nn.Module):
             return head_loss(*flat, LOGIT_CAP, loss_reduction, weights, scale)
         return softcap(self.lm_head(x).float(), LOGIT_CAP, scale)
 
-    def embed(self, idx: Tensor, kv_cache: "KVCache | None") -> Tensor:
+    def embed(self, idx: Tensor, kv_cache: Cache | None) -> Tensor:
         """(B, T, C), normed, in the compute dtype; with `smear` each takes up some of the one before it."""
         wte = self.transformer.wte
         x = norm(wte(idx).to(self.compute_dtype))  # type: ignore[operator]
@@ -303,7 +292,7 @@ class GPT(nn.Module):
         share = (share * exists.unsqueeze(-1)).to(x.dtype)
         return norm(x + share * norm(wte(before).to(self.compute_dtype)))  # type: ignore[operator]
 
-    def surroundings(self, idx: Tensor, kv_cache: "KVCache | None") -> Surroundings:
+    def forward_context(self, idx: Tensor, kv_cache: Cache | None) -> ForwardContext:
         """Positions and masks of this forward pass; notes the tokens in the cache."""
         T = idx.size(1)
         start = kv_cache.get_pos() if kv_cache is not None else 0
@@ -317,9 +306,11 @@ class GPT(nn.Module):
             documents = (tokens == self.config.document_token).cumsum(1)
         if kv_cache is None and self.config.masked:
             masks = make_masks(documents, self.windows, idx, blocks=self.block_masks)
-        return Surroundings(self.cos[:, start : start + T], self.sin[:, start : start + T], masks, documents, kv_cache)
+        return ForwardContext(
+            self.cos[:, start : start + T], self.sin[:, start : start + T], masks, documents, kv_cache
+        )
 
-    def run_blocks(self, x: Tensor, idx: Tensor, around: Surroundings) -> Tensor:
+    def run_blocks(self, x: Tensor, idx: Tensor, ctx: ForwardContext) -> Tensor:
         """The stream (B, T, C) behind the last block, and what runs beside the blocks: skips, shortcut, backout."""
         config, n, x0 = self.config, self.config.n_layer, x
         values: list[Tensor] = []
@@ -334,7 +325,8 @@ class GPT(nn.Module):
             if config.x0_shortcut:
                 x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
             table = config.value_table(layer)
-            x = block(x, values[table] if table is not None else None, around)
+            value_embed = values[table] if table is not None else None
+            x = block(x, value_embed, ctx)  # gradient checkpointing would wrap this call
             if (config.unet and layer < n // 2) or layer == middle:
                 outputs[layer] = x
         return x - self.backout_lambda.to(x.dtype) * outputs[middle] if middle >= 0 else x
@@ -366,34 +358,25 @@ class GPT(nn.Module):
 
     def setup_optimizer(
         self,
-        matrix_lr: float = 0.02,
-        embedding_lr: float = 0.2,
-        unembedding_lr: float = 0.004,
+        matrix_lr: float = LEARNING_RATES["matrix_lr"],
+        embedding_lr: float = LEARNING_RATES["embedding_lr"],
+        unembedding_lr: float = LEARNING_RATES["unembedding_lr"],
         weight_decay: float = 0.0,
         use_muon: bool = True,
-        scalar_lr: float = 0.04,
-        value_embedding_lr: float | None = None,
         use_mup: bool | None = None,
         base_width: int | None = None,
-    ) -> "MuonAdamW":
-        """One optimizer over all parameters: see nanochat.optim.param_groups.gpt_optimizer."""
-        from nanochat.optim.param_groups import gpt_optimizer
-
-        return gpt_optimizer(
-            self,
-            matrix_lr,
-            embedding_lr,
-            unembedding_lr,
-            weight_decay,
-            use_muon,
-            scalar_lr,
-            value_embedding_lr,
-            use_mup,
-            base_width,
-        )
+        **rates: float,
+    ) -> MuonAdamW:
+        """One optimizer over all parameters: see make_param_groups. use_mup, base_width: UserError where the model was
+        built otherwise (None: no matter how)."""
+        check_parametrisation(self.config, use_mup, base_width)
+        rates |= {"matrix_lr": matrix_lr, "embedding_lr": embedding_lr, "unembedding_lr": unembedding_lr}
+        scalings = mup.mup_table(GPT, self.config, use_muon)
+        named = self.named_parameters()
+        return MuonAdamW(make_param_groups(named, self.config, scalings, use_muon, weight_decay, **rates))
 
 
-def _tokens_before(idx: Tensor, kv_cache: "KVCache | None") -> tuple[Tensor, Tensor]:
+def _tokens_before(idx: Tensor, kv_cache: Cache | None) -> tuple[Tensor, Tensor]:
     """(token before each of idx (B, T), whether there is one)."""
     before = torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
     position = torch.arange(idx.size(1), device=idx.device).expand_as(idx)

@@ -5,13 +5,13 @@ much again. Here they are made, used and dropped a chunk of rows at a time. When
 states and head are computed in the same visit, so that no logits have to be made twice.
 """
 
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.fp8 import E4M3, E5M2, MULTIPLE, Scaled, matmul, quantize, scale_of, to_format, transposed
+from nanochat.fp8 import E4M3, E5M2, MULTIPLE, Linear, Scaled, matmul, quantize, scale_of, to_format, transposed
 from nanochat.runtime import IGNORE_INDEX, kernel
 
 Reduction = Literal["mean", "sum", "none"]
@@ -26,16 +26,14 @@ PLAIN_LOGITS = 2**22
 MOST_CAP = 60.0  # exp(60) times any vocabulary is still a number in fp32
 
 
-class Head(Protocol):
-    """What is needed of the output projection (gpt.Head). Its weight is only touched inside these two: elsewhere it may
-    be cut over ranks."""
+class Head(Linear):
+    """The output projection: hidden states to logits, or straight to their loss. Only these two methods touch its
+    weight: elsewhere it may be sharded over ranks."""
 
-    @property
-    def out_features(self) -> int: ...
-
-    def __call__(self, hidden: Tensor) -> Tensor: ...
-
-    def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float, scale: float) -> Tensor: ...
+    def summed_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float, scale: float) -> Tensor:
+        """Summed cross-entropy of scaled and softcapped logits, with gradients. A method of its own, so that FSDP2
+        can gather the weight here as it does before forward()."""
+        return fused_head_loss(hidden, self.weight, targets, weights, cap, scale, fp8=self.fp8 and self.training)
 
 
 def softcap(logits: Tensor, cap: float, scale: float = 1.0) -> Tensor:

@@ -24,6 +24,7 @@ times base depth / depth, eps of what lies in them likewise, rates as they are.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -32,9 +33,9 @@ from torch import nn
 
 from nanochat.config import GPTConfig, InitSpec, init_std
 from nanochat.errors import UserError
-from nanochat.gpt import GPT
 
 Kind = Literal["input", "hidden", "output", "scalar"]
+ModelClass = Callable[[GPTConfig], nn.Module]
 
 
 class Dim(NamedTuple):
@@ -97,21 +98,21 @@ def at_width(config: GPTConfig, width: int) -> GPTConfig:
     return dataclasses.replace(config, n_embd=width, n_head=heads, n_kv_head=kv_heads)
 
 
-def inf_shapes(config: GPTConfig) -> dict[str, InfShape]:
-    """InfShape of every parameter of GPT(config), by name. Without a base width of its own, a model is its own base."""
+def inf_shapes(model_class: ModelClass, config: GPTConfig) -> dict[str, InfShape]:
+    """InfShape of every parameter of model_class(config), by name. Without a base width, a model is its own base."""
     base_width = config.mup_base_width or config.n_embd
-    base, twice = _fans(at_width(config, base_width)), _fans(at_width(config, 2 * base_width))
+    base, twice = (_fans(model_class, at_width(config, width)) for width in (base_width, 2 * base_width))
     return {
         name: InfShape(tuple(Dim(b, s, b != t) for b, s, t in zip(base[name], sizes, twice[name], strict=True)))
-        for name, sizes in _fans(config).items()
+        for name, sizes in _fans(model_class, config).items()
     }
 
 
 @functools.lru_cache(maxsize=8)
-def _fans(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+def _fans(model_class: ModelClass, config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """(fan out, fan in) of matrices, (n,) of vectors, by name. Embedding tables are stored the other way round."""
     with torch.device("meta"):
-        model = GPT(config)
+        model = model_class(config)
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     return {name: shape[::-1] if name in tables else shape for name, shape in shapes.items()}
@@ -165,14 +166,18 @@ def adamw_lr_factor(shape: InfShape) -> float:
     return 1.0 / shape.dims[1].growth
 
 
-def mup_table(config: GPTConfig, use_muon: bool = True, spec: InitSpec | None = None) -> dict[str, ParamScaling]:
-    """How every parameter of GPT(config) goes with width, by name; factors are 1 where the base width is the width, or
-    0. spec: how weights are drawn (default: as init_weights does).
+def mup_table(
+    model_class: ModelClass, config: GPTConfig, use_muon: bool = True, spec: InitSpec | None = None
+) -> dict[str, ParamScaling]:
+    """How every parameter of model_class(config) goes with width, by name. Factors are 1 where the base width is the
+    width, or 0. spec: how weights are drawn (default: as init_weights does).
 
     ValueError for a parameter that no rule covers, UserError for a base width that the heads do not divide.
     """
     spec = spec or InitSpec()
-    return {name: _scaling(name, shape, config, use_muon, spec) for name, shape in inf_shapes(config).items()}
+    return {
+        name: _scaling(name, shape, config, use_muon, spec) for name, shape in inf_shapes(model_class, config).items()
+    }
 
 
 def _scaling(name: str, shape: InfShape, config: GPTConfig, use_muon: bool, spec: InitSpec) -> ParamScaling:
@@ -198,9 +203,12 @@ def _scaling(name: str, shape: InfShape, config: GPTConfig, use_muon: bool, spec
 # ---- to be read
 
 
-def as_records(config: GPTConfig, use_muon: bool = True, spec: InitSpec | None = None) -> list[dict[str, Any]]:
+def as_records(
+    model_class: ModelClass, config: GPTConfig, use_muon: bool = True, spec: InitSpec | None = None
+) -> list[dict[str, Any]]:
     """The table for people, to be stored and shown: one record for all layers of what is the same in them."""
-    shapes, table = inf_shapes(config), mup_table(config, use_muon, spec)
+    shapes = inf_shapes(model_class, config)
+    table = mup_table(model_class, config, use_muon, spec)
     merged: dict[tuple[Any, ...], int] = {}
     for name, scaling in table.items():
         row = (_over_layers(name), shapes[name], scaling)

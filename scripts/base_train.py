@@ -278,7 +278,7 @@ def main(settings: Settings) -> None:
     given = settings.run not in (NO_WANDB, AUTO)
     automatic = run_name(settings.arch, config.n_embd, config.mup_base_width, datetime.now())
     if settings.mup:
-        meta["mup"] = mup.as_records(config, settings.use_muon, init_spec(settings))
+        meta["mup"] = mup.as_records(GPT, config, settings.use_muon, init_spec(settings))
     meta["run_name"] = name = earlier.get("run_name") or free_name(settings.run if given else automatic)
     with RunLog(name, meta, earlier.get("step")) as log:
         print0(f"run {name}: {log.folder}")

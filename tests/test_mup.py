@@ -61,7 +61,7 @@ def train(model, optimizer, steps, batch=make_batch):
 @pytest.mark.parametrize(("arch", "changes"), [("nanochat", {}), ("speedrun", {}), ("speedrun", EVERYTHING)])
 def test_all_factors_are_one_at_the_base_width(arch, changes, base_width, use_muon):
     config = make_config(64, base_width, arch, **changes)
-    table = mup.mup_table(config, use_muon)
+    table = mup.mup_table(GPT, config, use_muon)
     assert table.keys() == dict(GPT(config).named_parameters()).keys()
     for name, rule in table.items():
         assert (rule.lr, rule.eps, rule.weight_decay, rule.multiplier) == (1.0, 1.0, 1.0, 1.0), name
@@ -86,7 +86,7 @@ HIDDEN = [f"attn.c_{part}.weight" for part in ("q", "k", "v", "proj")] + ["mlp.c
 
 @pytest.mark.parametrize("use_muon", [True, False])
 def test_factors_at_four_times_the_base_width(use_muon):
-    table = mup.mup_table(make_config(128, 32, "speedrun", **EVERYTHING), use_muon)
+    table = mup.mup_table(GPT, make_config(128, 32, "speedrun", **EVERYTHING), use_muon)
     hidden = ("hidden", 1, 1, 1, 1) if use_muon else ("hidden", 1 / 4, 1 / 4, 4, 1)
     expected = {f"transformer.h.{i}.{part}": hidden for i in range(2) for part in HIDDEN} | AT_FOUR_TIMES
     found = {name: (r.kind, r.lr, r.eps, r.weight_decay, r.multiplier) for name, r in table.items()}
@@ -116,16 +116,16 @@ def test_muon_factor_is_exactly_one_where_the_aspect_is_kept(multiple, aspect):
 def test_depth_scales_branches_and_eps_but_no_rate(use_muon):
     shallow = make_config(64, 32, "speedrun", n_layer=8, **EVERYTHING)
     deep = dataclasses.replace(shallow, mup_base_depth=2)
-    before, after = mup.mup_table(shallow, use_muon), mup.mup_table(deep, use_muon)
+    before, after = mup.mup_table(GPT, shallow, use_muon), mup.mup_table(GPT, deep, use_muon)
     for name, rule in after.items():
         branch = name.startswith(("transformer.h.", "transformer.value_embeds."))
         assert rule.eps == before[name].eps * (1 / 4 if branch and rule.optimizer == "adamw" else 1), name
         assert rule.multiplier == before[name].multiplier * (1 / 4 if name.endswith("c_proj.weight") else 1), name
         assert (rule.lr, rule.weight_decay) == (before[name].lr, before[name].weight_decay), name
     model, x = make_model(deep), torch.randn(1, 32, 64)
-    block, around = model.transformer.h[0], model.surroundings(make_batch(0, rows=1)[0], None)
-    middle = x + block.attn(norm(x), None, around) / 4
-    torch.testing.assert_close(block(x, None, around), middle + block.mlp(norm(middle)) / 4)
+    block, ctx = model.transformer.h[0], model.forward_context(make_batch(0, rows=1)[0], None)
+    middle = x + block.attn(norm(x), None, ctx) / 4
+    torch.testing.assert_close(block(x, None, ctx), middle + block.mlp(norm(middle)) / 4)
 
 
 @pytest.mark.parametrize("init", ["uniform", "spectral"])
@@ -135,7 +135,7 @@ def test_the_stated_init_is_what_is_drawn(init, zero_proj):
     config = make_config(128, 32, "speedrun", **EVERYTHING)
     model = GPT(config)
     model.init_weights(spec)
-    table = mup.mup_table(config, spec=spec)
+    table = mup.mup_table(GPT, config, spec=spec)
     for name, param in model.named_parameters():
         found = param.std().item() if param.numel() > 1 else 0.0
         assert found == pytest.approx(table[name].init_std, rel=0.05), name
@@ -145,7 +145,7 @@ def test_the_stated_init_is_what_is_drawn(init, zero_proj):
 
 
 def test_shapes_say_what_grows_whichever_way_they_are_stored():
-    shapes = mup.inf_shapes(make_config(64, 32, "speedrun"))
+    shapes = mup.inf_shapes(GPT, make_config(64, 32, "speedrun"))
     assert shapes["transformer.wte.weight"].dims == ((32, 64, True), (64, 64, False))  # out: width, in: vocabulary
     assert shapes["lm_head.weight"].dims == ((64, 64, False), (32, 64, True))
     assert shapes["transformer.h.0.mlp.c_fc.weight"].dims == ((128, 256, True), (32, 64, True))
@@ -153,13 +153,13 @@ def test_shapes_say_what_grows_whichever_way_they_are_stored():
 
 
 def test_a_vocabulary_of_the_size_of_the_width_is_finite_all_the_same():
-    shape = mup.inf_shapes(GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=4, n_kv_head=4, n_embd=64))
+    shape = mup.inf_shapes(GPT, GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=4, n_kv_head=4, n_embd=64))
     assert shape["lm_head.weight"].infinite == (False, True)
 
 
 def test_grouped_heads_and_widths_below_the_base():
     config = GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, mup_base_width=128)
-    shapes, table = mup.inf_shapes(config), mup.mup_table(config, use_muon=False)
+    shapes, table = mup.inf_shapes(GPT, config), mup.mup_table(GPT, config, use_muon=False)
     assert shapes["transformer.h.0.attn.c_k.weight"].dims == ((64, 16, True), (128, 32, True))
     assert table["transformer.h.0.attn.c_k.weight"].lr == 4 and table["lm_head.weight"].multiplier == 4
 
@@ -168,7 +168,7 @@ def test_grouped_heads_and_widths_below_the_base():
 def test_a_base_width_that_the_heads_do_not_divide_is_the_users_mistake(heads, kv_heads, base):
     config = GPTConfig(n_layer=1, n_head=heads, n_kv_head=kv_heads, n_embd=64, mup_base_width=base)
     with pytest.raises(UserError, match=f"width {base}"):
-        mup.mup_table(config)
+        mup.mup_table(GPT, config)
 
 
 FINITE, GROWS = Dim(8, 8, False), Dim(8, 16, True)
@@ -194,8 +194,8 @@ def test_what_no_rule_covers_is_named(name, dims, words):
 
 def test_the_table_can_be_read():
     config = make_config(128, 32, "speedrun", **EVERYTHING)
-    records = mup.as_records(config)
-    assert sum(record["count"] for record in records) == len(mup.mup_table(config))
+    records = mup.as_records(GPT, config)
+    assert sum(record["count"] for record in records) == len(mup.mup_table(GPT, config))
     head = next(record for record in records if record["parameter"] == "lm_head.weight")
     assert (head["fans"], head["at base"], head["infinite"]) == ("64 x 128", "64 x 32", "· x ∞")
     assert (head["kind"], head["multiplier"]) == ("output", 0.25)

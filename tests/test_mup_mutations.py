@@ -70,9 +70,9 @@ def change_lr(monkeypatch, kind, power):
     """Multiply the learning rates of all parameters of this kind by m^power."""
     rules = mup.mup_table
 
-    def changed(config, *args, **kwargs):
+    def changed(model_class, config, *args, **kwargs):
         m = config.n_embd / config.mup_base_width
-        table = rules(config, *args, **kwargs)
+        table = rules(model_class, config, *args, **kwargs)
         return {
             name: dataclasses.replace(rule, lr=rule.lr * m**power) if rule.kind == kind else rule
             for name, rule in table.items()
@@ -147,7 +147,7 @@ def test_the_standard_parametrisation_fails_besides_the_logits():
 @pytest.mark.parametrize("name", ["lm_head.weight", "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"])
 def test_a_missing_shape_is_an_error_and_no_default(monkeypatch, name):
     shapes = mup.inf_shapes
-    monkeypatch.setattr(mup, "inf_shapes", lambda config: {n: s for n, s in shapes(config).items() if n != name})
+    monkeypatch.setattr(mup, "inf_shapes", lambda *about: {n: s for n, s in shapes(*about).items() if n != name})
     config = GPTConfig(sequence_len=8, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, mup_base_width=32)
     with pytest.raises(ValueError, match=name):
         GPT(config).setup_optimizer()
@@ -157,8 +157,8 @@ def test_a_missing_shape_is_an_error_and_no_default(monkeypatch, name):
 def test_a_shape_that_calls_the_wrong_dimension_infinite_is_an_error(monkeypatch, finite):
     shapes = mup.inf_shapes
 
-    def wrong(config):
-        table = shapes(config)
+    def wrong(*about):
+        table = shapes(*about)
         out, into = table["transformer.wte.weight"].dims
         flipped = mup.InfShape((out._replace(infinite=finite == "in"), into._replace(infinite=True)))
         return table | {"transformer.wte.weight": flipped}

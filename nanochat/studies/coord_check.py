@@ -109,7 +109,7 @@ def run_checks(settings: Settings) -> list[Record]:
         rates: dict[str, Any] = {name: getattr(flags, name) * settings.lr_scale for name in LEARNING_RATES}
         return model.setup_optimizer(**rates, use_muon=use_muon)
 
-    print0(mup.format_table(mup.as_records(configs[widths[-1]], use_muon, spec(0))))
+    print0(mup.format_table(mup.as_records(GPT, configs[widths[-1]], use_muon, spec(0))))
     batches = markov_batches(settings.steps + 1, settings.rows, SEQUENCE_LEN, settings.symbols, device=device)
     models = {width: partial(make_model, width) for width in widths}
     return get_coord_data(models, batches, make_optimizer, settings.steps, settings.seeds)

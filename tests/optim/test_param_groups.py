@@ -6,7 +6,6 @@ from torch import nn
 
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim.param_groups import gpt_optimizer
 from tests.models import make_config
 
 RATES = {"matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "weight_decay": 0.1}
@@ -148,4 +147,4 @@ def test_a_parameter_without_a_rule_is_named():
     model.init_weights()
     model.adapter = nn.Parameter(torch.zeros(32))
     with pytest.raises(ValueError, match="adapter"):
-        gpt_optimizer(model, **RATES)
+        model.setup_optimizer(**RATES)
