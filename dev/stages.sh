@@ -45,9 +45,11 @@ name_run() {
 base_stages() {
   local first_data=$DATA first=$SHARDS count=() folder
 
-  # Text. Of a large source, the first shards are enough for the tokenizer; the rest comes after it.
+  # Text. Of a large source, the first shards are enough for the tokenizer; the rest comes after it. What is made on
+  # this machine is one piece; every other source in nanochat.dataset.SOURCES is a repository of numbered shards.
   case $SOURCE in
-    fineweb-edu | climbmix)
+    pydocs | local:*) ;;
+    *)
       first=$((SHARDS < 8 ? SHARDS : 8))
       first_data="$DATA/shard_0000[0-$((first - 1))].parquet" count=(-n "$first")
       ;;

@@ -10,6 +10,7 @@ Run it again to go on where it stopped; shards that are here are not fetched aga
 
 import hashlib
 import json
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from nanochat.cli import alias, as_dict, int_flag, run
-from nanochat.data import local, parquet, pydocs
+from nanochat.data import parquet
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
 from nanochat.sections import write_section
@@ -38,16 +40,21 @@ class HubSource:
     revision: str = "main"  # the commit behind it is written to the manifest and asked for from then on
 
 
-HUB_SOURCES = {
+# All sources of text, by name: a repository, or the function that makes the shards on this machine, called with the
+# source and the number of train shards to have (-1: all). One that takes a folder has its name with ":DIR".
+SOURCES: dict[str, HubSource | str] = {
     "fineweb-edu": HubSource("karpathy/fineweb-edu-100b-shuffle", last=1822),
     "climbmix": HubSource("karpathy/climbmix-400b-shuffle", last=6542),
+    "pydocs": "nanochat.data.pydocs:make_shards",
+    "local:DIR": "nanochat.data.local:take_folder",
 }
+*_FIRST, _LAST = SOURCES
+SOURCE_NAMES = f"{', '.join(_FIRST)} or {_LAST}"
 
-# Of some 28 MB: six train shards and a validation shard like the others, with row groups for several ranks
-PYDOCS_VAL_SHARE = 0.045
-PYDOCS_MIN_VAL_BYTES = 600_000
-PYDOCS_TRAIN_SHARDS = 6
-PYDOCS_ROW_GROUP = 128
+
+def source_flag(what: str) -> Parameter:
+    """The flag that names a source of text: `Annotated[str, source_flag("Text to read")]`."""
+    return Parameter(help=f"{what}: {SOURCE_NAMES}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +67,17 @@ class Settings:
     num_workers: Annotated[int, int_flag(gte=1, lte=64), alias("-w")] = 4
     """Files fetched at the same time."""
 
-    source: str = "fineweb-edu"
-    """fineweb-edu, climbmix, pydocs or local:DIR."""
+    source: Annotated[str, source_flag("Where the text comes from")] = "fineweb-edu"
 
 
 def main(settings: Settings) -> None:
     """Get what `settings` ask for. Raises UserError for an unknown source, and whatever the source raises."""
     source = canonical(settings.source)
-    if source in HUB_SOURCES:
-        fetch(source, settings.num_files, settings.num_workers)
-    elif source == "pydocs":
-        make_pydocs()
+    known = _known(source)
+    if isinstance(known, HubSource):
+        fetch(source, known, settings.num_files, settings.num_workers)
     else:
-        take_local(source, settings.num_files)
+        pkgutil.resolve_name(known)(source, settings.num_files)
     manifest = parquet.load_manifest(data_dir(source))
     rows = []
     for split in ("train", "val"):
@@ -91,17 +96,23 @@ def main(settings: Settings) -> None:
 
 
 def canonical(source: str) -> str:
-    """`source` with a local folder made absolute. Raises UserError when there is no such source."""
-    if source.startswith("local:") and source != "local:":
-        return f"local:{Path(source.removeprefix('local:')).expanduser().resolve()}"
-    if source not in HUB_SOURCES and source != "pydocs":
-        raise UserError(f"--source={source}: expected {', '.join(HUB_SOURCES)}, pydocs or local:DIR")
-    return source
+    """`source` with a folder made absolute. Raises UserError when there is no such source."""
+    _known(source)
+    kind, colon, folder = source.partition(":")
+    return f"{kind}:{Path(folder).expanduser().resolve()}" if colon else source
+
+
+def _known(source: str) -> HubSource | str:
+    kind, colon, folder = source.partition(":")
+    found = SOURCES.get(f"{kind}:DIR" if colon and folder else source)
+    if found is None:
+        raise UserError(f"--source={source}: expected {SOURCE_NAMES}")
+    return found
 
 
 def command(source: str) -> str:
     """The command that gets `source`."""
-    return f"python -m nanochat.dataset{' -n 8' if source in HUB_SOURCES else ''} --source={source}"
+    return f"python -m nanochat.dataset{' -n 8' if isinstance(_known(source), HubSource) else ''} --source={source}"
 
 
 def list_shards(source: str, split: Split) -> list[Path]:
@@ -155,9 +166,8 @@ def _entries(source: str, split: Split) -> dict[Path, parquet.Manifest]:
 # Getting
 
 
-def fetch(source: str, num_files: int, num_workers: int = 4) -> None:
-    """Download train shards 0 … num_files-1 (-1: all) and the validation shard; those that stand are kept."""
-    spec = HUB_SOURCES[source]
+def fetch(source: str, spec: HubSource, num_files: int, num_workers: int = 4) -> None:
+    """Download train shards 0 … num_files-1 (-1: all) and the validation shard; those that are here are kept."""
     train = spec.last if num_files == -1 else num_files
     if train > spec.last:
         raise UserError(
@@ -198,7 +208,7 @@ def fetch_files(
     from nanochat.data import hub  # huggingface_hub takes 0.5 s to import: only for those who download
 
     manifest = parquet.load_manifest(folder)
-    missing = [name for name in wanted if not _stands(folder / name, manifest["files"].get(name))]
+    missing = [name for name in wanted if not parquet.is_here(folder / name, manifest["files"].get(name))]
     if len(wanted) > len(missing):
         print(f"{about['source']}: {len(wanted) - len(missing)} of {len(wanted)} {called} are here")
     if not missing:
@@ -241,73 +251,11 @@ def _name(index: int) -> str:
     return f"shard_{index:05d}.parquet"
 
 
-def _stands(path: Path, entry: parquet.Manifest | None) -> bool:
-    return entry is not None and path.exists() and path.stat().st_size == entry["size"]
-
-
 def _progress() -> Progress:
     """A bar for each file under way on a terminal; elsewhere nothing (each finished file prints its line anyway)."""
     console = Console()
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)
-
-
-def make_pydocs() -> None:
-    """Harvest the documentation of the installed packages, unless the same packages have been harvested already."""
-    folder = data_dir("pydocs")
-    manifest = parquet.load_manifest(folder)
-    fingerprint = pydocs.fingerprint()
-    if manifest.get("fingerprint") == fingerprint and _all_stand(folder, manifest):
-        print("pydocs: shards are here")
-        return
-    documents = sorted(pydocs.harvest(), key=parquet.text_hash)
-    size = sum(len(text.encode()) for text in documents)
-    val_bytes = max(PYDOCS_MIN_VAL_BYTES, int(size * PYDOCS_VAL_SHARE))
-    shard_bytes = (size - val_bytes) // PYDOCS_TRAIN_SHARDS + 1
-    files = parquet.write_shards(folder, documents, val_bytes, shard_bytes, PYDOCS_ROW_GROUP)
-    about = {"source": "pydocs", "kind": "offline documentation", "synthetic": False, "fingerprint": fingerprint}
-    _replace_all(folder, about, files)
-
-
-def take_local(source: str, num_files: int) -> None:
-    """Convert a local folder, or link its shards when it is in the standard layout; nothing when it is unchanged."""
-    origin = Path(source.removeprefix("local:"))
-    folder = data_dir(source)
-    inputs = local.input_files(origin)
-    ready = local.ready_shards(origin)
-    manifest = parquet.load_manifest(folder)
-    fingerprint = local.fingerprint(origin, ready or inputs)
-    about = {"source": source, "kind": "local files", "synthetic": False, "fingerprint": fingerprint}
-    changed = any(manifest.get(key) != about[key] for key in ("source", "fingerprint"))
-    if ready:
-        _adopt(ready, num_files, folder, about, {} if changed else manifest["files"])
-    elif changed or not _all_stand(folder, manifest):
-        _replace_all(folder, about, local.convert(inputs, folder))
-    else:
-        print(f"{source}: shards are here")
-
-
-def _adopt(ready: list[Path], num_files: int, folder: Path, about: parquet.Manifest, have: parquet.Manifest) -> None:
-    *train, val = ready
-    if not train:
-        raise UserError(f"--source={about['source']}: {val.name} stands alone: one shard is needed to train on besides")
-    files = dict(have)
-    for path in [val, *(train if num_files == -1 else train[:num_files])]:
-        if not _stands(folder / path.name, files.get(path.name)):
-            files[path.name] = local.adopt_shard(path, folder / path.name, "val" if path == val else "train")
-    _replace_all(folder, about, files)
-
-
-def _replace_all(folder: Path, about: parquet.Manifest, files: parquet.Manifest) -> None:
-    parquet.update_manifest(folder, about, files, replace=True)
-    for path in folder.glob("shard_*.parquet"):
-        if path.name not in files:
-            path.unlink()
-
-
-def _all_stand(folder: Path, manifest: parquet.Manifest) -> bool:
-    files = manifest["files"]
-    return bool(files) and all(_stands(folder / name, entry) for name, entry in files.items())
 
 
 if __name__ == "__main__":

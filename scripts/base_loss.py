@@ -14,6 +14,7 @@ from nanochat.checkpoint import load_model
 from nanochat.cli import int_flag
 from nanochat.data.text_rows import TextData
 from nanochat.dataloader import row_batches
+from nanochat.dataset import source_flag
 from nanochat.errors import UserError
 from nanochat.eval.bpb import BpbResult, baselines, measure_bpb, scored_bytes, train_text
 from nanochat.eval.samples import make_samples
@@ -38,8 +39,7 @@ class Settings:
     """Rows per forward pass on each device."""
     split_tokens: Annotated[int, int_flag(gte=1)] = 1_048_576
     """Tokens measured on each of train and validation, over all devices."""
-    source: str | None = None
-    """Text source: fineweb-edu, climbmix, pydocs, local:DIR; default: what the model was trained on."""
+    source: Annotated[str | None, source_flag("Text; by default what the model was trained on")] = None
     device_type: DeviceType = "auto"
     """auto, cpu, cuda or mps."""
 

@@ -20,6 +20,7 @@ from nanochat.cli import alias, float_flag, int_flag
 from nanochat.cluster.observer import ClusterObserver
 from nanochat.config import LEARNING_RATES, TUNED_AT, ArchFlags, build_config, init_spec, resolve
 from nanochat.dataloader import BatchPlan, RowLoader, TrainData, open_data, plan_batch, row_batches
+from nanochat.dataset import source_flag
 from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
 from nanochat.eval.bundle import load_bundle
@@ -47,8 +48,7 @@ class Settings(ArchFlags):
     """Pretrain a base model."""
 
     # ---- the data
-    source: str = "fineweb-edu"
-    """Text: fineweb-edu, climbmix, pydocs or local:DIR, as fetched by nanochat.dataset; or bin:DIR, token files."""
+    source: Annotated[str, source_flag("bin:DIR, token files, or text as fetched by nanochat.dataset")] = "fineweb-edu"
 
     # ---- the horizon, in this order of precedence
     num_iterations: Annotated[int, int_flag(gte=-1), alias("--iterations")] = -1

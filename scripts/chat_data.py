@@ -11,10 +11,10 @@ files copied from a folder: without --from-dir, or where DIR has them no more, t
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from nanochat import cli
-from nanochat.dataset import canonical
+from nanochat.dataset import canonical, source_flag
 from nanochat.errors import UserError
 from nanochat.sections import write_section
 from nanochat.tasks import hub
@@ -31,8 +31,7 @@ class Settings:
 
     tasks: str = FULL_SET
     """Tasks joined by commas, as for the training scripts; their counts and repeats change nothing here."""
-    source: str = "fineweb-edu"
-    """Text source that spelling and text tasks are made from: fineweb-edu, climbmix, pydocs or local:DIR."""
+    source: Annotated[str, source_flag("Text that spelling and text tasks are made from")] = "fineweb-edu"
     from_dir: Path | None = None
     """Take hub data sets from here where they lie here, as DIR/gsm8k/train-*.parquet; the others are fetched."""
     print_inputs: bool = False

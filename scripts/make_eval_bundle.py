@@ -8,9 +8,10 @@ A published bundle that already stands there is not replaced by a generated one.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from nanochat import cli
-from nanochat.dataset import iter_documents
+from nanochat.dataset import iter_documents, source_flag
 from nanochat.errors import UserError
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.offline_bundle import copy_bundle, write_offline_bundle
@@ -22,8 +23,7 @@ from nanochat.sections import write_section
 class Settings:
     """Make or copy an evaluation bundle."""
 
-    source: str = "pydocs"
-    """Text source whose validation split the tasks are made from: fineweb-edu, climbmix, pydocs, local:DIR."""
+    source: Annotated[str, source_flag("Text whose validation split the tasks are made from")] = "pydocs"
     from_dir: Path | None = None
     """Copy the bundle in this folder (core.yaml, eval_meta_data.csv, eval_data/) instead of making one."""
 

@@ -11,14 +11,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tiktoken
 from rich.console import Console
 from rich.table import Table
 
 from nanochat import cli, sections
-from nanochat.dataset import iter_documents
+from nanochat.dataset import iter_documents, source_flag
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 # five short texts of different kinds, written for this repository
@@ -51,8 +51,7 @@ BASELINES = {
 class Settings:
     """Measure how well the tokenizer compresses."""
 
-    source: str = "fineweb-edu"
-    """Where the train and validation text comes from: fineweb-edu, climbmix, pydocs or local:DIR."""
+    source: Annotated[str, source_flag("Where the train and validation text comes from")] = "fineweb-edu"
 
 
 def main(settings: Settings) -> None:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanochat import cli, sections
 from nanochat.cli import int_flag
-from nanochat.dataset import list_shards
+from nanochat.dataset import list_shards, source_flag
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
 from nanochat.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, RustBPETokenizer
@@ -26,8 +26,7 @@ from nanochat.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, RustBPETokenizer
 class Settings:
     """Train the byte-pair tokenizer."""
 
-    source: str = "fineweb-edu"
-    """Where the text comes from: fineweb-edu, climbmix, pydocs or local:DIR."""
+    source: Annotated[str, source_flag("Where the text comes from")] = "fineweb-edu"
 
     max_chars: Annotated[int, int_flag(gte=1)] = 2_000_000_000
     """Characters to train on at most."""

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from nanochat.data import parquet
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
+from nanochat.paths import data_dir
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 VAL_SHARE = 0.01
@@ -31,6 +32,31 @@ WHOLE_TXT_BYTES = 65_536  # a .txt file up to this is one document
 TXT_DOCUMENT_BYTES = 16_384  # a longer one is cut at the first blank line after this many
 BUCKET_BYTES = 512_000_000  # input held in memory at once while ordering
 MAX_BUCKETS = 256  # one open file each
+
+
+def take_folder(source: str, num_files: int) -> None:
+    """Convert the folder of `source`, or link its shards when it is in the standard layout (num_files of them for
+    training, -1: all); nothing when it is unchanged."""
+    origin, folder = Path(source.removeprefix("local:")), data_dir(source)
+    inputs, ready = input_files(origin), sorted(origin.glob("shard_*.parquet"))
+    manifest = parquet.load_manifest(folder)
+    hash_ = fingerprint(origin, ready or inputs)
+    about = {"source": source, "kind": "local files", "synthetic": False, "fingerprint": hash_}
+    changed = any(manifest.get(key) != about[key] for key in ("source", "fingerprint"))
+    if ready:
+        *train, val = ready
+        if not train:
+            raise UserError(f"--source={source}: {val.name} stands alone: one shard is needed to train on besides")
+        files = {} if changed else manifest["files"]
+        for path in [val, *(train if num_files == -1 else train[:num_files])]:
+            if not parquet.is_here(folder / path.name, files.get(path.name)):
+                files[path.name] = adopt_shard(path, folder / path.name, "val" if path == val else "train")
+    elif changed or not parquet.all_here(folder, manifest):
+        files = convert(inputs, folder)
+    else:
+        print(f"{source}: shards are here")
+        return
+    parquet.replace_shards(folder, about, files)
 
 
 def input_files(folder: Path) -> list[Path]:
@@ -50,11 +76,6 @@ def fingerprint(folder: Path, files: list[Path]) -> str:
         stat = path.stat()
         digest.update(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def ready_shards(folder: Path) -> list[Path]:
-    """The shards of a folder that is in the standard layout already, else nothing."""
-    return sorted(folder.glob("shard_*.parquet"))
 
 
 def adopt_shard(path: Path, target: Path, split: str) -> parquet.Manifest:

@@ -50,6 +50,24 @@ def update_manifest(folder: Path, about: Manifest, files: Manifest, replace: boo
             temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
+def replace_shards(folder: Path, about: Manifest, files: Manifest) -> None:
+    """Make `files` all there is of a source, and remove its other shards."""
+    update_manifest(folder, about, files, replace=True)
+    for path in folder.glob("shard_*.parquet"):
+        if path.name not in files:
+            path.unlink()
+
+
+def is_here(path: Path, entry: Manifest | None) -> bool:
+    """Whether a file has the size that its manifest entry says."""
+    return entry is not None and path.exists() and path.stat().st_size == entry["size"]
+
+
+def all_here(folder: Path, manifest: Manifest) -> bool:
+    files = manifest["files"]
+    return bool(files) and all(is_here(folder / name, entry) for name, entry in files.items())
+
+
 def describe(path: Path, split: str, name: str | None = None) -> Manifest:
     """Manifest entry of one shard, every row read on the way: size, sha256, documents, characters, UTF-8 bytes.
 

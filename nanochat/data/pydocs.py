@@ -22,7 +22,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from nanochat.data import parquet
 from nanochat.errors import UserError
+from nanochat.paths import data_dir
+
+# Of some 28 MB: six train shards and a validation shard like the others, with row groups for several ranks
+VAL_SHARE = 0.045
+MIN_VAL_BYTES = 600_000
+TRAIN_SHARDS = 6
+ROW_GROUP = 128
 
 MIN_BYTES = 300  # shorter documents are names without explanation
 SOFT_BYTES = 6_000  # a document is closed once it is this long
@@ -49,6 +57,23 @@ STOP_WORDS = frozenset(
 TRIPLE_QUOTED = re.compile(r"(\"{3}|'{3}).*?\1", re.S)
 HEADING = re.compile(r"[^\n]+\n[=~^-]{3,}")
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def make_shards(source: str, num_files: int) -> None:
+    """Harvest the documentation of the installed packages, unless the same packages have been harvested already. Always
+    as many train shards (TRAIN_SHARDS)."""
+    folder = data_dir(source)
+    manifest = parquet.load_manifest(folder)
+    about = {"source": source, "kind": "offline documentation", "synthetic": False, "fingerprint": fingerprint()}
+    if manifest.get("fingerprint") == about["fingerprint"] and parquet.all_here(folder, manifest):
+        print("pydocs: shards are here")
+        return
+    documents = sorted(harvest(), key=parquet.text_hash)
+    size = sum(len(text.encode()) for text in documents)
+    val_bytes = max(MIN_VAL_BYTES, int(size * VAL_SHARE))
+    shard_bytes = (size - val_bytes) // TRAIN_SHARDS + 1
+    files = parquet.write_shards(folder, documents, val_bytes, shard_bytes, ROW_GROUP)
+    parquet.replace_shards(folder, about, files)
 
 
 def harvest(roots: Sequence[Path] | None = None, workers: int | None = None) -> list[str]:
@@ -296,15 +321,3 @@ def deduplicated(texts: Iterable[str]) -> list[str]:
         if len(rest) > len(text) / 2 and is_documentation(rest):
             kept.setdefault("".join(rest.lower().split()), rest)
     return list(kept.values())
-
-
-def prose_share(texts: Iterable[str]) -> float:
-    """Share of the characters that stand in lines of prose: four words or more, a stop word, no prompt before it."""
-    total = prose = 0
-    for text in texts:
-        for line in text.split("\n"):
-            words = re.findall(r"[A-Za-z]+", line)
-            total += len(line) + 1
-            if len(words) >= 4 and not line.lstrip().startswith((">>>", "...", "$")):
-                prose += (len(line) + 1) * any(word.lower() in STOP_WORDS for word in words)
-    return prose / max(1, total)

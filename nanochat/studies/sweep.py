@@ -23,7 +23,7 @@ from nanochat import cli, parallel
 from nanochat.cli import int_flag
 from nanochat.config import LEARNING_RATES, TUNED_AT, Arch, ArchFlags, GPTConfig, build_config, init_spec, resolve
 from nanochat.dataloader import RowLoader, open_data, plan_batch, row_batches
-from nanochat.dataset import text_hash
+from nanochat.dataset import source_flag, text_hash
 from nanochat.errors import UserError
 from nanochat.files import append_jsonl, atomic_write, read_jsonl
 from nanochat.gpt import GPT
@@ -71,8 +71,7 @@ class SweepSettings:
     """Rows per forward pass, at most."""
     eval_tokens: Annotated[int, int_flag(gte=1)] = 524_288
     """Validation tokens that the loss is measured on."""
-    source: str = "fineweb-edu"
-    """Text, as in base_train: fineweb-edu, climbmix, pydocs, local:DIR, bin:DIR."""
+    source: Annotated[str, source_flag("bin:DIR, token files, or text as fetched by nanochat.dataset")] = "fineweb-edu"
 
 
 class Run(NamedTuple):

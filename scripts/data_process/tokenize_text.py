@@ -21,8 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanochat import cli
 from nanochat.cli import int_flag
-from nanochat.data.bins import HEADER_BYTES, MOST_IDS, Split, tokenized_dir, write_tokens
-from nanochat.dataset import canonical, dataset_bytes, iter_documents, text_hash
+from nanochat.data.bins import HEADER_BYTES, MOST_IDS, tokenized_dir, write_tokens
+from nanochat.dataset import Split, canonical, dataset_bytes, iter_documents, source_flag, text_hash
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.paths import slug
@@ -35,8 +35,7 @@ BATCH_CHARS = 1 << 23  # encoded at a time: keeps all threads busy and takes som
 class Settings:
     """Tokenize text into token files."""
 
-    source: str = "fineweb-edu"
-    """Where the text comes from: fineweb-edu, climbmix, pydocs or local:DIR."""
+    source: Annotated[str, source_flag("Where the text comes from")] = "fineweb-edu"
 
     shard_tokens: Annotated[int, int_flag(gte=1, lte=2_000_000_000)] = 100_000_000
     """Tokens in a file; the document that reaches it is still written whole."""

@@ -148,8 +148,3 @@ def test_single_paragraph_documents_survive():
 def test_junk_is_told_from_documentation(text):
     assert not pydocs.is_documentation(text)
     assert pydocs.is_documentation(prose(70))
-
-
-def test_prose_share():
-    assert pydocs.prose_share([prose(80)]) == 1.0
-    assert pydocs.prose_share([">>> run(the, value, of, it)\n42"]) == 0.0
