@@ -38,6 +38,7 @@ if [ "$PROFILE" = auto ]; then
   if [ "$GPUS" -gt 0 ]; then PROFILE=full; else PROFILE=tiny; fi
 fi
 case $RUN_RL in 0 | 1) ;; *) stop "RUN_RL=$RUN_RL: expected 0 or 1" ;; esac
+# shellcheck source=profiles/full.sh
 case $PROFILE in
   tiny | mini | full) source "profiles/$PROFILE.sh" ;;
   *) stop "PROFILE=$PROFILE: expected auto, tiny, mini or full" ;;

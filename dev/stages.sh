@@ -1,5 +1,6 @@
 # The chain of stages, each written once. speedrun.sh and pretrain.sh source this, set what differs (a file of profiles/,
 # and the settings of the caller), and walk the chain. nanochat/ledger.py says what each stage builds on.
+# shellcheck disable=SC2154 # what the callers set
 set -euo pipefail
 shopt -s extglob
 
@@ -84,15 +85,15 @@ base_stages() {
 }
 
 chat_stages() {
-  local folder='' from=() inputs path
+  local folder='' from_dir=() inputs path
 
   # Conversations: data sets from TASK_DATA or the hub, and what is made from the run's own text
   if [ -n "$TASK_DATA" ]; then
     folder=$(folder_of TASK_DATA "$TASK_DATA")
-    from=(--from-dir="$folder")
+    from_dir=(--from-dir="$folder")
   fi
   stage chat_data --in "$DATA" ${folder:+--in "$folder"} --out task_data \
-    -- python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" ${from[@]+"${from[@]}"}
+    -- python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" ${from_dir[@]+"${from_dir[@]}"}
 
   # What the tasks read, and no more: data that another run gets later must not train this one anew.
   inputs=$(python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" --print-inputs)

@@ -1,4 +1,5 @@
 # The classic recipe, for a node of GPUs and hours. Recipes of training that are not here stand in the scripts.
+# shellcheck disable=SC2034 # dev/stages.sh reads these
 : "${DEPTH:=20}" "${SOURCE:=fineweb-edu}" "${VOCAB_SIZE:=65536}" "${NPROC_PER_NODE:=$GPUS}" "${SHARDS:=240}"
 TOK_TRAIN=(--max-chars=2e9)
 BASE_TRAIN=()

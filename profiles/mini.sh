@@ -1,4 +1,5 @@
 # One GPU, about ten minutes with reinforcement learning.
+# shellcheck disable=SC2034 # dev/stages.sh reads these
 : "${DEPTH:=12}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=32768}" "${NPROC_PER_NODE:=1}" "${SHARDS:=4}"
 TOK_TRAIN=(--max-chars=2e8)
 BASE_TRAIN=(--total-batch-size=65536 --num-iterations=600 --eval-every=300 --eval-tokens=2097152
