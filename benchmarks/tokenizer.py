@@ -13,7 +13,6 @@ those over the same text again. PEERS comes first on the path of the published t
 name of ours.
 """
 
-import base64
 import gc
 import hashlib
 import importlib.metadata
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -33,11 +32,14 @@ from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 
+from benchmarks.measure import Output, write_json
 from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.errors import UserError
 
 Ranks = list[tuple[bytes, int]]
+Ways = dict[str, Callable[[list[str]], Any]]
+"""Name -> how to encode a list of texts."""
 
 PATTERNS = {
     "default": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
@@ -55,13 +57,11 @@ WORKER = "import sys; sys.path[:0] = {path}; from benchmarks.tokenizer import wo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Output):
     """Measure tokenizers."""
 
     source: str
     """Folder of parquet files with a column `text`."""
-    out: str | None = None
-    """File for the results as JSON."""
     peers: str | None = None
     """Folder of published tokenizers, as `pip install --target` makes it."""
     pattern: Literal["default", "gpt4", "gpt2"] = "default"
@@ -79,22 +79,16 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Settings):
     """What one process measures."""
 
     tokenizer: str
     action: Literal["train", "encode"]
-    threads: int
-    source: str
-    pattern: str
-    vocab_size: int
-    megabytes: int
-    train_megabytes: int
     ranks: str
     """File of our ranks, written by the first training."""
 
 
-# In the worker
+# ---- in the worker
 
 
 def work() -> None:
@@ -106,151 +100,112 @@ def work() -> None:
 def documents(job: Job) -> list[str]:
     """The first texts of the folder for training, the last ones for encoding."""
     files = sorted(Path(job.source).glob("*.parquet"), reverse=job.action == "encode")
+    megabytes = job.megabytes if job.action == "train" else job.held_out_megabytes
     texts, size = [], 0
     for text in (text for file in files for text in pq.read_table(file, columns=["text"])["text"].to_pylist()):
         texts.append(text)
         size += len(text.encode())
-        if size >= job.megabytes * 10**6:
+        if size >= megabytes * 10**6:
             return texts
-    raise UserError(f"{job.source} holds {size / 1e6:.0f} MB of text, {job.megabytes} MB are asked for")
+    raise UserError(f"{job.source} holds {size / 1e6:.0f} MB of text, {megabytes} MB are asked for")
 
 
-def memory(reset: bool = False) -> int | None:
-    """Peak resident bytes since the last reset; the bytes held now if `reset`. None where there is no way to ask."""
+def timed(call: Callable[[], Any]) -> tuple[float, int | None, Any]:
+    """(seconds, peak bytes beyond those held before, what came out). No bytes where Linux's /proc is not there."""
     try:
-        if reset:
-            gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now
+        before = _peak_bytes()
     except OSError:
-        return None
+        before = None
+    start = time.perf_counter()
+    output = call()
+    seconds = time.perf_counter() - start
+    return seconds, None if before is None else _peak_bytes() - before, output
+
+
+def _peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def train(job: Job) -> dict[str, Any]:
+    from nanochat.tokenizer_io import rank_lines
+
     texts = documents(job)
-    call = trainer(job, texts)
-    before = memory(reset=True)
-    start = time.perf_counter()
-    model = call()
-    seconds = time.perf_counter() - start
-    after = memory()
-    ranks = ranks_of(model)
+    seconds, peak, model = timed(trainer(job, texts))
+    ranks = sorted(ranks_of(model), key=lambda pair: pair[1])
     if job.tokenizer == OURS:
-        lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks]
-        Path(job.ranks).write_text("\n".join(lines) + "\n")
+        Path(job.ranks).write_bytes(rank_lines([token for token, _ in ranks]))
     return {
         "seconds": seconds,
         "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
-        "peak_bytes": None if before is None or after is None else after - before,
-        "output": hashlib.sha256(repr(sorted(ranks, key=lambda rank: rank[1])).encode()).hexdigest(),
+        "peak_bytes": peak,
+        "output": hashlib.sha256(repr(ranks).encode()).hexdigest(),
     }
 
 
 def trainer(job: Job, texts: list[str]) -> Callable[[], Any]:
-    """What trains, with all that comes before done."""
+    """What trains and returns the model; all that comes before is done."""
     if job.tokenizer == TOKENIZERS:
         from tokenizers import trainers
 
+        from nanochat.tokenizer_io import byte_letters
+
         # As special tokens, the bytes get the ids of their values, and ties fall as elsewhere.
-        alphabet = list(byte_characters().values())
-        learn = trainers.BpeTrainer(vocab_size=job.vocab_size, show_progress=False, special_tokens=alphabet)
-        model = byte_level(job.pattern, {}, [])
-
-        def train_tokenizers() -> Any:
-            model.train_from_iterator(iter(texts), learn)
-            return model
-
-        return train_tokenizers
+        learn = trainers.BpeTrainer(vocab_size=job.vocab_size, show_progress=False, special_tokens=byte_letters())
+        model = hugging_face(job, [])
+        return lambda: model.train_from_iterator(iter(texts), learn) or model
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()
+    pattern = PATTERNS[job.pattern]
+    return lambda: tokenizer.train_from_iterator(iter(texts), job.vocab_size, pattern=pattern) or tokenizer
 
-    def train_rustbpe() -> Any:
-        tokenizer.train_from_iterator(iter(texts), job.vocab_size, pattern=job.pattern)
-        return tokenizer
 
-    return train_rustbpe
+def hugging_face(job: Job, ranks: Ranks) -> Any:
+    """A tokenizer of the `tokenizers` library with these ranks."""
+    import tokenizers
+
+    from nanochat.tokenizer_io import huggingface_json
+
+    # its engine reads `{1,3}+` as a group repeated, and `$` as the end of a line
+    pattern = PATTERNS[job.pattern].replace("3}+", "3}").replace("$", r"\z")
+    return tokenizers.Tokenizer.from_str(huggingface_json(dict(ranks), pattern, ()))
 
 
 def ranks_of(model: Any) -> Ranks:
     if hasattr(model, "get_mergeable_ranks"):
         return [(bytes(token), rank) for token, rank in model.get_mergeable_ranks()]
-    byte = {character: value for value, character in byte_characters().items()}
-    return [(bytes(byte[character] for character in token), rank) for token, rank in model.get_vocab().items()]
+    from nanochat.tokenizer_io import byte_letters
 
-
-def byte_characters() -> dict[int, str]:
-    """The characters that stand for bytes in a `tokenizers` vocabulary: visible ones for themselves, then from 256."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [value for value in range(256) if value not in set(visible)]
-    spelled = {value: chr(value) for value in visible} | {value: chr(256 + at) for at, value in enumerate(hidden)}
-    return dict(sorted(spelled.items()))
-
-
-def byte_level(pattern: str, vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    # Its engine reads `{1,3}+` as a group repeated, and `$` as the end of a line.
-    plain = pattern.replace("3}+", "3}").replace("$", r"\z")
-    split = pre_tokenizers.Split(Regex(plain), behavior="isolated", invert=False)
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    return tokenizer
-
-
-def with_merges(job: Job, ranks: Ranks) -> Any:
-    """A `tokenizers` tokenizer of these ranks: its merges are the last step of each token's own encoding."""
-    known = dict(ranks)
-    spell = byte_characters()
-
-    def text(token: bytes) -> str:
-        return "".join(spell[value] for value in token)
-
-    merges = []
-    for token, rank in ranks[256:]:
-        parts = [bytes([value]) for value in token]
-        while len(parts) > 2:
-            pairs = [known.get(left + right, rank) for left, right in pairwise(parts)]
-            at = pairs.index(min(pairs))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        merges.append((text(parts[0]), text(parts[1])))
-    return byte_level(job.pattern, {text(token): rank for token, rank in ranks}, merges)
+    byte = {letter: value for value, letter in enumerate(byte_letters())}
+    return [(bytes(byte[letter] for letter in token), rank) for token, rank in model.get_vocab().items()]
 
 
 def encode(job: Job) -> dict[str, Any]:
     """Seconds of each way to encode, and what came out."""
+    from nanochat.tokenizer_io import parse_ranks
+
     texts = documents(job)
-    lines = Path(job.ranks).read_text().splitlines()
-    pairs = [line.split() for line in lines]
-    ranks = [(base64.b64decode(token), int(rank)) for token, rank in pairs]
+    ranks = parse_ranks(Path(job.ranks).read_bytes())
     results: dict[str, Any] = {"megabytes": sum(len(text.encode()) for text in texts) / 1e6, "ways": {}}
-    make = partial(encoder_ways, job, ranks)
-    for way in make():
-        call = make()[way]  # one that has seen no text
-        before = memory(reset=True)
-        first, output = timed(call, texts)
-        after = memory()
+    for way in encoder_ways(job, ranks):
+        call = encoder_ways(job, ranks)[way]  # one that has seen no text
+        first, peak, output = timed(partial(call, texts))
         output = [list(map(int, ids)) for ids in output]
         passes: list[float] = []
         while len(passes) < WARM_PASSES or sum(passes) < 1:
-            passes.append(timed(call, texts)[0])
+            passes.append(timed(partial(call, texts))[0])
         results["ways"][way] = {
             "first": first,
             "warm": min(passes),
-            "peak_bytes": None if before is None or after is None else after - before,
+            "peak_bytes": peak,
             "tokens": sum(map(len, output)),
             "output": hashlib.sha256(json.dumps(output).encode()).hexdigest(),
         }
         del output
     return results
-
-
-def timed(call: Callable[[list[str]], Any], texts: list[str]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    output = call(texts)
-    return time.perf_counter() - start, output
 
 
 @cache
@@ -259,63 +214,60 @@ def trained(job: Job) -> Any:
     return trainer(job, documents(job))()
 
 
-def encoder_ways(job: Job, ranks: Ranks) -> dict[str, Callable[[list[str]], Any]]:
-    """Name -> how to encode a list of texts with a new tokenizer. With several threads: batches only."""
-    one_by_one, batch = encoder(job, ranks)
-    ways = batch if job.threads > 1 else one_by_one | batch
-    if not ways:
-        raise UserError(f"{job.tokenizer} has no batches")
-    return ways
+def encoder_ways(job: Job, ranks: Ranks) -> Ways:
+    """With a new tokenizer: one text after the other and in batches; with several threads batches only."""
+    one, batches = encoder(job, ranks)
+    if job.threads > 1:
+        return batches
+    return {"one by one": lambda texts: [one(text) for text in texts]} | batches
 
 
-Ways = dict[str, Callable[[list[str]], Any]]
-
-
-def encoder(job: Job, ranks: Ranks) -> tuple[Ways, Ways]:
-    """How to encode one by one, and as a batch."""
+def encoder(job: Job, ranks: Ranks) -> tuple[Callable[[str], Any], Ways]:
+    """How to encode one text, and a batch of them."""
     if job.tokenizer == OURS:
         import rustbpe
 
-        ours = rustbpe.Tokenizer.from_ranks(ranks, job.pattern)
+        ours = rustbpe.Tokenizer.from_ranks(ranks, PATTERNS[job.pattern])
         # As nanochat.tokenizer does.
         arrays, kind = (ours.batch_encode_u16, "H") if len(ranks) <= 1 << 16 else (ours.batch_encode_u32, "I")
-        return {"one by one": lambda texts: [ours.encode(text) for text in texts]}, {
+
+        def as_arrays(texts: list[str]) -> Any:  # offsets into one array of tokens: cutting it up costs nothing
+            tokens, offsets = (memoryview(part) for part in arrays(texts, num_threads=job.threads))
+            return (tokens.cast(kind)[start:end] for start, end in pairwise(offsets.cast("Q")))
+
+        return ours.encode, {
             "batch": lambda texts: ours.batch_encode(texts, num_threads=job.threads),
-            "batch, arrays": lambda texts: Arrays(kind, *arrays(texts, num_threads=job.threads)),
+            "batch, arrays": as_arrays,
         }
     if job.tokenizer == RUSTBPE:
-        published = trained(replace(job, action="train", megabytes=job.train_megabytes))
-        return {"one by one": lambda texts: [published.encode(text) for text in texts]}, {
-            "batch": published.batch_encode
-        }
+        published = trained(replace(job, action="train"))
+        return published.encode, {"batch": published.batch_encode}
     if job.tokenizer == TIKTOKEN:
         import tiktoken
 
-        encoding = tiktoken.Encoding("same", pat_str=job.pattern, mergeable_ranks=dict(ranks), special_tokens={})
-        return {"one by one": lambda texts: [encoding.encode_ordinary(text) for text in texts]}, {
-            "batch": lambda texts: encoding.encode_ordinary_batch(texts, num_threads=job.threads)
-        }
+        pattern = PATTERNS[job.pattern]
+        encoding = tiktoken.Encoding("same", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
+        batch = encoding.encode_ordinary_batch
+        return encoding.encode_ordinary, {"batch": lambda texts: batch(texts, num_threads=job.threads)}
     if job.tokenizer == GIGATOKEN:
         import gigatoken
 
-        name = next(name for name, pattern in PATTERNS.items() if pattern == job.pattern)
-        if name == "default":
+        if job.pattern == "default":
             raise UserError("gigatoken does not know this pattern; see --pattern=gpt4")
-        giga = gigatoken.Tokenizer.from_tiktoken(job.ranks, pretokenizer=name)
-        parallel = job.threads > 1
-        return {"one by one": lambda texts: [giga.encode(text) for text in texts]}, {
+        giga, parallel = gigatoken.Tokenizer.from_tiktoken(job.ranks, pretokenizer=job.pattern), job.threads > 1
+        return giga.encode, {
             "batch": lambda texts: giga.encode_batch_list(texts, parallel=parallel),
             "batch, arrays": lambda texts: giga.encode_batch(texts, parallel=parallel),
         }
-    hugging = with_merges(job, ranks)
+    hugging = hugging_face(job, ranks)
     if job.tokenizer == FASTOKENS:
         import fastokens
 
         fast = fastokens.Tokenizer.from_json_str(hugging.to_str())
-        return {"one by one": lambda texts: [ids_of(fast.encode(text)) for text in texts]}, {
+        return lambda text: ids_of(fast.encode(text)), {
             "batch": lambda texts: [ids_of(encoded) for encoded in fast.encode_batch(texts)]
         }
-    return {"one by one": lambda texts: [hugging.encode(text, add_special_tokens=False).ids for text in texts]}, {
+    return lambda text: hugging.encode(text, add_special_tokens=False).ids, {
         "batch": lambda texts: [done.ids for done in hugging.encode_batch_fast(texts, add_special_tokens=False)]
     }
 
@@ -324,60 +276,40 @@ def ids_of(encoded: Any) -> Any:
     return getattr(encoded, "ids", encoded)
 
 
-@dataclass(frozen=True)
-class Arrays:
-    """Tokens and offsets as bytes; numpy arrays of them cost nothing."""
-
-    kind: str
-    """Of the tokens, as `struct` names it."""
-    tokens: bytes
-    offsets: bytes
-
-    def __iter__(self) -> Iterator[Any]:
-        tokens, offsets = memoryview(self.tokens).cast(self.kind), memoryview(self.offsets).cast("Q")
-        return (tokens[start:end] for start, end in pairwise(offsets))
+# ---- in the process that asks
 
 
-# In the process that asks
-
-
-def run_job(settings: Settings, job: Job) -> dict[str, Any]:
+def run_job(job: Job) -> dict[str, Any]:
     """The job's results, or {"error": one line}."""
-    package = {OURS: "rustbpe"}.get(job.tokenizer, job.tokenizer)
-    published = job.tokenizer != OURS
-    if job.tokenizer == RUSTBPE and not settings.peers:
+    if job.tokenizer == RUSTBPE and not job.peers:
         return {"error": "not installed"}
-    threads = str(job.threads)
-    environment = os.environ | {
-        "RAYON_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "true" if job.threads > 1 else "false",
-    }
-    path = [os.path.abspath(settings.peers)] if published and settings.peers else []
+    rayon = {"RAYON_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": str(job.threads > 1).lower()}
+    path = [os.path.abspath(job.peers)] if job.tokenizer != OURS and job.peers else []
     done = subprocess.run(
-        [sys.executable, "-c", WORKER.format(path=repr(path))],
+        [sys.executable, "-c", WORKER.format(path=path)],
         input=json.dumps(asdict(job)),
-        env=environment,
+        env=os.environ | rayon,
         capture_output=True,
         text=True,
     )
     if done.returncode == 0:
         return json.loads(done.stdout)
     last = (done.stderr.strip().splitlines() or ["died"])[-1]
-    missing = f"No module named '{package}'" in last
+    missing = f"No module named '{job.tokenizer}'" in last
     return {"error": "not installed" if missing else last.split("UserError: ")[-1]}
 
 
 def main(settings: Settings) -> None:
     if not list(Path(settings.source).glob("*.parquet")):
         raise UserError(f"{settings.source} holds no parquet files")
-    counts = sorted({1, settings.threads})
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(settings.repeats):
             for action, names in (("train", TRAINERS), ("encode", ENCODERS)):
-                for threads in counts:
+                for threads in sorted({1, settings.threads}):
                     for name in names:
-                        measure(settings, rows, make_job(settings, name, action, threads, folder))
+                        given = asdict(settings) | {"threads": threads, "tokenizer": name, "action": action}
+                        keep_fastest(rows, Job(**given, ranks=os.path.join(folder, "ours.tiktoken")))
     compare(rows)
     print(table(settings, rows))
     report = {
@@ -387,38 +319,22 @@ def main(settings: Settings) -> None:
         | {"source": Path(settings.source).name, "peers": bool(settings.peers)},
         "rows": list(rows.values()),
     }
-    if settings.out:
-        Path(settings.out).write_text(json.dumps(report, indent=1) + "\n")
+    write_json(settings, report)
     wrong = [row for row in rows.values() if row.get("same") is False and row["tokenizer"] in (RUSTBPE, TIKTOKEN)]
     if wrong:
         raise UserError(f"{wrong[0]['tokenizer']} gives another output than ours: see the table")
 
 
-def make_job(settings: Settings, name: str, action: Any, threads: int, folder: str) -> Job:
-    return Job(
-        tokenizer=name,
-        action=action,
-        threads=threads,
-        source=settings.source,
-        pattern=PATTERNS[settings.pattern],
-        vocab_size=settings.vocab_size,
-        megabytes=settings.megabytes if action == "train" else settings.held_out_megabytes,
-        train_megabytes=settings.megabytes,
-        ranks=os.path.join(folder, "ours.tiktoken"),
-    )
-
-
-def measure(settings: Settings, rows: dict[str, dict[str, Any]], job: Job) -> None:
-    """Run the job, and keep the fastest of all rounds."""
-    result = run_job(settings, job)
+def keep_fastest(rows: dict[str, dict[str, Any]], job: Job) -> None:
+    """Do the job, and keep of each of its figures the least of all rounds."""
+    result = run_job(job)
     if "error" in result and job.tokenizer == OURS:
         raise UserError(f"ours fails: {result['error']}")
-    ways = result.get("ways", {"": result})
-    for way, figures in ways.items():
-        name = " ".join(filter(None, [job.action, way]))
-        row = {"what": name, "tokenizer": job.tokenizer, "threads": job.threads}
-        key = f"{name}, {job.tokenizer}, {job.threads}"
-        row = rows.setdefault(key, row | figures | {"megabytes": result.get("megabytes")})
+    for way, figures in result.get("ways", {"": result}).items():
+        name = f"{job.action} {way}".strip()
+        about = {"what": name, "tokenizer": job.tokenizer, "threads": job.threads}
+        measured = about | figures | {"megabytes": result.get("megabytes")}
+        row = rows.setdefault(f"{name}, {job.tokenizer}, {job.threads}", measured)
         for figure in ("seconds", "first", "warm", "peak_bytes"):
             if row.get(figure) is not None and figures.get(figure) is not None:
                 row[figure] = min(row[figure], figures[figure])

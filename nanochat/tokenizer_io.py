@@ -73,7 +73,7 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 def huggingface_json(ranks: Mapping[bytes, int], pattern: str, special_tokens: Sequence[str]) -> str:
     """The text of tokenizer.json. Raises ValueError where the ranks cannot come from byte-pair merging."""
-    letters = _byte_letters()
+    letters = byte_letters()
     spelled = {token: _spelled(token, letters) for token in ranks}
     merges = [(spelled[left], spelled[right]) for left, right in merges_from_ranks(ranks)]
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
@@ -86,7 +86,7 @@ def huggingface_json(ranks: Mapping[bytes, int], pattern: str, special_tokens: S
     return model.to_str()
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The letter that stands for each byte in tokenizer.json: itself where Latin-1 prints it, else from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))

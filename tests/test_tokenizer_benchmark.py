@@ -52,10 +52,3 @@ def test_too_little_text_is_an_error(source, tmp_path):
         benchmark.main(settings)
     with pytest.raises(UserError, match="no parquet files"):
         benchmark.main(benchmark.Settings(source=str(tmp_path)))
-
-
-def test_bytes_are_spelled_as_in_tokenizers():
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    assert sorted(benchmark.byte_characters().values()) == sorted(ByteLevel.alphabet())
-    assert list(benchmark.byte_characters()) == list(range(256))
