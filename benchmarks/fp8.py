@@ -2,25 +2,23 @@
 
     python -m benchmarks.fp8 --out=fp8.json
 
-Each figure is the median over repeats, by the GPU's own clock; the first calls, which compile, are left out. TFLOP/s
-count the three products: logits, gradient of the hidden states, gradient of the weight.
+Medians by the GPU's own clock, behind other work (see benchmarks.measure); the first calls, which compile, are left
+out. TFLOP/s count the three products: logits, gradient of the hidden states, gradient of the weight.
 """
 
-import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.measure import about, milliseconds
+from benchmarks.output import Output, write_json
 from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.errors import UserError
 from nanochat.fp8 import E4M3, E5M2, MULTIPLE, fp8_linear, quantize, require_fp8, transposed
-from nanochat.hardware import device_name
 from nanochat.loss import fused_head_loss
 from nanochat.runtime import compute_init
 
@@ -29,7 +27,7 @@ CAP = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Output):
     """Measure the head in bf16 and in 8 bits."""
 
     tokens: Annotated[int, int_flag(gte=1)] = 65_536
@@ -40,25 +38,16 @@ class Settings:
     """Vocabulary, a multiple of 16."""
     repeats: Annotated[int, int_flag(gte=1)] = 20
     """Timed calls of each."""
-    out: str | None = None
-    """File for the results as JSON."""
 
 
-def measure(call: Callable[[], Any], repeats: int) -> dict[str, float]:
+def measure(call: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, float]:
     """Median milliseconds and peak GiB of `call`."""
     for _ in range(WARM_UP):
         call()
-    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return {"milliseconds": statistics.median(times), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    call()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return {"milliseconds": milliseconds(call, device, repeats, queued=1).device, "peak_gib": peak}
 
 
 def variants(settings: Settings, device: torch.device) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -90,24 +79,18 @@ def main(settings: Settings) -> None:
         raise UserError(f"--width={settings.width} --vocab-size={settings.vocab_size}: both must be multiples of 16")
     *_, device = compute_init("cuda")
     require_fp8(device, "head")
+    report = about(settings, device)
+    print(f"{report['device']}: {settings.tokens:,} tokens, {settings.width:,} -> {settings.vocab_size:,}")
     results: dict[str, dict[str, float]] = {}
     for name, (call, products) in variants(settings, device).items():
-        results[name] = measure(call, settings.repeats)
+        row = results[name] = measure(call, device, settings.repeats)
+        rate = ""
         if products:
             flops = 2 * products * settings.tokens * settings.width * settings.vocab_size
-            results[name]["tflops"] = flops / results[name]["milliseconds"] / 1e9
-    print(f"{device_name(device)}: {settings.tokens:,} tokens, {settings.width:,} -> {settings.vocab_size:,}")
-    for name, figures in results.items():
-        rate = f"{figures['tflops']:8.0f} TFLOP/s" if "tflops" in figures else ""
-        print(f"{name:<52} {figures['milliseconds']:9.2f} ms {figures['peak_gib']:7.1f} GiB {rate}")
-    report = {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "settings": cli.as_dict(settings, without=["out"]),
-        "results": results,
-    }
-    if settings.out:
-        Path(settings.out).write_text(json.dumps(report, indent=1) + "\n")
+            row["tflops"] = flops / row["milliseconds"] / 1e9
+            rate = f"{row['tflops']:8.0f} TFLOP/s"
+        print(f"{name:<52} {row['milliseconds']:9.2f} ms {row['peak_gib']:7.1f} GiB {rate}")
+    write_json(settings, report | {"results": results})
 
 
 if __name__ == "__main__":

@@ -1,31 +1,20 @@
-"""What the benchmarks share: the flag --out, clocks, a training step, and what every result says of where it was made."""
+"""What the benchmarks of the model share: clocks, a training step, and what a result says of where it was made."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanochat import cli, parallel
-from nanochat.files import atomic_write_text
 from nanochat.gpt import GPT
-from nanochat.hardware import device_name
+from nanochat.hardware import device_name, peak_flops, peak_memory_bytes
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import print0, synchronize
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """Settings of every benchmark."""
-
-    out: str | None = None
-    """File for the results as JSON."""
 
 
 def about(settings: Any, device: torch.device, without: tuple[str, ...] = ("out",)) -> dict[str, Any]:
@@ -36,12 +25,6 @@ def about(settings: Any, device: torch.device, without: tuple[str, ...] = ("out"
         "date": date.today().isoformat(),
         "settings": cli.as_dict(settings, without=without),
     }
-
-
-def write_json(settings: Output, report: dict[str, Any]) -> None:
-    """`report` into --out, where one was given."""
-    if settings.out:
-        atomic_write_text(Path(settings.out), json.dumps(report, indent=1) + "\n")
 
 
 # ---- single calls
@@ -138,14 +121,27 @@ class Step:
         return end - start, end - middle
 
 
-def step_times(step: Step, warm_up: int, steps: int, profile: bool) -> tuple[float, float]:
-    """Medians of (seconds, those of the optimizer), the first `warm_up` steps left out: they compile. profile: print
-    the kernels that take the time."""
+def speed(step: Step, warm_up: int, steps: int, profile: bool) -> dict[str, Any]:
+    """Medians over `steps` steps, the first `warm_up` left out: they compile. profile: print the kernels that take the
+    time. MFU is over the bf16 peak of all ranks; None for a card that nanochat.hardware does not know."""
+    device = step.inputs.device
+    started = time.perf_counter()
     for _ in range(warm_up):
         step()
+    warm_up_seconds = time.perf_counter() - started
     times = [step() for _ in range(steps)]
     if profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             step()
         print0(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
-    return statistics.median(total for total, _ in times), statistics.median(optimizer for _, optimizer in times)
+    seconds = statistics.median(total for total, _ in times)
+    rate, peak = step.tokens / seconds, peak_flops(device)
+    return {
+        "milliseconds": 1000 * seconds,
+        "optimizer_milliseconds": 1000 * statistics.median(optimizer for _, optimizer in times),
+        "tokens_per_second": rate,
+        "mfu": step.model.estimate_flops() * rate / (peak * step.world) if peak else None,
+        "matmul_mfu": step.model.estimate_flops(row_len=0) * rate / (peak * step.world) if peak else None,
+        "peak_gib": peak_memory_bytes(device) / 2**30,
+        "warm_up_seconds": warm_up_seconds,
+    }

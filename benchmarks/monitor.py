@@ -10,24 +10,22 @@ a matrix, 2 ms for all, 1 ms for activations, and 0.5 % of the step at interval 
 """
 
 import itertools
-import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.measure import about, marks, milliseconds
+from benchmarks.output import Output, write_json
 from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import DeviceType, compute_dtype, compute_init, synchronize
+from nanochat.runtime import DeviceType, compute_dtype, compute_init
 from nanochat.train.monitor import Monitor, MonitorSettings, Reading
 from nanochat.train.spectral import Method, spectral_norms
 
@@ -38,7 +36,7 @@ INTERVALS = (1, 10, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Output):
     """Measure the monitor."""
 
     depth: Annotated[int, int_flag(gte=1)] = 12
@@ -61,60 +59,6 @@ class Settings:
     """auto, cpu, cuda or mps."""
     compile: bool | None = None
     """torch.compile; default: on CUDA only."""
-    out: str | None = None
-    """File for the results as JSON."""
-
-
-class Times(NamedTuple):
-    """Medians, in milliseconds a call."""
-
-    device: float
-    """Of the work itself."""
-    host: float
-    """Until the host had launched it; on a CPU the same."""
-
-
-def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int, queued: int = 10) -> Times:
-    """What a call among `queued` in a row takes; the first of them all is not counted."""
-    function()
-    found = []
-    for _ in range(repeats):
-        keep_busy(device)
-        begin, end = marks(device, 2)
-        begin.record()
-        start = time.perf_counter()
-        for _ in range(queued):
-            function()
-        host = 1000 * (time.perf_counter() - start)
-        end.record()
-        end.synchronize()
-        found.append((begin.elapsed_time(end) / queued, host / queued))
-    return Times(*(statistics.median(times) for times in zip(*found, strict=True)))
-
-
-def keep_busy(device: torch.device) -> None:
-    """Gives a GPU some 60 ms of work on an H100, more than the host needs to launch what is timed behind it."""
-    if device.type == "cuda":
-        synchronize(device)
-        square = torch.ones((8192, 8192), device=device, dtype=torch.bfloat16)
-        for _ in range(40):
-            torch.mm(square, square)
-
-
-class HostMark:
-    """A torch.cuda.Event where there is only the host's clock."""
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, later: "HostMark") -> float:
-        return 1000 * (later.at - self.at)
-
-
-def marks(device: torch.device, count: int) -> list[Any]:
-    return [torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostMark() for _ in range(count)]
 
 
 def with_spectrum(shape: tuple[int, int], values: Tensor) -> Tensor:
@@ -272,11 +216,8 @@ def main(settings: Settings) -> None:
         "overhead_at_10": step["overhead_at_10"],
         "worst_error": max(abs(row["gram"]) for row in found.values()),
     }
-    results = {
-        "device": device_name(device),
-        "torch": torch.__version__,
+    results = about(settings, device) | {
         "compiled": compiled,
-        "settings": cli.as_dict(settings, without=["out"]),
         "matrices": len(matrices),
         "spectral": spectral,
         "errors": found,
@@ -286,8 +227,7 @@ def main(settings: Settings) -> None:
         else {},
     }
     report(results)
-    if settings.out:
-        Path(settings.out).write_text(json.dumps(results, indent=1) + "\n")
+    write_json(settings, results)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Speed and memory of the training step under each strategy, on random tokens (no data loading).
 
-    torchrun --standalone --nproc_per_node=2 -m benchmarks.parallel_speed --depth=20 --parallel=fsdp --out=speed.jsonl
+    torchrun --standalone --nproc_per_node=2 -m benchmarks.parallel_speed --depth=20 --parallel=fsdp --out=speed.json
 
 One step = all micro-batches of --total-batch-size and the optimizer. Medians; the first steps, which compile, are left
-out. Prints one JSON line, and appends it to --out.
+out.
 """
 
-import json
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,13 @@ from typing import Annotated, Any
 
 import torch
 
+from benchmarks.measure import Step, about, speed
+from benchmarks.output import Output, write_json
 from nanochat import cli, parallel
 from nanochat.cli import int_flag
 from nanochat.config import build_config, resolve
 from nanochat.gpt import GPT
-from nanochat.hardware import device_name, peak_flops, peak_memory_bytes
-from nanochat.optim import MuonAdamW
-from nanochat.parallel import Parallel, Policy
+from nanochat.parallel import Parallel
 from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, print0, ranks_per_node
 from scripts.base_train import Settings as TrainSettings
 
@@ -29,7 +27,7 @@ WARM_UP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Output):
     """Measure the training step."""
 
     depth: Annotated[int, int_flag(gte=1)] = 20
@@ -54,37 +52,6 @@ class Settings:
     """Folder for a checkpoint; measures what saving costs the steps that go on meanwhile."""
     profile: bool = False
     """Print the kernels that take the time, too."""
-    out: str | None = None
-    """File that the result is appended to."""
-
-
-class Step:
-    """A model and its optimizer on random tokens; called, it makes one step and returns (seconds, optimizer's seconds)
-    of this rank."""
-
-    def __init__(self, model: GPT, policy: Policy, settings: Settings, world: int, device: torch.device) -> None:
-        self.model, self.policy, self.world = model, policy, world
-        self.forward = parallel.compile_model(model, policy)
-        self.optimizer: MuonAdamW = model.setup_optimizer(use_muon=settings.use_muon)
-        self.micro_batches = settings.total_batch_size // (settings.device_batch_size * settings.max_seq_len * world)
-        shape = settings.device_batch_size, settings.max_seq_len
-        self.inputs, self.targets = torch.randint(settings.vocab_size, (2, *shape), device=device)
-        self.tokens = settings.total_batch_size
-
-    def __call__(self) -> tuple[float, float]:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for index in range(self.micro_batches):
-            parallel.before_micro_batch(self.model, self.policy, last=index == self.micro_batches - 1)
-            loss = self.forward(self.inputs, self.targets, loss_reduction="sum")
-            (loss * (self.world / self.tokens)).backward()
-        torch.cuda.synchronize()  # so that the optimizer is timed alone; costs a step far less than a percent
-        middle = time.perf_counter()
-        self.optimizer.step(max_norm=1.0)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        end = time.perf_counter()
-        return end - start, end - middle
 
 
 def saving(step: Step, folder: Path) -> dict[str, Any]:
@@ -122,39 +89,19 @@ def main(settings: Settings) -> None:
     parallel.parallelize(model, parallel.make_mesh(policy, "cuda", node), policy)
     model.to_empty(device=device)
     model.init_weights()
-    step = Step(model, policy, settings, world, device)
-    started = time.perf_counter()
-    for _ in range(WARM_UP):
-        step()
-    warm_up = time.perf_counter() - started
-    times = [step() for _ in range(settings.steps)]
-    if settings.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            step()
-        print0(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
-    seconds = statistics.median(total for total, _ in times)
-    result: dict[str, Any] = {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "ranks": world,
-        "strategy": policy.strategy,
-        "parameters": model.num_params(),
-        "settings": cli.as_dict(settings, without=["out", "save_to"]),
-        "milliseconds": 1000 * seconds,
-        "optimizer_milliseconds": 1000 * statistics.median(optimizer for _, optimizer in times),
-        "tokens_per_second": settings.total_batch_size / seconds,
-        "peak_gib": peak_memory_bytes(device) / 2**30,
-        "warm_up_seconds": warm_up,
-    }
+    rows, length = settings.device_batch_size, settings.max_seq_len
+    inputs, targets = torch.randint(settings.vocab_size, (2, rows, length), device=device)
+    optimizer = model.setup_optimizer(use_muon=settings.use_muon)
+    step = Step(model, policy, optimizer, inputs, targets, settings.total_batch_size // (rows * length * world), world)
+    result = about(settings, device, without=("out", "save_to"))
+    result |= {"ranks": world, "strategy": policy.strategy, "parameters": model.num_params()}
+    result |= speed(step, WARM_UP, settings.steps, settings.profile)
     if settings.save_to:
         result["saving"] = saving(step, settings.save_to)
-    peak = peak_flops(device)
-    if peak:
-        result["mfu"] = model.estimate_flops() * result["tokens_per_second"] / (peak * world)
-    print0(json.dumps(result))
-    if settings.out and rank == 0:
-        with Path(settings.out).open("a") as stream:
-            stream.write(json.dumps(result) + "\n")
+    for name, value in result.items():
+        print0(f"{name:<24}{value}")
+    if rank == 0:
+        write_json(settings, result)
     compute_cleanup()
 
 

@@ -20,58 +20,39 @@ TOTAL_BATCH=${TOTAL_BATCH:-524288} # tokens a step
 LIMIT_SECONDS=${LIMIT_SECONDS:-1200} # for one row
 RESULTS=${RESULTS:-benchmarks/results}
 
-DRY_RUN=
 case ${1:-} in
-  "") ;;
   --dry-run) DRY_RUN=1 ;;
+  "")
+    DRY_RUN=
+    source dev/setup.sh
+    NODE_RANK=$(python -m nanochat.launch --show=node_rank)
+    GPUS_PER_NODE=$(python -m nanochat.launch --show=processes)
+    GPUS=$(($(python -m nanochat.launch --show=nodes) * GPUS_PER_NODE))
+    mkdir -p "$RESULTS"
+    ;;
   *) echo "error: $1: expected nothing or --dry-run; DEPTHS, STRATEGIES, MUON and GPUS choose rows" >&2 && exit 2 ;;
 esac
 
-# Rows a pass on a GPU of 80 GB, as in pretrain.sh, and no more than the batch has for each.
-rows() {
-  local depth=$1 gpus=$2 rows=1 most
-  if [ "$depth" -le 16 ]; then rows=32; elif [ "$depth" -le 22 ]; then rows=16; elif [ "$depth" -le 26 ]; then rows=8; fi
-  if [ "$depth" -gt 26 ] && [ "$depth" -le 32 ]; then rows=4; fi
-  most=$((TOTAL_BATCH / 2048 / gpus))
-  echo $((most >= 1 && most < rows ? most : rows))
-}
-
 failed=()
-run_row() {
-  local depth=$1 gpus=$2 strategy=$3 muon=$4 optimizer=muon name
-  if [ "$muon" = False ]; then optimizer=adamw; fi
-  name=scale_d${depth}_${gpus}gpu_${strategy}_$optimizer
-  local command=(python -m nanochat.launch -- -m benchmarks.parallel_speed --depth="$depth" --parallel="$strategy"
-    --use-muon="$muon" --device-batch-size="$(rows "$depth" "$gpus")" --total-batch-size="$TOTAL_BATCH")
+run_row() { # DEPTH GPUS STRATEGY USE_MUON
+  local depth=$1 gpus=$2 name rows=1 most=$((TOTAL_BATCH / 2048 / $2)) command
+  # rows a pass on a GPU of 80 GB, as in pretrain.sh, and no more than the batch has for each
+  if [ "$depth" -le 16 ]; then rows=32; elif [ "$depth" -le 22 ]; then rows=16; elif [ "$depth" -le 26 ]; then rows=8
+  elif [ "$depth" -le 32 ]; then rows=4; fi
+  if [ "$most" -ge 1 ] && [ "$most" -lt "$rows" ]; then rows=$most; fi
+  name=scale_d${depth}_${gpus}gpu_$3_$([ "$4" = True ] && echo muon || echo adamw)
+  command=(python -m nanochat.launch -- -m benchmarks.parallel_speed --depth="$depth" --parallel="$3" --use-muon="$4"
+    --device-batch-size="$rows" --total-batch-size="$TOTAL_BATCH" --out="$RESULTS/$name.json")
   if [ -n "$DRY_RUN" ]; then
-    echo "$((gpus / GPUS_PER_NODE)) x $GPUS_PER_NODE GPUs: ${command[*]} > $RESULTS/$name.json"
-    return
-  fi
-  if [ -s "$RESULTS/$name.json" ]; then
+    echo "$((gpus / GPUS_PER_NODE)) x $GPUS_PER_NODE GPUs: ${command[*]}"
+  elif [ -s "$RESULTS/$name.json" ]; then
     echo "$name: done"
-    return
-  fi
-  echo "=== $name: ${command[*]}"
-  if ! timeout "$LIMIT_SECONDS" "${command[@]}" >"$RESULTS/$name.node$NODE_RANK.log" 2>&1; then
-    failed+=("$name")
-    tail -n 3 "$RESULTS/$name.node$NODE_RANK.log"
-  elif [ "$NODE_RANK" = 0 ]; then # the process that prints runs here
-    if grep '^{.*}$' "$RESULTS/$name.node0.log" | tail -n 1 >"$RESULTS/$name.tmp"; then
-      mv "$RESULTS/$name.tmp" "$RESULTS/$name.json"
-      cat "$RESULTS/$name.json"
-    else
-      failed+=("$name")
-    fi
+  else
+    echo "=== $name: ${command[*]}"
+    timeout "$LIMIT_SECONDS" "${command[@]}" >"$RESULTS/$name.node$NODE_RANK.log" 2>&1 || failed+=("$name")
+    tail -n 20 "$RESULTS/$name.node$NODE_RANK.log"
   fi
 }
-
-if [ -z "$DRY_RUN" ]; then
-  source dev/setup.sh
-  NODE_RANK=$(python -m nanochat.launch --show=node_rank)
-  GPUS_PER_NODE=$(python -m nanochat.launch --show=processes)
-  GPUS=$(($(python -m nanochat.launch --show=nodes) * GPUS_PER_NODE))
-  mkdir -p "$RESULTS"
-fi
 
 for gpus in $GPUS; do
   for depth in $DEPTHS; do

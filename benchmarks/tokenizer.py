@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 
-from benchmarks.measure import Output, write_json
+from benchmarks.output import Output, write_json
 from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.errors import UserError
@@ -155,12 +155,22 @@ def trainer(job: Job, texts: list[str]) -> Callable[[], Any]:
         # As special tokens, the bytes get the ids of their values, and ties fall as elsewhere.
         learn = trainers.BpeTrainer(vocab_size=job.vocab_size, show_progress=False, special_tokens=byte_letters())
         model = hugging_face(job, [])
-        return lambda: model.train_from_iterator(iter(texts), learn) or model
+
+        def train_tokenizers() -> Any:
+            model.train_from_iterator(iter(texts), learn)
+            return model
+
+        return train_tokenizers
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()
     pattern = PATTERNS[job.pattern]
-    return lambda: tokenizer.train_from_iterator(iter(texts), job.vocab_size, pattern=pattern) or tokenizer
+
+    def train_rustbpe() -> Any:
+        tokenizer.train_from_iterator(iter(texts), job.vocab_size, pattern=pattern)
+        return tokenizer
+
+    return train_rustbpe
 
 
 def hugging_face(job: Job, ranks: Ranks) -> Any:

@@ -8,37 +8,30 @@ One step = forward and backward of so many device batches, and the optimizer. Me
 are left out. MFU counts attention too; matmul_mfu leaves it out, as what is published of the speedrun does.
 """
 
-import json
-import statistics
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch.nn.attention import SDPBackend
 
+from benchmarks.measure import Step, about, speed
+from benchmarks.output import Output, write_json
 from nanochat import attention, cli, parallel
 from nanochat.cli import int_flag
 from nanochat.config import Arch, build_config, resolve
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
-from nanochat.hardware import device_name, peak_flops, peak_memory_bytes
-from nanochat.runtime import compute_dtype, compute_init, synchronize
+from nanochat.runtime import compute_dtype, compute_init
 from scripts.base_train import Settings as TrainSettings
 
-KERNELS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-}
-
-
+KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 FP8: tuple[Fp8, ...] = ("none", "head", "all")
+WARM_UP = 3
 DOCUMENT_TOKENS = 690  # between starts of documents: the mean of FineWeb's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Output):
     """Measure the training step."""
 
     depth: Annotated[int, int_flag(gte=1)] = 12
@@ -57,57 +50,29 @@ class Settings:
     """Timed steps."""
     profile: bool = False
     """Print the kernels that take the time, too."""
-    out: str | None = None
-    """File for the results as JSON."""
 
 
 def measure(settings: Settings, device: torch.device, fp8: Fp8 = "none") -> dict[str, Any]:
-    """Seconds a step, tokens/s, MFU and memory of one variant, with the kernels as they are set now."""
+    """One variant, with the attention kernels as they are set now."""
     torch._dynamo.reset()
     torch.cuda.reset_peak_memory_stats()
     train = resolve(TrainSettings(arch=settings.arch, depth=settings.depth, max_seq_len=settings.max_seq_len))
     model = GPT(build_config(train, settings.vocab_size, document_token=0), compute_dtype(device)).to(device)
     model.init_weights()
     apply_fp8(model, fp8)
-    forward = parallel.compile_model(model, parallel.Policy("ddp", model.compute_dtype))
-    optimizer = model.setup_optimizer()
     idx = torch.randint(1, settings.vocab_size, (settings.device_batch_size, settings.max_seq_len + 1), device=device)
     idx[:, ::DOCUMENT_TOKENS] = 0
-
-    inputs, targets = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-    clip = train.grad_clip or None
-
-    def step() -> None:
-        for _ in range(settings.accumulation):
-            (forward(inputs, targets) / settings.accumulation).backward()
-        optimizer.step(max_norm=clip)
-        optimizer.zero_grad(set_to_none=True)
-
-    for _ in range(3):
-        step()
-    times = []
-    for _ in range(settings.steps):
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    if settings.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            step()
-            synchronize(device)
-        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
-    seconds = statistics.median(times)
-    rate = settings.accumulation * settings.device_batch_size * settings.max_seq_len / seconds
-    peak = peak_flops(device)
-    return {
-        "milliseconds": 1000 * seconds,
-        "milliseconds_per_batch": 1000 * seconds / settings.accumulation,
-        "tokens_per_second": rate,
-        "mfu": model.estimate_flops() * rate / peak if peak else None,
-        "matmul_mfu": model.estimate_flops(row_len=0) * rate / peak if peak else None,
-        "peak_gib": peak_memory_bytes(device) / 2**30,
-    }
+    step = Step(
+        model,
+        parallel.Policy("ddp", model.compute_dtype),
+        model.setup_optimizer(),
+        inputs=idx[:, :-1].contiguous(),
+        targets=idx[:, 1:].contiguous(),
+        micro_batches=settings.accumulation,
+        max_norm=train.grad_clip or None,
+    )
+    result = speed(step, WARM_UP, settings.steps, settings.profile)
+    return result | {"milliseconds_per_batch": result["milliseconds"] / settings.accumulation}
 
 
 def main(settings: Settings) -> None:
@@ -116,21 +81,18 @@ def main(settings: Settings) -> None:
     results = {}
     if settings.arch == "nanochat":
         for name, kernel in KERNELS.items():
-            attention.GPU_KERNELS = [kernel, *(k for k in usual if k is not kernel)]
+            attention.GPU_KERNELS = [kernel, *(other for other in usual if other is not kernel)]
             results[name] = measure(settings, device)
-            print(name, results[name], flush=True)
     else:
-        for fp8 in FP8:
-            results[f"fp8={fp8}"] = measure(settings, device, fp8)
-            print(f"fp8={fp8}", results[f"fp8={fp8}"], flush=True)
-    report = {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "settings": cli.as_dict(settings, without=["out"]),
-        "results": results,
-    }
-    if settings.out:
-        Path(settings.out).write_text(json.dumps(report, indent=1) + "\n")
+        results = {f"fp8={fp8}": measure(settings, device, fp8) for fp8 in FP8}
+    report = about(settings, device) | {"results": results}
+    print(f"{report['device']}, torch {report['torch']}")
+    print(f"{'':<10} {'ms a step':>10} {'tokens/s':>10} {'MFU':>7} {'matmuls':>7} {'peak GiB':>9}")
+    for name, row in results.items():
+        shares = [f"{100 * row[share]:6.1f}%" if row[share] else f"{'-':>7}" for share in ("mfu", "matmul_mfu")]
+        figures = f"{row['milliseconds']:10.1f} {row['tokens_per_second']:10,.0f} {' '.join(shares)}"
+        print(f"{name:<10} {figures} {row['peak_gib']:9.1f}")
+    write_json(settings, report)
 
 
 if __name__ == "__main__":
