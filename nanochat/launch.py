@@ -11,8 +11,10 @@ MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE on every node.
 """
 
 import ipaddress
+import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import socket
@@ -21,18 +23,20 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from nanochat import cli
 from nanochat.cli import int_flag
-from nanochat.cluster import nodes
 from nanochat.errors import UserError, exit_on_user_error
+from nanochat.files import atomic_write_text
 
 DEFAULT_PORT = 29500  # torchrun's own
 MAX_THREADS = 16  # a process of ours has no use for more
 # What torchrun hands on to its processes. Of SIGUSR1, by which Slurm and others announce the end, it would otherwise
 # die, and leave them behind.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SUBCOMMANDS = {"plan": "nanochat.cluster.plan"}  # first word -> module that is run instead; the launcher needs none
 SHUTDOWN_SECONDS = 110  # that torchrun leaves processes to save after a signal; schedulers warn 120 s before the end
 
 
@@ -139,8 +143,8 @@ def detect(environment: Mapping[str, str], count_gpus: Callable[[], int] = visib
             )
     known = (platform for platform in PLATFORMS if any(environment.get(name) for name in platform.nodes))
     platform = next(known, PLATFORMS[-1])
-    nodes = _whole(platform.nodes, environment, 1, least=1)
-    rank = _whole(platform.node_rank, environment, 0 if nodes == 1 else None)
+    nodes = _integer(platform.nodes, environment, 1, least=1)
+    rank = _integer(platform.node_rank, environment, 0 if nodes == 1 else None)
     if rank >= nodes:
         raise UserError(
             f"{_shown(platform.node_rank, environment)} does not fit {_shown(platform.nodes, environment, '1')}: "
@@ -149,7 +153,7 @@ def detect(environment: Mapping[str, str], count_gpus: Callable[[], int] = visib
     if platform.name == "Slurm":
         _check_slurm(environment, nodes)
     address = _address(platform, environment) if nodes > 1 else "127.0.0.1"
-    port = _whole(platform.port, environment, _default_port(environment), least=1, most=65535)
+    port = _integer(platform.port, environment, _default_port(environment), least=1, most=65535)
     return Cluster(platform.name, nodes, rank, address, port, _gpus(platform, environment, count_gpus))
 
 
@@ -158,19 +162,19 @@ def _find(names: Sequence[str], environment: Mapping[str, str]) -> tuple[str, st
     return next(((name, environment[name].strip()) for name in names if environment.get(name, "").strip()), None)
 
 
-def _shown(names: Sequence[str], environment: Mapping[str, str], otherwise: str = "") -> str:
-    name, value = _find(names, environment) or (names[0], otherwise)
+def _shown(names: Sequence[str], environment: Mapping[str, str], default: str = "") -> str:
+    name, value = _find(names, environment) or (names[0], default)
     return f"{name}={value}"
 
 
-def _whole(
-    names: Sequence[str], environment: Mapping[str, str], otherwise: int | None, least: int = 0, most: int = 10**6
+def _integer(
+    names: Sequence[str], environment: Mapping[str, str], default: int | None, least: int = 0, most: int = 10**6
 ) -> int:
     found = _find(names, environment)
     if found is None:
-        if otherwise is None:
+        if default is None:
             raise UserError(f"{' or '.join(names)} is not set: with several nodes each needs it; set it on every node")
-        return otherwise
+        return default
     name, value = found
     if not re.fullmatch(r"[0-9]+", value) or not least <= int(value) <= most:
         raise UserError(f"{name}={value}: expected a whole number from {least} to {most}; set it to one")
@@ -190,7 +194,7 @@ def _gpus(platform: Platform, environment: Mapping[str, str], count_gpus: Callab
     found = _find(platform.gpus, environment)
     if found is None or found[1] in ("auto", "gpu"):  # what torchrun itself would ask for
         return count_gpus()
-    return _whole(platform.gpus, environment, None, most=1024)
+    return _integer(platform.gpus, environment, None, most=1024)
 
 
 def _default_port(environment: Mapping[str, str]) -> int:
@@ -323,6 +327,17 @@ def shell_line(added: Mapping[str, str], words: Sequence[str]) -> str:
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(words)])
 
 
+def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:
+    """Where nanochat.cluster.nodes runs this on node 0, it names a folder in which the other nodes look for the command
+    that all run together: write it there, numbered from 1 in each attempt."""
+    if not environment.get("NODES_FOLDER"):
+        return
+    path, attempt = Path(environment["NODES_FOLDER"]) / "order", environment.get("NODES_ATTEMPT", "")
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    number = before["number"] + 1 if before.get("attempt") == attempt else 1
+    atomic_write_text(path, json.dumps({"attempt": attempt, "number": number, "words": list(words)}))
+
+
 def start(added: Mapping[str, str], words: Sequence[str]) -> None:
     """Become that command: this process is replaced. Raises UserError when torchrun is not installed."""
     # torchrun takes its defaults from PET_ variables; what its line says is to be all there is
@@ -355,41 +370,39 @@ class Settings:
     """Print one fact about this cluster and end."""
 
 
-def main(asked: Settings, command: Sequence[str]) -> None:
+def main(settings: Settings, command: Sequence[str]) -> None:
     """Show, print or run. Raises UserError as `detect` and `start` do."""
-    given = asked.nproc_per_node
-    cluster = detect(os.environ, visible_gpus if given is None else lambda: given)
-    if given is not None:
-        cluster = cli.replace(cluster, gpus_per_node=given)
-    if asked.show:
-        print(getattr(cluster, asked.show))
+    processes = settings.nproc_per_node
+    cluster = detect(os.environ, visible_gpus if processes is None else lambda: processes)
+    if processes is not None:
+        cluster = cli.replace(cluster, gpus_per_node=processes)
+    if settings.show:
+        print(getattr(cluster, settings.show))
         return
     if not command:
         print(f"{cluster.platform}: node {cluster.node_rank} of {cluster.nodes}, {cluster.processes} processes on each")
         print(f"node 0 at {cluster.address}, port {cluster.port}; write a command after `--` to start it")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = own_address(cluster.address) if cluster.nodes > 1 and asked.max_restarts else None
-    added, words = command_line(cluster, command, asked.max_restarts, os.environ, cores, own)
+    own = own_address(cluster.address) if cluster.nodes > 1 and settings.max_restarts else None
+    added, words = command_line(cluster, command, settings.max_restarts, os.environ, cores, own)
     line = shell_line(added, words)
-    if asked.dry_run:
+    if settings.dry_run:
         print(line)
         return
     print(f"{cluster.platform}, node {cluster.node_rank} of {cluster.nodes}: {line}", flush=True)
-    nodes.announce(os.environ, sys.argv[1:])
+    announce(os.environ, sys.argv[1:])
     start(added, words)
 
 
 def _run() -> None:
     words = sys.argv[1:]
-    if words[:1] == ["plan"]:
-        from nanochat.cluster import plan
-
-        plan.main(cli.parse(plan.Settings, words[1:]))
+    if words and words[0] in SUBCOMMANDS:
+        del sys.argv[1]
+        runpy.run_module(SUBCOMMANDS[words[0]], run_name="__main__", alter_sys=True)
         return
-    cut = words.index("--") if "--" in words else len(words)
-    asked = cli.parse(Settings, words[:cut])
-    main(asked, words[cut + 1 :])
+    end = words.index("--") if "--" in words else len(words)
+    main(cli.parse(Settings, words[:end]), words[end + 1 :])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import FrameType
@@ -99,17 +99,6 @@ def _others_joined(folder: Path, attempt: str, nodes: int, patience: float, sign
             next_word += 60
         time.sleep(0.2)
     return False
-
-
-def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:
-    """On node 0: have all other nodes run `python -m nanochat.launch` with these words. Nothing where NODES_FOLDER is
-    not set, which pretrain.sh does on several nodes."""
-    if not environment.get("NODES_FOLDER"):
-        return
-    folder, attempt = Path(environment["NODES_FOLDER"]), environment.get("NODES_ATTEMPT", "")
-    before = _order(folder)
-    number = before["number"] + 1 if before and before["attempt"] == attempt else 1
-    atomic_write_text(folder / "order", json.dumps({"attempt": attempt, "number": number, "words": list(words)}))
 
 
 def _order(folder: Path) -> dict[str, Any] | None:
