@@ -15,11 +15,8 @@ from typing import Annotated, Any
 
 from nanochat import cli
 from nanochat.dataset import canonical, source_flag
-from nanochat.errors import UserError
 from nanochat.sections import write_section
-from nanochat.tasks import hub
-from nanochat.tasks.common import Split
-from nanochat.tasks.registry import TASKS, make_task, parse_spec, task_inputs, task_row
+from nanochat.tasks.registry import SPLITS, TASKS, make_task, parse_spec, task_inputs, task_row
 
 FULL_SET = ",".join(name for name, row in TASKS.items() if row.full_set)
 COLUMNS = ["Task", "Train items", "Test items", "Source", "Published"]
@@ -50,7 +47,7 @@ def main(settings: Settings) -> None:
         provide(name, source, from_dir)
         row = describe(name, source)
         rows.append(row)
-        counts = [f"{count:,} {split}" for split, count in zip(("train", "test"), row[1:3], strict=True) if count]
+        counts = [f"{count:,} {split}" for split, count in zip(SPLITS, row[1:3], strict=True) if count]
         print(f"{row[0]}: {', '.join(counts)} items; {row[3]}", flush=True)
     table = {"title": "Tasks", "columns": COLUMNS, "rows": rows}
     recorded = cli.as_dict(settings, without=["print_inputs"])
@@ -59,42 +56,15 @@ def main(settings: Settings) -> None:
 
 def provide(name: str, source: str, from_dir: Path | None) -> None:
     """Put what a task reads into the store. Raises UserError where it cannot be had."""
-    if name in hub.HUB_TASKS:
-        taken = hub.take_local(name, from_dir) if from_dir is not None else []
-        if from_dir is not None and not taken:
-            print(f"{name}: not in {from_dir}", flush=True)
-        others = [split for split in splits(name) if split not in taken]
-        if not stands(name) or hub.has_local(name, others):
-            hub.fetch(name, others)
-    else:
-        task_row(name).load().prepare(source)
-
-
-def stands(name: str) -> bool:
-    """Whether a hub task can be read as things are; HumanEval may come with an installed package instead."""
-    try:
-        for split in splits(name):
-            make_task(name, split)
-    except UserError:
-        return False
-    return True
-
-
-def splits(name: str) -> list[Split]:
-    """The splits that a task has; a JSONL file is to train on."""
-    if name.endswith(".jsonl"):
-        return ["train"]
-    every: list[Split] = ["train", "test"]
-    return [split for split in every if name not in hub.HUB_TASKS or split in hub.HUB_TASKS[name].files]
+    task_row(name).load().prepare(name, source, from_dir)
 
 
 def describe(name: str, source: str) -> list[Any]:
     """A task's row in the report: name, train items, test items (None: no such split), source, published or not."""
-    tasks = {split: make_task(name, split, source) for split in splits(name)}
+    tasks = {split: make_task(name, split, source) for split in task_row(name).splits}
     task = next(iter(tasks.values()))
-    counts = [len(tasks[split]) if split in tasks else None for split in ("train", "test")]
-    source_text = "; ".join(dict.fromkeys(each.source for each in tasks.values()))
-    return [task.name, *counts, source_text, task.published]
+    counts = [len(tasks[split]) if split in tasks else None for split in SPLITS]
+    return [task.name, *counts, "; ".join(dict.fromkeys(each.source for each in tasks.values())), task.published]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from nanochat.errors import UserError
@@ -69,8 +70,9 @@ class Task(ABC):
         return float(self.evaluate(conversation, completion))
 
     @classmethod
-    def prepare(cls, source: str) -> None:
-        """Put into the store what is made from the text `source`, nothing for most. UserError for too little text."""
+    def prepare(cls, name: str, source: str, from_dir: Path | None) -> None:
+        """Put into the store what the task `name` reads, nothing for most: files that lie in the folder `from_dir`,
+        what is made from the text `source`. Raises UserError where it cannot be had."""
         return
 
     def _range(self) -> range:

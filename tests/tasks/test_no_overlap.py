@@ -30,8 +30,8 @@ SIZE = 3000
 @pytest.fixture(autouse=True)
 def ready(store, package):  # noqa: F811
     put_text("pydocs", documents(150), documents(40, seed=1))
-    SpellingBee.prepare("pydocs")
-    TextChoice.prepare("pydocs")
+    SpellingBee.prepare("SpellingBee", "pydocs")
+    TextChoice.prepare("TextChoice", "pydocs")
 
 
 def question_of(conversation: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ some_word = st.text(alphabet=string.ascii_lowercase, min_size=1, max_size=12)
 
 @pytest.fixture
 def ready(source: str) -> str:  # noqa: F811
-    SpellingBee.prepare(source)
+    SpellingBee.prepare("SpellingBee", source)
     return source
 
 
@@ -161,6 +161,6 @@ def test_absent_words(store):
 
 def test_words_of_another_text_are_not_taken(store):
     put_text("pydocs", documents(60, vocabulary=300), documents(2, seed=1))
-    SpellingBee.prepare("pydocs")
+    SpellingBee.prepare("SpellingBee", "pydocs")
     with pytest.raises(UserError, match="no words of fineweb-edu"):
         SimpleSpelling("train", "fineweb-edu")

@@ -72,7 +72,7 @@ def test_too_little_text(held_out):
 
 
 def test_the_task(source):  # noqa: F811
-    TextChoice.prepare(source)
+    TextChoice.prepare("TextChoice", source)
     for split in ("train", "test"):
         task = TextChoice(split, source)
         assert task.eval_type == "categorical" and task.baseline == 0.25 and not task.published
@@ -88,19 +88,19 @@ def test_the_task(source):  # noqa: F811
 
 
 def test_made_once_for_the_same_text(source):  # noqa: F811
-    TextChoice.prepare(source)
+    TextChoice.prepare("TextChoice", source)
     path = task_data_dir() / "pydocs" / "text_choice_test.jsonl"
     before, made = path.read_text(), path.stat()
-    TextChoice.prepare(source)
+    TextChoice.prepare("TextChoice", source)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
     put_text(source, documents(150), documents(30, seed=7))
-    TextChoice.prepare(source)
+    TextChoice.prepare("TextChoice", source)
     assert path.read_text() != before
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_damaged_items_are_refused_and_made_again(source, split):  # noqa: F811
-    TextChoice.prepare(source)
+    TextChoice.prepare("TextChoice", source)
     path = task_data_dir() / "pydocs" / f"text_choice_{split}.jsonl"
     whole = path.read_bytes()
     for damage in (lambda: path.write_bytes(whole[:-20]), path.unlink):
@@ -109,7 +109,7 @@ def test_damaged_items_are_refused_and_made_again(source, split):  # noqa: F811
         with pytest.raises(UserError, match=rf"text_choice_{split}\.jsonl absent or damaged: run {command}") as caught:
             TextChoice(split, source)
         assert "\n" not in str(caught.value)
-        TextChoice.prepare(source)
+        TextChoice.prepare("TextChoice", source)
         assert path.read_bytes() == whole
 
 
@@ -120,7 +120,7 @@ def test_absent_items_name_the_command(store):
 
 
 def test_same_items_in_every_process(source):  # noqa: F811
-    TextChoice.prepare(source)
+    TextChoice.prepare("TextChoice", source)
     path = task_data_dir() / "pydocs" / "text_choice_train.jsonl"
     code = (
         "from nanochat.tasks.text_choice import make_items; from tests.tasks.test_words import documents; import json; "

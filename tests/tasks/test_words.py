@@ -147,7 +147,7 @@ def test_reading_stops_in_time(monkeypatch):
 
 
 def test_words_are_given_to_one_split_each(source):
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     train, test = load_words(source, "train"), load_words(source, "test")
     assert not set(train) & set(test)
     assert sorted(train + test) == sorted((task_data_dir() / "pydocs" / "words.txt").read_text().split())
@@ -157,13 +157,13 @@ def test_words_are_given_to_one_split_each(source):
 
 
 def test_made_once_for_the_same_text(source):
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     path = task_data_dir() / "pydocs" / "words.txt"
     before = path.stat()
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     put_text(source, documents(80, seed=5), documents(1))
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     assert len(path.read_text().split()) > 500
 
 
@@ -173,25 +173,25 @@ def test_absent_words_name_the_command(store):
     ):
         load_words("pydocs", "train")
     with pytest.raises(UserError, match=r"no train shards of pydocs.*python -m nanochat\.dataset"):
-        WordTask.prepare("pydocs")
+        WordTask.prepare("SpellingBee", "pydocs")
     with pytest.raises(UserError, match="expected fineweb-edu"):
         load_words("elsewhere", "train")
 
 
 def test_unfinished_or_foreign_words_do_not_count(source):
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     folder = task_data_dir() / "pydocs"
     marker = json.loads((folder / "words.json").read_text())
     for content in (json.dumps({**marker, "source": "local:/a-b"}), "{", "[]"):
         (folder / "words.json").write_text(content)
         with pytest.raises(UserError, match="no words of pydocs"):
             load_words(source, "train")
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     assert load_words(source, "test")
 
 
 def test_damaged_words_are_refused_and_made_again(source):
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     path = task_data_dir() / "pydocs" / "words.txt"
     whole = path.read_bytes()
     for damage in (lambda: path.write_bytes(whole[:-20]), path.unlink):
@@ -200,30 +200,30 @@ def test_damaged_words_are_refused_and_made_again(source):
         with pytest.raises(UserError, match=rf"words\.txt absent or damaged: run {command}") as caught:
             load_words(source, "test")
         assert "\n" not in str(caught.value)
-        WordTask.prepare(source)
+        WordTask.prepare("SpellingBee", source)
         assert path.read_bytes() == whole
 
 
 def test_markers_that_list_no_files_do_not_count(source):
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     path = task_data_dir() / "pydocs" / "words.json"
     whole = path.read_text()
     path.write_text(json.dumps({key: value for key, value in json.loads(whole).items() if key != "files"}))
     with pytest.raises(UserError, match=r"run `python -m scripts\.chat_data"):
         load_words(source, "train")
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     assert path.read_text() == whole
 
 
 def test_too_little_text(store):
     put_text("pydocs", ["The word word word word word word."], ["Nothing."])
-    WordTask.prepare("pydocs")
+    WordTask.prepare("SpellingBee", "pydocs")
     with pytest.raises(UserError, match=r"has no words for (train|test): the text of pydocs is too short"):
         for split in ("train", "test"):
             load_words("pydocs", split)
 
 
 def test_same_words_in_every_process(source):
-    WordTask.prepare(source)
+    WordTask.prepare("SpellingBee", source)
     code = "from nanochat.tasks.spelling import load_words; print(load_words('pydocs', 'test'))"
     assert other_process(code, "1") == other_process(code, "2") == f"{load_words(source, 'test')}\n"
