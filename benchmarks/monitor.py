@@ -26,7 +26,7 @@ from nanochat.cli import int_flag
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import DeviceType, compute_dtype, compute_init
-from nanochat.train.monitor import Monitor, MonitorSettings, Reading
+from nanochat.train.monitor import Monitor, MonitorSettings, Snapshot
 from nanochat.train.spectral import Method, spectral_norms
 
 BARS = {"microseconds_per_matrix": 50.0, "spectral_ms": 2.0, "activations_ms": 1.0, "overhead_at_10": 0.005,
@@ -127,7 +127,7 @@ def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: b
     }
     monitors = {name: Monitor(model, optimizer, about) for name, about in kinds.items()}
 
-    unread: list[Reading] = []
+    unread: list[Snapshot] = []
 
     def step(monitor: Monitor | None) -> None:
         if monitor is not None:

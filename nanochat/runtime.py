@@ -2,11 +2,11 @@
 
 import datetime
 import functools
-import io
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,14 @@ from nanochat.errors import UserError
 IGNORE_INDEX = -1  # target of a position without a loss
 
 DeviceType = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFlags:
+    """What every script that computes is asked."""
+
+    device_type: DeviceType = "auto"
+    """auto, cpu, cuda or mps."""
 
 
 class DistInfo(NamedTuple):
@@ -60,19 +68,10 @@ def heartbeat() -> None:
         listener()
 
 
-listeners: list[Callable[[str], object]] = []  # hear all that print0 prints (nanochat.train.run_log)
-
-
 def print0(*values: object, **options: Any) -> None:
     """print on rank 0 only, flushed so that logs follow the run."""
-    if get_dist_info().rank != 0:
-        return
-    print(*values, flush=True, **options)
-    if listeners:
-        text = io.StringIO()
-        print(*values, **{**options, "file": text})
-        for listener in listeners:
-            listener(text.getvalue())
+    if get_dist_info().rank == 0:
+        print(*values, flush=True, **options)
 
 
 def pick_device_type(requested: DeviceType = "auto") -> str:
@@ -168,9 +167,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-GO, STOP, BROKEN = 0, 1, 2  # what ranks tell each other at every step
-
-
 class StopSignal:
     """Remembers SIGTERM and SIGUSR1 so that the training loop can finish its step, save and leave.
 
@@ -179,7 +175,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._asked: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # at the last call
+        self._vote: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # of the last call
         self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
@@ -190,31 +186,32 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self, device: torch.device, broken: bool = False) -> int:
-        """GO, STOP (some rank was signalled) or BROKEN (some rank says so), the same on every rank at the same call:
-        the one after that happened, or the next.
+    def agreed(self, device: torch.device, wish: bool = False) -> bool:
+        """True where some rank was signalled, or wishes to stop; the same on every rank at the same call: the one after
+        that happened, or the next.
 
-        The ranks' answers are brought together while the next step is prepared, and read at the following call:
-        reading them at once would make the host wait for the device at every step, and the device then for the host.
+        The ranks' votes are brought together while the next step is prepared, and read at the following call: reading
+        them at once would make the host wait for the device at every step, and the device then for the host.
         """
-        mine = BROKEN if broken else STOP if self.received is not None else GO
+        vote = wish or self.received is not None
         if not dist.is_initialized():
-            return mine
-        before, self._asked = self._asked, self._ask(mine, device)
+            return vote
+        before, self._vote = self._vote, _start_vote(vote, device)
         if before is None:
-            return GO
+            return False
         answer, copied = before
         if copied is not None:
             copied.synchronize()
-        return int(answer)
+        return answer.item() > 0
 
-    def _ask(self, mine: int, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """(the gravest answer of all ranks, when that is known)."""
-        answer = torch.tensor(float(mine)).to(device, non_blocking=True)
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-        if device.type != "cuda":
-            return answer, None
-        answer = answer.to("cpu", non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return answer, copied
+
+def _start_vote(vote: bool, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """(above 0 where any rank votes for it, when that is known)."""
+    answer = torch.tensor(float(vote)).to(device, non_blocking=True)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    if device.type != "cuda":
+        return answer, None
+    answer = answer.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return answer, copied

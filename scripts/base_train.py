@@ -9,13 +9,12 @@ One dial, --depth, sizes the model; width, heads, horizon and learning rates fol
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from nanochat import checkpoint, cli, mup, parallel
+from nanochat import cli, mup, parallel
 from nanochat.cli import alias, float_flag, int_flag
 from nanochat.cluster.observer import ClusterObserver
 from nanochat.config import LEARNING_RATES, TUNED_AT, ArchFlags, build_config, init_spec, resolve
@@ -29,22 +28,30 @@ from nanochat.eval.samples import make_samples
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
-from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum, window_length
-from nanochat.parallel import Parallel
-from nanochat.paths import checkpoint_dir, eval_bundle_dir
-from nanochat.runtime import DeviceType, compute_cleanup, compute_dtype, compute_init, print0
-from nanochat.sections import write_section
+from nanochat.optim.schedule import batch_lr_scale, make_schedule, window_length
+from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir
+from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, get_dist_info, print0
 from nanochat.tokenizer import get_token_bytes
+from nanochat.train.console import wandb_name, wandb_project
 from nanochat.train.coordinates import CoordRecorder
-from nanochat.train.loop import Evaluation, Outcome, TrainingRun, resume, train
+from nanochat.train.loop import train
 from nanochat.train.monitor import Monitor, monitor_settings
-from nanochat.train.run_folder import Resume, describe_run, earlier_run
-from nanochat.train.run_log import RunLog, free_name, run_name
-from nanochat.train.tracking import AUTO, NO_WANDB, Tracker, wandb_project
+from nanochat.train.run import (
+    NO_WANDB,
+    Evaluation,
+    RunFlags,
+    TrainingRun,
+    compiled,
+    compiles,
+    describe_run,
+    earlier_run,
+    finish,
+    parallelize_model,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ArchFlags):
+class Settings(ArchFlags, RunFlags):
     """Pretrain a base model."""
 
     # ---- the data
@@ -66,8 +73,7 @@ class Settings(ArchFlags):
 
     # ---- watching it
     run: str = NO_WANDB
-    """Name of the run in Weights & Biases and under logs/; auto: made from architecture, time and width; dummy: such a
-    name too, but no W&B."""
+    """Name of the run in Weights & Biases; auto: made from architecture, time and width; dummy: no W&B."""
     eval_every: Annotated[int, int_flag(gte=-1)] = 250
     """Steps between measurements of validation bits per byte; -1: only at the end."""
     eval_tokens: Annotated[int, int_flag(gte=1)] = 10_485_760
@@ -78,46 +84,29 @@ class Settings(ArchFlags):
     """Items per CORE task in these; -1: all."""
     sample_every: Annotated[int, int_flag(gte=-1)] = 2000
     """Steps between samples from fixed prompts; -1: never. Also at the end."""
-
     monitor_interval: str = "0"
     """Steps between looks inside (norms, spectral norms, activations): a number, production (100), research (10) or
     validation (1); 0: never."""
     coord_check: bool = False
-    """Record the size of each module's output into logs/<run>/coord_check.jsonl, for scripts.coord_check --from."""
+    """Record the size of each module's output into runs/RUN_ID/coord_check.jsonl, for scripts.coord_check --from."""
     coord_check_every: Annotated[int, int_flag(gte=1)] = 10
     """Steps between these."""
 
-    # ---- checkpoints
-    save_every: Annotated[int, int_flag(gte=-1)] = 1000
-    """Steps between checkpoints; -1: only the last."""
-    resume: Resume = "never"
-    """auto: continue the run of this tag where it stopped, if its settings are the same."""
-    keep_last: Annotated[int, int_flag(gte=1)] = 2
-    """Newest checkpoints to keep."""
-    keep_every: Annotated[int, int_flag(gte=-1)] = -1
-    """Keep also the checkpoints of steps that are multiples of this; -1: none."""
+    # ---- the checkpoint and the machines
     model_tag: str | None = None
     """Name of the checkpoint folder; default d<depth>."""
-
-    # ---- the machines
-    parallel: Parallel = "auto"
-    """ddp: all weights on every GPU; fsdp: cut over all GPUs; hsdp: cut within each node; auto: by size and nodes."""
-    use_fsdp: bool = False
-    """The same as --parallel=fsdp."""
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
     fp8: Fp8 = "none"
     """Train in 8-bit floating point: none, head (the output matrix), or all (also the matrices of the blocks)."""
     warm_kernels: bool = False
-    """Compile and tune before the first timed step, on made-up tokens; nothing else changes."""
+    """Compile and tune before the first timed step, on random tokens; nothing else changes."""
     compile: bool | None = None
     """torch.compile; default: on CUDA only (on a CPU compiling takes longer than a small run)."""
 
 
 # Of a row that coordinates are recorded on: attention is not compiled there, and takes T x T memory.
 COORD_TOKENS = 1024
-# What later stages go on with, beside the rates.
-INHERITED = ("source", "max_seq_len", "device_batch_size", "total_batch_size", "weight_decay", "use_muon")
+# What later stages inherit (their recipe), beside the rates.
+RECIPE = ("source", "max_seq_len", "device_batch_size", "total_batch_size", "weight_decay", "use_muon")
 
 
 def default_tag(settings: Settings) -> str:
@@ -147,79 +136,77 @@ def plan_horizon(settings: Settings, num_params: int, flops_per_token: float) ->
     return steps, why
 
 
-def make_evaluations(
-    settings: Settings,
-    model: GPT,
-    forward: Callable[..., torch.Tensor],
-    data: TrainData,
-    rank: int,
-    world_size: int,
-    samples: list[dict[str, str]],
-    coordinates: Path,
-) -> list[Evaluation]:
-    """What is measured on the way: bits per byte (loss per token, where the data's tokenizer is not at hand), CORE,
-    samples, which are left in `samples`, and coordinates, into a file."""
-    device, length = model.get_device(), settings.max_seq_len
-    token_bytes = get_token_bytes(device) if data.tokenizer is not None else None
-    val = data.fixed_rows("val", length, max(settings.eval_tokens, length))
-    tokenizer, speaks = data.tokenizer, data.tokenizer is not None
-    core_every, sample_every = (n if speaks else -1 for n in (settings.core_metric_every, settings.sample_every))
-    # read here, so that a bundle that is missing shows now and not at the end of the run
-    bundle = load_bundle(eval_bundle_dir()) if core_every > 0 else None
-    few = torch.from_numpy(val[:1, :COORD_TOKENS].astype(np.int64)).to(device)
-    recorder = CoordRecorder(model, coordinates, few)
+class Samples:
+    """What the model says to fixed prompts: printed on the way, kept for the report."""
 
-    def val_loss(step: int) -> dict[str, float]:
-        batches = row_batches(val, settings.device_batch_size, device, rank, world_size)
+    def __init__(self, model: GPT, data: TrainData) -> None:
+        self.model, self.tokenizer = model, data.tokenizer
+        self.latest: list[dict[str, str]] = []
+
+    def show(self, step: int) -> dict[str, float]:
+        """An evaluation without metrics."""
+        if get_dist_info().rank == 0 and self.tokenizer is not None:
+            with parallel.disable_compile(self.model):
+                self.latest = make_samples(self.model, self.tokenizer)
+            for sample in self.latest:
+                print0(f"--- {sample['text']}")
+        return {}
+
+
+def val_loss(
+    settings: Settings, forward: Callable[..., torch.Tensor], data: TrainData, rows: np.ndarray, device: torch.device
+) -> Callable[[int], dict[str, float]]:
+    """Measures bits per byte, or loss per token where the tokenizer of the data is not at hand."""
+    ranks = get_dist_info()
+    token_bytes = get_token_bytes(device) if data.tokenizer is not None else None
+
+    def measure(step: int) -> dict[str, float]:
+        batches = row_batches(rows, settings.device_batch_size, device, ranks.rank, ranks.world_size)
         if token_bytes is None:
             return {VAL_LOSS: evaluate_loss(forward, batches, data.vocab_size, device)}
         return {VAL_BPB: evaluate_bpb(forward, batches, token_bytes)}
 
-    def core(step: int) -> dict[str, float]:
-        assert bundle is not None and tokenizer is not None, "never due without an interval"
+    return measure
+
+
+def core(settings: Settings, model: GPT, data: TrainData) -> Callable[[int], dict[str, float]]:
+    """Measures CORE."""
+    bundle = load_bundle(eval_bundle_dir())  # now, so that one that is missing shows before the end of the run
+    tokenizer = data.tokenizer
+    assert tokenizer is not None
+
+    def measure(step: int) -> dict[str, float]:
         with parallel.disable_compile(model):  # prompts of many shapes: not to be compiled for each
             result = evaluate_core(
                 model,
                 tokenizer,
                 bundle,
-                device,
-                sequence_len=length,
+                model.get_device(),
+                sequence_len=settings.max_seq_len,
                 device_batch_size=max(1, settings.device_batch_size // 4),
                 max_per_task=settings.core_metric_max_per_task,
             )
         return {f"Eval/{result.name}": result.value}
 
-    def show_samples(step: int) -> dict[str, float]:
-        if rank == 0 and tokenizer is not None:
-            with parallel.disable_compile(model):
-                samples[:] = make_samples(model, tokenizer)
-            for sample in samples:
-                print0(f"--- {sample['text']}")
-        return {}
-
-    return [
-        Evaluation(settings.eval_every, True, val_loss),
-        Evaluation(core_every, core_every > 0, core),
-        Evaluation(sample_every, sample_every > 0, show_samples),
-        Evaluation(settings.coord_check_every if settings.coord_check else -1, settings.coord_check, recorder.record),
-    ]
+    return measure
 
 
-def announce(
-    settings: Settings,
-    model: GPT,
-    data: TrainData,
-    world_size: int,
-    plan: BatchPlan,
-    num_iterations: int,
-    why: str,
-    compiled: bool,
-    records: list[dict[str, Any]] | None,
-) -> None:
+def coordinates(model: GPT, rows: np.ndarray, anew: bool) -> Callable[[int], dict[str, float]]:
+    """Records the size of each module's output on the first validation row."""
+    path = run_dir() / "coord_check.jsonl"
+    if anew and get_dist_info().rank == 0:
+        path.unlink(missing_ok=True)
+    first = torch.from_numpy(rows[:1, :COORD_TOKENS].astype(np.int64))
+    return CoordRecorder(model, path, first.to(model.get_device())).record
+
+
+def announce(settings: Settings, model: GPT, data: TrainData, plan: BatchPlan, num_iterations: int, why: str) -> None:
     """Everything that was derived from the settings, before anything is spent."""
     horizon = num_iterations * settings.total_batch_size
-    compiling = "compiled: the first step takes a minute or more" if compiled else "not compiled"
-    print0(f"{device_name(model.get_device())} x {world_size}, compute in {model.compute_dtype}, {compiling}")
+    device, ranks = model.get_device(), get_dist_info().world_size
+    compiling = compiles(settings.compile, device)
+    how = "compiled: the first step takes a minute or more" if compiling else "not compiled"
+    print0(f"{device_name(device)} x {ranks}, compute in {model.compute_dtype}, {how}")
     print0(f"{model.config}")
     print0(f"{model.num_params():,} parameters, {model.estimate_flops():.4e} FLOPs per token")
     print0(f"{num_iterations:,} steps of {settings.total_batch_size:,} tokens = {horizon:,} tokens ({why})")
@@ -229,8 +216,6 @@ def announce(
     print0(f"data: {data.source}, {epochs:.2f} epochs, {100 * cropped:.1f} % of tokens cropped by packing")
     if epochs > 1:
         print0(f"warning: too little data: this horizon repeats it {epochs:.1f} times; get more of it, or train less")
-    if records:
-        print0(mup.format_table(records))
 
 
 def main(settings: Settings) -> None:
@@ -246,13 +231,11 @@ def main(settings: Settings) -> None:
     with torch.device("meta"):
         model = GPT(config, compute_dtype(device))
     num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
-    requested = parallel.requested_strategy(settings.parallel, settings.use_fsdp)
-    policy = parallel.parallelize_model(model, requested, device)
+    policy = parallelize_model(model, settings, device)
     model.to_empty(device=device)
     model.init_weights(init_spec(settings))
     apply_fp8(model, settings.fp8)
-    compiled = settings.compile if settings.compile is not None else device.type == "cuda"
-    forward = parallel.compile_model(model, policy) if compiled else model
+    forward = compiled(model, policy, settings.compile)
 
     # ---- the optimizer; its rates and the batch are what later stages go on with
     horizon = num_iterations * settings.total_batch_size
@@ -260,101 +243,87 @@ def main(settings: Settings) -> None:
     rates = {name: getattr(settings, name) * lr_scale for name in LEARNING_RATES}
     optimizer = model.setup_optimizer(**rates, weight_decay=settings.weight_decay, use_muon=settings.use_muon)
 
-    def schedule(step: int) -> tuple[float, float]:
-        ratios = settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac
-        return lr_multiplier(step, num_iterations, *ratios), muon_momentum(step)
-
     def grow_windows(step: int) -> None:
         if settings.window_warmup:
             model.set_window(window_length(step, num_iterations, config.long_window))
 
     # ---- where it goes, and whether some of it is there already
-    recipe = {**{name: getattr(settings, name) for name in INHERITED}, **rates}
+    recipe = {**{name: getattr(settings, name) for name in RECIPE}, **rates}
     about = cli.as_dict(settings)
     meta = describe_run("base", about, config, data.tokenizer_hash, recipe, num_iterations, data=data.fingerprint)
     folder = checkpoint_dir("base", settings.model_tag or default_tag(settings))
-    usual = cli.as_dict(resolve(Settings()))  # flags that runs of older versions did not have yet
-    earlier = earlier_run(folder, settings.resume, meta, usual) or {}
-    given = settings.run not in (NO_WANDB, AUTO)
-    automatic = run_name(settings.arch, config.n_embd, config.mup_base_width, datetime.now())
+    earlier = earlier_run(folder, settings.resume, meta)
+    if earlier is None:  # this very run is complete
+        compute_cleanup()
+        return
+    announce(settings, model, data, plan, num_iterations, why)
     if settings.mup:
         meta["mup"] = mup.as_records(GPT, config, settings.use_muon, init_spec(settings))
-    meta["run_name"] = name = earlier.get("run_name") or free_name(settings.run if given else automatic)
-    with RunLog(name, meta, earlier.get("step")) as log:
-        print0(f"run {name}: {log.folder}")
-        announce(settings, model, data, world_size, plan, num_iterations, why, compiled, meta.get("mup"))
-        print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
-        rows, state = data.rows(settings.max_seq_len, settings.seed), earlier.get("loader")
-        loader = RowLoader(rows, plan.rows_per_step, plan.device_batch_size, device, rank, world_size, state)
-        tracker = Tracker(
-            "base",
-            name if settings.run == AUTO else settings.run,
-            meta,
-            earlier.get("step"),
-            earlier.get("wandb_id"),
-            project=wandb_project(settings.arch, settings.mup),
-            log=log,
-        )
+        print0(mup.format_table(meta["mup"]))
+    print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
 
-        # ---- train
-        samples: list[dict[str, str]] = []
-        run = TrainingRun(
-            stage="base",
-            folder=folder,
-            model=model,
-            forward=forward,
-            optimizer=optimizer,
-            loader=loader,
-            num_iterations=num_iterations,
-            tokens_per_step=settings.total_batch_size,
-            schedule=schedule,
-            prepare=grow_windows,
-            grad_clip=settings.grad_clip,
-            save_every=settings.save_every,
-            evaluations=make_evaluations(
-                settings, model, forward, data, rank, world_size, samples, log.folder / "coord_check.jsonl"
-            ),
-            tracker=tracker,
-            meta=meta,
-            policy=policy,
-            keep_last=settings.keep_last,
-            keep_every=settings.keep_every,
-            flops_per_token=model.estimate_flops(),
-            monitor=Monitor(model, optimizer, watched) if watched is not None else None,
-            warm_kernels=settings.warm_kernels,
-            observer=ClusterObserver(),
-        )
-        if earlier:
-            resume(run, earlier)
-        outcome = train(run)
-        run.tracker.close()
-        if outcome.finished:
-            write_report(run, outcome, samples, rows.cropped_share())
-            checkpoint.mark_complete(folder)
+    # ---- what is measured on the way
+    val = data.fixed_rows("val", settings.max_seq_len, max(settings.eval_tokens, settings.max_seq_len))
+    evaluations = [Evaluation(settings.eval_every, True, val_loss(settings, forward, data, val, device))]
+    samples = Samples(model, data)
+    if data.tokenizer is not None and settings.core_metric_every > 0:
+        evaluations.append(Evaluation(settings.core_metric_every, True, core(settings, model, data)))
+    if data.tokenizer is not None and settings.sample_every > 0:
+        evaluations.append(Evaluation(settings.sample_every, True, samples.show))
+    if settings.coord_check:
+        record = coordinates(model, val, anew=not earlier)
+        evaluations.append(Evaluation(settings.coord_check_every, True, record))
+
+    # ---- train
+    rows, state = data.rows(settings.max_seq_len, settings.seed), earlier.get("loader")
+    loader = RowLoader(rows, plan.rows_per_step, plan.device_batch_size, device, rank, world_size, state)
+    width, base_width = config.n_embd, config.mup_base_width
+    run = TrainingRun(
+        folder=folder,
+        settings=settings,
+        meta=meta,
+        earlier=earlier,
+        model=model,
+        forward=forward,
+        policy=policy,
+        optimizer=optimizer,
+        loader=loader,
+        num_iterations=num_iterations,
+        tokens_per_step=settings.total_batch_size,
+        schedule=make_schedule(num_iterations, settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac),
+        grad_clip=settings.grad_clip,
+        evaluations=evaluations,
+        prepare=grow_windows,
+        monitor=Monitor(model, optimizer, watched) if watched is not None else None,
+        observer=ClusterObserver(),
+        warm_kernels=settings.warm_kernels,
+        flops_per_token=model.estimate_flops(),
+        wandb_name=wandb_name(settings.run, settings.arch, width, base_width, datetime.now()),
+        wandb_project=wandb_project(settings.arch, settings.mup),
+    )
+    outcome = train(run)
+    if outcome.finished:
+        metrics = {"cropped share": rows.cropped_share(), **outcome.metrics}
+        finish(run, "base_train", "Base model training", describe(run, metrics, samples.latest))
     compute_cleanup()
 
 
-def write_report(run: TrainingRun, outcome: Outcome, samples: list[dict[str, str]], cropped: float) -> None:
-    """The section of this stage."""
-    figures = {
+def describe(run: TrainingRun, final: dict[str, float], samples: list[dict[str, str]]) -> dict[str, Any]:
+    """The report's section."""
+    metrics = {
         "parameters": run.model.num_params(),
         "FLOPs per token": run.model.estimate_flops(),
         "device": device_name(run.model.get_device()),
         "ranks": run.meta["world_size"],
         "epochs": run.loader.epoch(),
-        "cropped share": cropped,
-        **outcome.metrics,
+        **final,
     }
-    notes = [
-        "FLOPs per token = 6 x matmul parameters (head counted, embedding not) + 12 x heads x head_dim x attention "
-        "span per layer, causal attention not halved; MFU is over the card's dense bf16 peak."
-    ]
-    shown = {**run.meta["settings"], **run.meta["model_config"]}
-    section: dict[str, Any] = {"settings": shown, "metrics": figures, "samples": samples, "notes": notes}
+    tables = []
     if records := run.meta.get("mup"):
         rows = [list(record.values()) for record in records]
-        section["tables"] = [{"title": "Scaling with width", "columns": list(records[0]), "rows": rows}]
-    write_section("base_train", "Base model training", section)
+        tables = [{"title": "Scaling with width", "columns": list(records[0]), "rows": rows}]
+    shown = {**run.meta["settings"], **run.meta["model_config"]}
+    return {"settings": shown, "metrics": metrics, "tables": tables, "samples": samples}
 
 
 if __name__ == "__main__":

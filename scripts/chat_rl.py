@@ -10,32 +10,39 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanochat import checkpoint, cli, parallel
+from nanochat import cli, parallel
 from nanochat.cli import float_flag, int_flag
 from nanochat.cluster.observer import ClusterObserver
+from nanochat.config import LEARNING_RATES
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.eval.chat import evaluate_generative
-from nanochat.eval.samples import make_chat_samples
 from nanochat.hardware import device_name
-from nanochat.optim.schedule import lr_multiplier, muon_momentum
-from nanochat.parallel import Parallel
+from nanochat.optim.schedule import make_schedule
 from nanochat.paths import checkpoint_dir
-from nanochat.runtime import DeviceType, compute_cleanup, compute_init, out_of_memory_is_one_line, print0
-from nanochat.sections import STDERR_SUFFIXES, metric_text, write_section
+from nanochat.runtime import compute_cleanup, compute_init, out_of_memory_is_one_line, print0
+from nanochat.sections import STDERR_SUFFIXES, metric_text
 from nanochat.tasks.common import Task
 from nanochat.tasks.registry import make_task
-from nanochat.train.chat import plan_steps, present
-from nanochat.train.loop import Evaluation, TrainingRun, resume, train
+from nanochat.train.chat import plan_steps
+from nanochat.train.loop import train
 from nanochat.train.rollouts import REWARD, RolloutLoader, questions_at_once, row_width
-from nanochat.train.run_folder import Resume, describe_run, earlier_run
-from nanochat.train.tracking import NO_WANDB, Tracker
+from nanochat.train.run import (
+    Evaluation,
+    ParentFlags,
+    TrainingRun,
+    chat_samples,
+    describe_run,
+    earlier_run,
+    finish,
+    load_parent,
+)
 
 MEMORY_ADVICE = "halve --device-batch-size (but for rounding the result stays the same), or lower --max-new-tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ParentFlags):
     """Train a chat model by reinforcement on questions whose answers can be graded."""
 
     task: str = "GSM8K"
@@ -46,16 +53,10 @@ class Settings:
     """Stage to start from."""
     model_tag: str | None = None
     """Run to start from, and to write to; default: the newest of that stage."""
-    model_step: Annotated[int | None, int_flag(gte=0)] = None
-    """Step of its checkpoint; default: the last."""
-    out_tag: str | None = None
-    """Another name for what is written."""
 
     # ---- how long
     num_epochs: Annotated[float, float_flag(gte=0)] = 1.0
     """Passes over the questions."""
-    num_iterations: Annotated[int, int_flag(gte=-1)] = -1
-    """Optimizer steps; -1: from num_epochs."""
 
     # ---- the answers
     questions_per_step: Annotated[int, int_flag(gte=1)] = 16
@@ -74,40 +75,19 @@ class Settings:
     """Answers per forward and backward pass on each device; 16 times as many are sampled together."""
     init_lr_frac: Annotated[float, float_flag(gte=0)] = 0.05
     """Factor on the learning rates of the stage before."""
-    grad_clip: Annotated[float, float_flag(gte=0)] = 1.0
-    """Largest global gradient norm; 0: no clipping."""
     warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 1.0
     """Share of the steps over which the learning rate falls to 0 at the end."""
     seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of the order of the questions and of the answers."""
 
     # ---- watching it
-    run: str = NO_WANDB
-    """Name of the run in Weights & Biases; dummy: no W&B."""
     eval_every: Annotated[int, int_flag(gte=-1)] = 60
     """Steps between measurements of pass@k on test questions; -1: only before and after."""
     eval_questions: Annotated[int, int_flag(gte=1)] = 400
     """Test questions in these."""
     eval_samples: Annotated[int, int_flag(gte=1)] = 8
     """Answers to each."""
-
-    # ---- checkpoints
     save_every: Annotated[int, int_flag(gte=-1)] = 60
-    """Steps between checkpoints; -1: only the last."""
-    keep_last: Annotated[int, int_flag(gte=1)] = 2
-    """Newest checkpoints to keep."""
-    keep_every: Annotated[int, int_flag(gte=-1)] = -1
-    """Keep also the checkpoints of steps that are multiples of this; -1: none."""
-    resume: Resume = "never"
-    """auto: continue the run of this tag where it stopped, if its settings are the same."""
-
-    # ---- the machines
-    parallel: Parallel = "auto"
-    """ddp: all weights on every GPU; fsdp: cut over all GPUs; hsdp: cut within each node; auto: by size and nodes."""
-    use_fsdp: bool = False
-    """The same as --parallel=fsdp."""
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
 
 
 def question_task(name: str, split: Literal["train", "test"], source: str | None) -> Task:
@@ -153,12 +133,7 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
 
 def main(settings: Settings) -> None:
     _, rank, _, world_size, device = compute_init(settings.device_type)
-    model, tokenizer, parent = checkpoint.find_model(
-        settings.source_stage, device, settings.model_tag, settings.model_step
-    )
-    requested = parallel.requested_strategy(settings.parallel, settings.use_fsdp)
-    policy = parallel.parallelize_model(model, requested, device)
-    checkpoint.fill_model(model, device, parent)
+    model, tokenizer, parent, policy = load_parent(settings.source_stage, settings, device)
     recipe = parent["recipe"]
     questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))
     num_iterations = plan_steps(settings, len(questions), settings.questions_per_step)
@@ -168,12 +143,8 @@ def main(settings: Settings) -> None:
     print0(f"{num_iterations:,} steps of {settings.questions_per_step} questions x {settings.num_samples} answers, "
            f"rows of {width} tokens")  # fmt: skip
 
-    rates = {name: recipe[name] * settings.init_lr_frac for name in present(recipe)}
-    optimizer = model.setup_optimizer(**rates, weight_decay=0.0, use_muon=recipe.get("use_muon", True))
-
-    def schedule(step: int) -> tuple[float, float]:
-        return lr_multiplier(step, num_iterations, 0.0, settings.warmdown_ratio, 0.0), muon_momentum(step)
-
+    rates = {name: recipe[name] * settings.init_lr_frac for name in LEARNING_RATES}
+    optimizer = model.setup_optimizer(**rates, weight_decay=0.0, use_muon=recipe["use_muon"])
     engine = Engine(model, tokenizer)
     measure = pass_at_k(settings, engine, test)
 
@@ -181,7 +152,10 @@ def main(settings: Settings) -> None:
     about = {**cli.as_dict(settings), "source": recipe["source"]}
     meta = describe_run("rl", about, model.config, tokenizer.hash, recipe, num_iterations, parent)
     folder = checkpoint_dir("rl", settings.out_tag or parent["tag"])
-    earlier = earlier_run(folder, settings.resume, meta) or {}
+    earlier = earlier_run(folder, settings.resume, meta)
+    if earlier is None:  # this very run is complete
+        compute_cleanup()
+        return
     loader = RolloutLoader(
         engine,
         questions,
@@ -193,53 +167,42 @@ def main(settings: Settings) -> None:
         world_size,
         settings.seed,
         state=earlier.get("loader"),
-        whole=lambda: parallel.unsharded_params(model, policy),
+        unsharded=lambda: parallel.unsharded_params(model, policy),
     )
 
     # ---- train
     run = TrainingRun(
-        stage="rl",
         folder=folder,
-        model=model.train(),
+        settings=settings,
+        meta=meta,
+        earlier=earlier,
+        model=model,
         forward=model,
+        policy=policy,
         optimizer=optimizer,
         loader=loader,
         num_iterations=num_iterations,
         tokens_per_step=rows * width,
-        schedule=schedule,
+        schedule=make_schedule(num_iterations, 0.0, settings.warmdown_ratio, 0.0),
         grad_clip=settings.grad_clip,
-        save_every=settings.save_every,
         evaluations=[Evaluation(settings.eval_every, True, measure)],
-        tracker=Tracker("rl", settings.run, meta, earlier.get("step"), earlier.get("wandb_id")),
-        meta=meta,
-        policy=policy,
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
         step_metrics=lambda: loader.metrics,
-        teaches=loader.teaches,
-        memory_advice=MEMORY_ADVICE,
+        has_gradient_signal=loader.has_gradient_signal,
         observer=ClusterObserver(),
+        memory_advice=MEMORY_ADVICE,
     )
-    if earlier:
-        resume(run, earlier)
     with out_of_memory_is_one_line(device, MEMORY_ADVICE), parallel.unsharded_params(model, policy):
         meta["before"] = earlier["before"] if earlier else measure(0)
     print0("before: " + " | ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
     outcome = train(run)
-    run.tracker.close()
-    samples = []
-    if outcome.finished:  # on all ranks alike; one that was told to stop has no time for this
-        with parallel.unsharded_params(model.eval(), policy):
-            samples = make_chat_samples(model, tokenizer) if rank == 0 else []
-    if samples:
-        write_section("chat_rl", "Reinforcement learning", describe(run, outcome.metrics, questions, test, samples))
-    if outcome.finished:
-        checkpoint.mark_complete(folder)
+    if outcome.finished:  # on all ranks alike; one that was told to stop has no time for samples
+        samples = chat_samples(run, tokenizer)
+        finish(run, "chat_rl", "Reinforcement learning", describe(run, outcome.metrics, questions, test, samples))
     compute_cleanup()
 
 
 def describe(
-    run: TrainingRun, figures: dict[str, float], questions: Task, test: Task, samples: list[dict[str, str]]
+    run: TrainingRun, final: dict[str, float], questions: Task, test: Task, samples: list[dict[str, str]]
 ) -> dict[str, Any]:
     """The report's section."""
     before, latest, settings = run.meta["before"], run.state.latest, run.meta["settings"]
@@ -248,6 +211,11 @@ def describe(
     items = min(settings["eval_questions"], len(test))
     # a "token" of these is a place in a padded row, and the time is mostly that of sampling
     speed = ("tokens", "tokens per second", "final train_loss")
+    table = {
+        "title": f"Right answers on {items} test questions of {test.name} ({test.source})",
+        "columns": ["", "Before", "After"],
+        "rows": rows,
+    }
     return {
         "settings": settings,
         "metrics": {
@@ -255,21 +223,11 @@ def describe(
             "ranks": run.meta["world_size"],
             "reward in the last step": latest[REWARD],
             **{name.replace("Eval/", "first "): value for name, value in before.items()},
-            **{name: value for name, value in figures.items() if name not in speed},
+            **{name: value for name, value in final.items() if name not in speed},
         },
-        "tables": [
-            {
-                "title": f"Right answers on {items} test questions of {test.name} ({test.source})",
-                "columns": ["", "Before", "After"],
-                "rows": rows,
-            }
-        ],
+        "tables": [table],
         "samples": samples,
-        "notes": [
-            f"pass@k: at least one of k answers drawn at temperature {settings['temperature']:g} is right, estimated "
-            f"from {settings['eval_samples']} answers to each question.",
-            f"Trained on {len(questions):,} other questions of the same task.",
-        ],
+        "facts": {"questions": len(questions)},
         "synthetic": not questions.published,
     }
 

@@ -1,7 +1,7 @@
 """Learning rates and momentum over the length of a run, and how they follow from batch and horizon."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -20,6 +20,13 @@ def lr_multiplier(step: int, num_iterations: int, warmup: float, warmdown: float
 def muon_momentum(step: int, start: float = 0.85, end: float = 0.95, steps: int = 300) -> float:
     """Momentum ramp: the first gradients are poor guides, so the memory is short at first."""
     return start + (end - start) * min(step / steps, 1.0)
+
+
+def make_schedule(
+    num_iterations: int, warmup: float, warmdown: float, final: float
+) -> Callable[[int], tuple[float, float]]:
+    """step -> (learning-rate multiplier, Muon momentum) of a run."""
+    return lambda step: (lr_multiplier(step, num_iterations, warmup, warmdown, final), muon_momentum(step))
 
 
 def set_schedule(param_groups: Iterable[dict[str, Any]], multiplier: float, momentum: float) -> None:

@@ -27,10 +27,10 @@ from nanochat.errors import UserError
 from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
+from nanochat.paths import run_dir
 from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
 from nanochat.studies.figures import line_panels
 from nanochat.train.coordinates import LOGITS, measure
-from nanochat.train.run_log import log_dir
 
 Record = dict[str, Any]  # width, seed, module, t, l1, l2, mean, std
 Batch = tuple[Tensor, Tensor]
@@ -187,8 +187,8 @@ def read_runs(folders: str) -> list[Record]:
     paths = []
     for name in folders.split(","):
         path = Path(name) / RECORDS
-        if not path.is_file() and (log_dir(name) / RECORDS).is_file():
-            path = log_dir(name) / RECORDS
+        if not path.is_file() and (run_dir(name) / RECORDS).is_file():
+            path = run_dir(name) / RECORDS
         paths.append(path)
         if not path.is_file():
             raise UserError(f"--from: there is no {path}; train with --coord-check")

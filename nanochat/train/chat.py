@@ -1,42 +1,48 @@
 """What mid_train and chat_sft share: a model of an earlier stage, trained further on conversations.
 
-Everything that the earlier stage decided (text source, length of a row, batch, learning rates) is taken from its
-checkpoint unless a flag says otherwise.
+Everything that the earlier stage decided (its recipe: text source, length of a row, batch, learning rates) is taken
+from its checkpoint unless a flag says otherwise.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 
-from nanochat import checkpoint, cli, parallel
+from nanochat import cli
 from nanochat.cli import float_flag, int_flag
 from nanochat.config import LEARNING_RATES
 from nanochat.data.chat_rows import ChatPacker, ChatRows, LossOn, Packing, evaluation_rows
 from nanochat.dataloader import RowLoader, plan_batch, target_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
-from nanochat.eval.samples import make_chat_samples
 from nanochat.hardware import device_name
-from nanochat.optim.schedule import lr_multiplier, muon_momentum
-from nanochat.parallel import Parallel
+from nanochat.optim.schedule import make_schedule
 from nanochat.paths import checkpoint_dir
-from nanochat.runtime import IGNORE_INDEX, DeviceType, compute_cleanup, compute_init, print0
-from nanochat.sections import write_section
+from nanochat.runtime import IGNORE_INDEX, compute_cleanup, compute_init, get_dist_info, print0
 from nanochat.tasks.common import Task, TaskMixture
 from nanochat.tasks.registry import make_task, parse_spec, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
-from nanochat.train.loop import Evaluation, TrainingRun, resume, train
+from nanochat.train.loop import train
 from nanochat.train.observer import Observer
-from nanochat.train.run_folder import Resume, describe_run, earlier_run
-from nanochat.train.tracking import NO_WANDB, Tracker
+from nanochat.train.run import (
+    Evaluation,
+    ParentFlags,
+    TrainingRun,
+    chat_samples,
+    compiled,
+    describe_run,
+    earlier_run,
+    finish,
+    load_parent,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatTrainSettings:
+class ChatTrainSettings(ParentFlags):
     """Train a model further on conversations."""
 
     # ---- the data
@@ -46,20 +52,6 @@ class ChatTrainSettings:
     """bestfit: whole conversations, rows padded; stream: one flat stream, cut anywhere."""
     loss_on: LossOn = "assistant"
     """assistant: train on what the assistant says; all: on every token."""
-
-    # ---- the model to start from
-    model_tag: str | None = None
-    """Run to start from, and to write to; default: the newest run of the stage before."""
-    model_step: Annotated[int | None, int_flag(gte=0)] = None
-    """Step of its checkpoint; default: the last."""
-    out_tag: str | None = None
-    """Another name for what is written."""
-
-    # ---- how long
-    num_epochs: Annotated[float, float_flag(gte=0)] = 1.0
-    """Passes over the conversations."""
-    num_iterations: Annotated[int, int_flag(gte=-1)] = -1
-    """Optimizer steps; -1: from num_epochs."""
 
     # ---- the batch; None: as in the stage before
     max_seq_len: Annotated[int | None, int_flag(gte=2)] = None
@@ -78,84 +70,45 @@ class ChatTrainSettings:
     """AdamW learning rate of the head at width 768."""
     weight_decay: Annotated[float | None, float_flag(gte=0)] = None
     """Cautious weight decay of the matrices, times their learning rate."""
-    init_lr_frac: Annotated[float, float_flag(gte=0)] = 1.0
-    """Factor on all learning rates."""
-    grad_clip: Annotated[float, float_flag(gte=0)] = 1.0
-    """Largest global gradient norm; 0: no clipping."""
     warmup_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
     """Share of the steps over which the learning rate rises."""
     warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.5
     """Share of the steps over which it falls at the end."""
     final_lr_frac: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
     """Where it falls to, as a share of the full rate."""
-    seed: Annotated[int, int_flag(gte=0)] = 42
-    """Seed of the order of the data."""
 
     # ---- watching it
-    run: str = NO_WANDB
-    """Name of the run in Weights & Biases; dummy: no W&B."""
     eval_every: Annotated[int, int_flag(gte=-1)] = 150
     """Steps between measurements of bits per byte on held-out conversations; -1: only at the end."""
     eval_tokens: Annotated[int, int_flag(gte=1)] = 2_097_152
     """Positions measured, at most."""
 
-    # ---- checkpoints
-    save_every: Annotated[int, int_flag(gte=-1)] = 1000
-    """Steps between checkpoints; -1: only the last."""
-    keep_last: Annotated[int, int_flag(gte=1)] = 2
-    """Newest checkpoints to keep."""
-    keep_every: Annotated[int, int_flag(gte=-1)] = -1
-    """Keep also the checkpoints of steps that are multiples of this; -1: none."""
-    resume: Resume = "never"
-    """auto: continue the run of this tag where it stopped, if its settings are the same."""
-
     # ---- the machines
-    parallel: Parallel = "auto"
-    """ddp: all weights on every GPU; fsdp: cut over all GPUs; hsdp: cut within each node; auto: by size and nodes."""
-    use_fsdp: bool = False
-    """The same as --parallel=fsdp."""
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
     compile: bool | None = None
     """torch.compile; default: on CUDA only."""
 
 
-def present(recipe: dict[str, Any]) -> list[str]:
-    """The learning rates that a recipe gives; older ones lack some, for parameters which their models lack."""
-    return [name for name in LEARNING_RATES if name in recipe]
-
-
-def inherit(settings: ChatTrainSettings, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of this stage: that of the stage before, with what the settings change.
+def inherit(settings: ChatTrainSettings, parent: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of this stage: that of the parent, with what the settings change.
 
     The learning rates go with the square root of the batch.
     """
-    own = {name: getattr(settings, name, None) for name in recipe}
-    new = {**recipe, **{name: value for name, value in own.items() if value is not None}}
-    factor = math.sqrt(new["total_batch_size"] / recipe["total_batch_size"])
-    for name in present(recipe):
+    own = {name: getattr(settings, name, None) for name in parent}
+    recipe = {**parent, **{name: value for name, value in own.items() if value is not None}}
+    factor = math.sqrt(recipe["total_batch_size"] / parent["total_batch_size"])
+    for name in LEARNING_RATES:
         if own[name] is None:
-            new[name] *= factor
-    return new
+            recipe[name] *= factor
+    return recipe
 
 
-class Horizon(Protocol):
-    """The settings that say how long to train."""
-
-    @property
-    def num_epochs(self) -> float: ...
-
-    @property
-    def num_iterations(self) -> int: ...
-
-
-def plan_steps(settings: Horizon, rows: int, rows_per_step: int) -> int:
+def plan_steps(flags: ParentFlags, rows: int, rows_per_step: int) -> int:
     """Optimizer steps for data of so many rows (or questions). Raises UserError when there is nothing to do."""
-    if settings.num_iterations > 0:
-        return settings.num_iterations
-    if settings.num_epochs <= 0:
+    if flags.num_iterations > 0:
+        return flags.num_iterations
+    if flags.num_epochs <= 0:
         raise UserError("no horizon: give --num-iterations or --num-epochs above 0")
-    return max(1, round(settings.num_epochs * rows / rows_per_step))
+    return max(1, round(flags.num_epochs * rows / rows_per_step))
 
 
 def held_out(spec: str, source: str | None) -> Task | None:
@@ -178,10 +131,7 @@ def train_on_chats(
 ) -> None:
     """Train `stage` (mid, sft) from the last checkpoint of `parent_stage`, and write the report's `section`."""
     _, rank, _, world_size, device = compute_init(settings.device_type)
-    model, tokenizer, parent = checkpoint.find_model(parent_stage, device, settings.model_tag, settings.model_step)
-    requested = parallel.requested_strategy(settings.parallel, settings.use_fsdp)
-    policy = parallel.parallelize_model(model, requested, device)
-    checkpoint.fill_model(model, device, parent)
+    model, tokenizer, parent, policy = load_parent(parent_stage, settings, device)
     recipe = inherit(settings, parent["recipe"])
     length, batch = recipe["max_seq_len"], recipe["total_batch_size"]
     if length > model.config.sequence_len:
@@ -204,25 +154,21 @@ def train_on_chats(
         print0(f"note: {plan.note}")
 
     # ---- the optimizer
-    rates = {name: recipe[name] * settings.init_lr_frac for name in present(recipe)}
+    rates = {name: recipe[name] * settings.init_lr_frac for name in LEARNING_RATES}
     print0("learning rates: " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
-    optimizer = model.setup_optimizer(
-        **rates, weight_decay=recipe["weight_decay"], use_muon=recipe.get("use_muon", True)
-    )
-
-    def schedule(step: int) -> tuple[float, float]:
-        ratios = settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac
-        return lr_multiplier(step, num_iterations, *ratios), muon_momentum(step)
+    optimizer = model.setup_optimizer(**rates, weight_decay=recipe["weight_decay"], use_muon=recipe["use_muon"])
+    forward = compiled(model, policy, settings.compile)
+    evaluations = held_out_bpb(settings, recipe, tokenizer, forward, device)
 
     # ---- where it goes, and whether some of it is there already
-    compiled = settings.compile if settings.compile is not None else device.type == "cuda"
-    forward = parallel.compile_model(model, policy) if compiled else model
     about = {**cli.as_dict(settings), "source": recipe["source"]}
     data = packer.fingerprint()
     meta = describe_run(stage, about, model.config, tokenizer.hash, recipe, num_iterations, parent, data)
-    evaluations = held_out_bpb(settings, recipe, tokenizer, forward, device, rank, world_size)
     folder = checkpoint_dir(stage, settings.out_tag or parent["tag"])
-    earlier = earlier_run(folder, settings.resume, meta) or {}
+    earlier = earlier_run(folder, settings.resume, meta)
+    if earlier is None:  # this very run is complete
+        compute_cleanup()
+        return
     loader = RowLoader(
         ChatRows(packer),
         rows_per_step=plan.rows_per_step,
@@ -235,39 +181,30 @@ def train_on_chats(
 
     # ---- train
     run = TrainingRun(
-        stage=stage,
         folder=folder,
-        model=model.train(),
+        settings=settings,
+        meta=meta,
+        earlier=earlier,
+        model=model,
         forward=forward,
+        policy=policy,
         optimizer=optimizer,
         loader=loader,
         num_iterations=num_iterations,
         tokens_per_step=batch,
-        schedule=schedule,
+        schedule=make_schedule(num_iterations, settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac),
         grad_clip=settings.grad_clip,
-        save_every=settings.save_every,
         evaluations=evaluations,
-        tracker=Tracker(stage, settings.run, meta, earlier.get("step"), earlier.get("wandb_id")),
-        meta=meta,
-        policy=policy,
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
-        teaches=lambda: loader.has_gradient_signal,
+        has_gradient_signal=lambda: loader.has_gradient_signal,
         observer=observer,
         flops_per_token=model.estimate_flops(length),
     )
-    if earlier:
-        resume(run, earlier)
     outcome = train(run)
-    run.tracker.close()
-    samples = []
-    if outcome.finished:  # on all ranks alike; one that was told to stop has no time for this
-        with parallel.unsharded_params(model.eval(), policy), parallel.disable_compile(model):
-            samples = make_chat_samples(model, tokenizer) if rank == 0 else []
-    if samples:
+    if outcome.finished:  # on all ranks alike; one that was told to stop has no time for samples
+        samples = chat_samples(run, tokenizer)
         for sample in samples:
             print0(f"--- {sample['prompt']}\n{sample['text']}")
-        figures = {
+        metrics = {
             "device": device_name(device),
             "ranks": world_size,
             "conversations": len(packer.task),
@@ -276,9 +213,7 @@ def train_on_chats(
             "cut share": cut_share,
             **outcome.metrics,
         }
-        write_section(section, title, describe(settings, recipe, meta, tasks, figures, samples))
-    if outcome.finished:
-        checkpoint.mark_complete(folder)
+        finish(run, section, title, describe(settings, meta, tasks, metrics, samples))
     compute_cleanup()
 
 
@@ -288,8 +223,6 @@ def held_out_bpb(
     tokenizer: RustBPETokenizer,
     forward: Callable[..., torch.Tensor],
     device: torch.device,
-    rank: int,
-    world_size: int,
 ) -> list[Evaluation]:
     """Bits per byte of what is trained on, in held-out conversations of the same tasks."""
     task = held_out(settings.tasks, recipe["source"])
@@ -302,9 +235,11 @@ def held_out_bpb(
     if not token_bytes.cpu().numpy()[targets[targets != IGNORE_INDEX]].any():
         print0("nothing is measured on the way: no held-out answer lies within a row")
         return []
+    ranks = get_dist_info()
 
     def measure(step: int) -> dict[str, float]:
-        batches = target_batches(inputs, targets, recipe["device_batch_size"], device, rank, world_size)
+        size = recipe["device_batch_size"]
+        batches = target_batches(inputs, targets, size, device, ranks.rank, ranks.world_size)
         return {VAL_BPB: evaluate_bpb(forward, batches, token_bytes)}
 
     return [Evaluation(settings.eval_every, True, measure)]
@@ -312,31 +247,22 @@ def held_out_bpb(
 
 def describe(
     settings: ChatTrainSettings,
-    recipe: dict[str, Any],
     meta: dict[str, Any],
     tasks: list[Task],
-    figures: dict[str, Any],
+    metrics: dict[str, Any],
     samples: list[dict[str, str]],
 ) -> dict[str, Any]:
     """The report's section."""
-    spoken = "what the assistant says" if settings.loss_on == "assistant" else "all text"
-    parent = meta["parent"]
-    notes = [
-        f"Started from {parent['stage']}/{parent['tag']}, step {parent['step']}.",
-        f"val_bpb: bits per byte of {spoken} in held-out conversations of the same tasks, special tokens left out; not "
-        "comparable with the bits per byte of plain text.",
-    ]
+    table = {
+        "title": "Conversations trained on",
+        "columns": ["Task", "Conversations", "Times", "Source", "Published data set"],
+        "rows": task_rows(tasks),
+    }
     return {
-        "settings": {**meta["settings"], **recipe},
-        "metrics": figures,
-        "tables": [
-            {
-                "title": "Conversations trained on",
-                "columns": ["Task", "Conversations", "Times", "Source", "Published data set"],
-                "rows": task_rows(tasks),
-            }
-        ],
+        "settings": {**meta["settings"], **meta["recipe"]},
+        "metrics": metrics,
+        "tables": [table],
         "samples": samples,
-        "notes": notes,
+        "facts": {"parent": meta["parent"], "loss_on": settings.loss_on},
         "synthetic": not all(task.published for task in tasks),
     }

@@ -1,70 +1,82 @@
-"""What the training loop says: log lines and metrics, from tensors that are read late, and the final figures."""
+"""What a run says: lines on the console, records in runs/<run id>/metrics.jsonl, Weights & Biases when asked, and the
+final figures. The tensors of a step are read late: reading at once would leave the device idle."""
 
+import json
 import math
+import os
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanochat.errors import UserError
+from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.hardware import device_name, memory_metrics, peak_flops, peak_memory_bytes, unlisted
+from nanochat.paths import run_dir
 from nanochat.runtime import get_dist_info, print0, synchronize
-from nanochat.train.monitor import GRAD_NORM, Reading
-
-if TYPE_CHECKING:  # the loop makes the console
-    from nanochat.train.loop import TrainingRun
+from nanochat.train.monitor import GRAD_NORM, Snapshot
+from nanochat.train.run import NO_WANDB, PROJECT, TrainingRun
 
 WARMUP_STEPS = 5  # left out of tokens/s and MFU: they compile, tune kernels and fill the allocator
 SMOOTHING = 0.9  # of the printed loss
+MAX_SKIPPED = 5  # steps in a row: one loss that is not finite can be an accident, this many are not
 
+# Metrics are named `Group/name`, or `Group/name/part` where one is taken of many parts.
+GROUPS = {
+    "Time": "How long things take, and tokens per second.",
+    "Loss": "Losses, of training and held out; smaller is better.",
+    "Optimization": "Learning rates, and norms of gradients.",
+    "Model": "Norms of weights and of their updates.",
+    "Hardware": "Memory, and how much of the arithmetic is used.",
+    "Activations": "What layers put out.",
+    "Eval": "Tasks that are solved or not.",
+    "RL": "Rewards and what is sampled.",
+    "Stragglers": "Slowest rank against the median.",
+}
 TRAIN_LOSS = "Loss/train_loss"  # mean cross-entropy of the targets of a step, nats
 LR_MULTIPLIER = "Optimization/lr_multiplier"  # learning rates over their full ones
+SKIPPED = "Optimization/skipped_steps"  # so far, because loss or gradient were not finite
 STEP_SECONDS = "Time/step_seconds"  # a step, evaluations and checkpoints left out, s
 TOKENS_PER_SECOND = "Time/tokens_per_second"  # training tokens over all ranks, 1/s
 MFU = "Hardware/mfu"  # FLOPs of the model over the dense bf16 peak of all devices
 
 
 class StepResult(NamedTuple):
-    """What a training step came to, unread."""
+    """What a training step came to, not yet synced to the host."""
 
     loss: Tensor
     """Mean over all ranks, 0-D."""
     norm: Tensor
-    """Of the gradient before clipping, 0-D."""
+    """Of the gradient before clipping, 0-D. Where this or the loss is not finite, the step has changed nothing."""
     multiplier: float
     """Of the learning rates."""
-    reading: Reading | None
+    snapshot: Snapshot | None
     """What the monitor saw, where it looked."""
 
 
 class Console:
-    """Turns the unread tensors of training steps into log lines and metrics, about once a second.
+    """Turns the results of training steps into log lines and metrics, about once a second."""
 
-    Reading a value waits for the device; doing so at every step would leave it idle in between.
-    """
-
-    def __init__(self, run: "TrainingRun", device: torch.device) -> None:
+    def __init__(self, run: TrainingRun, device: torch.device) -> None:
         self.run, self.device = run, device
         self.world = get_dist_info().world_size
         self.flops_per_token = run.flops_per_token
         self.peak = peak_flops(device) if run.flops_per_token else None
         if self.peak is None and run.flops_per_token and device.type == "cuda":
             print0(f"no MFU: {unlisted('bf16 peak', [device_name(device)])}")
+        self.tracker = Tracker(run.meta, run.wandb_name or run.settings.run, run.earlier, run.wandb_project)
         self.pending: list[tuple[int, StepResult, dict[str, float]]] = []
         self.seen = 0
         self.clock = time.perf_counter()
-        self.failure: str | None = None  # why training cannot go on
+        self.skipped_in_a_row = 0
+        self.diverged = False  # MAX_SKIPPED steps in a row have been skipped
 
-    def check(self) -> None:
-        """Flush, on all ranks; they see the same values. Raises UserError when training cannot go on."""
-        self.flush()
-        if self.failure is not None:
-            raise UserError(self.failure)
-
-    def step(self, result: StepResult, synced: bool) -> None:
+    def step(self, result: StepResult) -> None:
+        """Take note of a step; the first few, and then one a second, are read and printed at once."""
         self.pending.append((self.run.state.step, result, self.run.step_metrics()))
-        if synced or self.seen < WARMUP_STEPS or time.perf_counter() - self.clock > 1.0:
+        if self.seen + len(self.pending) <= WARMUP_STEPS or time.perf_counter() - self.clock > 1.0:
             self.flush()
 
     def flush(self) -> None:
@@ -82,36 +94,43 @@ class Console:
             state.steady_seconds += elapsed
         self.seen += count
         rate = self.run.tokens_per_step / seconds
-        memory = memory_metrics(self.device)
+        always = {STEP_SECONDS: seconds, TOKENS_PER_SECOND: rate, **memory_metrics(self.device)}
+        if self.peak:
+            always[MFU] = self._mfu(rate)
         read = torch.stack([torch.stack([result.loss, result.norm]) for _, result, _ in self.pending]).tolist()
         for (step, result, further), (loss, norm) in zip(self.pending, read, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                # A norm that is not finite has spoilt the weights, though the loss shows it only at the next step.
-                name, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
-                self.failure = (
-                    f"the {name} is {value} at step {step}: lower --matrix-lr and --embedding-lr; the checkpoints "
-                    "before this step stand"
-                )
-                break
-            state.smoothed_loss = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * loss
-            metrics = {
-                TRAIN_LOSS: loss,
-                GRAD_NORM: norm,
-                LR_MULTIPLIER: result.multiplier,
-                STEP_SECONDS: seconds,
-                TOKENS_PER_SECOND: rate,
-                **memory,
-                **further,
-            }
-            if self.peak:
-                metrics[MFU] = self._mfu(rate)
-            state.latest.update(metrics)
-            if result.reading is not None:  # hundreds of figures, which checkpoints need not keep
-                metrics.update(result.reading.read())
-            self.run.tracker.log(step, step * self.run.tokens_per_step, metrics)
+            if math.isfinite(loss) and math.isfinite(norm):
+                self._record(step, result, loss, norm, {**always, **further})
+            else:
+                self._skipped(step, loss, norm)
         self.pending.clear()
-        if self.failure is None:
+        if self.skipped_in_a_row == 0:
             self._print(step, seconds, rate, further)
+
+    def _record(self, step: int, result: StepResult, loss: float, norm: float, further: dict[str, float]) -> None:
+        state = self.run.state
+        self.skipped_in_a_row = 0
+        state.smoothed_loss = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * loss
+        metrics = {TRAIN_LOSS: loss, GRAD_NORM: norm, LR_MULTIPLIER: result.multiplier, **further}
+        state.latest.update(metrics)
+        if result.snapshot is not None:  # hundreds of metrics, which checkpoints need not keep
+            metrics.update(result.snapshot.read())
+        self.log(metrics, step)
+
+    def _skipped(self, step: int, loss: float, norm: float) -> None:
+        state = self.run.state
+        state.skipped += 1
+        self.skipped_in_a_row += 1
+        self.diverged |= self.skipped_in_a_row >= MAX_SKIPPED
+        self.log({SKIPPED: state.skipped}, step)
+        if self.skipped_in_a_row <= MAX_SKIPPED:
+            print0(f"step {step:05d} skipped, weights and optimizer unchanged: loss {loss}, gradient norm {norm}")
+
+    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Record metrics, of the newest step unless another is given."""
+        step = self.run.state.step if step is None else step
+        if metrics:
+            self.tracker.log(step, step * self.run.tokens_per_step, metrics)
 
     def restart(self) -> None:
         """Leave what has just been done (an evaluation, a checkpoint) out of the time of the next step."""
@@ -124,7 +143,7 @@ class Console:
 
     def _print(self, step: int, seconds: float, rate: float, further: dict[str, float]) -> None:
         state, total = self.run.state, self.run.num_iterations
-        smoothed = state.smoothed_loss / (1 - SMOOTHING**step)
+        smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step - state.skipped))
         pace = state.steady_seconds / state.steady_steps if state.steady_steps else seconds
         mfu = f" | mfu {100 * self._mfu(rate):.1f}%" if self.peak else ""
         also = "".join(f" | {name.split('/')[1]} {value:.4f}" for name, value in further.items())
@@ -137,13 +156,14 @@ class Console:
         )
 
     def summary(self) -> dict[str, float]:
-        """Final figures. Tokens/s and MFU are means over the steady steps, whose number stands beside them."""
+        """Final metrics. Tokens/s and MFU are means over the steady steps, whose number stands beside them."""
         state = self.run.state
         result: dict[str, float] = {"steps": state.step, "tokens": state.step * self.run.tokens_per_step}
-        result.update(
-            {f"final {name.split('/')[1]}": value for name, value in state.latest.items() if _is_result(name)}
-        )
+        final = {name: value for name, value in state.latest.items() if name.startswith(("Loss/", "Eval/"))}
+        result.update({f"final {name.split('/')[1]}": value for name, value in final.items()})
         result.update({f"minimum {name.split('/')[1]}": value for name, value in state.best.items()})
+        if state.skipped:
+            result["steps skipped (not finite)"] = state.skipped
         result["training minutes"] = state.seconds / 60
         if self.flops_per_token:
             result["training FLOPs"] = self.flops_per_token * state.step * self.run.tokens_per_step
@@ -157,6 +177,94 @@ class Console:
                 result["peak FLOP/s per device"] = self.peak
         return result
 
+    def close(self) -> None:
+        self.tracker.close()
 
-def _is_result(name: str) -> bool:
-    return name.startswith(("Loss/", "Eval/"))
+
+class Tracker:
+    """Writes records `{"stage": …, "step": …, "tokens": …, metric: value}` to runs/<run id>/metrics.jsonl, and to W&B
+    unless `name` is "dummy"; on rank 0. A step may have several records (training, then an evaluation)."""
+
+    def __init__(
+        self, meta: dict[str, Any], name: str, earlier: dict[str, Any] | None = None, project: str = PROJECT
+    ) -> None:
+        """earlier: meta of the checkpoint that the run goes on from: its W&B run goes on too."""
+        self.stage = meta["stage"]
+        self.active = get_dist_info().rank == 0
+        self.wandb: Any = None
+        self.wandb_id: str | None = None
+        if not self.active:
+            return
+        earlier = earlier or {}
+        self.path = run_dir() / "metrics.jsonl"
+        self._drop_after(earlier.get("step"))
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the length of the run
+        if name != NO_WANDB:
+            import wandb  # 0.7 s to import: only for those who use it
+
+            known = earlier.get("wandb_id")
+            self.wandb = wandb.init(
+                project=project,
+                name=None if known else name,
+                group=self.stage,
+                config=meta,
+                id=known,
+                resume="allow" if known else None,
+            )
+            self.wandb_id = self.wandb.id
+            for group in GROUPS:
+                self.wandb.define_metric(f"{group}/*", step_metric="step")
+
+    def _drop_after(self, step: int | None) -> None:
+        """A run that starts again, or resumes, repeats steps: its earlier records of them go (None: all of them). So do
+        the evaluations of the step itself, which come after its checkpoint."""
+
+        def stays(record: dict[str, Any]) -> bool:
+            if record.get("stage") != self.stage:
+                return True
+            return step is not None and (record["step"] < step or (record["step"] == step and TRAIN_LOSS in record))
+
+        kept = [json.dumps(record) + "\n" for record in read_jsonl(self.path) if stays(record)]
+        atomic_write_text(self.path, "".join(kept))
+
+    def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
+        """Record `metrics` at `step` (optimizer steps done) after `tokens` training tokens. Raises ValueError for names
+        outside GROUPS."""
+        check_names(metrics)
+        if not self.active:
+            return
+        self.file.write(json.dumps({"stage": self.stage, "step": step, "tokens": tokens, **metrics}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log({"step": step, "tokens": tokens, **metrics})
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ValueError, a developer's mistake, where a name is not `Group/name` with a group that is known."""
+    for name in names:
+        group, slash, rest = name.partition("/")
+        if group not in GROUPS or not slash or not rest:
+            raise ValueError(f"metric {name!r}: expected Group/name with a group of {', '.join(GROUPS)}")
+
+
+def wandb_project(arch: str, mup: bool) -> str:
+    """W&B project of a base run: WANDB_PROJECT, else what it is one of (several widths that are compared are given
+    theirs by scripts/run_mup_width_group_scaling.sh)."""
+    if named := os.environ.get("WANDB_PROJECT"):
+        return named
+    if arch != "speedrun":
+        return PROJECT
+    return "speedrun-mup" if mup else "speedrun-basic"
+
+
+def wandb_name(run: str, arch: str, width: int, mup_base_width: int, now: datetime) -> str:
+    """--run, or for auto speedrun_20250831_143022_mup_w1024_base768, speedrun_20250831_143022_sp_w768 without muP."""
+    if run != "auto":
+        return run
+    kind = f"mup_w{width}_base{mup_base_width}" if mup_base_width else f"sp_w{width}"
+    return f"{arch}_{now:%Y%m%d_%H%M%S}_{kind}"

@@ -1,6 +1,6 @@
 """Instruments that look inside a model while it trains: norms, spectral norms, statistics of activations.
 
-At a step that is due the trainer calls `start` before the first forward pass, `before_update` before the optimizer and
+At a step that is due the loop calls `start` before the first forward pass, `before_update` before the optimizer and
 `after_update` after it, on all ranks. Everything stays on the device; one copy to the host starts at the end, and is
 read when the console reads the losses. Steps that are not due cost a comparison.
 """
@@ -72,8 +72,8 @@ def monitor_settings(interval: str) -> MonitorSettings | None:
     return MonitorSettings(steps, int(every), activations == "1") if steps else None
 
 
-class Reading:
-    """Figures of one event, on their way to the host."""
+class Snapshot:
+    """Metrics of one event, on their way to the host."""
 
     def __init__(self, names: Sequence[str], values: Tensor) -> None:
         """Starts the copy of values (len(names),) fp32; waits for nothing."""
@@ -97,7 +97,7 @@ class _Matrix:
     name: str
     """layer.matrix, such as 3.attn.c_q."""
     param: Any
-    mine: bool
+    local: bool
     """Whether this rank computes its norms."""
 
 
@@ -105,9 +105,9 @@ class Monitor:
     """Due at every `interval`-th step, and at the first of this process: both variants of the graph, with statistics
     and without, are then compiled before anybody looks at the time.
 
-    Figures are of all ranks, but statistics of activations of the last micro-batch of this rank alone. Where the
-    weights are cut, each hidden matrix is gathered twice. The ranks share the spectral norms among them. Needs twice
-    the memory of the matrices whose norms this rank takes, between the backward pass and the next step.
+    Metrics are of all ranks, but statistics of activations of the last micro-batch of this rank alone. Where the
+    weights are sharded, each hidden matrix is gathered twice. The ranks share the spectral norms among them. Needs
+    twice the memory of the matrices whose norms this rank takes, between the backward pass and the next step.
     """
 
     def __init__(self, model: "GPT", optimizer: "MuonAdamW", settings: MonitorSettings) -> None:
@@ -163,10 +163,10 @@ class Monitor:
         if self.spectral and self.sharded:
             self.before = [matrix.param.detach().clone() for matrix in self.matrices]
         elif self.spectral:
-            self.before = list(stacks(self._mine()))
+            self.before = list(stacks(self._local()))
 
     @torch.no_grad()
-    def after_update(self) -> Reading | None:
+    def after_update(self) -> Snapshot | None:
         """The optimizer has stepped. None where nothing was due. Collective."""
         if not self.due:
             return None
@@ -176,7 +176,7 @@ class Monitor:
         for part_names, part in (self._grad_norms(), self._param_norms(), self._spectral(), self._activations()):
             names += part_names
             values.append(part)
-        return Reading(names, torch.cat(values))
+        return Snapshot(names, torch.cat(values))
 
     def _none(self) -> tuple[list[str], Tensor]:
         return [], torch.empty(0, device=self.device)
@@ -210,31 +210,31 @@ class Monitor:
         before, self.before = self.before, []
         norms = torch.zeros((2, len(self.matrices)), device=self.device)
         found = self._gathered_norms(before) if self.sharded else self._own_norms(before)
-        mine = [k for k, matrix in enumerate(self.matrices) if matrix.mine]
-        if mine:  # every world-th from the first; a rank may have none
-            norms[:, mine[0] :: self.world] = found
+        own = [k for k, matrix in enumerate(self.matrices) if matrix.local]
+        if own:  # every world-th from the first; a rank may have none
+            norms[:, own[0] :: self.world] = found
         if self.world > 1:
             dist.all_reduce(norms)
         names = [f"{kind}/{matrix.name}" for kind in (SPECTRAL_NORM, UPDATE_RATIO) for matrix in self.matrices]
         return names, torch.cat([norms[0], norms[1] / norms[0].clamp(min=TINY)])
 
-    def _mine(self) -> list[Tensor]:
-        return [matrix.param.detach() for matrix in self.matrices if matrix.mine]
+    def _local(self) -> list[Tensor]:
+        return [matrix.param.detach() for matrix in self.matrices if matrix.local]
 
     def _own_norms(self, before: list[Stack]) -> Tensor:
         """(2, this rank's matrices): norms of the weights and of their steps. Overwrites `before`."""
-        after = list(stacks(self._mine()))
+        after = list(stacks(self._local()))
         for old, new in zip(before, after, strict=True):
             old.values.sub_(new.values)
         return torch.stack([stacked_norms(stacked)[0] for stacked in (after, before)])
 
     def _gathered_norms(self, before: list[Tensor]) -> Tensor:
-        """The same from weights that are cut. Collective."""
+        """The same from sharded weights. Collective."""
         weights, steps = [], []
         for matrix, old in zip(self.matrices, before, strict=True):
             new = matrix.param.detach()
             both = new.full_tensor(), (new - old).full_tensor()
-            if matrix.mine:
+            if matrix.local:
                 weights.append(both[0])
                 steps.append(both[1])
         return torch.stack([spectral_norms(matrices)[0] for matrices in (weights, steps)])

@@ -72,12 +72,12 @@ def questions_at_once(device_batch_size: int, num_samples: int) -> int:
 
 
 class RolloutLoader:
-    """The trainer's loader: each optimizer step is questions_per_step new questions, num_samples answers to each.
+    """The loop's loader: each optimizer step is questions_per_step new questions, num_samples answers to each.
 
-    Questions come in an order drawn from the seed and are dealt to ranks one by one, of any number: a rank with fewer
+    Questions come in an order drawn from the seed and are assigned one by one to any number of ranks: a rank with fewer
     questions than others has rows of filler, without targets, so that all make the same micro-batches. Answers are
-    drawn with seeds that follow from the position in that order, so that a resumed run repeats the one that
-    was stopped. `whole` is entered by all ranks to sample, and gives each all weights where they are cut over ranks.
+    drawn with seeds that follow from the position in that order, so that a resumed run repeats the one that was
+    stopped. `unsharded` is entered by all ranks to sample: each then holds all weights.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class RolloutLoader:
         world_size: int = 1,
         seed: int = 0,
         state: dict[str, Any] | None = None,
-        whole: Callable[[], AbstractContextManager[object]] = nullcontext,
+        unsharded: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.engine, self.task, self.sampling, self.width = engine, task, sampling, width
-        self.whole = whole
+        self.unsharded = unsharded
         self.questions_per_step = questions_per_step
         self.answered_at_once = questions_at_once(device_batch_size, sampling.num_samples)
         self.rank, self.world_size, self.seed = rank, world_size, seed
@@ -122,7 +122,7 @@ class RolloutLoader:
     def _roll_out(self) -> list[RolloutBatch]:
         places = range(self.position, self.position + self.questions_per_step)[self.rank :: self.world_size]
         conversations = [self.task[self._question(place)] for place in places]
-        with self.whole():
+        with self.unsharded():
             answers = self._answer(conversations, list(places))
         self.position += self.questions_per_step
         rewards = np.array([answer.reward for group in answers for answer in group])
@@ -177,7 +177,7 @@ class RolloutLoader:
         return RolloutBatch(tokens[:, :-1].to(device), targets.to(device), factors.to(device))
 
     def _measure(self, answers: list[list[Answer]], rewards: np.ndarray) -> None:
-        """Means over the answers of all ranks; a question teaches when its answers differ in reward."""
+        """Means over the answers of all ranks; questions whose answers differ in reward give a gradient."""
         lengths = sum(sum(answer.mask) for group in answers for answer in group)
         teaching = int((rewards.min(axis=1) < rewards.max(axis=1)).sum())
         sums = torch.tensor([rewards.sum(), lengths, teaching], dtype=torch.float32)
@@ -192,7 +192,7 @@ class RolloutLoader:
             TEACHING_SHARE: teaching / self.questions_per_step,
         }
 
-    def teaches(self) -> bool:
+    def has_gradient_signal(self) -> bool:
         """Whether any question of the step has answers of different rewards."""
         return self.metrics[TEACHING_SHARE] > 0
 

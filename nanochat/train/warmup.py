@@ -1,13 +1,13 @@
 """Everything that is slow the first time (compiling, tuning kernels, filling the allocator, joining collectives), done
-before the first step that is timed, by taking real steps on made-up tokens and undoing them to the last bit.
+before the first step that is timed, by taking real steps on random tokens and undoing them to the last bit.
 
 What is put back: weights and buffers, the optimizer's state, step count and rates, and every random generator. Nothing
-else may remember the steps taken; the trainer gives them counters and a loader of their own.
+else may remember the steps taken; the loop gives them counters and a loader of their own.
 """
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from nanochat.dtensor import local
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import synchronize
-
-if TYPE_CHECKING:  # the trainer calls this file
-    from nanochat.train.loop import Loader
+from nanochat.train.run import Loader
 
 REPEATS = 2  # the first compiles; in the second, gradients and state lie where they will always lie
 
@@ -63,9 +61,9 @@ def _rates(group: dict[str, Any]) -> dict[str, Any]:
 class SyntheticLoader:
     """Random tokens in the shape and layout of the batches that a loader gives for a model: (device_batch_size,
     sequence_len) int64, contiguous, inputs and targets apart; as many a step. Draws from a generator of its own. A
-    Loader of nanochat.train.loop."""
+    Loader of nanochat.train.run."""
 
-    def __init__(self, loader: "Loader", model: GPT) -> None:
+    def __init__(self, loader: Loader, model: GPT) -> None:
         self.device_batch_size, self.batches_per_step = loader.device_batch_size, loader.batches_per_step
         self.vocab_size, self.device = model.config.vocab_size, model.get_device()
         self.shape = (loader.device_batch_size, model.config.sequence_len)

@@ -10,7 +10,7 @@ from nanochat import checkpoint
 from nanochat.data.bins import write_tokens
 from nanochat.dataloader import open_data
 from nanochat.errors import UserError
-from nanochat.paths import checkpoint_dir, get_base_dir, run_dir, tokenizer_dir
+from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts.base_train import Settings, main
 from tests.data.test_text_rows import write_source
@@ -69,11 +69,8 @@ def test_speedrun_under_mup_is_watched_recorded_and_reported(prepared, capsys):
     assert "lm_head.weight" in out and "transformer.value_embeds" in out  # the table of what width does
     meta = checkpoint.read_meta(checkpoint_dir("base", "speedrun_d6_w64_mup_base32"), 6)
     assert meta["model_config"]["mup_base_width"] == 32 and meta["recipe"]["scalar_lr"] > 0
-    assert meta["run_name"].startswith("speedrun_") and meta["run_name"].endswith("_mup_w64_base32")
-    logs = get_base_dir() / "logs" / meta["run_name"]
-    assert json.loads((logs / "config.json").read_text())["settings"]["unet"] is True
-    assert "step 000006" in (logs / "training.log").read_text() and "step 00006" in (logs / "console.log").read_text()
-    coordinates = [json.loads(line) for line in (logs / "coord_check.jsonl").read_text().splitlines()]
+    assert meta["settings"]["unet"] is True
+    coordinates = [json.loads(line) for line in (run_dir() / "coord_check.jsonl").read_text().splitlines()]
     assert {record["t"] for record in coordinates} == {3, 5, 7} and {record["width"] for record in coordinates} == {64}
     seen = {name for record in records() for name in record}
     for group in ("Model/spectral_norm/0.attn.c_q", "Model/update_ratio/5.mlp.c_fc", "Activations/std/5.mlp",

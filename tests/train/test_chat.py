@@ -152,7 +152,8 @@ def test_batches_without_a_single_target_train_on(store, tmp_path):
 
 
 RECIPE = {"source": "pydocs", "max_seq_len": 128, "device_batch_size": 32, "total_batch_size": 8192,
-          "matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "weight_decay": 0.1}  # fmt: skip
+          "matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "scalar_lr": 0.04,
+          "value_embedding_lr": 0.2, "weight_decay": 0.1, "use_muon": True}  # fmt: skip
 
 
 def test_what_is_inherited():

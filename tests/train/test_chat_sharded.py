@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from nanochat import checkpoint
+from nanochat.cluster import observer
 from nanochat.cluster.watchdog import lower_timeout
 from nanochat.errors import UserError
 from nanochat.eval.bpb import evaluate_bpb
@@ -20,7 +21,7 @@ from nanochat.eval.samples import make_chat_samples
 from nanochat.paths import checkpoint_dir, get_base_dir, run_dir
 from nanochat.runtime import get_dist_info
 from nanochat.tasks.arithmetic import Arithmetic
-from nanochat.train import chat, loop
+from nanochat.train import chat
 from scripts import chat_eval, chat_rl, chat_sft
 from tests.chat_setup import make_base, make_text
 from tests.processes import run_processes
@@ -67,7 +68,7 @@ def in_a_run_called(tag, main, settings, *patches):
     Ranks that wait for each other for ever fail after two minutes, not 15."""
     rank = get_dist_info().rank
     patches = [*patches, (chat, "compute_cleanup", lambda: None),
-               (loop, "lower_timeout", partial(lower_timeout, 120.0))]  # fmt: skip
+               (observer, "lower_timeout", partial(lower_timeout, 120.0))]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_RUN_ID", tag if rank == 0 else f"{tag}-rank{rank}")
         for module, name, value in patches:

@@ -1,8 +1,10 @@
 import dataclasses
+import gc
 import json
 import math
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -14,10 +16,11 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim.schedule import lr_multiplier, muon_momentum
 from nanochat.paths import run_dir
+from nanochat.train import loop
 from nanochat.train.console import Console
-from nanochat.train.loop import Evaluation, LoopState, TrainingRun, resume, train
+from nanochat.train.loop import train
 from nanochat.train.monitor import Monitor, MonitorSettings
-from nanochat.train.tracking import Tracker
+from nanochat.train.run import Evaluation, LoopState, RunFlags, TrainingRun
 from tests.processes import run_processes
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
@@ -53,13 +56,14 @@ class FakeLoader:
         pass
 
 
-def make_run(folder, steps, loader=None, **changes):
+def make_run(folder, steps, loader=None, save_every=-1, **changes):
     model = GPT(CONFIG)
     model.init_weights(head_std=0.0)
     optimizer = model.setup_optimizer(matrix_lr=0.02, embedding_lr=0.1, unembedding_lr=0.01)
     values = {
-        "stage": "base",
         "folder": folder,
+        "settings": RunFlags(save_every=save_every),
+        "earlier": {},
         "model": model,
         "forward": model,
         "optimizer": optimizer,
@@ -68,10 +72,8 @@ def make_run(folder, steps, loader=None, **changes):
         "tokens_per_step": ROWS * 16,
         "schedule": lambda step: (lr_multiplier(step, steps, 0.0, 0.3, 0.0), muon_momentum(step)),
         "grad_clip": 1.0,
-        "save_every": -1,
         "evaluations": [],
-        "tracker": changes.get("tracker") or Tracker("base", "dummy", {}),
-        "meta": {"tokenizer_hash": "x", "settings": {}, "model_config": dataclasses.asdict(CONFIG)},
+        "meta": {"stage": "base", "tokenizer_hash": "x", "settings": {}, "model_config": dataclasses.asdict(CONFIG)},
         "flops_per_token": model.estimate_flops(),
     }
     return TrainingRun(**{**values, **changes})
@@ -111,10 +113,7 @@ def start_again(folder, steps, **changes):
     """A fresh process's view: everything new, state from the last checkpoint."""
     step = checkpoint.committed_steps(folder)[-1]
     meta = checkpoint.read_meta(folder, step)
-    run = make_run(folder, steps, FakeLoader(step=meta["loader"]["step"]), tracker=Tracker("base", "dummy", {}, step))
-    run = dataclasses.replace(run, **changes)
-    resume(run, meta)
-    return run
+    return make_run(folder, steps, FakeLoader(step=meta["loader"]["step"]), earlier=meta, **changes)
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(folder):
@@ -220,29 +219,87 @@ def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_next_start(
     assert evaluated == [3] and checkpoint.read_meta(folder, 3)["val_bpb"] == 1.0
 
 
-def test_a_gradient_that_is_not_finite_is_not_saved(folder):
-    """The loss of that step is still finite: it was taken before the weights were spoilt."""
-    run = make_run(folder, 3)
+def spoil(run, what, steps):
+    """From now on the loss, or the gradient alone, of these steps (counted from 0) is NaN."""
 
-    def spoil(*args, **kwargs):
+    def forward(*args, **kwargs):
         loss = run.model(*args, **kwargs)
-        if run.state.step == 2:
+        if run.state.step not in steps:
+            return loss
+        if what == "gradient":
             loss.register_hook(lambda grad: grad * float("nan"))
-        return loss
+            return loss
+        return loss * float("nan")
 
-    run.forward = spoil
-    with pytest.raises(UserError, match="gradient norm is nan at step 3"):
+    run.forward = forward
+    return run
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_training_goes_on(folder, what, capsys):
+    seen = []
+
+    def remember(step):
+        state = {name: tensor.clone() for name, tensor in run.optimizer.named_state().items()}
+        seen.append(weights(run) | state)
+        return {}
+
+    run = spoil(make_run(folder, 6, evaluations=[Evaluation(1, True, remember)]), what, {2})
+    outcome = train(run)
+    assert outcome.finished and outcome.metrics["steps skipped (not finite)"] == 1
+    for name, value in seen[1].items():
+        assert torch.equal(value, seen[2][name]), name
+    for name in weights(run):
+        assert not torch.equal(seen[2][name], seen[5][name]), name
+    assert list(losses()) == [1, 2, 4, 5, 6] and recorded("Optimization/skipped_steps") == {3: 1}
+    assert "step 00003 skipped, weights and optimizer unchanged: loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_run_that_is_never_finite_again_ends_with_its_state_saved(folder, what):
+    good = make_run(folder / "good", 2)
+    train(good)
+    run = spoil(make_run(folder / "bad", 100_000), what, range(2, 200_000))
+    with pytest.raises(UserError, match="not finite in 5 steps in a row, up to step"):
         train(run)
-    assert checkpoint.committed_steps(folder) == []
+    (step,) = checkpoint.committed_steps(folder / "bad")
+    assert step >= 7 and checkpoint.read_meta(folder / "bad", step)["loop"]["skipped"] == step - 2
+    for name, value in weights(start_and_stop(folder / "bad", step)).items():
+        assert torch.equal(value, weights(good)[name]), name
 
 
-def test_a_loss_that_is_not_finite_stops_with_one_line(folder):
-    run = make_run(folder, 3)
-    with torch.no_grad():
-        run.model.transformer.wte.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="loss is nan at step 1"):
+def start_and_stop(folder, step):
+    """What a new process finds in the checkpoint: a run that has nothing more to do."""
+    run = start_again(folder, step)
+    train(run)
+    return run
+
+
+def test_few_steps_that_are_not_finite_end_a_short_run_too(folder):
+    """The last steps are read before the run is called done."""
+    with pytest.raises(UserError, match="not finite in 5 steps in a row, up to step 20;"):
+        train(spoil(make_run(folder, 20), "loss", range(14, 20)))
+    assert checkpoint.committed_steps(folder) == [20]
+
+
+def diverge_on_ranks(base):
+    """Of two ranks one has a loss that is not finite, from the third step on."""
+    os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_RUN_ID="ranks")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    run = make_run(base / "ckpt", 100_000, FakeLoader(batch=4, rank=rank, world=world))
+    if rank == 1:
+        spoil(run, "loss", range(2, 200_000))
+    try:
         train(run)
-    assert checkpoint.committed_steps(folder) == []
+    except UserError as error:
+        return str(error)
+
+
+def test_two_ranks_end_together_when_one_is_not_finite(tmp_path):
+    first, second = run_processes(2, diverge_on_ranks, tmp_path)
+    assert first == second and "not finite in 5 steps in a row" in first
+    (step,) = checkpoint.committed_steps(tmp_path / "ckpt")
+    assert step >= 7 and f"up to step {step};" in first
 
 
 def test_running_out_of_memory_names_the_flag(folder):
@@ -297,7 +354,7 @@ def losses_of(run):
     return run.state.latest["Loss/train_loss"]
 
 
-def test_a_step_that_teaches_nothing_leaves_the_weights(folder):
+def test_a_step_without_a_gradient_signal_leaves_the_weights(folder):
     """Muon's direction has full length however small the gradient: old momentum alone would go on moving them."""
     seen = []
 
@@ -314,7 +371,7 @@ def test_a_step_that_teaches_nothing_leaves_the_weights(folder):
         return {}
 
     run = make_run(folder, 6, loader, evaluations=[Evaluation(1, True, remember)])
-    run.teaches = lambda: loader.given <= 4 * loader.batches_per_step
+    run.has_gradient_signal = lambda: loader.given <= 4 * loader.batches_per_step
     train(run)
     for name in seen[0]:
         assert not torch.equal(seen[2][name], seen[3][name])
@@ -387,3 +444,52 @@ def test_a_card_without_a_known_peak_is_named_once(folder, monkeypatch, capsys):
     assert capsys.readouterr().out == "no MFU: the bf16 peak of Card X is not in hardware.GPUS\n"
     Console(make_run(folder, 2), torch.device("cpu"))
     assert capsys.readouterr().out == ""
+
+
+class Node:
+    """Something that can refer to itself."""
+
+
+def cycle() -> weakref.ref:
+    node = Node()
+    node.self = node
+    return weakref.ref(node)
+
+
+def test_collects_at_multiples_of_every_and_not_in_between():
+    with loop.garbage_collection() as collect:
+        collect(1)
+        garbage = cycle()
+        many = [[] for _ in range(100_000)]  # enough to start an automatic collection
+        for step in range(2, loop.COLLECT_EVERY):
+            collect(step)
+        assert garbage() is not None
+        collect(loop.COLLECT_EVERY)
+        assert garbage() is None
+        assert len(many) == 100_000
+
+
+def test_the_first_call_collects_all_and_freezes_what_lives():
+    with loop.garbage_collection() as collect:
+        garbage = cycle()
+        collect(12_345)  # a resumed run starts anywhere
+        assert garbage() is None
+        assert gc.get_freeze_count() > 0
+        frozen = gc.get_freeze_count()
+        collect(loop.COLLECT_EVERY)
+        assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_as_it_was_after_an_exception(enabled):
+    try:
+        if not enabled:
+            gc.disable()
+        with pytest.raises(KeyError), loop.garbage_collection() as collect:
+            assert not gc.isenabled()
+            collect(1)
+            raise KeyError
+        assert gc.isenabled() == enabled and gc.get_freeze_count() == 0
+    finally:
+        gc.enable()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from nanochat import checkpoint
 from nanochat.errors import UserError
-from nanochat.train import run_folder
+from nanochat.train import run
 from tests.processes import run_processes
 
 NOW = {"stage": "base", "settings": {"depth": 4, "eval_every": 10}, "tokenizer_hash": "x"}
@@ -27,32 +27,41 @@ def put(folder, step, complete=False, **changes):
 def test_a_restart_by_torchrun_goes_on_whatever_resume_says(tmp_path, monkeypatch):
     put(tmp_path / "a", 10)
     with pytest.raises(UserError, match="holds a run already"):
-        run_folder.earlier_run(tmp_path / "a", "never", NOW)
+        run.earlier_run(tmp_path / "a", "never", NOW)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run_folder.earlier_run(tmp_path / "a", "never", NOW)["step"] == 10
+    assert run.earlier_run(tmp_path / "a", "never", NOW)["step"] == 10
     # also when the run was done and only its process group ended badly: it must not be trained again
     put(tmp_path / "b", 20, complete=True)
-    assert run_folder.earlier_run(tmp_path / "b", "auto", NOW)["step"] == 20
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert run_folder.earlier_run(tmp_path / "b", "auto", NOW) is None  # asked for anew: set aside
+    assert run.earlier_run(tmp_path / "b", "auto", NOW)["step"] == 20
 
 
-def test_a_run_from_before_a_flag_existed_goes_on(tmp_path):
-    put(tmp_path / "a", 10)
-    now = {**NOW, "settings": {**NOW["settings"], "arch": "nanochat"}}
-    assert run_folder.earlier_run(tmp_path / "a", "auto", now, usual={"arch": "nanochat"})["step"] == 10
-    other = {**NOW, "settings": {**NOW["settings"], "arch": "speedrun"}}
-    assert run_folder.earlier_run(tmp_path / "a", "auto", other, usual={"arch": "nanochat"}) is None
+def test_an_identical_run_that_is_complete_is_left_as_it_is(tmp_path, capsys):
+    put(tmp_path / "a", 20, complete=True)
+    observed = {**NOW, "settings": {**NOW["settings"], "eval_every": 5}}
+    for now in (NOW, observed):
+        assert run.earlier_run(tmp_path / "a", "auto", now) is None
+        assert f"the run in {tmp_path / 'a'} is complete: nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"holds a run already .*, complete.: --model-tag=NAME"):
+        run.earlier_run(tmp_path / "a", "never", NOW)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_another_run_is_set_aside(tmp_path, capsys):
+    put(tmp_path / "a", 20, complete=True)
+    assert run.earlier_run(tmp_path / "a", "auto", {**NOW, "settings": {"depth": 6}}) == {}
+    assert "differs in depth: kept as a.1, starting anew" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["a.1"]
+    assert run.earlier_run(tmp_path / "a", "auto", NOW) == {}
 
 
 def look_from_two_hosts(base):
     """Rank 1 has a folder of its own, which lacks what rank 0 sees; then one that rank 0 refuses."""
-    run_folder.VISIBLE_SECONDS = 0.2
+    run.VISIBLE_SECONDS = 0.2
     said = []
     for name, resume in (("shared", "auto"), ("mine", "auto"), ("shared", "never")):
         folder = base / (name if name == "shared" else f"{name}{dist.get_rank()}")
         try:
-            said.append(run_folder.earlier_run(folder, resume, NOW)["step"])
+            said.append(run.earlier_run(folder, resume, NOW)["step"])
         except UserError as error:
             said.append(str(error))
     return said
@@ -72,7 +81,7 @@ def test_all_ranks_resume_from_the_checkpoint_that_rank_0_sees(tmp_path):
 def look_after_a_restart_of_node_1(base):
     """torchrun counts a restart only on the node where a process died."""
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(dist.get_rank())
-    return run_folder.earlier_run(base / "run", "never", NOW)["step"]
+    return run.earlier_run(base / "run", "never", NOW)["step"]
 
 
 def test_a_restart_on_another_node_counts_too(tmp_path):

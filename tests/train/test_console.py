@@ -1,10 +1,11 @@
 import json
+from datetime import datetime
 from typing import ClassVar
 
 import pytest
 
 from nanochat.paths import run_dir
-from nanochat.train.tracking import GROUPS, Tracker, check_names, wandb_project
+from nanochat.train.console import GROUPS, Tracker, check_names, wandb_name, wandb_project
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,7 @@ def records():
 
 
 def test_records_are_there_at_once():
-    tracker = Tracker("base", "dummy", {})
+    tracker = Tracker({"stage": "base"}, "dummy")
     tracker.log(1, 100, {"Loss/train_loss": 2.5})
     assert records() == [{"stage": "base", "step": 1, "tokens": 100, "Loss/train_loss": 2.5}]
     tracker.close()
@@ -25,24 +26,24 @@ def test_records_are_there_at_once():
 
 def test_resuming_drops_what_will_be_repeated_and_only_that():
     for stage in ("base", "mid"):
-        tracker = Tracker(stage, "dummy", {})
+        tracker = Tracker({"stage": stage}, "dummy")
         for step in range(1, 6):
             tracker.log(step, step, {"Loss/train_loss": 1.0})
         tracker.close()
     with open(run_dir() / "metrics.jsonl", "a") as file:
         file.write('{"stage": "base", "st')  # a kill in the middle of a line
-    Tracker("base", "dummy", {}, resume_step=3).close()
+    Tracker({"stage": "base"}, "dummy", {"step": 3}).close()
     assert [(r["stage"], r["step"]) for r in records()] == [("base", s) for s in (1, 2, 3)] + [
         ("mid", s) for s in range(1, 6)
     ]
-    Tracker("base", "dummy", {}).close()
+    Tracker({"stage": "base"}, "dummy").close()
     assert {r["stage"] for r in records()} == {"mid"}
 
 
 def test_other_ranks_write_nothing(monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    tracker = Tracker("base", "dummy", {})
+    tracker = Tracker({"stage": "base"}, "dummy")
     tracker.log(1, 1, {"Loss/train_loss": 1.0})
     tracker.close()
     assert not (run_dir() / "metrics.jsonl").exists()
@@ -53,12 +54,12 @@ def test_wandb_gets_the_same_records_when_asked(monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(run_dir().parent))
     logged = []
-    tracker = Tracker("base", "name-of-run", {"depth": 1})
+    tracker = Tracker({"stage": "base"}, "name-of-run")
     monkeypatch.setattr(tracker.wandb, "log", logged.append)
     tracker.log(2, 50, {"Loss/train_loss": 1.0})
     tracker.close()
     assert logged == [{"step": 2, "tokens": 50, "Loss/train_loss": 1.0}]
-    resumed = Tracker("base", "name-of-run", {"depth": 1}, resume_step=2, wandb_id=tracker.wandb_id)
+    resumed = Tracker({"stage": "base"}, "name-of-run", {"step": 2, "wandb_id": tracker.wandb_id})
     resumed.close()
     assert tracker.wandb_id is not None and resumed.wandb_id == tracker.wandb_id
 
@@ -67,7 +68,7 @@ def test_wandb_gets_the_same_records_when_asked(monkeypatch):
 def test_names_outside_the_groups_are_refused_on_every_rank(monkeypatch, rank):
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    tracker = Tracker("base", "dummy", {})
+    tracker = Tracker({"stage": "base"}, "dummy")
     with pytest.raises(ValueError, match="'Norms/x': expected Group/name"):
         tracker.log(1, 1, {"Loss/train_loss": 1.0, "Norms/x": 1.0})
     tracker.close()
@@ -97,9 +98,19 @@ def test_wandb_gets_the_project_and_a_step_axis_for_each_group(monkeypatch):
 
     asked = {}
     monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Run())
-    Tracker("base", "name", {}, project="speedrun-mup")
+    Tracker({"stage": "base"}, "name", project="speedrun-mup")
     assert asked["project"] == "speedrun-mup" and asked["name"] == "name"
     assert Run.axes == {f"{group}/*": "step" for group in GROUPS}
+
+
+@pytest.mark.parametrize(
+    ("run", "arch", "width", "base", "name"),
+    [("auto", "speedrun", 1024, 768, "speedrun_20250831_143022_mup_w1024_base768"),
+     ("auto", "speedrun", 768, 0, "speedrun_20250831_143022_sp_w768"),
+     ("auto", "nanochat", 1280, 0, "nanochat_20250831_143022_sp_w1280"), ("mine", "nanochat", 1280, 0, "mine")],
+)  # fmt: skip
+def test_wandb_names(run, arch, width, base, name):
+    assert wandb_name(run, arch, width, base, datetime(2025, 8, 31, 14, 30, 22)) == name
 
 
 def test_names_without_a_known_group_are_refused():

@@ -1,0 +1,374 @@
+"""A training run: what base, mid, sft and rl share before the loop starts and after it ends.
+
+Flags of every run, the types that the loop works with, and who may write into a checkpoint folder: a new run, or the
+one that was stopped there. Two runs never share a folder.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat import checkpoint, parallel
+from nanochat.cli import float_flag, int_flag
+from nanochat.errors import UserError
+from nanochat.eval.samples import make_chat_samples
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.parallel import Parallel, Policy
+from nanochat.runtime import DeviceFlags, get_dist_info, print0
+from nanochat.sections import write_section
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.monitor import Monitor
+from nanochat.train.observer import Observer
+
+# ---- flags
+
+
+Resume = Literal["never", "auto"]
+NO_WANDB = "dummy"
+PROJECT = "nanochat"  # in Weights & Biases
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(DeviceFlags):
+    """Flags of every training run."""
+
+    run: str = NO_WANDB
+    """Name of the run in Weights & Biases; dummy: no W&B."""
+    save_every: Annotated[int, int_flag(gte=-1)] = 1000
+    """Steps between checkpoints; -1: only the last."""
+    keep_last: Annotated[int, int_flag(gte=1)] = 2
+    """Newest checkpoints to keep."""
+    keep_every: Annotated[int, int_flag(gte=-1)] = -1
+    """Keep also the checkpoints of steps that are multiples of this; -1: none."""
+    resume: Resume = "never"
+    """auto: continue the run of this tag where it stopped, if its settings are the same."""
+    parallel: Parallel = "auto"
+    """ddp: all weights on every GPU; fsdp: sharded over all GPUs; hsdp: sharded within each node; auto: by size and
+    nodes."""
+    use_fsdp: bool = False
+    """The same as --parallel=fsdp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentFlags(RunFlags):
+    """Flags of runs that start from the model of an earlier stage."""
+
+    model_tag: str | None = None
+    """Run to start from, and to write to; default: the newest run of the stage before."""
+    model_step: Annotated[int | None, int_flag(gte=0)] = None
+    """Step of its checkpoint; default: the last."""
+    out_tag: str | None = None
+    """Another name for what is written."""
+    num_epochs: Annotated[float, float_flag(gte=0)] = 1.0
+    """Passes over the conversations."""
+    num_iterations: Annotated[int, int_flag(gte=-1)] = -1
+    """Optimizer steps; -1: from num_epochs."""
+    init_lr_frac: Annotated[float, float_flag(gte=0)] = 1.0
+    """Factor on all learning rates."""
+    grad_clip: Annotated[float, float_flag(gte=0)] = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.5
+    """Share of the steps over which the learning rate falls at the end."""
+    seed: Annotated[int, int_flag(gte=0)] = 42
+    """Seed of the order of the data."""
+
+
+# Flags that change what is measured or where, but not (except for rounding) what the weights become; the tags are the
+# folder itself.
+OBSERVERS = {"run", "eval_every", "eval_tokens", "eval_questions", "eval_samples", "core_metric_every",
+             "core_metric_max_per_task", "sample_every", "save_every", "resume", "device_type", "device_batch_size",
+             "model_tag", "out_tag", "parallel", "use_fsdp", "keep_last", "keep_every", "monitor_interval",
+             "coord_check", "coord_check_every", "warm_kernels"}  # fmt: skip
+
+# ---- what the loop works with
+
+
+class Loader(Protocol):
+    """Where micro-batches come from (nanochat.dataloader.RowLoader, nanochat.train.rollouts).
+
+    A batch is (inputs, targets), each (B, T) int64, or (inputs, targets, weights) with the factors of the losses.
+    """
+
+    batches_per_step: int
+    """Micro-batches of one optimizer step; the same number on every rank."""
+    device_batch_size: int
+    """Rows of each: at most what was requested."""
+
+    def next_batch(self) -> tuple[Tensor, ...]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def epoch(self) -> float: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Something measured every so many steps."""
+
+    every: int
+    """Steps between two measurements; 0 or less: never, except as `at_end` says."""
+    at_end: bool
+    """Also after the last step."""
+    run: Callable[[int], dict[str, float]]
+    """step -> metrics, named `Group/name`. Called on every rank, in evaluation mode, without gradients."""
+
+    def due(self, step: int, last: bool) -> bool:
+        return (self.every > 0 and step % self.every == 0 and step > 0) or (last and self.at_end)
+
+
+@dataclass
+class LoopState:
+    """Counters of the loop; stored with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    smoothed_loss: float = 0.0
+    """Exponential moving average of the training loss, before bias correction."""
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite, so that they changed nothing."""
+    seconds: float = 0.0
+    """Time spent in training steps, evaluations left out."""
+    steady_steps: int = 0
+    """Steps behind tokens/s and MFU: all but the first few of each start."""
+    steady_seconds: float = 0.0
+    """Time those took."""
+    evaluated_step: int = -1
+    """Last step whose evaluations have been made."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Smallest value of each Loss/ metric of the evaluations."""
+    latest: dict[str, float] = field(default_factory=dict)
+    """Newest value of each metric."""
+
+
+@dataclass
+class TrainingRun:
+    """Everything that nanochat.train.loop.train needs."""
+
+    folder: Path
+    """Where checkpoints go."""
+    settings: RunFlags
+    meta: dict[str, Any]
+    """What every checkpoint says of the run; see describe_run."""
+    earlier: dict[str, Any]
+    """meta.json of the checkpoint that the run goes on from; empty at its start."""
+    model: GPT
+    """The model itself."""
+    forward: Callable[..., Tensor]
+    """The model as it is trained: compiled, or the model itself. Called as forward(x, y, loss_reduction="sum")."""
+    optimizer: MuonAdamW
+    loader: Loader
+    num_iterations: int
+    """Optimizer steps of the whole run."""
+    tokens_per_step: int
+    """Tokens in one global batch."""
+    schedule: Callable[[int], tuple[float, float]]
+    """step -> (learning-rate multiplier, Muon momentum)."""
+    grad_clip: float
+    """Largest global gradient norm; 0 = no clipping."""
+    evaluations: list[Evaluation]
+    policy: Policy = field(default_factory=lambda: Policy("ddp", torch.float32))
+    """How the model is spread over the ranks."""
+    prepare: Callable[[int], None] = lambda step: None
+    """What else follows from the number of steps done, such as attention windows; before the first forward pass of
+    each step."""
+    has_gradient_signal: Callable[[], bool] = lambda: True
+    """Whether there is anything to learn from the batches just taken; the same on every rank. Where there is not, the
+    weights stay: Muon would take a full step along old momentum, however small the gradient."""
+    step_metrics: Callable[[], dict[str, float]] = dict
+    """Further metrics of the step just made, named `Group/name`; printed with the loss."""
+    monitor: Monitor | None = None
+    """Looks inside the model every so many steps."""
+    observer: Observer = field(default_factory=Observer)
+    """Watches the ranks while they train."""
+    warm_kernels: bool = False
+    """Compile and tune kernels before the first step, on random tokens, and undo it (nanochat.train.warmup)."""
+    flops_per_token: float | None = None
+    """Of forward and backward; None: time is not spent on training alone, so no MFU."""
+    memory_advice: str = "halve --device-batch-size (the total batch, and so the result, stays the same)"
+    """What to do when the device is out of memory."""
+    wandb_name: str | None = None
+    """Of the run in W&B; None: --run."""
+    wandb_project: str = PROJECT
+    state: LoopState = field(default_factory=LoopState)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of `train` came to."""
+
+    finished: bool
+    """False: stopped by a signal, saved, to be continued."""
+    metrics: dict[str, float]
+    """Final metrics for the report."""
+
+
+# ---- before the loop
+
+
+def load_parent(
+    stage: str, flags: ParentFlags, device: torch.device
+) -> tuple[GPT, RustBPETokenizer, dict[str, Any], Policy]:
+    """(model of an earlier stage, spread over ranks; its tokenizer; its meta; how it is spread)."""
+    model, tokenizer, parent = checkpoint.find_model(stage, device, flags.model_tag, flags.model_step)
+    policy = parallelize_model(model, flags, device)
+    checkpoint.fill_model(model, device, parent)
+    return model.train(), tokenizer, parent, policy
+
+
+def describe_run(
+    stage: str,
+    settings: dict[str, Any],
+    config: GPTConfig,
+    tokenizer_hash: str,
+    recipe: dict[str, Any],
+    num_iterations: int,
+    parent: dict[str, Any] | None = None,
+    data: str | None = None,
+) -> dict[str, Any]:
+    """What every checkpoint says of its run. recipe: what later stages inherit (source, max_seq_len, batch sizes,
+    learning rates at that batch, weight_decay, use_muon); parent: what find_model says of the checkpoint that training
+    starts from; data: a hash of what is trained on, where the settings do not tell."""
+    about = {
+        "stage": stage,
+        "settings": settings,
+        "model_config": asdict(config),
+        "tokenizer_hash": tokenizer_hash,
+        "recipe": recipe,
+        "num_iterations": num_iterations,
+        "world_size": get_dist_info().world_size,
+    }
+    if data is not None:
+        about["data"] = data
+    if parent is not None:
+        about["parent"] = {name: parent[name] for name in ("stage", "tag", "step", "identity")}
+    return about
+
+
+ORIGINS = ("tokenizer_hash", "parent", "data")  # what else must be the same for a run to be the same one
+VISIBLE_SECONDS = 90.0  # directories of network file systems are cached for up to a minute
+
+
+def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[str, Any] | None:
+    """meta.json of the checkpoint to resume from, {} to start anew, None where this very run is complete already. Every
+    rank calls this, and gets the same.
+
+    What a run with other settings, another tokenizer or another parent left in `folder` is set aside. Under
+    resume="never" anything that is there is refused with a UserError.
+    """
+    started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not dist.is_initialized():
+        return _look(folder, resume, meta_now, started_again)
+    # torchrun counts on each node for itself, and only where a process died
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, started_again)
+    # Rank 0 alone looks: on a shared disk the others may see the newest checkpoint only a minute later.
+    answer: list[Any] = [None, None]  # meta, the user's mistake
+    if get_dist_info().rank == 0:
+        try:
+            answer[0] = _look(folder, resume, meta_now, any(counts))
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    meta, mistake = answer
+    if mistake is not None:
+        raise UserError(mistake)
+    if meta:
+        _await_everywhere(checkpoint.step_dir(folder, meta["step"]) / "COMMITTED")
+    return meta
+
+
+def _await_everywhere(path: Path) -> None:
+    """Wait until every host sees `path`. Raises UserError, on all ranks, where one does not."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(blind, None if path.exists() else socket.gethostname())
+    if hosts := sorted({host for host in blind if host is not None}):
+        raise UserError(
+            f"{path.parent} is not there on {', '.join(hosts)}: NANOCHAT_BASE_DIR must be one folder that all share"
+        )
+
+
+def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again: bool) -> dict[str, Any] | None:
+    steps = checkpoint.committed_steps(folder)
+    if not steps:
+        return {}
+    complete = (folder / checkpoint.COMPLETE).exists()
+    if started_again:
+        resume = "auto"  # torchrun started all ranks again (--max-restarts): what is there is this run's own
+        complete = False
+    if resume == "never":
+        tag = "--model-tag" if meta_now["stage"] == "base" else "--out-tag"
+        how, auto = (", complete", "leaves it as it is") if complete else ("", "continues it")
+        raise UserError(
+            f"{folder} holds a run already (step {steps[-1]}{how}): {tag}=NAME writes elsewhere, --resume=auto {auto}"
+        )
+    meta = checkpoint.read_meta(folder, steps[-1])
+    before, now = meta["settings"], meta_now["settings"]
+    changed = [key for key, value in now.items() if key not in OBSERVERS and before.get(key) != value]
+    changed += [key.removesuffix("_hash") for key in ORIGINS if meta.get(key) != meta_now.get(key)]
+    if changed:
+        kept = checkpoint.set_aside(folder).name
+        print0(f"the run in {folder} differs in {', '.join(changed)}: kept as {kept}, starting anew")
+        return {}
+    if complete:
+        print0(f"the run in {folder} is complete: nothing to do")
+        return None
+    return meta
+
+
+def resume(run: TrainingRun) -> None:
+    """Put model, optimizer, random generators and counters where run.earlier left them (not the loader, whose state is
+    given to its constructor)."""
+    meta = run.earlier
+    step = meta["step"]
+    checkpoint.load_weights(run.folder, step, run.model)
+    checkpoint.load_optimizer(run.folder, step, run.optimizer, meta["optimizer_steps"])
+    rank = get_dist_info().rank
+    if rank < len(meta["rng"]):
+        checkpoint.set_rng_state(meta["rng"][rank])
+    run.state = LoopState(**meta["loop"])
+    print0(f"resumed from step {step:,} in {run.folder}")
+
+
+def parallelize_model(model: GPT, flags: RunFlags, device: torch.device) -> Policy:
+    """Shard a model on the meta device as --parallel says. To be followed by to_empty(device)."""
+    requested = parallel.requested_strategy(flags.parallel, flags.use_fsdp)
+    return parallel.parallelize_model(model, requested, device)
+
+
+def compiles(flag: bool | None, device: torch.device) -> bool:
+    """--compile, by default on CUDA only."""
+    return flag if flag is not None else device.type == "cuda"
+
+
+def compiled(model: GPT, policy: Policy, flag: bool | None) -> Callable[..., Tensor]:
+    """What to train with: the model, compiled where --compile says so."""
+    return parallel.compile_model(model, policy) if compiles(flag, model.get_device()) else model
+
+
+# ---- after the loop
+
+
+def chat_samples(run: TrainingRun, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
+    """Answers to fixed prompts, on rank 0; every rank calls this."""
+    with parallel.unsharded_params(run.model.eval(), run.policy), parallel.disable_compile(run.model):
+        return make_chat_samples(run.model, tokenizer) if get_dist_info().rank == 0 else []
+
+
+def finish(run: TrainingRun, section: str, title: str, data: Mapping[str, Any]) -> None:
+    """Write the report's section and mark the run as complete (rank 0)."""
+    write_section(section, title, data)
+    checkpoint.mark_complete(run.folder)
