@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanochat import fp8, parallel
 from nanochat.errors import UserError
-from nanochat.fp8 import E4M3, E5M2, Scaled, apply_fp8, fp8_linear, fp8_mm, quantize, transposed
+from nanochat.fp8 import E4M3, E5M2, Scaled, apply_fp8, fp8_linear, fp8_mm, quantize, require_fp8, transposed
 from nanochat.gpt import GPT, GPTConfig
 from tests.processes import run_processes
 
@@ -189,16 +189,14 @@ def test_dimensions_that_do_not_fit_are_named():
 
 
 def test_devices_without_8_bit_matmul_are_refused(monkeypatch):
-    model = small_model()
-    monkeypatch.setattr(model, "get_device", lambda: torch.device("cuda", 0))
+    gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(UserError, match=r"--fp8=head: compute capability 8\.0 has no 8-bit matmul"):
-        apply_fp8(model, "head")
+        require_fp8(gpu, "head")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    apply_fp8(model, "head")
-    monkeypatch.setattr(model, "get_device", lambda: torch.device("mps"))
-    with pytest.raises(UserError, match="device type mps"):
-        apply_fp8(model, "head")
+    require_fp8(gpu, "head")
+    with pytest.raises(UserError, match="device type meta"):
+        apply_fp8(small_model().to("meta"), "head")
 
 
 def make_trainable(model):
