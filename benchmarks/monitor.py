@@ -25,7 +25,7 @@ from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import DeviceType, compute_dtype, compute_init
+from nanochat.runtime import DeviceFlags, compute_dtype, compute_init
 from nanochat.train.monitor import Monitor, MonitorSettings, Snapshot
 from nanochat.train.spectral import Method, spectral_norms
 
@@ -36,7 +36,7 @@ INTERVALS = (1, 10, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Output):
+class Settings(Output, DeviceFlags):
     """Measure the monitor."""
 
     depth: Annotated[int, int_flag(gte=1)] = 12
@@ -55,8 +55,6 @@ class Settings(Output):
     """Timed calls of each."""
     seeds: Annotated[int, int_flag(gte=1)] = 3
     """Matrices of each spectrum and shape."""
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
     compile: bool | None = None
     """torch.compile; default: on CUDA only."""
 

@@ -15,12 +15,12 @@ from nanochat.cli import int_flag
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.core import evaluate_core, report_data, write_results
 from nanochat.paths import eval_bundle_dir, get_base_dir, slug
-from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
+from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init, print0
 from nanochat.sections import write_section
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(DeviceFlags):
     """Score a trained model on the CORE tasks."""
 
     stage: Literal["base", "mid", "sft", "rl"] = "base"
@@ -33,8 +33,6 @@ class Settings:
     """Items per task; -1 for all."""
     device_batch_size: Annotated[int, int_flag(gte=1)] = 8
     """Rows of full length per forward pass on each device; shorter prompts go more to a pass."""
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
 
 
 def main(settings: Settings) -> None:

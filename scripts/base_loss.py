@@ -18,7 +18,7 @@ from nanochat.dataset import source_flag
 from nanochat.errors import UserError
 from nanochat.eval.bpb import BpbResult, baselines, measure_bpb, scored_bytes, train_text
 from nanochat.eval.samples import make_samples
-from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
+from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init, print0
 from nanochat.sections import write_section
 from nanochat.tokenizer import get_token_bytes
 
@@ -26,7 +26,7 @@ BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s fo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(DeviceFlags):
     """Measure the loss of a trained model."""
 
     stage: Literal["base", "mid", "sft", "rl"] = "base"
@@ -40,8 +40,6 @@ class Settings:
     split_tokens: Annotated[int, int_flag(gte=1)] = 1_048_576
     """Tokens measured on each of train and validation, over all devices."""
     source: Annotated[str | None, source_flag("Text; by default what the model was trained on")] = None
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
 
 
 def main(settings: Settings) -> None:

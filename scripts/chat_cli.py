@@ -20,12 +20,12 @@ from nanochat.checkpoint import load_model
 from nanochat.cli import alias, float_flag, int_flag
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
-from nanochat.runtime import DeviceType, compute_cleanup, compute_init
+from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init
 from nanochat.tokenizer import RustBPETokenizer, repaired
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(DeviceFlags):
     """Talk to a trained model. In the chat, `clear` forgets what was said; `quit`, `exit` or Ctrl-D ends."""
 
     stage: Annotated[Literal["base", "mid", "sft", "rl"], alias("-i")] = "sft"
@@ -44,8 +44,6 @@ class Settings:
     """Length of an answer in tokens, at most; never more than half of the model's context."""
     seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of the first answer; each further one takes the next."""
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
 
 
 def main(settings: Settings) -> None:

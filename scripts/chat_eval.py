@@ -19,14 +19,14 @@ from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.eval.chat import chat_core, evaluate, pick_tasks, report_data, write_results
 from nanochat.paths import get_base_dir, slug
-from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
+from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init, print0
 from nanochat.sandbox import isolation_level
 from nanochat.sections import duration, write_section
 from nanochat.tasks.common import Task, stable_hash
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(DeviceFlags):
     """Score a chat model on multiple-choice and open questions."""
 
     stage: Annotated[Literal["mid", "sft", "rl"], alias("-i", "--source")]
@@ -51,8 +51,6 @@ class Settings:
     """Items per task, spread over it; -1 for all."""
     seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of sampling; each answer to each item has one of its own."""
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
 
 
 def main(settings: Settings) -> None:

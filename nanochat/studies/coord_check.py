@@ -28,7 +28,7 @@ from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.paths import run_dir
-from nanochat.runtime import DeviceType, compute_cleanup, compute_init, print0
+from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init, print0
 from nanochat.studies.figures import line_panels
 from nanochat.train.coordinates import LOGITS, measure
 
@@ -45,7 +45,7 @@ SHOWN = (1, 2, 4, 8, 11)  # values of t in the table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(DeviceFlags):
     """Check that activations keep their size at every width."""
 
     widths: str = "128,256,512,1024"
@@ -78,8 +78,6 @@ class Settings:
     """Compare these runs of base_train --coord-check instead: folders with a coord_check.jsonl, or run ids."""
     out: Path = Path("coord_check")
     """Folder for the results."""
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
 
 
 # ---- measuring

@@ -16,7 +16,7 @@ from nanochat.errors import UserError
 from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.hardware import device_name
 from nanochat.paths import run_dir
-from nanochat.runtime import DeviceType, compute_init, print0
+from nanochat.runtime import DeviceFlags, compute_init, print0
 from nanochat.studies import transfer
 from nanochat.studies.sweep import (
     Bench,
@@ -37,7 +37,7 @@ RUN_NOISE = 0.004  # nats; two standard deviations of the final loss between see
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(SweepSettings):
+class Settings(SweepSettings, DeviceFlags):
     """Sweep learning rates over widths and judge whether the optimum stays where it is."""
 
     # ---- the sweep
@@ -57,8 +57,6 @@ class Settings(SweepSettings):
     """Train nothing; show what is there of --widths, --multipliers and --control. The rest is as the runs had it."""
     time_budget_minutes: Annotated[float, float_flag(gte=0)] = 0.0
     """Start no run that would end after so many minutes; 0: no limit."""
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
     compare_runs: str = ""
     """Instead of a sweep: tags of finished runs of base_train, one for each of --widths; is wider better?"""
 
