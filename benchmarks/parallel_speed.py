@@ -86,7 +86,7 @@ def main(settings: Settings) -> None:
     node = settings.node_size or ranks_per_node()
     policy, why = parallel.make_policy(settings.parallel, model.num_params(), model.compute_dtype, world, node)
     print0(f"{policy} ({why})")
-    parallel.parallelize(model, parallel.make_mesh(policy, "cuda", node), policy)
+    parallel.shard_model(model, parallel.make_mesh(policy, "cuda", node), policy)
     model.to_empty(device=device)
     model.init_weights()
     rows, length = settings.device_batch_size, settings.max_seq_len

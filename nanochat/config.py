@@ -214,7 +214,7 @@ def init_parameter(name: str, values: Tensor, config: GPTConfig, spec: InitSpec)
     if part in CONSTANTS:
         values.fill_(CONSTANTS[part])
         return
-    std = init_std(name, values.size(0), values.size(1), config, spec)
+    std = init_std(name, values.size(0), values.size(-1), config, spec)
     if std == 0:
         values.zero_()
         return

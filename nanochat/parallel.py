@@ -1,10 +1,10 @@
-"""How a model is spread over ranks: ddp, fsdp or hsdp, and the only place that knows of it beside the optimizer.
+"""How a model is distributed over ranks; only the optimizer knows of it too.
 
-    ddp    every rank holds all weights; gradients and optimizer state are dealt out (nanochat.optim)
-    fsdp   weights, gradients and state are cut by rows over all ranks (FSDP2), and gathered unit by unit in bf16
+    ddp    every rank holds all weights; gradients and optimizer state are split over the ranks (nanochat.optim)
+    fsdp   weights, gradients and state are sharded by rows over all ranks (FSDP2), and gathered unit by unit in bf16
     hsdp   the same inside each node, replicated across nodes, so that only gradients cross the network
 
-Order: build on meta, `parallelize`, `to_empty`, `init_weights`, then the optimizer.
+Order: build on meta, `parallelize_model`, `to_empty`, `init_weights`, then the optimizer.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,17 +25,16 @@ from nanochat.runtime import allow_variants, get_dist_info, print0, ranks_per_no
 Strategy = Literal["ddp", "fsdp", "hsdp"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 
-# Up to this many parameters the weights of a whole model and their gradients are small beside a GPU of 80 GB (24 GB in
-# fp32): there is nothing to gain by cutting them, and nothing is gathered twice.
+# Up to this many parameters the weights of a full model and their gradients are small beside a GPU of 80 GB (24 GB in
+# fp32): there is nothing to gain by sharding them, and nothing is gathered twice.
 SMALL = 3e9
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What `parallelize` does."""
+    """How a model is distributed."""
 
     strategy: Strategy
-    """ddp, fsdp or hsdp."""
     param_dtype: torch.dtype
     """What gathered weights are cast to, and computed with; the shards stay fp32."""
     reduce_dtype: torch.dtype = torch.float32
@@ -43,9 +42,9 @@ class Policy:
     reshard_after_forward: bool = False
     """Free gathered weights after the forward pass and gather them again for the backward pass: half as much traffic
     again, and only one block's weights in memory at a time."""
-    accumulate_whole: bool = True
-    """Keep the gradients of all but the last micro-batch whole on each rank (4 bytes a parameter) rather than reduce
-    each micro-batch's."""
+    accumulate_unsharded: bool = True
+    """Keep the gradients of all but the last micro-batch unsharded on each rank (4 bytes a parameter), and reduce once
+    a step."""
 
 
 def requested_strategy(parallel: Parallel, use_fsdp: bool) -> Parallel:
@@ -55,55 +54,52 @@ def requested_strategy(parallel: Parallel, use_fsdp: bool) -> Parallel:
     return "fsdp" if use_fsdp else parallel
 
 
-def choose(num_params: float, world_size: int, ranks_per_node: int) -> tuple[Strategy, str]:
-    """(strategy, why) for a model of so many parameters."""
-    if world_size == 1:
-        return "ddp", "one rank"
-    if world_size > ranks_per_node:
-        return "hsdp", f"{world_size // ranks_per_node} nodes: weights are gathered inside each, gradients cross"
-    size = f"{num_params / 1e9:.2g} billion parameters"
-    if num_params <= SMALL:
-        return "ddp", f"one node, and {size} fit on every rank"
-    return "fsdp", f"one node, and {size} are too many for every rank"
-
-
 def make_policy(
     parallel: Parallel, num_params: float, param_dtype: torch.dtype, world_size: int, ranks_per_node: int
 ) -> tuple[Policy, str]:
-    """(policy, why). Raises UserError for hsdp where the ranks do not make whole nodes."""
-    strategy, why = choose(num_params, world_size, ranks_per_node)
-    if parallel != "auto":
+    """(policy, why). Raises UserError for hsdp where the ranks are no multiple of those of a node."""
+    large, size = num_params > SMALL, f"{num_params / 1e9:.2g} billion parameters"
+    strategy: Strategy
+    if world_size == 1:
+        strategy, why = "ddp", "one rank"
+        if parallel not in ("auto", "ddp"):
+            why = f"--parallel={parallel}, but there is one rank only"
+    elif parallel != "auto":
         strategy, why = parallel, f"--parallel={parallel}"
-    if world_size == 1 and strategy != "ddp":
-        strategy, why = "ddp", f"{why}, but there is one rank only"
+    elif world_size > ranks_per_node:
+        nodes = world_size // ranks_per_node
+        strategy, why = "hsdp", f"{nodes} nodes: weights are gathered inside each, gradients cross"
+    elif large:
+        strategy, why = "fsdp", f"one node, and {size} are too many for every rank"
+    else:
+        strategy, why = "ddp", f"one node, and {size} fit on every rank"
     if strategy == "hsdp" and world_size % ranks_per_node:
         raise UserError(
             f"--parallel=hsdp: {world_size} ranks are no whole number of nodes of {ranks_per_node}; start as many on "
             "every node, or use --parallel=fsdp"
         )
-    large = num_params > SMALL
-    return Policy(strategy, param_dtype, reshard_after_forward=large, accumulate_whole=not large), why
+    return Policy(strategy, param_dtype, reshard_after_forward=large, accumulate_unsharded=not large), why
 
 
 def make_mesh(policy: Policy, device_type: str, ranks_per_node: int) -> DeviceMesh | None:
     """(shard,) for fsdp, (replicate, shard) for hsdp, None for ddp."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
     if policy.strategy == "ddp":
         return None
+    world = dist.get_world_size() if dist.is_initialized() else 1
     if policy.strategy == "fsdp":
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     shape = (world // ranks_per_node, ranks_per_node)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def parallelize(model: GPT, mesh: DeviceMesh | None, policy: Policy) -> GPT:
-    """Cut the parameters of `model` in place, as `policy` says; ddp leaves it as it is. Returns the model.
+def shard_model(model: GPT, mesh: DeviceMesh | None, policy: Policy) -> None:
+    """Shard the parameters of `model` in place, as `policy` says; ddp leaves it as it is.
 
-    Units that are gathered together: the embedding, each block, the head. In a unit of their own, embedding and head
+    Units that are gathered together: each embedding, each block, the head. In units of their own, embedding and head
     travel while the first and last blocks compute, which one root unit could not.
     """
     if policy.strategy == "ddp":
-        return model
+        return
     assert mesh is not None
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -113,13 +109,12 @@ def parallelize(model: GPT, mesh: DeviceMesh | None, policy: Policy) -> GPT:
         cast_forward_inputs=False,  # the rotary tables stay fp32; the model casts what it wants cast
     )
     shard: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
-    fully_shard(model.transformer["wte"], **shard, reshard_after_forward=policy.reshard_after_forward)
-    if "value_embeds" in model.transformer:
-        tables: Any = model.transformer["value_embeds"]
-        for table in tables:
-            fully_shard(table, **shard, reshard_after_forward=policy.reshard_after_forward)
-    for block in model.transformer.h:  # type: ignore[union-attr]
-        fully_shard(block, **shard, reshard_after_forward=policy.reshard_after_forward)
+    parts: Any = model.transformer
+    units = [parts["wte"], *parts["h"]]
+    if "value_embeds" in parts:
+        units += parts["value_embeds"]
+    for unit in units:
+        fully_shard(unit, **shard, reshard_after_forward=policy.reshard_after_forward)
     fully_shard(model.lm_head, **shard, reshard_after_forward=False)  # its backward pass comes at once
     fully_shard(model, **shard, reshard_after_forward=False)
     # The loss is taken by a method of the head that is not forward(), which alone would gather its weight.
@@ -127,14 +122,13 @@ def parallelize(model: GPT, mesh: DeviceMesh | None, policy: Policy) -> GPT:
     if mesh.device_type == "cpu":
         for unit in _units(model):
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no average
-    return model
 
 
 def parallelize_model(model: GPT, parallel: Parallel, device: torch.device) -> Policy:
     """Choose a policy for a model on the meta device, say why, and apply it. To be followed by to_empty(device)."""
     world, per_node = get_dist_info().world_size, ranks_per_node()
     policy, why = make_policy(parallel, model.num_params(), model.compute_dtype, world, per_node)
-    parallelize(model, make_mesh(policy, device.type, per_node), policy)
+    shard_model(model, make_mesh(policy, device.type, per_node), policy)
     if world > 1:
         print0(f"parallel: {policy.strategy} ({why})")
     return policy
@@ -161,7 +155,7 @@ def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
 
 @contextmanager
 def disable_compile(model: GPT) -> Iterator[None]:
-    """Forward passes as they are written: for inputs of so many shapes that compiling them would not pay. Masks are
+    """Forward passes without the compiler: for inputs of so many shapes that compiling them would not pay. Masks are
     dense then, because FlexAttention without a compiler makes all scores."""
     blocks, model.block_masks = model.block_masks, False
     try:
@@ -177,16 +171,15 @@ def before_micro_batch(model: GPT, policy: Policy, last: bool) -> None:
         return  # the optimizer reduces
     root: Any = model
     root.set_is_last_backward(last)
-    root.set_requires_gradient_sync(last or not policy.accumulate_whole)
+    root.set_requires_gradient_sync(last or not policy.accumulate_unsharded)
     root.set_requires_all_reduce(last)
     root.set_reshard_after_backward(last or policy.reshard_after_forward)
 
 
 @contextmanager
 def unsharded_params(model: GPT, policy: Policy) -> Iterator[None]:
-    """Every rank holds all weights (in param_dtype), for evaluating and sampling: no forward pass communicates, so
-    ranks may make as many of them as they like, in any shapes, and nobody waits for anybody. 2 bytes a parameter in
-    bf16. Every rank enters and leaves together."""
+    """Every rank holds all weights (in param_dtype, 2 bytes a parameter in bf16), for evaluating and sampling: forward
+    passes do not communicate, so each rank may make as many as it likes. All ranks enter and leave together."""
     units = _units(model)
     try:
         if units:

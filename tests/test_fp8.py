@@ -262,7 +262,7 @@ def whole_gradients(sharded):
         model = GPT(CONFIG)
     policy = parallel.Policy("fsdp" if sharded else "ddp", torch.float32)
     if sharded:
-        parallel.parallelize(model, parallel.make_mesh(policy, "cpu", 1), policy)
+        parallel.shard_model(model, parallel.make_mesh(policy, "cpu", 1), policy)
     model.to_empty(device="cpu")
     model.init_weights(seed=3, head_std=0.1, zero_proj=False)
     apply_fp8(model, "all")

@@ -243,7 +243,7 @@ def sharded_losses(strategy):
         model = GPT(make_config(32, 16, "speedrun", n_layer=4, head_dim=8))
     policy = parallel.Policy(strategy, torch.float32)
     if world > 1:
-        parallel.parallelize(model, parallel.make_mesh(policy, "cpu", 1), policy)
+        parallel.shard_model(model, parallel.make_mesh(policy, "cpu", 1), policy)
     model.to_empty(device="cpu")
     model.init_weights(seed=1, head_std=0.02, zero_proj=False)
     optimizer = model.setup_optimizer(0.02, 0.2, 0.1, weight_decay=0.1, use_mup=True, base_width=16)

@@ -32,9 +32,9 @@ def make_model(strategy="ddp", ranks_per_node=1, large=False, config=CONFIG):
     world = dist.get_world_size() if dist.is_initialized() else 1
     with torch.device("meta"):
         model = GPT(config)
-    policy = parallel.Policy(strategy, torch.float32, reshard_after_forward=large, accumulate_whole=not large)
+    policy = parallel.Policy(strategy, torch.float32, reshard_after_forward=large, accumulate_unsharded=not large)
     if world > 1:
-        parallel.parallelize(model, parallel.make_mesh(policy, "cpu", ranks_per_node), policy)
+        parallel.shard_model(model, parallel.make_mesh(policy, "cpu", ranks_per_node), policy)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for param in model.parameters():
@@ -192,7 +192,7 @@ def test_ranks_evaluate_and_sample_at_their_own_pace():
 def test_auto_chooses_by_size_and_nodes_and_says_why(parameters, world, per_node, strategy, why):
     policy, said = parallel.make_policy("auto", parameters, torch.bfloat16, world, per_node)
     assert policy.strategy == strategy and why in said
-    assert policy.reshard_after_forward == (parameters > 3e9) != policy.accumulate_whole
+    assert policy.reshard_after_forward == (parameters > 3e9) != policy.accumulate_unsharded
     assert policy.reduce_dtype == torch.float32
 
 

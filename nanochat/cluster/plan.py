@@ -170,7 +170,7 @@ class Plan:
             copies = 2.0 * (2 * block + 2 * model.head) + 4.0 * block  # two blocks, both ends; gradients of one block
         else:
             copies = 2.0 * model.params
-        unsharded = policy.strategy != "ddp" and policy.accumulate_whole and self.passes > 1
+        unsharded = policy.strategy != "ddp" and policy.accumulate_unsharded and self.passes > 1
         return {
             "weights, fp32": 4.0 * model.params / parts,
             "gradients, fp32": 4.0 * model.params / parts + (4.0 * model.params if unsharded else 0.0),
@@ -197,7 +197,7 @@ class Plan:
             return volume * _others(world), volume * _others(nodes) / local
         # bf16 weights, once a step or for each forward and each backward pass; fp32 gradients
         gather = 2.0 * params * (2 * self.passes if self.policy.reshard_after_forward else 1)
-        scatter = 4.0 * params * (1 if self.policy.accumulate_whole else self.passes)
+        scatter = 4.0 * params * (1 if self.policy.accumulate_unsharded else self.passes)
         muon = 4.0 * self.model.matrices if self.settings.use_muon else 0.0  # bf16 shards to the owners, updates back
         if self.policy.strategy == "fsdp":
             inside = (gather + scatter) * _others(world) + muon / world * _others(local)

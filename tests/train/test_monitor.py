@@ -202,7 +202,7 @@ def figures_on_ranks(strategy):
     with torch.device("meta"):
         model = GPT(RICH)
     policy, _ = parallel.make_policy(strategy, model.num_params(), torch.float32, world, 2)
-    parallel.parallelize(model, parallel.make_mesh(policy, "cpu", 2), policy)
+    parallel.shard_model(model, parallel.make_mesh(policy, "cpu", 2), policy)
     model.to_empty(device="cpu")
 
     model.init_weights()

@@ -32,9 +32,9 @@ class Training:
     def __init__(self, strategy="ddp", large=False):
         with torch.device("meta"):
             self.model = GPT(CONFIG)
-        self.policy = parallel.Policy(strategy, torch.float32, reshard_after_forward=large, accumulate_whole=not large)
+        self.policy = parallel.Policy(strategy, torch.float32, torch.float32, large, accumulate_unsharded=not large)
         if strategy != "ddp":
-            parallel.parallelize(self.model, parallel.make_mesh(self.policy, "cpu", 1), self.policy)
+            parallel.shard_model(self.model, parallel.make_mesh(self.policy, "cpu", 1), self.policy)
         self.model.to_empty(device="cpu")
         self.model.init_weights(seed=1)
         self.optimizer = self.model.setup_optimizer(0.02, 0.1, 0.01)
