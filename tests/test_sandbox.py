@@ -348,7 +348,7 @@ def test_a_caller_that_dies_takes_its_program_along(tmp_path):
     name = f"cd{os.getpid()}"
     code = f"import ctypes\nctypes.CDLL(None).prctl(15, b'{name}')\nwhile True: pass"
     caller = f"from nanochat.sandbox import execute_code; execute_code({code!r}, timeout=60)"
-    root = Path(sandbox.__file__).parent.parent
+    root = Path(sandbox.__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", caller], cwd=root, env={"TMPDIR": str(tmp_path)}) as process:
         assert eventually(lambda: processes_named(name)) and list(tmp_path.iterdir())
         process.kill()
@@ -475,14 +475,11 @@ def test_without_any_layer_it_refuses_unless_told_to(monkeypatch):
 def test_a_layer_that_fails_to_come_up_stops_the_program(monkeypatch, tmp_path):
     if os.uname().machine not in ("x86_64", "aarch64"):
         pytest.skip("needs a machine that seccomp has a table for")
-    copy = tmp_path / "nanochat"
-    copy.mkdir()
-    for name in ("__init__.py", "child.py", "kernel.py"):
-        shutil.copy(Path(sandbox.__file__).parent / name, copy)
+    copy = Path(shutil.copytree(Path(sandbox.__file__).parent, tmp_path / "sandbox"))
     broken = (copy / "kernel.py").read_text().replace("def apply_seccomp() -> None:", "def _unused() -> None:")
     (copy / "kernel.py").write_text(broken + "\n\ndef apply_seccomp():\n    raise OSError(1, 'not today')\n")
     monkeypatch.setattr(sandbox, "isolation_level", lambda: Isolation(seccomp=True))
-    monkeypatch.setattr(sandbox, "__file__", str(copy / "sandbox.py"))
+    monkeypatch.setattr(sandbox, "__file__", str(copy / "__init__.py"))
     with pytest.raises(RuntimeError, match=r"could not be set up.*not today"):
         execute_code("print(1)")
 

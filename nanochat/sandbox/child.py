@@ -11,7 +11,11 @@ import os
 import resource
 import sys
 
-from nanochat.sandbox import kernel as layers
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nanochat.sandbox import kernel
+else:
+    import kernel  # beside this file; nanochat itself is not to be seen here
 
 SCRATCH_BYTES = 64 << 20
 MAX_FILE_BYTES = 16 << 20
@@ -19,7 +23,6 @@ MAX_OPEN_FILES = 64
 MAX_PROCESSES = 64
 MEMORY_RESERVE = 16 << 20  # on top of the limit, to report a MemoryError with
 MAX_ERROR = 4000
-READY = b"ready\n"
 
 
 class Stop(BaseException):
@@ -29,7 +32,7 @@ class Stop(BaseException):
 def main() -> None:
     """Read the job (see nanochat/sandbox) from stdin and write its outcome to the descriptor that it names."""
     job = marshal.loads(sys.stdin.buffer.read())
-    outcome = layers.probe(job["scratch"]) if "probe" in job else supervise(job)
+    outcome = kernel.probe(job["scratch"]) if "probe" in job else supervise(job)
     os.write(job["report"], marshal.dumps(outcome))
 
 
@@ -38,10 +41,10 @@ def supervise(job: dict) -> dict:
     os.umask(0o077)
     _listen_for_signals()
     if job["namespaces"]:
-        layers.enter_namespaces()
+        kernel.enter_namespaces()
     # after the namespaces: a change of credentials takes the parent's death signal back
-    layers.prctl(layers.PR_SET_PDEATHSIG, _signal.SIGTERM)
-    layers.prctl(layers.PR_SET_CHILD_SUBREAPER, 1)
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, _signal.SIGTERM)
+    kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != job["parent"]:
         raise SystemExit("the parent has died")
     inlet, outlet = os.pipe()
@@ -130,7 +133,7 @@ def _program(job: dict, outlet: int) -> None:
     except BaseException as error:
         os.write(outlet, f"{type(error).__name__}: {error}".encode()[:MAX_ERROR])
         os._exit(1)
-    os.write(outlet, READY)
+    os.write(outlet, job["ready"])
     os.write(outlet, _run(job["code"], job["memory"]))
     os._exit(0)
 
@@ -145,17 +148,17 @@ def _lock_in(job: dict, outlet: int) -> None:
     os.closerange(outlet + 1, max(1024, job["report"] + 1))
     scratch = job["scratch"]
     if job["scratch_limit"]:
-        layers.mount_scratch(scratch, SCRATCH_BYTES)
+        kernel.mount_scratch(scratch, SCRATCH_BYTES)
     os.chdir(scratch)
     os.environ.clear()
     os.environ.update({"HOME": scratch, "TMPDIR": scratch, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})
     _set_limits(job)
-    layers.drop_privileges()
-    layers.prctl(layers.PR_SET_PDEATHSIG, _signal.SIGKILL)
+    kernel.drop_privileges()
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, _signal.SIGKILL)
     if job["landlock"]:
-        layers.apply_landlock(scratch)
+        kernel.apply_landlock(scratch)
     if job["seccomp"]:
-        layers.apply_seccomp()
+        kernel.apply_seccomp()
 
 
 def _set_limits(job: dict) -> None:
