@@ -57,47 +57,21 @@ class Platform:
 # network; the role index does not.
 PLATFORMS = (
     Platform(
-        "Volcengine",
-        ("MLP_WORKER_NUM",),
-        ("MLP_WORKER_RACK_RANK_INDEX", "MLP_ROLE_INDEX"),
-        ("MLP_WORKER_0_HOST",),
-        ("MLP_WORKER_0_PORT",),
-        ("MLP_WORKER_GPU",),
-    ),
+        "Volcengine", ("MLP_WORKER_NUM",), ("MLP_WORKER_RACK_RANK_INDEX", "MLP_ROLE_INDEX"),
+        ("MLP_WORKER_0_HOST",), ("MLP_WORKER_0_PORT",), ("MLP_WORKER_GPU",)),
     Platform(
-        "SkyPilot",
-        ("SKYPILOT_NUM_NODES",),
-        ("SKYPILOT_NODE_RANK",),
-        ("SKYPILOT_NODE_IPS",),
-        ("MASTER_PORT",),
-        ("SKYPILOT_NUM_GPUS_PER_NODE",),
-    ),
+        "SkyPilot", ("SKYPILOT_NUM_NODES",), ("SKYPILOT_NODE_RANK",),
+        ("SKYPILOT_NODE_IPS",), ("MASTER_PORT",), ("SKYPILOT_NUM_GPUS_PER_NODE",)),
     Platform(
-        "Slurm",
-        ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
-        ("SLURM_NODEID",),
-        ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"),
-        ("MASTER_PORT",),
-        ("SLURM_GPUS_ON_NODE",),
-    ),
+        "Slurm", ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"), ("SLURM_NODEID",),
+        ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"), ("MASTER_PORT",), ("SLURM_GPUS_ON_NODE",)),
     Platform(
-        "Kubeflow Trainer",
-        ("PET_NNODES",),
-        ("PET_NODE_RANK",),
-        ("PET_MASTER_ADDR", "MASTER_ADDR"),
-        ("PET_MASTER_PORT", "MASTER_PORT"),
-        ("PET_NPROC_PER_NODE",),
-    ),
-    Platform(
-        "Kubernetes PyTorchJob",  # before torchrun, WORLD_SIZE and RANK count nodes here
-        ("WORLD_SIZE",),
-        ("RANK",),
-        ("MASTER_ADDR",),
-        ("MASTER_PORT",),
-        ("NPROC_PER_NODE",),
-    ),
+        "Kubeflow Trainer", ("PET_NNODES",), ("PET_NODE_RANK",),
+        ("PET_MASTER_ADDR", "MASTER_ADDR"), ("PET_MASTER_PORT", "MASTER_PORT"), ("PET_NPROC_PER_NODE",)),
+    Platform(  # before torchrun, WORLD_SIZE and RANK count nodes here
+        "Kubernetes PyTorchJob", ("WORLD_SIZE",), ("RANK",), ("MASTER_ADDR",), ("MASTER_PORT",), ("NPROC_PER_NODE",)),
     Platform("plain", ("NNODES",), ("NODE_RANK",), ("MASTER_ADDR",), ("MASTER_PORT",), ("NPROC_PER_NODE",)),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

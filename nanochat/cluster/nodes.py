@@ -120,7 +120,7 @@ class Follower:
         self.folder = folder
         self.node_rank = node_rank
         self.patience = patience  # seconds without a beat after which node 0 counts as dead
-        self.beat = _read(folder / "beat")  # may be left from an earlier attempt: only a change is a sign of life
+        self.beat = _read(folder / "beat")  # may be left from an earlier attempt: only a change is a heartbeat
         self.alive_at = time.monotonic()
         self.attempt = ""
         self.done = 0  # number of the last order that was begun
@@ -137,7 +137,7 @@ class Follower:
     def look(self) -> int | None:
         """One look at the folder and at what runs here; an exit code once there is no more to do.
 
-        Raises UserError when node 0 has shown no sign of life for too long.
+        Raises UserError when node 0 has given no heartbeat for too long.
         """
         self._listen()
         attempt, _, end_code = _read(self.folder / "end").partition(" ")
@@ -176,7 +176,7 @@ class Follower:
         elif time.monotonic() - self.alive_at > self.patience:
             self.end_child()
             raise UserError(
-                f"no sign of life from node 0 in {self.folder} for {self.patience:g} s: see its log, and check that "
+                f"no heartbeat of node 0 in {self.folder} for {self.patience:g} s: see its log, and check that "
                 "NANOCHAT_BASE_DIR is one shared folder on all nodes"
             )
 
@@ -216,7 +216,7 @@ def main(asked: Settings, command: Sequence[str]) -> int:
     next_word = time.monotonic()
     while (code := follower.look()) is None:
         if follower.child is None and time.monotonic() >= next_word:
-            waits_for = "its next command" if follower.attempt else "a first sign of life"
+            waits_for = "its next command" if follower.attempt else "a first heartbeat"
             print(f"waiting for {waits_for} from node 0, in {asked.folder}", flush=True)
             next_word = time.monotonic() + 60
         time.sleep(asked.poll)

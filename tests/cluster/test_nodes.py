@@ -109,7 +109,7 @@ def test_silence_ends_it_and_what_runs_here(node0, tmp_path):
     assert until(follower, (tmp_path / "ready").exists) is None
     child = follower.child
     follower.patience = 0.0
-    with pytest.raises(UserError, match="no sign of life from node 0"):
+    with pytest.raises(UserError, match="no heartbeat of node 0"):
         follower.look()
     assert child.poll() is not None
 
@@ -158,7 +158,7 @@ def test_a_signal_lets_the_command_save_and_node_0_say_the_end(node0, tmp_path, 
     ready, saved = tmp_path / "ready", tmp_path / "saved"
     words = [sys.executable, "-m", "nanochat.cluster.nodes", str(tmp_path), "--poll=0.05", "--patience=60"]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
-    assert "first sign of life" in process.stdout.readline()
+    assert "first heartbeat" in process.stdout.readline()
     node0.beat()
     node0.order(*script(tmp_path, SAVES.format(saved=str(saved), ready=str(ready))))
     wait_for(ready)
