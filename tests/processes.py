@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,12 @@ def _child(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     results,
+    heard: str | None,
 ) -> None:
+    if heard is not None:
+        output = os.open(heard, os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
     os.environ.clear()  # it is that of the server, which may be older than the test
     os.environ.update(environment)
     os.environ.update(
@@ -49,12 +55,14 @@ multiprocessing.set_forkserver_preload(
 def run_processes(world_size: int, function: Callable[..., Any], *args: Any, heard: bool = False) -> list[Any]:
     """Results of `function(*args)` (a module-level function; plain Python or numpy results) by rank.
 
-    heard: what they print must reach capfd, which a server that is older than the test writes past.
+    heard: what they print reaches capfd, by a file: the server is older than the test and has another stdout.
     """
-    method = "spawn" if heard else "forkserver"
-    context = mp.get_context(method)
-    with context.Manager() as manager:
+    context = mp.get_context("forkserver")
+    with context.Manager() as manager, tempfile.NamedTemporaryFile() as output:
         results = manager.dict()
-        about = (world_size, free_port(), dict(os.environ), function, args, results)
-        mp.start_processes(_child, about, nprocs=world_size, join=True, start_method=method)
+        about = (world_size, free_port(), dict(os.environ), function, args, results, output.name if heard else None)
+        try:
+            mp.start_processes(_child, about, nprocs=world_size, join=True, start_method="forkserver")
+        finally:
+            os.write(1, output.read())
         return [results[rank] for rank in range(world_size)]
