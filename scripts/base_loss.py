@@ -50,11 +50,12 @@ def main(settings: Settings) -> None:
         raise UserError("this checkpoint does not say what text it was trained on; name it with --source")
     token_bytes = get_token_bytes(device)
     length = model.config.sequence_len
-    results, rows = {}, {}
+    results, rows, metrics = {}, {}, {}
     for split in ("train", "val"):
         rows[split] = TextData(source, tokenizer).fixed_rows(split, length, max(settings.split_tokens, length))
         share = row_batches(rows[split], settings.device_batch_size, device, rank, world_size)
         results[split] = found = measure_bpb(model, share, token_bytes)
+        metrics |= {f"{split}_bpb": found.bpb, f"{split}_bpb_stderr": found.stderr}
         print0(f"{split}: {found.bpb:.4f} ± {found.stderr:.4f} bpb on {found.tokens:,} tokens, {found.bytes:,} bytes")
     if rank == 0:
         train = train_text(source, BASELINE_BYTES)
@@ -67,20 +68,13 @@ def main(settings: Settings) -> None:
             print0(f"--- {sample['text']}")
         data = {
             "settings": {**cli.as_dict(settings), "source": source},
-            "metrics": {**metrics(results), "step": meta["step"]},
+            "metrics": {**metrics, "step": meta["step"]},
             "tables": tables(results, predictors),
             "samples": samples,
             "facts": {"baseline_bytes": len(train)},
         }
         write_section("base_loss", "Base model loss", data)
     compute_cleanup()
-
-
-def metrics(results: dict[str, BpbResult]) -> dict[str, float]:
-    values = {}
-    for split, result in results.items():
-        values |= {f"{split}_bpb": result.bpb, f"{split}_bpb_stderr": result.stderr}
-    return values
 
 
 def tables(results: dict[str, BpbResult], predictors: dict[str, float]) -> list[dict[str, Any]]:

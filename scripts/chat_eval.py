@@ -74,10 +74,11 @@ def main(settings: Settings) -> None:
         temperature=settings.temperature,
         top_k=settings.top_k,
     )
+    limits = {"batch_size": settings.batch_size, "max_problems": settings.max_problems}
     scores = []
     for task in tasks:
         started = time.perf_counter()
-        scores.append(evaluate(engine, task, sampling, settings.batch_size, settings.max_problems, settings.seed))
+        scores.append(evaluate(engine, task, sampling, settings.seed, **limits))
         print0(f"{scores[-1].name} ({scores[-1].how}): {scores[-1]}, {duration(time.perf_counter() - started)}")
     composites = chat_core(scores)
     for group in composites:

@@ -219,14 +219,11 @@ def _grade(
 # ---- both
 
 
-def evaluate(
-    engine: Engine, task: Task, sampling: Sampling, batch_size: int, max_problems: int, seed: int
-) -> ChatScore:
-    """Score one task the way it is graded."""
-    shared = {"batch_size": batch_size, "max_problems": max_problems}
+def evaluate(engine: Engine, task: Task, sampling: Sampling, seed: int, **limits: int) -> ChatScore:
+    """Score one task the way it is graded. limits: batch_size, max_problems."""
     if task.eval_type == "categorical":
-        return evaluate_categorical(engine.model, engine.tokenizer, task, engine.model.get_device(), **shared)
-    return evaluate_generative(engine, task, sampling, seed=seed, **shared)
+        return evaluate_categorical(engine.model, engine.tokenizer, task, engine.model.get_device(), **limits)
+    return evaluate_generative(engine, task, sampling, seed=seed, **limits)
 
 
 def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[str]]:
@@ -235,40 +232,38 @@ def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[
     Raises UserError for a named task that is unknown, lacks data or a sandbox, cannot be graded or is named twice, and
     when nothing is left.
     """
-    if names is not None:
-        tasks = parse_tasks(names, "test", source)
-        for task in tasks:
-            if task.eval_type is None:
-                raise UserError(f"--task-name={names}: {task.name} has no answers to grade; leave it out")
-            if sum(task.name == other.name for other in tasks) > 1:
-                raise UserError(f"--task-name={names}: {task.name} is there twice; name it once")
-            _check_ready(task)
-        return tasks, []
-    tasks, left_out = [], []
-    for name in GRADED_TASKS:
-        try:
-            task = make_task(name, "test", source)
-            _check_ready(task)
-            tasks.append(task)
-        except UserError as error:
-            left_out.append(f"{name}: {error}")
-    if not tasks:
-        raise UserError(f"no task to score: {'; '.join(left_out)}")
-    return tasks, left_out
+    if names is None:
+        tasks, left_out = [], []
+        for name in GRADED_TASKS:
+            try:
+                tasks.append(_checked(make_task(name, "test", source)))
+            except UserError as error:
+                left_out.append(f"{name}: {error}")
+        if not tasks:
+            raise UserError(f"no task to score: {'; '.join(left_out)}")
+        return tasks, left_out
+    tasks = parse_tasks(names, "test", source)
+    for task in tasks:
+        if task.eval_type is None:
+            raise UserError(f"--task-name={names}: {task.name} has no answers to grade; leave it out")
+        if sum(task.name == other.name for other in tasks) > 1:
+            raise UserError(f"--task-name={names}: {task.name} is there twice; name it once")
+    return [_checked(task) for task in tasks], []
 
 
-def _check_ready(task: Task) -> None:
-    """Raises UserError where its data is absent or its answers may not be run: now, not in an hour."""
+def _checked(task: Task) -> Task:
+    """The task. Raises UserError where its data is absent or its answers may not be run: now, not in an hour."""
     len(task)
     if task.runs_code:
         require_isolation()
+    return task
 
 
 def chosen_items(task: Task, max_problems: int = -1) -> list[int]:
     """Indices of the items to score: all in order, or the first `max_problems` of a fixed shuffle, which are spread
     over the task. Raises UserError for a task without items."""
     if len(task) == 0:
-        raise UserError(f"{task.name}: no items to evaluate; check its data or the number of items asked for")
+        raise UserError(f"{task.name}: no items to evaluate; check its data or the number of items requested")
     indices = list(range(len(task)))
     if max_problems > 0:
         random.Random(1337).shuffle(indices)
@@ -305,11 +300,10 @@ def write_results(scores: Sequence[ChatScore], composites: Sequence[Composite], 
 
 def report_data(tasks: Sequence[Task], scores: Sequence[ChatScore], composites: Sequence[Composite]) -> dict[str, Any]:
     """Metrics, tables, samples and facts of the report's section."""
+    values = [(score.name, score.accuracy, score.stderr) for score in scores]
+    values += [(group.name, group.value, group.stderr) for group in composites]
     metrics: dict[str, Any] = {}
-    for name, value, stderr in [
-        *((score.name, score.accuracy, score.stderr) for score in scores),
-        *((group.name, group.value, group.stderr) for group in composites),
-    ]:
+    for name, value, stderr in values:
         metrics |= {name: value, f"{name} standard error": stderr}
     without_room = {score.name: sum("error" in record for record in score.records) for score in scores}
     facts = {
@@ -346,8 +340,7 @@ def _samples(tasks: Sequence[Task], scores: Sequence[ChatScore]) -> list[dict[st
             text = f"{record['chosen']} (right answer: {record['expected']})"
         else:
             text = record["completions"][0] if record["completions"] else f"({record['error']})"
-        # not the last but one: some puzzles have no reference answer behind the question
-        questions = [message for message in task[record["index"]]["messages"] if message["role"] == "user"]
-        question = " ".join(str(questions[-1]["content"]).split())
-        shown.append({"prompt": f"[{score.name}] {question}", "text": text})
+        # not the last message but one: some puzzles have no reference answer behind the question
+        questions = [message["content"] for message in task[record["index"]]["messages"] if message["role"] == "user"]
+        shown.append({"prompt": f"[{score.name}] {' '.join(str(questions[-1]).split())}", "text": text})
     return shown[:_SAMPLES]

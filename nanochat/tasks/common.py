@@ -7,7 +7,6 @@ values alone, never on the process, PYTHONHASHSEED or Python's global random sta
 import hashlib
 import random
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,10 +19,11 @@ MIXTURE_SEED = 42
 _ANSWER = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)")
 
 
-class Task(ABC):
+class Task:
     """Conversations, by index: `task[i]` for 0 <= i < len(task). A slice of them with start, stop and step.
 
-    Subclasses give `num_examples`, `get_example`, and, where answers can be graded, `eval_type` and `evaluate`.
+    Subclasses set `items` or give `num_examples` and `get_example`; where answers can be graded, they set `eval_type`
+    and give `evaluate`.
     """
 
     name: str = ""
@@ -33,29 +33,32 @@ class Task(ABC):
     baseline: float = 0.0
     """Accuracy of guessing, between 0 and 1."""
     published: bool = False
-    """True for data sets that others publish numbers on; False for items that our own code makes."""
+    """True for data sets that others publish numbers on; False for items that this program generates."""
     source: str = "generated"
     """Where the items come from, in words for the report."""
     runs_code: bool = False
     """True where grading runs code that the model wrote."""
     any_size: bool = False
     """True where the class takes `size`, the number of items to generate; others have a fixed set."""
+    items: Sequence[Any] = ()
+    """All conversations, before slicing, where a list of them is at hand."""
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or step < 1 or (stop is not None and stop < start):
             raise UserError(f"task slice {start}:{stop}:{step}: expected 0 <= start <= stop and step >= 1")
         self.start, self.stop, self.step = start, stop, step
 
-    @abstractmethod
     def num_examples(self) -> int:
-        """Items of the whole task, before slicing."""
+        """Number of items before slicing."""
+        return len(self.items)
 
-    @abstractmethod
     def get_example(self, index: int) -> Conversation:
-        """Item `index` of the whole task: the question and, as the last message, the right answer."""
+        """Item `index` before slicing: the question and, as the last message, the right answer."""
+        conversation: Conversation = self.items[index]
+        return conversation
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion`, what the model said (or the letter it chose), answers `conversation`.
+        """Whether `completion`, the model's answer or the letter it chose, is right.
 
         Raises UserError for tasks that are only trained on, and ValueError for a letter that is none of the item's.
         """
@@ -66,7 +69,7 @@ class Task(ABC):
         return bool(completion == conversation["messages"][-1]["content"])
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """What reinforcement learning is given for `completion`; 1 for a right answer and 0 otherwise."""
+        """The reward of `completion` in reinforcement learning: 1 for a right answer and 0 otherwise."""
         return float(self.evaluate(conversation, completion))
 
     @classmethod
@@ -106,21 +109,18 @@ class GeneratedTask(Task):
 
 
 class TaskMixture(Task):
-    """All items of several tasks in one fixed random order. A task given twice comes twice as often."""
+    """All items of several tasks in one fixed random order. A task that is listed twice comes twice as often."""
 
     name = "mixture"
 
     def __init__(self, tasks: Sequence[Task], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tasks = list(tasks)
-        self._order = [(number, item) for number, task in enumerate(self.tasks) for item in range(len(task))]
-        random.Random(MIXTURE_SEED).shuffle(self._order)
-
-    def num_examples(self) -> int:
-        return len(self._order)
+        self.items = [(number, item) for number, task in enumerate(self.tasks) for item in range(len(task))]
+        random.Random(MIXTURE_SEED).shuffle(self.items)
 
     def get_example(self, index: int) -> Conversation:
-        number, item = self._order[index]
+        number, item = self.items[index]
         return self.tasks[number][item]
 
 
@@ -177,7 +177,7 @@ def stable_hash(*parts: object) -> int:
 
 
 def split_of(*identity: object, test_share: float = 0.1) -> Split:
-    """The one split that an item may stand in, from what identifies it."""
+    """The split of an item, from what identifies it."""
     # apart from the hashes that seed generators: an item's split must not tell anything about its other choices
     return "test" if stable_hash("split", *identity) < test_share * 2**64 else "train"
 

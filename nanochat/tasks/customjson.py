@@ -30,20 +30,12 @@ class CustomJSON(Task):
         self.name = path.name
         self.source = f"file {path.name}"
         conversations = load_conversations(path)
-        splits = [_split_of(each) for each in conversations]
+        splits = [
+            split_of("customjson", json.dumps(each, sort_keys=True), test_share=TEST_SHARE) for each in conversations
+        ]
         if "train" not in splits:
             splits = ["train"] * len(splits)
-        self._conversations = [each for each, its in zip(conversations, splits, strict=True) if its == split]
-
-    def num_examples(self) -> int:
-        return len(self._conversations)
-
-    def get_example(self, index: int) -> Conversation:
-        return self._conversations[index]
-
-
-def _split_of(conversation: Conversation) -> Split:
-    return split_of("customjson", json.dumps(conversation, sort_keys=True), test_share=TEST_SHARE)
+        self.items = [conversation for conversation, its in zip(conversations, splits, strict=True) if its == split]
 
 
 def load_conversations(path: Path) -> list[Conversation]:

@@ -34,18 +34,15 @@ class HumanEval(Task):
 
     def __init__(self, split: Split = "test", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._rows, self.source = _load(split)
+        self.items, self.source = _load(split)
 
     @classmethod
     def prepare(cls, name: str, source: str, from_dir: Path | None) -> None:
         hub.provide(name, from_dir, elsewhere=_package_file() is not None)
 
-    def num_examples(self) -> int:
-        return len(self._rows)
-
     def get_example(self, index: int) -> Conversation:
         """The prompt, and the whole function as a fenced block; `entry_point` and `test` are what grading needs."""
-        row = self._rows[hub.fixed_order(len(self._rows))[index]]
+        row = self.items[hub.fixed_order(len(self.items))[index]]
         solution = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"
         return {**answered(row["prompt"], solution), "entry_point": row["entry_point"], "test": row["test"]}
 
@@ -59,7 +56,7 @@ class HumanEval(Task):
 def build_program(prompt: str, completion: str, entry_point: str, test: str) -> str:
     """The program to run: what the completion gives as code, and the tests of `entry_point`.
 
-    The prompt stands before it whole, for its imports and because some prompts define a helper that the tests call:
+    The full prompt comes first, for its imports and because some prompts define a helper that the tests call:
     up to its docstring it is a function already, which the completion defines anew, or goes on with.
     """
     code = extract_code(completion)
@@ -71,9 +68,9 @@ def build_program(prompt: str, completion: str, entry_point: str, test: str) -> 
 def extract_code(completion: str) -> str:
     """The first ```python block, else the first block without a language, else all of it. The end may be missing."""
     blocks = [(language.lower(), code) for language, code in _FENCE.findall(completion)]
-    for wanted in (("python", "python3", "py"), ("",)):
+    for accepted in (("python", "python3", "py"), ("",)):
         for language, code in blocks:
-            if language in wanted:
+            if language in accepted:
                 return code
     return completion
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from nanochat.tasks.common import Conversation, Split, Task, item_rng, split_of
 
-DATA = Path(__file__).with_name("identity.jsonl")
+DATA = Path(__file__).with_suffix(".jsonl")
 TEST_SHARE = 0.2  # of the questions, the first of each intent aside
-DIALOGUES = {"train": 3, "test": 1}  # made from each sequence of intents
+DIALOGUES = {"train": 3, "test": 1}  # from each sequence of intents
 
 
 class Identity(Task):
@@ -27,40 +27,34 @@ class Identity(Task):
 
     def __init__(self, split: Split, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.conversations = make_conversations(split)
-
-    def num_examples(self) -> int:
-        return len(self.conversations)
-
-    def get_example(self, index: int) -> Conversation:
-        return self.conversations[index]
+        self.items = make_conversations(split)
 
 
 def make_conversations(split: Split) -> list[Conversation]:
     """All conversations of a split, each once, in a fixed random order."""
     lines = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
     intents = {line["intent"]: line for line in lines if "intent" in line}
-    own = {name: own_questions(line["questions"], split) for name, line in intents.items()}
-    made: list[list[dict[str, str]]] = []
+    questions = {name: split_questions(line["questions"], split) for name, line in intents.items()}
+    conversations: list[list[dict[str, str]]] = []
     for line in lines:
         if "intent" in line:
-            made += _single(own[line["intent"]], line["answers"])
+            conversations += _single(questions[line["intent"]], line["answers"])
         elif "dialogue" in line:
-            made += _dialogues(line["dialogue"], own, intents, DIALOGUES[split])
+            conversations += _dialogues(line["dialogue"], questions, intents, DIALOGUES[split])
         else:
             system = {"role": "system", "content": line["system"]}
             for intent, answers in line["answers"].items():
-                made += [[system, *turn] for turn in _single(own[intent], answers)]
-    distinct = list({json.dumps(messages): messages for messages in made}.values())
+                conversations += [[system, *turn] for turn in _single(questions[intent], answers)]
+    distinct = list({json.dumps(messages): messages for messages in conversations}.values())
     item_rng("identity", split).shuffle(distinct)
     return [{"messages": messages} for messages in distinct]
 
 
-def own_questions(questions: list[str], split: Split) -> list[str]:
+def split_questions(questions: list[str], split: Split) -> list[str]:
     """Those of an intent's questions that belong to `split`. The first, the usual one to ask, is always trained on."""
     usual, *others = questions
-    own = [question for question in others if split_of("identity", question, test_share=TEST_SHARE) == split]
-    return [usual, *own] if split == "train" else own
+    found = [question for question in others if split_of("identity", question, test_share=TEST_SHARE) == split]
+    return [usual, *found] if split == "train" else found
 
 
 def _single(questions: list[str], answers: list[str]) -> list[list[dict[str, str]]]:
@@ -68,25 +62,23 @@ def _single(questions: list[str], answers: list[str]) -> list[list[dict[str, str
 
 
 def _dialogues(
-    names: list[str], own: dict[str, list[str]], intents: dict[str, Any], count: int
+    names: list[str], questions: dict[str, list[str]], intents: dict[str, Any], count: int
 ) -> list[list[dict[str, str]]]:
     """`count` conversations through the intents `names`; none where one of them has no question in this split."""
-    if not all(own[name] for name in names):
+    if not all(questions[name] for name in names):
         return []
-    rngs = [item_rng("dialogue", names, number) for number in range(count)]
-    turns = [[_turn(rng.choice(own[name]), rng.choice(intents[name]["answers"])) for name in names] for rng in rngs]
-    return [[message for turn in one for message in turn] for one in turns]
+    dialogues = []
+    for rng in (item_rng("dialogue", names, number) for number in range(count)):
+        turns = [_turn(rng.choice(questions[name]), rng.choice(intents[name]["answers"])) for name in names]
+        dialogues.append([message for turn in turns for message in turn])
+    return dialogues
 
 
 def _turn(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": _as_typed(question, answer)}, {"role": "assistant", "content": answer}]
-
-
-def _as_typed(question: str, answer: str) -> str:
-    """The question as somebody types it: mostly as written, at times in small letters or after a greeting."""
+    """Question and answer. The question is mostly typed as written, at times in small letters or after a greeting."""
     drawn = item_rng("typed", question, answer).random()
     if drawn < 0.25:
-        return question.lower().rstrip("?!.")
-    if drawn < 0.35 and question.endswith("?"):
-        return f"Hi! {question}"
-    return question
+        question = question.lower().rstrip("?!.")
+    elif drawn < 0.35 and question.endswith("?"):
+        question = f"Hi! {question}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -41,9 +41,6 @@ class TextChoice(Task):
         self.source = f"generated from the {'train' if split == 'train' else 'validation'} text of {source}"
         self.items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
-    def num_examples(self) -> int:
-        return len(self.items)
-
     def get_example(self, index: int) -> Conversation:
         item = self.items[index]
         return multiple_choice(item["question"], item["choices"], LETTERS, item["answer"])

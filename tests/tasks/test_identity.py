@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from nanochat.errors import UserError
-from nanochat.tasks.identity import DATA, Identity, own_questions
+from nanochat.tasks.identity import DATA, Identity, split_questions
 
 LINES = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
 INTENTS = [line for line in LINES if "intent" in line]
@@ -55,7 +55,7 @@ def test_the_usual_question_of_each_intent_is_trained_on():
     train = user_turns(Identity("train"))
     for line in INTENTS:
         assert plain(line["questions"][0]) in train
-        both = own_questions(line["questions"], "train") + own_questions(line["questions"], "test")
+        both = split_questions(line["questions"], "train") + split_questions(line["questions"], "test")
         assert sorted(both) == sorted(line["questions"])
 
 
