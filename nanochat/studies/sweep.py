@@ -29,9 +29,11 @@ from nanochat.files import append_jsonl, atomic_write, read_jsonl
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
-from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum, set_schedule
+from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum
 from nanochat.runtime import compute_dtype
 from nanochat.studies import transfer
+from nanochat.train.loop import train_step
+from nanochat.train.run import RunFlags, TrainingRun
 
 Sweep = Literal["all", "matrix", "embedding", "head"]
 SWEPT: dict[Sweep, tuple[str, ...]] = {
@@ -86,8 +88,7 @@ class Run(NamedTuple):
         return f"{'muP' if self.mup else 'SP'} width {self.width} x{2**self.log2_rate:g} seed {self.seed}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What has been done
+# ---- What has been done
 
 
 def recipe(settings: SweepSettings, identity: Mapping[str, str]) -> dict[str, Any]:
@@ -152,8 +153,7 @@ def in_turn(folder: Path, runs: Sequence[Run], built: Container[tuple[bool, int]
     yield from sorted((run for run in runs if run not in done), key=foreign)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text
 
 
 class Text(NamedTuple):
@@ -216,8 +216,7 @@ def _not_fresh(settings: SweepSettings, seed: int, step: int) -> UserError:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training
 
 
 class Bench:
@@ -291,33 +290,69 @@ def use_rates_of(base: MuonAdamW, optimizer: MuonAdamW) -> None:
         group["lr"] = group["initial_lr"] = rate
 
 
+class ResidentLoader:
+    """Micro-batches of a whole run (nanochat.train.run.Loader), from rows that are on the device already."""
+
+    def __init__(self, rows: torch.Tensor, rows_per_step: int, device_batch_size: int) -> None:
+        """rows (steps x rows_per_step, T + 1) int32."""
+        self.device_batch_size = device_batch_size
+        self.batches_per_step = math.ceil(rows_per_step / device_batch_size)
+        self._parts = (part for step in rows.split(rows_per_step) for part in step.split(device_batch_size))
+
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        part = next(self._parts).long()
+        # contiguous, as in training: a model is compiled for each layout
+        return part[:, :-1].contiguous(), part[:, 1:].contiguous()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def epoch(self) -> float:
+        return 0.0
+
+    def close(self) -> None: ...
+
+
 def train_run(bench: Bench, run: Run) -> dict[str, Any]:
-    """Train one model from the start; its record for runs.jsonl. A loss that is not finite becomes None."""
-    settings, started = bench.settings, time.perf_counter()
+    """Train one model from the start; its record for runs.jsonl. Losses that are not finite become None.
+
+    The steps are those of nanochat.train.loop; nothing is saved or printed between them, for a sweep makes hundreds of
+    runs of seconds. A step without a finite loss and gradient changes nothing there, so that the model may recover:
+    here such a run has diverged.
+    """
+    settings, flags, started = bench.settings, bench.flags, time.perf_counter()
     model, forward = bench.model(run.width, run.mup)
-    model.init_weights(init_spec(bench.flags), seed=run.seed)
+    model.init_weights(init_spec(flags), seed=run.seed)
     model.train()
-    optimizer = bench.optimizer(model, run)
-    rows_per_step, size = bench.plan.rows_per_step, bench.plan.device_batch_size
-    tokens = bench.batches(run.seed)
-    losses = torch.zeros(settings.steps, device=bench.device)  # read once, at the end
-    ratios: Any = bench.flags.warmup_ratio, bench.flags.warmdown_ratio, bench.flags.final_lr_frac
-    for step in range(settings.steps):
-        multiplier = lr_multiplier(step, settings.steps, *ratios)
-        set_schedule(optimizer.param_groups, multiplier, muon_momentum(step))
-        batch = tokens[step * rows_per_step : (step + 1) * rows_per_step].long()
-        for part in batch.split(size):
-            # contiguous, as in training: a model is compiled for each layout
-            loss = forward(part[:, :-1].contiguous(), part[:, 1:].contiguous(), loss_reduction="sum")
-            loss = loss / (rows_per_step * settings.max_seq_len)
-            loss.backward()
-            losses[step] += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    ratios: Any = flags.warmup_ratio, flags.warmdown_ratio, flags.final_lr_frac
+    training = TrainingRun(
+        folder=Path(),
+        settings=RunFlags(),
+        meta={},
+        earlier={},
+        model=model,
+        forward=forward,
+        optimizer=bench.optimizer(model, run),
+        loader=ResidentLoader(bench.batches(run.seed), bench.plan.rows_per_step, bench.plan.device_batch_size),
+        num_iterations=settings.steps,
+        tokens_per_step=settings.total_batch_size,
+        schedule=lambda step: (lr_multiplier(step, settings.steps, *ratios), muon_momentum(step)),
+        grad_clip=0.0,
+        evaluations=[],
+    )
+    results = [train_step(training) for _ in range(settings.steps)]
+    losses, norms = torch.stack([r.loss for r in results]), torch.stack([r.norm for r in results])
+    bad = ~(losses.isfinite() & norms.isfinite())
+    losses[bad.cumsum(0) > bad] = math.nan  # after the first bad step
     curve = [(step, _finite(mean)) for step, mean in transfer.block_means(losses.tolist())]
-    val_loss = _finite(evaluate(model, forward, bench.val, size, bench.device))
-    seconds = round(time.perf_counter() - started, 2)
-    return {**run._asdict(), "loss": val_loss, "curve": curve, "seconds": seconds, "device": device_name(bench.device)}
+    val_loss = evaluate(model, forward, bench.val, bench.plan.device_batch_size, bench.device)
+    return {
+        **run._asdict(),
+        "loss": None if bad.any() else _finite(val_loss),
+        "curve": curve,
+        "seconds": round(time.perf_counter() - started, 2),
+        "device": device_name(bench.device),
+    }
 
 
 @torch.no_grad()

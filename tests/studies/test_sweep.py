@@ -1,5 +1,6 @@
 """Runs of a sweep: which text they see, and that they differ in what they are told to and in nothing else."""
 
+import itertools
 import json
 import math
 import os
@@ -151,6 +152,20 @@ def test_micro_batches_do_not_change_the_run(prepared):
 def test_a_diverged_run_has_no_loss(prepared, monkeypatch):
     monkeypatch.setattr(sweep, "evaluate", lambda *_: math.nan)
     assert train_run(bench(), Run(True, 32, 0.0, 0))["loss"] is None
+
+
+def test_a_run_with_a_step_that_was_not_finite_has_diverged(prepared):
+    """The loop leaves such a step out, so that the model itself may go on."""
+    shared = bench()
+    model, forward = shared.model(32, True)
+    calls = itertools.count()
+    shared.models[True, 32] = (
+        model,
+        lambda *args, **more: forward(*args, **more) * (math.inf if next(calls) == 2 else 1.0),
+    )
+    record = train_run(shared, Run(True, 32, 0.0, 0))
+    losses = [loss for _, loss in record["curve"]]
+    assert record["loss"] is None and losses[2:] == [None] * 4 and all(map(math.isfinite, losses[:2]))
 
 
 def rates(optimizer):
