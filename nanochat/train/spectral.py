@@ -6,16 +6,14 @@ go together, and nothing is read back to the host.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanochat.optim.update_rules import exchange_dtype
 from nanochat.runtime import kernel
-
-Method = Literal["gram", "ns5-fast", "ns3-accurate"]
 
 SQUARINGS = 7
 APPLICATIONS = 3  # of G^(2^k) to the start vector: powers for the price of a product with one column
@@ -57,54 +55,35 @@ def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
     return torch.stack([found[index] for index in range(len(found))]) if found else torch.zeros(0, 2)
 
 
-def spectral_norms(
-    matrices: list[Tensor], method: Method = "gram", dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def spectral_norms(matrices: list[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(lower, upper), each (len(matrices),) fp32 in the order given: as `stacked_norms`, for matrices of any shapes."""
-    return stacked_norms(list(stacks(matrices)), method, dtype)
+    return stacked_norms(list(stacks(matrices)), dtype)
 
 
 @torch.no_grad()
-def stacked_norms(
-    stacked: list[Stack], method: Method = "gram", dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def stacked_norms(stacked: list[Stack], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(lower, upper), each (N,) fp32 by index, for the N matrices of some stacks: bounds of the largest singular value
     σ₁ of each. Take `lower` as the value. dtype: of the squarings; default bf16 on GPUs where the short side is 256 or
     more, fp32 elsewhere. Singular values must lie between 1e-15 and 1e+17 (their squares must be numbers); zero
     matrices give 0.
 
-    gram: G = WWᵀ, on the short side, is squared k = 7 times. A column of the result, which three products with it
-    polish to x, gives ‖Wᵀx‖/‖x‖ ≤ σ₁ ≤ ‖G^(2^k)‖_F^(1/2^(k+1)) ≤ σ₁ · r^(1/2^(k+2)). The last factor is 1.0131 at rank
-    r = 768, and is reached where all singular values are equal. Rounding: the lower bound is made of two fp32 norms and
-    a product in fp32, and holds to 1e-6 (with TF32, as compute_init allows it, to 5e-4 at worst). The upper one has
-    fallen 2e-6 below σ₁ in fp32, 2e-5 with bf16 on dense matrices, where errors average out. Where they do not (few
-    entries, a diagonal), bf16 can take 0.4 % off, or take one singular value for another up to 0.4 % above it; the
-    upper bound is never given below the lower one. `ROUNDING` covers all this but TF32.
+    G = WWᵀ, on the short side, is squared k = 7 times. A column of the result, which three products with it polish to
+    x, gives ‖Wᵀx‖/‖x‖ ≤ σ₁ ≤ ‖G^(2^k)‖_F^(1/2^(k+1)) ≤ σ₁ · r^(1/2^(k+2)). The last factor is 1.0131 at rank r = 768,
+    and is reached where all singular values are equal. Rounding: the lower bound is made of two fp32 norms and an fp32
+    product, and holds to 1e-6 (with TF32, as compute_init allows it, to 5e-4 at worst). The upper one has fallen 2e-6
+    below σ₁ in fp32, 2e-5 with bf16 on dense matrices, where errors average out. Where they do not (few entries, a
+    diagonal), bf16 can take 0.4 % off, or take one singular value for another up to 0.4 % above it; the upper bound is
+    never given below the lower one. `ROUNDING` covers all this but TF32.
 
-    ns5-fast: 5 quintic Newton-Schulz steps (3.4445, -4.775, 2.0315), then 7 power iterations with WQᵀ. ns3-accurate: 8
-    cubic steps, then 10 iterations. Both give an estimate without bounds, lower = upper. They are here to be compared:
-    the first does not converge to the polar factor, the second not in 8 steps, and a polar factor halves the rate of
-    the power iteration, even an exact one.
-
-    Worst error of the value in per cent, 3 matrices each, against fp64 SVD, and how far above σ₁ the upper bound of
-    gram lay at most, on a CPU (see benchmarks.monitor; on an H100 with its TF32 the worst error was 0.072):
-
-        spectrum                   gram fp32   gram bf16   upper bound   ns5-fast bf16   ns3-accurate bf16
-        Gaussian 768²                 -0.002      -0.002         +0.08            +6.0               -11.0
-        Gaussian 768 x 3072           +0.000      -0.000         +0.07           -29.6               -16.1
-        Gaussian 3072 x 768           -0.000      -0.001         +0.06           -29.3               -15.2
-        power law i^-0.3, 768²        -0.000      -0.000         -0.00            +3.7                -0.4
-        power law i^-0.7, 768²        -0.000      -0.000         +0.00           -33.2               -0.01
-        flat within 20 %, 3072 x 768  -0.055      -0.058         +0.43           -11.9               -21.1
-        all equal, 768²               -0.000      -0.000         +1.34            +8.4               -24.8
-        Gaussian + 1.3 x spike        +0.000      -0.000         +0.00           -31.3                -7.7
+    Worst error of the value against fp64 SVD 0.06 %, reached on spectra that are flat within 20 % (on an H100 with its
+    TF32 0.072 %); estimates from polar factors are up to 33 % off, see benchmarks.monitor.
     """
     found: list[tuple[list[int], Tensor]] = []
     for group in _by_short_side(stacked):
         wide = [values if values.size(1) <= values.size(2) else values.mT for _, values in group]
         short = wide[0].size(1)
         of_group = dtype or (exchange_dtype(wide[0].device) if short >= SMALL else torch.float32)
-        bounds = torch.stack(_METHODS[method](wide, of_group), dim=1)
+        bounds = torch.stack(kernel(_bounds, wide[0].is_cuda)(wide, of_group), dim=1)
         found.append(([index for indices, _ in group for index in indices], bounds))
     lower, upper = _in_order(found).unbind(1)
     return lower, upper
@@ -149,12 +128,8 @@ def _factor(P: Tensor) -> tuple[Tensor, Tensor]:
     return factor.to(P.dtype), torch.where(trace > 0, -factor.log(), -torch.inf)
 
 
-def _gram(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _bounds(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Bounds for matrices (K, m, n), each n >= m."""
-    return kernel(_gram_bounds, wide[0].is_cuda)(wide, dtype)
-
-
-def _gram_bounds(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     P = torch.cat([A @ A.mT for A in (W.to(dtype) for W in wide)])
     log = torch.zeros((), device=P.device)  # of what G^(2^j) has been divided by, over 2^j
     for j in range(SQUARINGS):
@@ -174,53 +149,3 @@ def _gram_bounds(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor
     lower = torch.cat([_norms(W.mT @ x) / _norms(x).clamp(min=TINY) for W, x in zip(wide, parts, strict=True)])
     # Where bf16 has pushed the upper bound down, the lower one, in fp32, is the better upper bound.
     return lower.flatten(), torch.maximum(lower, upper).flatten()
-
-
-def _start(W: Tensor) -> Tensor:
-    generator = torch.Generator(device=W.device).manual_seed(0)
-    x = torch.randn((1, W.size(-2), 1), generator=generator, device=W.device).to(W.dtype)
-    return x.expand(W.size(0), -1, -1)
-
-
-def _polar_power(W: Tensor, Q: Tensor, iterations: int) -> Tensor:
-    """Power iteration with H = WQᵀ, whose eigenvalues would be the singular values of W were Q its polar factor."""
-    x, y = _start(W), _start(W)
-    for _ in range(iterations):
-        x = _scaled(y)[0]
-        y = W @ (Q.mT @ x)
-    return (_norms(y) / _norms(x).clamp(min=TINY)).flatten()
-
-
-def _ns5(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _polar_norms(wide, dtype, iterations=7, polar=_polar5)
-
-
-def _ns3(wide: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _polar_norms(wide, dtype, iterations=10, polar=_polar3)
-
-
-def _polar_norms(
-    wide: list[Tensor], dtype: torch.dtype, iterations: int, polar: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    values = []
-    for W in (W.to(dtype) for W in wide):
-        Q = polar(W * (1 / _norms(W).clamp(min=TINY)).to(dtype))
-        values.append(_polar_power(W, Q, iterations))
-    value = torch.cat(values)
-    return value, value
-
-
-def _polar5(Q: Tensor) -> Tensor:
-    for _ in range(5):
-        A = Q @ Q.mT
-        Q = 3.4445 * Q + (-4.775 * A + 2.0315 * (A @ A)) @ Q
-    return Q
-
-
-def _polar3(Q: Tensor) -> Tensor:
-    for _ in range(8):
-        Q = 1.5 * Q - 0.5 * (Q @ Q.mT) @ Q
-    return Q
-
-
-_METHODS = {"gram": _gram, "ns5-fast": _ns5, "ns3-accurate": _ns3}
