@@ -215,7 +215,7 @@ def fetch_files(
         return
     stop = threading.Event()
     entries: parquet.Manifest = {}
-    with _progress() as progress:
+    with progress_bar() as progress:
 
         def get(name: str, revision: str) -> str:
             task = progress.add_task(name, total=None)
@@ -251,8 +251,8 @@ def _name(index: int) -> str:
     return f"shard_{index:05d}.parquet"
 
 
-def _progress() -> Progress:
-    """A bar for each file under way on a terminal; elsewhere nothing (each finished file prints its line anyway)."""
+def progress_bar() -> Progress:
+    """Bars in bytes on a terminal; elsewhere nothing (each finished file prints its line anyway)."""
     console = Console()
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)

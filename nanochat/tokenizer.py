@@ -64,16 +64,11 @@ class RustBPETokenizer:
         self._specials = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
 
     @classmethod
-    def train_from_iterator(
-        cls, iterator: Iterable[str], vocab_size: int, max_distinct_words: int | None = None
-    ) -> "RustBPETokenizer":
-        """Train on texts. `vocab_size` counts the special tokens; too little text gives a smaller vocabulary.
-
-        Memory grows with the distinct words, not with the text; max_distinct_words bounds it by forgetting the rarest,
-        at the price of an exact count (see rustbpe.Tokenizer.train_from_iterator).
-        """
+    def train_from_iterator(cls, iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
+        """Train on texts. `vocab_size` counts the special tokens; too little text gives a smaller vocabulary. Memory
+        grows with the distinct words, not with the text."""
         core = rustbpe.Tokenizer()
-        core.train_from_iterator(iter(iterator), _mergeable(vocab_size), max_distinct_words=max_distinct_words)
+        core.train_from_iterator(iter(iterator), _mergeable(vocab_size))
         return cls(core)
 
     @classmethod
@@ -81,24 +76,21 @@ class RustBPETokenizer:
         cls,
         paths: Sequence[Path],
         vocab_size: int,
-        column: str = "text",
         max_chars: int | None = None,
         doc_cap: int | None = None,
-        max_distinct_words: int | None = None,
         progress: Callable[[int, int, int], object] | None = None,
     ) -> tuple["RustBPETokenizer", int, int]:
         """(tokenizer, documents, characters) from the non-empty texts of parquet shards, in order, each cut after
         doc_cap characters, up to max_chars in all. Read and split on all threads, without passing through Python.
 
         progress(documents, bytes, merges) is called about ten times a second. Raises UserError for shards that are
-        absent or damaged, or lack the column.
+        absent or damaged, or lack the column `text`.
         """
         core = rustbpe.Tokenizer()
         size = _mergeable(vocab_size)
-        limits: dict[str, Any] = {"max_chars": max_chars, "doc_cap": doc_cap, "max_distinct_words": max_distinct_words}
         try:
             documents, characters = core.train_from_parquet(
-                list(paths), size, column=column, progress=progress, **limits
+                list(paths), size, max_chars=max_chars, doc_cap=doc_cap, progress=progress
             )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -204,8 +196,7 @@ class RustBPETokenizer:
         Names of special tokens in the text are text, but those of `allowed_special` ("all": of all) become their ids,
         the longest where two begin at one place. Raises ValueError for lone surrogates and for unknown names.
         """
-        before = [] if prepend is None else [self._token_id(prepend)]
-        after = [] if append is None else [self._token_id(append)]
+        before, after = ([] if token is None else [self._token_id(token)] for token in (prepend, append))
         if not isinstance(text, (str, list)):
             raise TypeError(f"encode takes a string or a list of strings, not {type(text).__name__}")
         allowed = self._allowed(allowed_special)
@@ -213,9 +204,7 @@ class RustBPETokenizer:
             if isinstance(text, str):
                 (row,) = self._encode_with([text], allowed, 1) if allowed else [self._core.encode(text)]
                 return before + row + after
-            rows = (
-                self._encode_with(text, allowed, num_threads) if allowed else self._core.batch_encode(text, num_threads)
-            )
+            rows = self._encode_with(text, allowed, num_threads)
         except UnicodeEncodeError:
             raise _surrogate_error(text) from None
         return [before + row + after for row in rows] if before or after else rows
@@ -299,6 +288,8 @@ class RustBPETokenizer:
         return sorted(names, key=len, reverse=True)
 
     def _encode_with(self, texts: list[str], allowed: list[str], num_threads: int) -> list[list[int]]:
+        if not allowed:
+            return self._core.batch_encode(texts, num_threads)
         names = re.compile("(" + "|".join(map(re.escape, allowed)) + ")")
         split = [names.split(text) for text in texts]  # text and names in turn
         encoded = iter(self._core.batch_encode([part for parts in split for part in parts[::2]], num_threads))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import tiktoken
+import tiktoken.load
 import tokenizers
 import torch
 from hypothesis import given, settings

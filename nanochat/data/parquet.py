@@ -7,10 +7,11 @@ A shard counts only once the manifest names it; the manifest is replaced atomica
 
 import fcntl
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, sha256_file
 
+T = TypeVar("T")
 ROW_GROUP = 1024  # documents
 Manifest = dict[str, Any]
 
@@ -135,19 +137,18 @@ def write_shard(path: Path, documents: Iterable[str], row_group: int = ROW_GROUP
     """Write documents as zstd parquet in row groups of `row_group` documents, atomically."""
     schema = pa.schema([("text", pa.string())])
     with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        group: list[str] = []
-        for document in documents:
-            group.append(document)
-            if len(group) == row_group:
-                writer.write_table(pa.table({"text": group}, schema))
-                group = []
-        if group:
+        stream = iter(documents)
+        while group := list(itertools.islice(stream, row_group)):
             writer.write_table(pa.table({"text": group}, schema))
 
 
 def text_hash(text: str) -> bytes:
     """What decides a document's place: it depends on its text alone, so the order is the same on every machine."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text.encode())
 
 
 def write_shards(
@@ -162,25 +163,18 @@ def write_shards(
     stream = iter(documents)
     held: list[str] = []
     size = 0
-    leftover: str | None = None
     for text in stream:
-        size += len(text.encode())
+        size += _utf8_bytes(text)
         if held and size > val_bytes:
-            leftover = text
             break
         held.append(text)
-    if leftover is None:
+    else:
         raise UserError(f"{len(held)} documents are too few: one is needed for validation and one to train on")
-
-    def rest() -> Iterator[str]:
-        yield leftover
-        yield from stream
-
     entries: Manifest = {}
-    remaining = rest()
+    remaining = itertools.chain([text], stream)
     for first in remaining:
         name = f"shard_{len(entries):05d}.parquet"
-        write_shard(folder / name, _up_to(first, remaining, shard_bytes), row_group)
+        write_shard(folder / name, up_to(first, remaining, shard_bytes, _utf8_bytes), row_group)
         entries[name] = describe(folder / name, "train")
     name = f"shard_{len(entries):05d}.parquet"
     write_shard(folder / name, held, row_group)
@@ -188,13 +182,10 @@ def write_shards(
     return entries
 
 
-def _up_to(first: str, documents: Iterator[str], limit: int) -> Iterator[str]:
-    """`first` and as many more documents as it takes to reach `limit` bytes."""
-    size = len(first.encode())
+def up_to(first: T, documents: Iterator[T], limit: int, size_of: Callable[[T], int]) -> Iterator[T]:
+    """`first` and as many more documents as it takes to reach `limit`."""
+    size = size_of(first)
     yield first
-    while size < limit:
-        text = next(documents, None)
-        if text is None:
-            return
-        size += len(text.encode())
-        yield text
+    while size < limit and (document := next(documents, None)) is not None:
+        size += size_of(document)
+        yield document

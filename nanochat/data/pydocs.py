@@ -47,13 +47,11 @@ SKIPPED_FOLDERS = {
 }  # fmt: skip
 SKIPPED_FILES = re.compile("licen[cs]e|copying|notice|authors|requirements|top_level|entry_points|sources|vendor", re.I)
 TEXT_SUFFIXES = {".md", ".rst", ".txt"}
-STOP_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "the of to and a in is that for it as be with are this on or by an if not from can will which at you used when "
-        "has have all any value values returns return use default must may one should only",
-    )
+COMMON_WORDS = (
+    "the of to and a in is that for it as be with are this on or by an if not from can will which at you used when "
+    "has have all any value values returns return use default must may one should only"
 )
+STOP_WORDS = frozenset(COMMON_WORDS.split())
 TRIPLE_QUOTED = re.compile(r"(\"{3}|'{3}).*?\1", re.S)
 HEADING = re.compile(r"[^\n]+\n[=~^-]{3,}")
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
@@ -82,19 +80,14 @@ def harvest(roots: Sequence[Path] | None = None, workers: int | None = None) -> 
     Raises UserError where there is nothing to read.
     """
     roots = list(roots) if roots is not None else default_roots()
-    files = [(str(root), str(path)) for root in roots for path in _files(root)]
+    files = [(root, path) for root in roots for path in _files(root)]
     print(f"pydocs: reading {len(files):,} files of the installed Python packages", flush=True)
-    workers = workers or min(os.cpu_count() or 1, 16)
-    if workers == 1:
-        return _checked(map(_read_file, files), roots)
     # spawn: forking a process that holds torch's or pyarrow's threads can deadlock
     # without the cycle collector a syntax tree is built a fifth faster
+    workers = workers or min(os.cpu_count() or 1, 16)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=gc.disable) as pool:
-        return _checked(pool.map(_read_file, files, chunksize=32), roots)
-
-
-def _checked(found: Iterable[list[str]], roots: Sequence[Path]) -> list[str]:
-    documents = deduplicated(text for texts in found for text in texts)
+        read = map(_read_file, files) if workers == 1 else pool.map(_read_file, files, chunksize=32)
+        documents = deduplicated(text for texts in read for text in texts)
     if not documents:
         raise UserError(f"pydocs: no documentation below {', '.join(map(str, roots))}; use another --source")
     return documents
@@ -120,27 +113,22 @@ def _files(root: Path) -> Iterator[Path]:
         subfolders[:] = sorted(name for name in subfolders if name not in SKIPPED_FOLDERS)
         for name in sorted(names):
             suffix = os.path.splitext(name)[1]
-            if (
-                suffix in (".py", ".pyi")
-                or name == "METADATA"
-                or (suffix in TEXT_SUFFIXES and not SKIPPED_FILES.search(name))
-            ):
+            is_text = suffix in TEXT_SUFFIXES and not SKIPPED_FILES.search(name)
+            if is_text or suffix in (".py", ".pyi") or name == "METADATA":
                 yield Path(folder, name)
 
 
-def _read_file(job: tuple[str, str]) -> list[str]:
+def _read_file(job: tuple[Path, Path]) -> list[str]:
     """Documents of one file; unreadable and unparsable files give none (libraries ship broken templates)."""
-    root, path = Path(job[0]), Path(job[1])
+    root, path = job
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return []
     if path.suffix in (".py", ".pyi"):
         sections = _python_sections(source, _module_name(path.relative_to(root)))
-    elif path.name == "METADATA":
-        sections = [readable(source.partition("\n\n")[2])]
     else:
-        sections = [readable(source)]
+        sections = [readable(source.partition("\n\n")[2] if path.name == "METADATA" else source)]
     return [text for text in map(tidy, _packed(sections)) if is_documentation(text)]
 
 
@@ -240,33 +228,29 @@ def _template(node: ast.expr) -> str | None:
 
 def _packed(sections: Iterable[str]) -> Iterator[str]:
     """Join sections until SOFT_BYTES; cut those beyond MAX_BYTES between paragraphs."""
-    document: list[str] = []
-    size = 0
-    for section in sections:
-        for piece in _cut(section):
-            if document and size + len(piece) > SOFT_BYTES:
-                yield "\n\n".join(document)
-                document, size = [], 0
-            document.append(piece)
-            size += len(piece)
-    if document:
-        yield "\n\n".join(document)
+    return _joined((piece for section in sections for piece in _cut(section)), SOFT_BYTES)
 
 
-def _cut(section: str) -> list[str]:
+def _cut(section: str) -> Iterable[str]:
     if len(section) <= MAX_BYTES:
         return [section]
     title = section.partition("\n")[0]
-    pieces: list[str] = []
-    current: list[str] = []
+    return _joined(section.split("\n\n"), MAX_BYTES // 2, first=f"{title} (continued)")
+
+
+def _joined(parts: Iterable[str], most: int, first: str | None = None) -> Iterator[str]:
+    """Parts with blank lines between them, up to `most` characters of them at a time; all but the first begin with
+    `first`."""
+    document: list[str] = []
     size = 0
-    for paragraph in section.split("\n\n"):
-        if current and size + len(paragraph) > MAX_BYTES // 2:
-            pieces.append("\n\n".join(current))
-            current, size = [f"{title} (continued)"], 0
-        current.append(paragraph)
-        size += len(paragraph)
-    return [*pieces, "\n\n".join(current)]
+    for part in parts:
+        if document and size + len(part) > most:
+            yield "\n\n".join(document)
+            document, size = [first] if first else [], 0
+        document.append(part)
+        size += len(part)
+    if document:
+        yield "\n\n".join(document)
 
 
 def readable(text: str) -> str:

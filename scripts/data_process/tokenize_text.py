@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanochat import cli
 from nanochat.cli import int_flag
+from nanochat.data import parquet
 from nanochat.data.bins import HEADER_BYTES, MOST_IDS, tokenized_dir, write_tokens
-from nanochat.dataset import Split, canonical, dataset_bytes, iter_documents, source_flag, text_hash
+from nanochat.dataset import Split, canonical, dataset_bytes, iter_documents, progress_bar, source_flag, text_hash
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.paths import slug
@@ -101,12 +100,12 @@ def write_split(
     """
     files: dict[str, int] = {}
     started = time.perf_counter()
-    with _progress(split) as progress:
-        bar = progress.add_task("", total=dataset_bytes(source, split))
+    with progress_bar() as progress:
+        bar = progress.add_task(split, total=dataset_bytes(source, split))
         documents = encoded_documents(tokenizer, source, split, lambda done: progress.advance(bar, done))
         for first in documents:
             name = f"{split}_{len(files):06d}.bin"
-            files[name] = write_tokens(folder / name, _up_to(first, documents, shard_tokens))
+            files[name] = write_tokens(folder / name, parquet.up_to(first, documents, shard_tokens, len))
             seconds = time.perf_counter() - started
             rate = sum(files.values()) / seconds
             print(f"{name}: {files[name]:,} tokens ({rate / 1e6:.2f} M tokens/s)", flush=True)
@@ -141,22 +140,6 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _up_to(first: np.ndarray, documents: Iterator[np.ndarray], limit: int) -> Iterator[np.ndarray]:
-    """`first` and as many more documents as it takes to reach `limit` tokens."""
-    size = len(first)
-    yield first
-    while size < limit and (document := next(documents, None)) is not None:
-        size += len(document)
-        yield document
-
-
-def _progress(split: str) -> Progress:
-    """A bar on a terminal; elsewhere nothing (each finished file prints its line anyway)."""
-    console = Console()
-    columns = [TextColumn(split), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn()]
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":
