@@ -237,7 +237,7 @@ def test_script_compares_runs(tmp_path):
         (["--from=nowhere"], "nowhere"),
         (["--widths=128", "--steps=0", "--seeds=1"], "two widths"),
         (["--widths=64,96"], "96"),
-        (["--widths=192,384", "--base-width=100"], "width 100"),
+        (["--widths=192,384", "--base-width=100"], "--base-width=100"),
     ],
 )
 def test_script_says_what_it_cannot_do(arguments, words, tmp_path):
