@@ -249,8 +249,7 @@ def main(settings: Settings) -> None:
 
     # ---- where it goes, and whether some of it is there already
     recipe = {**{name: getattr(settings, name) for name in RECIPE}, **rates}
-    about = cli.as_dict(settings)
-    meta = describe_run("base", about, config, data.tokenizer_hash, recipe, num_iterations, data=data.fingerprint)
+    meta = describe_run("base", settings, config, data.tokenizer_hash, recipe, num_iterations, data=data.fingerprint)
     folder = checkpoint_dir("base", settings.model_tag or default_tag(settings))
     earlier = earlier_run(folder, settings.resume, meta)
     if earlier is None:  # this very run is complete

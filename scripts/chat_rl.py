@@ -51,12 +51,6 @@ class Settings(ParentFlags):
     # ---- the model to start from
     source_stage: Literal["sft", "mid"] = "sft"
     """Stage to start from."""
-    model_tag: str | None = None
-    """Run to start from, and to write to; default: the newest of that stage."""
-
-    # ---- how long
-    num_epochs: Annotated[float, float_flag(gte=0)] = 1.0
-    """Passes over the questions."""
 
     # ---- the answers
     questions_per_step: Annotated[int, int_flag(gte=1)] = 16
@@ -74,11 +68,7 @@ class Settings(ParentFlags):
     device_batch_size: Annotated[int, int_flag(gte=1)] = 16
     """Answers per forward and backward pass on each device; 16 times as many are sampled together."""
     init_lr_frac: Annotated[float, float_flag(gte=0)] = 0.05
-    """Factor on the learning rates of the stage before."""
     warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 1.0
-    """Share of the steps over which the learning rate falls to 0 at the end."""
-    seed: Annotated[int, int_flag(gte=0)] = 42
-    """Seed of the order of the questions and of the answers."""
 
     # ---- watching it
     eval_every: Annotated[int, int_flag(gte=-1)] = 60
@@ -149,8 +139,7 @@ def main(settings: Settings) -> None:
     measure = pass_at_k(settings, engine, test)
 
     # ---- where it goes, and whether some of it is there already
-    about = {**cli.as_dict(settings), "source": recipe["source"]}
-    meta = describe_run("rl", about, model.config, tokenizer.hash, recipe, num_iterations, parent)
+    meta = describe_run("rl", settings, model.config, tokenizer.hash, recipe, num_iterations, parent)
     folder = checkpoint_dir("rl", settings.out_tag or parent["tag"])
     earlier = earlier_run(folder, settings.resume, meta)
     if earlier is None:  # this very run is complete

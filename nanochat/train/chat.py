@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import torch
 
-from nanochat import cli
 from nanochat.cli import float_flag, int_flag
 from nanochat.config import LEARNING_RATES
 from nanochat.data.chat_rows import ChatPacker, ChatRows, LossOn, Packing, evaluation_rows
@@ -71,11 +70,9 @@ class ChatTrainSettings(ParentFlags):
     weight_decay: Annotated[float | None, float_flag(gte=0)] = None
     """Cautious weight decay of the matrices, times their learning rate."""
     warmup_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
-    """Share of the steps over which the learning rate rises."""
-    warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.5
-    """Share of the steps over which it falls at the end."""
+    """Share of the steps over which the learning rates rise at the start."""
     final_lr_frac: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
-    """Where it falls to, as a share of the full rate."""
+    """What the learning rates fall to, as a share of the full ones."""
 
     # ---- watching it
     eval_every: Annotated[int, int_flag(gte=-1)] = 150
@@ -161,9 +158,8 @@ def train_on_chats(
     evaluations = held_out_bpb(settings, recipe, tokenizer, forward, device)
 
     # ---- where it goes, and whether some of it is there already
-    about = {**cli.as_dict(settings), "source": recipe["source"]}
     data = packer.fingerprint()
-    meta = describe_run(stage, about, model.config, tokenizer.hash, recipe, num_iterations, parent, data)
+    meta = describe_run(stage, settings, model.config, tokenizer.hash, recipe, num_iterations, parent, data)
     folder = checkpoint_dir(stage, settings.out_tag or parent["tag"])
     earlier = earlier_run(folder, settings.resume, meta)
     if earlier is None:  # this very run is complete

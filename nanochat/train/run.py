@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat import checkpoint, parallel
+from nanochat import checkpoint, cli, parallel
 from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.eval.samples import make_chat_samples
@@ -69,7 +69,7 @@ class ParentFlags(RunFlags):
     out_tag: str | None = None
     """Another name for what is written."""
     num_epochs: Annotated[float, float_flag(gte=0)] = 1.0
-    """Passes over the conversations."""
+    """Passes over the conversations or questions."""
     num_iterations: Annotated[int, int_flag(gte=-1)] = -1
     """Optimizer steps; -1: from num_epochs."""
     init_lr_frac: Annotated[float, float_flag(gte=0)] = 1.0
@@ -77,9 +77,9 @@ class ParentFlags(RunFlags):
     grad_clip: Annotated[float, float_flag(gte=0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""
     warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.5
-    """Share of the steps over which the learning rate falls at the end."""
+    """Share of the steps over which the learning rates fall at the end."""
     seed: Annotated[int, int_flag(gte=0)] = 42
-    """Seed of the order of the data."""
+    """Seed of the order of the data, and of answers that are sampled."""
 
 
 # Flags that change what is measured or where, but not (except for rounding) what the weights become; the tags are the
@@ -228,7 +228,7 @@ def load_parent(
 
 def describe_run(
     stage: str,
-    settings: dict[str, Any],
+    settings: RunFlags,
     config: GPTConfig,
     tokenizer_hash: str,
     recipe: dict[str, Any],
@@ -241,7 +241,7 @@ def describe_run(
     starts from; data: a hash of what is trained on, where the settings do not tell."""
     about = {
         "stage": stage,
-        "settings": settings,
+        "settings": {**cli.as_dict(settings), "source": recipe["source"]},
         "model_config": asdict(config),
         "tokenizer_hash": tokenizer_hash,
         "recipe": recipe,
