@@ -169,6 +169,31 @@ def test_mup_at_the_base_width_is_the_standard_parametrisation_bit_for_bit(arch,
     assert all(torch.equal(one, other) for one, other in zip(weights[0][1], weights[1][1], strict=True))
 
 
+def test_a_step_that_is_not_finite_changes_nothing_waits_for_nothing_and_compiles_nothing():
+    model = build(dtype=torch.bfloat16)
+    optimizer = model.setup_optimizer(weight_decay=0.1)
+    tensors = [*model.parameters(), *(t for bucket in optimizer.buckets for t in bucket.state.values())]
+    inputs, targets = text()
+    for step, bad in enumerate((False, False, True, False)):
+        loss = model(inputs, targets)
+        loss.backward()
+        if bad:
+            model.transformer.h[1].mlp.c_fc.weight.grad[0, 0] = float("nan")
+        before = [tensor.detach().clone() for tensor in tensors]
+        compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step(max_norm=1.0, loss=loss.detach())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if step:
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+        same = [torch.equal(one, other) for one, other in zip(before, tensors, strict=True)]
+        assert all(same) if bad else not any(same)
+        optimizer.zero_grad(set_to_none=True)
+    assert (int(optimizer.skipped), int(optimizer.skipped_in_a_row)) == (1, 0)
+
+
 @pytest.mark.parametrize("which", ["head", "all"])
 def test_training_in_8_bits_follows_training_in_16(which):
     if torch.cuda.get_device_capability() < CAPABILITY:
