@@ -1,9 +1,9 @@
-"""What is width, and what follows from it: which dimensions grow, and how each parameter's rates go with them.
+"""Maximal update parametrisation: how the rates of each parameter go with the model's width.
 
-Two models on the meta device, one twice as wide as the other, show which dimensions of each parameter are infinite
-(grow with width) and which are finite. From that follow, for every parameter, plain floats, all of them 1 at the base
-width: factors on learning rate, Adam's eps and weight decay, and the forward multiplier. Nothing is attached to
-tensors, so compiling, sharding and checkpoints see nothing of it. The rules, m = width / base width:
+Two models on the meta device, one twice as wide as the other, show which dimensions of each parameter grow with width
+(are infinite). From that follow, for every parameter, plain floats, all of them 1 at the base width: factors on
+learning rate, Adam's eps and weight decay, and the forward multiplier. Nothing is attached to tensors, so compiling,
+sharding and checkpoints need not know of it. The rules, m = width / base width:
 
     parameter (fan in -> fan out)            init       forward   optimizer: lr           decay x
     input   finite -> infinite               constant   1         AdamW: constant         -
@@ -13,12 +13,12 @@ tensors, so compiling, sharding and checkpoints see nothing of it. The rules, m 
     scalar  finite                           constant   1         AdamW: constant         -
 
 These are the rules of Tensor Programs V (arXiv 2203.03466) in the form of its table 8: the output has a multiplier, and
-therefore a constant rate. To scale both would count the width twice. Muon's rate is that of the spectral condition
+therefore a constant rate; to scale both would count the width twice. Muon's rate is that of the spectral condition
 (arXiv 2310.17813), √(fan_out/fan_in) against the same at base width: 1 where all matrices keep their aspect. Gates with
-12 inputs are vectors that grow, not matrices, and no business of Muon's. Decay is independent of the rate (arXiv
-2510.19093): the optimizers multiply the two, so what one loses the other gains. Gradients shrink as 1/m wherever a
-dimension grows, and eps with them. mup_base_depth adds CompleteP with alpha = 1 (arXiv 2505.01618): residual branches
-times base depth / depth, eps of what lies in them likewise, rates as they are.
+12 inputs are vectors that grow, so AdamW trains them. Decay is independent of the rate (arXiv 2510.19093): the
+optimizers multiply the two, so what one loses the other gains. Gradients shrink as 1/m wherever a dimension grows, and
+eps with them. mup_base_depth adds CompleteP with alpha = 1 (arXiv 2505.01618): residual branches times base depth /
+depth, eps of the parameters in them likewise, rates as they are.
 """
 
 import dataclasses
@@ -70,9 +70,9 @@ class ParamScaling:
     kind: Kind
     optimizer: Literal["muon", "adamw"]
     init_std: float
-    """Not relative: what it is drawn with (0: begins as a constant)."""
+    """Standard deviation of the initial values, not relative; 0: begins as a constant."""
     lr: float = 1.0
-    """On the learning rate that is asked for at the base width."""
+    """On the learning rate requested at the base width."""
     eps: float = 1.0
     """On AdamW's eps; Muon has none that gradients of any size could notice."""
     weight_decay: float = 1.0
@@ -118,17 +118,20 @@ def _fans(model_class: ModelClass, config: GPTConfig) -> dict[str, tuple[int, ..
     return {name: shape[::-1] if name in tables else shape for name, shape in shapes.items()}
 
 
+# By infinite dimensions: (n,) or (fan out, fan in).
+KINDS: dict[tuple[bool, ...], Kind] = {
+    (False,): "scalar",
+    (False, False): "scalar",
+    (True,): "input",
+    (True, False): "input",
+    (True, True): "hidden",
+    (False, True): "output",
+}
+
+
 def classify(name: str, shape: InfShape) -> Kind:
     """What kind of parameter this is, by its infinite dimensions. ValueError, naming it, where no rule covers it."""
-    kinds: dict[tuple[bool, ...], Kind] = {
-        (False,): "scalar",
-        (False, False): "scalar",
-        (True,): "input",
-        (True, False): "input",
-        (True, True): "hidden",
-        (False, True): "output",
-    }
-    kind = kinds.get(shape.infinite)
+    kind = KINDS.get(shape.infinite)
     sizes = " x ".join(f"{dim.size}{' (infinite)' if dim.infinite else ''}" for dim in shape.dims)
     if kind is None:
         raise ValueError(f"{name} of {sizes}: no muP rule for parameters of {len(shape.dims)} dimensions")
@@ -155,15 +158,10 @@ def _expected(name: str) -> Kind | None:
 
 
 def muon_lr_factor(shape: InfShape) -> float:
-    """√((out/in) / (base out/base in)), less what the optimizer's own √max(1, out/in) has already changed of it."""
+    """√((out/in) / (base out/base in)), divided by what the optimizer's own √max(1, out/in) already changes of it."""
     out, into = shape.dims
     own = math.sqrt(max(1.0, out.size / into.size)) / math.sqrt(max(1.0, out.base / into.base))
     return math.sqrt(out.growth / into.growth) / own
-
-
-def adamw_lr_factor(shape: InfShape) -> float:
-    """1 / growth of the fan-in."""
-    return 1.0 / shape.dims[1].growth
 
 
 def mup_table(
@@ -193,11 +191,10 @@ def _scaling(name: str, shape: InfShape, config: GPTConfig, use_muon: bool, spec
         return ParamScaling(kind, "adamw", std, eps=eps, multiplier=config.width_multiplier)
     if kind != "hidden":
         return ParamScaling(kind, "adamw", std, eps=eps)
-    lr = muon_lr_factor(shape) if use_muon else adamw_lr_factor(shape)
+    lr = muon_lr_factor(shape) if use_muon else 1.0 / shape.dims[1].growth
     multiplier = config.branch_multiplier if name.endswith("c_proj.weight") else 1.0
-    if use_muon:
-        return ParamScaling(kind, "muon", std, lr, weight_decay=1.0 / lr, multiplier=multiplier)
-    return ParamScaling(kind, "adamw", std, lr, eps, weight_decay=1.0 / lr, multiplier=multiplier)
+    optimizer: Literal["muon", "adamw"] = "muon" if use_muon else "adamw"
+    return ParamScaling(kind, optimizer, std, lr, 1.0 if use_muon else eps, 1.0 / lr, multiplier)
 
 
 # ---- to be read
@@ -206,12 +203,13 @@ def _scaling(name: str, shape: InfShape, config: GPTConfig, use_muon: bool, spec
 def as_records(
     model_class: ModelClass, config: GPTConfig, use_muon: bool = True, spec: InitSpec | None = None
 ) -> list[dict[str, Any]]:
-    """The table for people, to be stored and shown: one record for all layers of what is the same in them."""
+    """The table to be stored and shown: one record for all layers where it is the same in them."""
     shapes = inf_shapes(model_class, config)
     table = mup_table(model_class, config, use_muon, spec)
     merged: dict[tuple[Any, ...], int] = {}
     for name, scaling in table.items():
-        row = (_over_layers(name), shapes[name], scaling)
+        layers_merged = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        row = (layers_merged, shapes[name], scaling)
         merged[row] = merged.get(row, 0) + 1
     return [
         {
@@ -224,10 +222,6 @@ def as_records(
         }
         for (name, shape, scaling), count in merged.items()
     ]
-
-
-def _over_layers(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def format_table(records: list[dict[str, Any]]) -> str:
