@@ -11,9 +11,9 @@
 """
 
 import pkgutil
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -146,40 +146,20 @@ class RowLoader:
 
 
 class Prefetcher(Generic[T]):
-    """`get()` gives the next item of an endless iterator, or raises what it raised; up to `size` items lie ready."""
+    """`get()` gives the next item of an endless iterator, or raises what it raised; `size` items are made ahead."""
 
     def __init__(self, items: Iterator[T], size: int, name: str) -> None:
-        self._queue: queue.Queue[T | BaseException] = queue.Queue(size)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._produce, args=(items,), name=name, daemon=True)
-        self._thread.start()
-
-    def _produce(self, items: Iterator[T]) -> None:
-        try:
-            for item in items:
-                self._put(item)
-                if self._closed.is_set():
-                    return
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: T | BaseException) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
+        self._items = items
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._ahead = deque(self._thread.submit(next, items) for _ in range(size))
 
     def get(self) -> T:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        self._ahead.append(self._thread.submit(next, self._items))
+        return self._ahead.popleft().result()
 
     def close(self) -> None:
         """Stop the thread and wait for it."""
-        self._closed.set()
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
