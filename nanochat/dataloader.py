@@ -269,7 +269,7 @@ class TrainData(Protocol):
 
     @property
     def fingerprint(self) -> str | None:
-        """Changes with the token files; None for text, which is told apart by its source."""
+        """Changes with the token files; None for text."""
 
     def rows(self, sequence_len: int, seed: int) -> RowSource:
         """Training rows. Token files keep their order, whatever the seed."""

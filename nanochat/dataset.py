@@ -133,9 +133,7 @@ def list_shards(source: str, split: Split) -> list[Path]:
 def iter_documents(source: str, split: Split) -> Iterator[str]:
     """Every document of one split, in the order of the shards. Raises UserError for absent or damaged shards."""
     for path in list_shards(source, split):
-        file = parquet.open_shard(path)
-        for group in range(file.num_row_groups):
-            yield from parquet.read_texts(file, group, str(path))
+        yield from parquet.read_documents(path)
 
 
 def dataset_bytes(source: str, split: Split) -> int:

@@ -8,7 +8,7 @@ Nothing is downloaded: a baseline takes part where tiktoken's cache (TIKTOKEN_CA
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from nanochat import cli, sections
 from nanochat.dataset import iter_documents, source_flag
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import get_tokenizer
 
 # five short texts of different kinds, written for this repository
 TEXTS = {
@@ -62,16 +62,17 @@ def main(settings: Settings) -> None:
     sizes = {name: sum(len(text.encode()) for text in documents) for name, documents in texts.items()}
 
     tokens = {name: sum(map(len, tokenizer.encode(documents))) for name, documents in texts.items()}
-    failed = [name for name, documents in texts.items() if not round_trips(tokenizer, documents)]
+    failed = [name for name, documents in texts.items()
+              if any(tokenizer.decode(tokenizer.encode(text)) != text for text in documents)]  # fmt: skip
+    ours = {name: sizes[name] / max(tokens[name], 1) for name in texts}
     own = {
         "title": "This tokenizer",
         "columns": ["Text", "Bytes", "Tokens", "Bytes per token", "Round trip"],
         "rows": [
-            [name, f"{sizes[name]:,}", f"{tokens[name]:,}", _ratio(sizes[name], tokens[name]), _verdict(name in failed)]
+            [name, f"{sizes[name]:,}", f"{tokens[name]:,}", f"{ours[name]:.3f}", "FAILED" if name in failed else "ok"]
             for name in texts
         ],
     }
-    ours = {name: sizes[name] / max(tokens[name], 1) for name in texts}
     rows = [[f"nanochat ({tokenizer.get_vocab_size():,})", *(f"{value:.2f}" for value in ours.values())]]
     notes = []
     for baseline in BASELINES:
@@ -120,11 +121,6 @@ def first_bytes(documents: Iterable[str], limit: int) -> list[str]:
     return chosen
 
 
-def round_trips(tokenizer: RustBPETokenizer, documents: Sequence[str]) -> bool:
-    """Whether every document comes back from its tokens unchanged."""
-    return all(tokenizer.decode(tokenizer.encode(document)) == document for document in documents)
-
-
 def compare(
     name: str, texts: dict[str, list[str]], sizes: dict[str, int], ours: dict[str, float]
 ) -> tuple[list[str], list[str]]:
@@ -136,7 +132,8 @@ def compare(
     encoding = tiktoken.get_encoding(name)
     cells = []
     for text, documents in texts.items():
-        theirs = sizes[text] / max(_count(encoding.encode_ordinary, documents), 1)
+        tokens = sum(len(encoding.encode_ordinary(document)) for document in documents)
+        theirs = sizes[text] / max(tokens, 1)
         cells.append(f"{theirs:.2f} ({ours[text] / theirs - 1:+.1%})")
     return [f"{name} ({encoding.n_vocab:,})", *cells], []
 
@@ -166,18 +163,6 @@ def _tiktoken_cache() -> Path | None:
         if variable in os.environ:
             return Path(os.environ[variable]) if os.environ[variable] else None
     return Path(tempfile.gettempdir()) / "data-gym-cache"
-
-
-def _count(encode: Callable[[str], Sequence[int]], documents: Iterable[str]) -> int:
-    return sum(len(encode(document)) for document in documents)
-
-
-def _ratio(size: int, tokens: int) -> str:
-    return f"{size / max(tokens, 1):.3f}"
-
-
-def _verdict(failed: bool) -> str:
-    return "FAILED" if failed else "ok"
 
 
 def print_table(table: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ Writes the tokenizer directory of the artifact store (see nanochat/tokenizer.py)
 
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -40,13 +42,13 @@ class Settings:
 
 def main(settings: Settings) -> None:
     started = time.perf_counter()
-    with Shown(settings.vocab_size) as shown:
+    with shown_progress(settings.vocab_size) as (_, update):
         tokenizer, documents, characters = RustBPETokenizer.train_from_parquet(
             list_shards(settings.source, "train"),
             settings.vocab_size,
             max_chars=settings.max_chars,
             doc_cap=settings.doc_cap,
-            progress=shown.update,
+            progress=update,
         )
     if not documents:
         raise UserError(f"--source={settings.source}: its training shards hold no text to learn from")
@@ -84,30 +86,23 @@ def token_byte_statistics(tokenizer: RustBPETokenizer) -> dict[str, float]:
     }
 
 
-class Shown:
+@contextmanager
+def shown_progress(vocab_size: int) -> Iterator[tuple[Progress, Callable[[int, int, int], None]]]:
     """Progress on a terminal, nothing in a log: how much text has been read, then a bar of the merges."""
+    console, started = Console(), time.perf_counter()
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("reading text", total=None)
 
-    def __init__(self, vocab_size: int) -> None:
-        console = Console()
-        columns = [TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()]
-        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.merges = vocab_size - MIN_VOCAB_SIZE
-        self.started = time.perf_counter()
-        self.bar = self.progress.add_task("reading text", total=None)
+        def update(documents: int, text_bytes: int, merges: int) -> None:
+            if merges:
+                total = vocab_size - MIN_VOCAB_SIZE
+                progress.update(bar, description="merging pairs", completed=merges, total=total)
+            else:
+                rate = text_bytes / 1e6 / (time.perf_counter() - started)
+                progress.update(bar, description=f"{documents:,} documents, {rate:,.0f} MB/s")
 
-    def __enter__(self) -> "Shown":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def update(self, documents: int, text_bytes: int, merges: int) -> None:
-        if merges:
-            self.progress.update(self.bar, description="merging pairs", completed=merges, total=self.merges)
-            return
-        rate = text_bytes / 1e6 / (time.perf_counter() - self.started)
-        self.progress.update(self.bar, description=f"{documents:,} documents, {rate:,.0f} MB/s")
+        yield progress, update
 
 
 def _print_summary(metrics: dict[str, Any], notes: list[str]) -> None:

@@ -86,8 +86,7 @@ def adopt_shard(path: Path, target: Path, split: str) -> parquet.Manifest:
         try:
             os.link(path, temporary)
         except OSError:
-            with open(path, "rb") as source, open(temporary, "wb") as copy:
-                shutil.copyfileobj(source, copy)
+            shutil.copyfile(path, temporary)
     return entry
 
 
@@ -150,19 +149,8 @@ def _ordered(folder: Path) -> Iterator[str]:
 
 def read_documents(path: Path) -> Iterator[str]:
     """Documents of one file, without empty ones. Raises UserError naming the file and the line."""
-    if path.suffix == ".parquet":
-        documents = _from_parquet(path)
-    elif path.suffix == ".txt":
-        documents = _from_txt(path)
-    else:
-        documents = _from_jsonl(path)
-    return (text for text in documents if text.strip())
-
-
-def _from_parquet(path: Path) -> Iterator[str]:
-    file = parquet.open_shard(path)
-    for group in range(file.num_row_groups):
-        yield from parquet.read_texts(file, group, str(path))
+    read = {".parquet": parquet.read_documents, ".txt": _from_txt}.get(path.suffix, _from_jsonl)
+    return (text for text in read(path) if text.strip())
 
 
 def _from_jsonl(path: Path) -> Iterator[str]:

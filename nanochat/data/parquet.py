@@ -115,6 +115,13 @@ def read_texts(file: pq.ParquetFile, group: int, name: str) -> list[str]:
     return [text for text in _read_column(file, group, name).to_pylist() if text is not None]
 
 
+def read_documents(path: Path) -> Iterator[str]:
+    """Every document of a shard, in order. Raises UserError where it is absent or damaged."""
+    file = open_shard(path)
+    for group in range(file.num_row_groups):
+        yield from read_texts(file, group, str(path))
+
+
 def _read_column(file: pq.ParquetFile, group: int, name: str) -> pa.ChunkedArray:
     try:
         return file.read_row_group(group, columns=["text"], use_threads=False).column("text")

@@ -9,7 +9,7 @@ always comes along.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from nanochat import cli
 from nanochat.cli import alias, int_flag
@@ -18,8 +18,7 @@ from nanochat.dataset import fetch_files
 from nanochat.errors import UserError
 
 
-@dataclass(frozen=True)
-class TokenDataset:
+class TokenDataset(NamedTuple):
     """A dataset repository: <name>_val_000000.bin and train files numbered from 1."""
 
     repo: str
@@ -58,27 +57,28 @@ def main(settings: Settings) -> None:
 
 
 def fetch(dataset: str, train_files: int, num_workers: int = 4) -> Path:
-    """Download the validation file and train files 1 … train_files; those that stand are kept. Returns the folder."""
+    """Download the validation file and train files 1 … train_files; those here are kept. Returns the folder."""
     spec = DATASETS[dataset]
     if train_files > spec.train_files:
         raise UserError(f"--shards={train_files}: {dataset} has {spec.train_files} train files; choose 1 to that many")
     folder = tokenized_dir() / dataset
-    train = {f"{spec.name}_train_{index:06d}.bin": "train" for index in range(1, train_files + 1)}
+    wanted = {f"{spec.name}_val_000000.bin": "val"}
+    wanted |= {f"{spec.name}_train_{index:06d}.bin": "train" for index in range(1, train_files + 1)}
     fetch_files(
         {"source": dataset, "kind": "hub", "repo": spec.repo},
         "main",
         folder,
-        {f"{spec.name}_val_000000.bin": "val", **train},
-        describe=lambda path, split, name: {
-            "split": split,
-            "size": path.stat().st_size,
-            "tokens": read_header(path, name),
-        },
+        wanted,
+        describe=_describe,
         counted="tokens",
         otherwise="use scripts.data_process.tokenize_text, which needs none",
         num_workers=num_workers,
     )
     return folder
+
+
+def _describe(path: Path, split: str, name: str) -> dict[str, Any]:
+    return {"split": split, "size": path.stat().st_size, "tokens": read_header(path, name)}
 
 
 if __name__ == "__main__":
