@@ -1,20 +1,16 @@
-"""What the benchmarks of the model share: clocks, a training step, and what a result says of where it was made."""
+"""What the benchmarks of the model share: clocks, and what a result says of where it was measured."""
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import date
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from nanochat import cli, parallel
-from nanochat.gpt import GPT
-from nanochat.hardware import device_name, peak_flops, peak_memory_bytes
-from nanochat.optim import MuonAdamW
-from nanochat.runtime import print0, synchronize
+from nanochat import cli
+from nanochat.hardware import device_name
+from nanochat.runtime import synchronize
 
 
 def about(settings: Any, device: torch.device, without: tuple[str, ...] = ("out",)) -> dict[str, Any]:
@@ -25,9 +21,6 @@ def about(settings: Any, device: torch.device, without: tuple[str, ...] = ("out"
         "date": date.today().isoformat(),
         "settings": cli.as_dict(settings, without=without),
     }
-
-
-# ---- single calls
 
 
 class Times(NamedTuple):
@@ -81,67 +74,3 @@ class HostMark:
 
 def marks(device: torch.device, count: int) -> list[Any]:
     return [torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostMark() for _ in range(count)]
-
-
-# ---- training steps
-
-
-@dataclass
-class Step:
-    """A compiled model and its optimizer on the same tokens (B, T) again and again."""
-
-    model: GPT
-    policy: parallel.Policy
-    optimizer: MuonAdamW
-    inputs: Tensor
-    targets: Tensor
-    micro_batches: int
-    world: int = 1
-    max_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        self.forward = parallel.compile_model(self.model, self.policy)
-        self.tokens = self.micro_batches * self.inputs.numel() * self.world
-
-    def __call__(self) -> tuple[float, float]:
-        """One step; (seconds, those of the optimizer) on this rank."""
-        device = self.inputs.device
-        synchronize(device)
-        start = time.perf_counter()
-        for index in range(self.micro_batches):
-            parallel.before_micro_batch(self.model, self.policy, last=index == self.micro_batches - 1)
-            loss = self.forward(self.inputs, self.targets, loss_reduction="sum")
-            (loss * (self.world / self.tokens)).backward()
-        synchronize(device)  # so that the optimizer is timed alone; costs a step far less than a percent
-        middle = time.perf_counter()
-        self.optimizer.step(max_norm=self.max_norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
-        end = time.perf_counter()
-        return end - start, end - middle
-
-
-def speed(step: Step, warm_up: int, steps: int, profile: bool) -> dict[str, Any]:
-    """Medians over `steps` steps, the first `warm_up` left out: they compile. profile: print the kernels that take the
-    time. MFU is over the bf16 peak of all ranks; None for a card that nanochat.hardware does not know."""
-    device = step.inputs.device
-    started = time.perf_counter()
-    for _ in range(warm_up):
-        step()
-    warm_up_seconds = time.perf_counter() - started
-    times = [step() for _ in range(steps)]
-    if profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            step()
-        print0(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
-    seconds = statistics.median(total for total, _ in times)
-    rate, peak = step.tokens / seconds, peak_flops(device)
-    return {
-        "milliseconds": 1000 * seconds,
-        "optimizer_milliseconds": 1000 * statistics.median(optimizer for _, optimizer in times),
-        "tokens_per_second": rate,
-        "mfu": step.model.estimate_flops() * rate / (peak * step.world) if peak else None,
-        "matmul_mfu": step.model.estimate_flops(row_len=0) * rate / (peak * step.world) if peak else None,
-        "peak_gib": peak_memory_bytes(device) / 2**30,
-        "warm_up_seconds": warm_up_seconds,
-    }

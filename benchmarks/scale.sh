@@ -41,7 +41,7 @@ run_row() { # DEPTH GPUS STRATEGY USE_MUON
   elif [ "$depth" -le 32 ]; then rows=4; fi
   if [ "$most" -ge 1 ] && [ "$most" -lt "$rows" ]; then rows=$most; fi
   name=scale_d${depth}_${gpus}gpu_$3_$([ "$4" = True ] && echo muon || echo adamw)
-  command=(python -m nanochat.launch -- -m benchmarks.parallel_speed --depth="$depth" --parallel="$3" --use-muon="$4"
+  command=(python -m nanochat.launch -- -m benchmarks.train_speed --depth="$depth" --parallel="$3" --use-muon="$4"
     --device-batch-size="$rows" --total-batch-size="$TOTAL_BATCH" --out="$RESULTS/$name.json")
   if [ -n "$DRY_RUN" ]; then
     echo "$((gpus / GPUS_PER_NODE)) x $GPUS_PER_NODE GPUs: ${command[*]}"

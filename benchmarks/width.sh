@@ -38,8 +38,10 @@ study() { # NAME FLAG...: the sweep of that name, made by several processes
 
 once fp8.json python -m benchmarks.fp8 --out="$OUT/fp8.json"
 once monitor.json python -m benchmarks.monitor --out="$OUT/monitor.json"
-once speed.json python -m benchmarks.train_speed --arch=speedrun --vocab-size=50304 --max-seq-len=49152 \
-  --device-batch-size=1 --accumulation=8 --out="$OUT/speed.json"
+for fp8 in none head all; do
+  once "speed_$fp8.json" python -m benchmarks.train_speed --depth=12 --arch=speedrun --vocab-size=50304 --fp8="$fp8" \
+    --max-seq-len=49152 --device-batch-size=1 --total-batch-size=393216 --out="$OUT/speed_$fp8.json"
+done
 for arch in nanochat speedrun; do
   for rule in mup no-mup; do
     once "coord_${arch}_$rule/coord_check.json" python -m scripts.coord_check --arch="$arch" "--$rule" \
