@@ -27,6 +27,7 @@ from nanochat.errors import UserError
 from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
 from nanochat.hardware import peak_flops, peak_memory_bytes
+from nanochat.parallel import Parallel
 from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, print0
 
 WARM_UP = 3
@@ -48,7 +49,7 @@ class Settings(Output, ArchFlags):
     """Attention kernel of --arch=nanochat that is tried first."""
     fp8: Fp8 = "none"
     """none, head or all, as in base_train."""
-    parallel: parallel.Parallel = "auto"
+    parallel: Parallel = "auto"
     """auto, ddp, fsdp or hsdp."""
     steps: Annotated[int, int_flag(gte=1)] = 10
     """Timed steps."""
