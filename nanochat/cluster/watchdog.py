@@ -4,12 +4,11 @@ The training loop says where it is by `mark`; `runtime.heartbeat` says from with
 of each rank looks every two seconds: it puts the status of its rank into the process group's key-value store and, while
 its own marks move on, counts up a number there that all ranks watch. A rank whose marks have not moved for its limit,
 while nobody counted either (one may well wait for a rank that works), raises the alarm. All ranks answer with their
-stacks; the one that raised the alarm finds out which rank is behind the others and prints that; all leave with exit
-code 1, so that torchrun can start them again. In a synchronous program one stuck rank stops all, so a rank that is dead
+stacks; rank 0 finds out which rank is behind the others and prints that; all leave with exit code 1, so that torchrun
+can start them again. In a synchronous program one stuck rank stops all, so a rank that is dead
 or stopped is found by the others, which wait for it.
 """
 
-import contextlib
 import datetime
 import faulthandler
 import json
@@ -18,6 +17,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 import traceback
 from dataclasses import asdict, dataclass
 
@@ -161,22 +161,29 @@ class Watchdog:
             os._exit(1)  # the main thread is stuck: no exception would reach it
 
     def _compare(self, store: dist.Store) -> None:
-        """The first to raise the alarm compares (one reader, not a thousand); rank 0 prints what was found, too: its
-        log is the one that people read first. Then all leave together: the end of one breaks the collectives of the
-        others, and torchrun ends those."""
+        """Rank 0 compares and prints, for its log is the one that people read first; should it give no answer, the
+        first to raise the alarm does. Then all leave together: the end of one breaks the collectives of the others."""
         self._publish("answer")
-        if store.add("alarm", 1) == 1:
-            _await(store, [f"answer/{rank}" for rank in range(self.world)], self.answer)
-            everyone = [_read(store, rank) for rank in range(self.world)]
-            report = diagnosis(everyone)
-            _say(report)
-            store.set("report", report)
-            if self.rank == 0 or not everyone[0].stack:
-                store.set("done", "1")
-        elif self.rank == 0 and _await(store, ["report"], 1.5 * self.answer):
-            _say(store.get("report").decode())
+        first = store.add("alarm", 1) == 1
+        if self.rank == 0:
+            self._await([f"answer/{rank}" for rank in range(self.world)], self.answer)
+        elif self._await(["done"], 2 * self.answer):
+            return
+        if self.rank == 0 or first:
+            _say(diagnosis([_read(store, rank) for rank in range(self.world)]))
             store.set("done", "1")
-        _await(store, ["done"], 1.5 * self.answer)
+            time.sleep(self.interval)  # the others go first: the store may be in this process
+        else:
+            self._await(["done"], self.answer)
+
+    def _await(self, keys: list[str], seconds: float) -> bool:
+        """Whether the store has these keys after at most so many seconds. Asks again and again: a thread that waits
+        inside of C++ while the interpreter ends brings the process down by SIGABRT."""
+        assert self.store is not None
+        deadline = time.monotonic() + seconds
+        while not (there := self.store.check(keys)) and time.monotonic() < deadline:
+            time.sleep(self.interval / 4)
+        return there
 
 
 def _own_store() -> dist.Store:
@@ -192,19 +199,10 @@ def _own_store() -> dist.Store:
     return dist.PrefixStore(f"watchdog/{token[0]}", store)
 
 
-def _await(store: dist.Store, keys: list[str], seconds: float) -> bool:
-    """Whether the store has these keys after at most so many seconds."""
-    with contextlib.suppress(dist.DistStoreError):  # the time is up
-        store.wait(keys, datetime.timedelta(seconds=seconds))
-    return store.check(keys)
-
-
 def _read(store: dist.Store, rank: int) -> RankStatus:
     """The answer of a rank; without one the last status it was heard in."""
-    for key in (f"answer/{rank}", f"status/{rank}"):
-        if store.check([key]):
-            return RankStatus(**json.loads(store.get(key)))
-    return RankStatus(rank, "an unknown host", 0)
+    answered = store.check([f"answer/{rank}"])
+    return RankStatus(**json.loads(store.get(f"{'answer' if answered else 'status'}/{rank}")))
 
 
 def _say(text: str) -> None:
@@ -233,25 +231,22 @@ def diagnosis(everyone: list[RankStatus]) -> str:
     late = [status for status in answered if status.progress() == last]
     if len(late) == len(answered):
         late = []
-    lines = [f"watchdog: a rank is stuck; all {len(everyone)} end here"]
-    lines += [
-        f"watchdog: rank {status.rank} on {status.host} gives no answer (stopped, dead or cut off; process "
-        f"{status.pid}); last heard of in {status.where()}"
-        for status in silent[:NAMED]
-    ]
-    lines += [
-        f"watchdog: rank {status.rank} on {status.host} is behind the others: in {status.where()} for "
-        f"{status.seconds:.0f} s\n{status.stack}"
-        for status in late[:NAMED]
-    ]
+    lines = [f"a rank is stuck; all {len(everyone)} end here"]
+    for status in silent[:NAMED]:
+        about = f"(stopped, dead or cut off; process {status.pid}); last heard of in {status.where()}"
+        lines.append(f"rank {status.rank} on {status.host} gives no answer {about}")
+    for status in late[:NAMED]:
+        about = f"in {status.where()} for {status.seconds:.0f} s\n{status.stack}"
+        lines.append(f"rank {status.rank} on {status.host} is behind the others: {about}")
     if more := len(silent[NAMED:]) + len(late[NAMED:]):
-        lines.append(f"watchdog: and {more} more ranks that give no answer or are behind")
+        lines.append(f"and {more} more ranks that give no answer or are behind")
     if not silent and not late:
-        lines.append("watchdog: all ranks are at the same place: a collective or a device hangs (network, GPU)")
+        lines.append("all ranks are at the same place: a collective or a device hangs (network, GPU)")
     groups: dict[str, list[int]] = {}
     for status in answered:
         groups.setdefault(status.where(), []).append(status.rank)
-    return "\n".join(lines + [f"watchdog: in {where}: {_ranks(ranks)}" for where, ranks in groups.items()])
+    lines += [f"in {where}: {_ranks(ranks)}" for where, ranks in groups.items()]
+    return "\n".join(f"watchdog: {line}" for line in lines)
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -77,11 +77,9 @@ class Isolation(NamedTuple):
 
     def describe(self) -> str:
         """For reports: `process limits, namespaces, scratch limit, Landlock (ABI 7), seccomp`."""
-        layers = ["process limits"] + [
-            name.replace("_", " ") for name in ("namespaces", "scratch_limit") if getattr(self, name)
-        ]
-        layers += [f"Landlock (ABI {self.landlock})"] * bool(self.landlock) + ["seccomp"] * self.seccomp
-        return ", ".join(layers)
+        layers = {"process limits": True, "namespaces": self.namespaces, "scratch limit": self.scratch_limit}
+        layers |= {f"Landlock (ABI {self.landlock})": self.landlock > 0, "seccomp": self.seccomp}
+        return ", ".join(name for name, granted in layers.items() if granted)
 
 
 def isolation_level() -> Isolation:
