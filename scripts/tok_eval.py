@@ -19,13 +19,11 @@ from rich.table import Table
 
 from nanochat import cli, sections
 from nanochat.dataset import iter_documents, source_flag
+from nanochat.files import read_jsonl
 from nanochat.tokenizer import get_tokenizer
 
 # five short texts of different kinds, written for this repository
-TEXTS = {
-    name: Path(__file__).with_name("tok_eval_texts").joinpath(f"{name}.txt").read_text(encoding="utf-8")
-    for name in ("news", "code", "maths", "science", "korean")
-}
+TEXTS = {record["name"]: record["text"] for record in read_jsonl(Path(__file__).with_suffix(".jsonl"))}
 SAMPLE_BYTES = 1_000_000  # of each of the train and validation shards
 LONG, BAR = 16, 30  # bytes from which tokens are counted together; characters of the longest bar
 
