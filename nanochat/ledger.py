@@ -135,8 +135,10 @@ def fingerprint(patterns: Iterable[str]) -> Fingerprint:
 
     A pattern that matches nothing adds nothing; `missing` finds those.
     """
-    files = [file for pattern in patterns for file in _files(pattern)]
-    return {_shown(file): _fingerprint_file(file) for file in files}
+    base = paths.get_base_dir()
+    files = {file for pattern in patterns for file in _files(pattern)}
+    names = {file: str(file.relative_to(base) if file.is_relative_to(base) else file) for file in sorted(files)}
+    return {name: _fingerprint_file(file) for file, name in names.items()}
 
 
 def missing(patterns: Iterable[str]) -> list[str]:
@@ -156,11 +158,6 @@ def _files(pattern: str) -> list[Path]:
     tops = [Path(name) for name in glob.glob(str(path))] if glob.has_magic(str(path)) else [path]
     below = [file for top in tops for file in (top.rglob("*") if top.is_dir() else [top])]
     return sorted(file for file in below if file.is_file() and file.suffix != ".tmp")
-
-
-def _shown(path: Path) -> str:
-    base = paths.get_base_dir()
-    return str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
 
 
 def _fingerprint_file(path: Path) -> str:

@@ -67,10 +67,3 @@ def test_printing_is_rank_0_s(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     common.print0("b")
     assert capsys.readouterr().out == "a 1\n"
-
-
-def test_listeners_hear_what_is_printed(monkeypatch, capsys):
-    heard = []
-    monkeypatch.setattr(runtime, "listeners", [heard.append])
-    runtime.print0("a", 1, sep="+")
-    assert "".join(heard) == capsys.readouterr().out == "a+1\n"
