@@ -1,8 +1,5 @@
 """Causal attention: over all of the past or a window (causal_attention), and by a mask of documents and windows that is
-made once for all layers (make_masks, masked_attention); several kernels behind each.
-
-Everything here takes (B, T, H, D) tensors, as the projections make them and as the KV cache stores them.
-"""
+made once for all layers (make_masks, masked_attention). Tensors are (B, T, H, D), as the KV cache stores them."""
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -49,6 +46,7 @@ def causal_attention(
     queries, keys = q.size(1), k.size(1)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), as SDPA wants them
     windowed = 0 <= window < keys - 1
+    mask = None
     if starts is not None or documents is not None:
         mask = visible(queries, keys, window if windowed else -1, q.device).unsqueeze(0)  # (1, Tq, Tk)
         if documents is not None:
@@ -58,17 +56,13 @@ def causal_attention(
             # padding sees itself: a query without any key would give NaN, and NaN spreads even where its weight is 0
             itself = key_position == torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
             mask = (mask & (key_position >= starts[:, None, None])) | itself
-        return _sdpa(q, k, v, mask.unsqueeze(1), is_causal=False, scale=scale).transpose(1, 2)
-    if queries == 1 and windowed:  # decoding: cutting the keys says the same as a mask, and costs nothing
+        mask = mask.unsqueeze(1)  # (B, 1, Tq, Tk)
+    elif queries == 1 and windowed:  # decoding: the last keys alone do what a mask would, and cost nothing
         k, v = k[:, :, -(window + 1) :], v[:, :, -(window + 1) :]
-    if queries == keys and not windowed:
-        out = _sdpa(q, k, v, None, is_causal=True, scale=scale)
-    elif queries == 1:
-        out = _sdpa(q, k, v, None, is_causal=False, scale=scale)
-    else:
+    elif queries > 1 and (windowed or queries < keys):
         mask = visible(queries, keys, window if windowed else -1, q.device)
-        out = _sdpa(q, k, v, mask, is_causal=False, scale=scale)
-    return out.transpose(1, 2)
+    causal = mask is None and queries == keys
+    return _sdpa(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
 
 
 def visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
@@ -130,8 +124,7 @@ def dense_mask(documents: Tensor, window: Tensor) -> Tensor:
 
 
 def block_mask(documents: Tensor, window: Tensor) -> "BlockMask":
-    """The same as dense_mask for FlexAttention: which blocks of 128 x 128 have something to see (the others are never
-    touched), and which are seen whole.
+    """The same as dense_mask for FlexAttention: which blocks of 128 x 128 are visible in part, and which in full.
 
     Made from the documents' numbers at both ends of each block, since they rise: 150 thousand numbers for a row of
     49,152 tokens, where torch's create_block_mask evaluates all 2.4 billion pairs at each step.
@@ -157,11 +150,12 @@ def block_mask(documents: Tensor, window: Tensor) -> "BlockMask":
 
 @torch.library.custom_op("nanochat::mask_blocks", mutates_args=())
 def _mask_blocks(documents: Tensor, window: Tensor) -> list[Tensor]:
-    """Blocks seen in part and those seen whole, each by query block and by key block, each (how many (B, 1, n), their
-    numbers first in each row (B, 1, n, n)), int32. An operator of its own, that is never compiled: where torch 2.11
-    compiled this together with the attention, the kernel took the strides of one list for those of another and blocks
-    seen whole came out wrong on an H100, by 28 % of the output (tests/test_cuda.py); alone, sorting 384 blocks took it
-    108 s to compile, sorting 3 x 128 was not done after 9 minutes, and a sum of 384 along the row was an error."""
+    """Blocks visible in part, then those visible in full, each by query block and by key block, each (how many
+    (B, 1, n), their numbers first in each row (B, 1, n, n)), int32.
+
+    An operator of its own, that is never compiled: where torch 2.11 compiled this together with the attention, the
+    kernel took the strides of one list for those of another, and the output was wrong by 28 % on an H100
+    (tests/test_cuda.py). Alone, sorting 384 blocks took 108 s to compile, and sorting 3 x 128 more than 9 minutes."""
     T = documents.size(1)
     count = -(-T // BLOCK)
     first = documents[:, ::BLOCK]
@@ -170,9 +164,9 @@ def _mask_blocks(documents: Tensor, window: Tensor) -> list[Tensor]:
     number = torch.arange(count, device=documents.device)
     apart = (number.unsqueeze(1) - number) * BLOCK  # of query block i and key block j, first position to first
     some = (apart >= 0) & (apart - (BLOCK - 1) <= window) & (last.unsqueeze(1) >= first.unsqueeze(2))
-    whole = (apart > 0) & (apart + (BLOCK - 1) <= window) & (first.unsqueeze(1) == last.unsqueeze(2))
-    part = some & ~whole
-    counts, lists = _listed(torch.stack([part, part.mT, whole, whole.mT]))
+    full = (apart > 0) & (apart + (BLOCK - 1) <= window) & (first.unsqueeze(1) == last.unsqueeze(2))
+    part = some & ~full
+    counts, lists = _listed(torch.stack([part, part.mT, full, full.mT]))
     # an operator's results may not share memory
     return [one.unsqueeze(1).clone() for pair in zip(counts, lists, strict=True) for one in pair]
 

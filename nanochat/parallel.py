@@ -140,8 +140,8 @@ def _units(model: nn.Module) -> list[Any]:
 
 
 def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
-    """What to train with, compiled: the whole model (ddp), or each block between its hooks. What cannot be compiled in
-    one piece is an error: torch 2.11 once ran the speedrun model in hundreds of small pieces without a word."""
+    """What to train with, compiled: the full model (ddp), or each block between its hooks. What cannot be compiled in
+    one piece is an error: torch 2.11 once split the speedrun model into hundreds of graphs without a warning."""
     model.block_masks = model.get_device().type == "cuda"  # compiled, FlexAttention skips what is masked
     if model.block_masks and model.config.masked:
         load_flex_attention()
