@@ -22,9 +22,9 @@ def write_section(stage: str, title: str, data: Mapping[str, Any]) -> None:
 
     `data` may hold settings and metrics (name -> value; the standard error of metric `x` is `x_stderr` or
     `x standard error`), tables ({title, columns, rows}), samples ({prompt, text}), facts (numbers and short strings
-    for the sentences in report/notes/<stage>.md.j2) and synthetic (True when the numbers come from generated data).
-    The metrics val_bpb and train_bpb of base stages, and all metrics of evaluation stages, also go into the summary
-    table.
+    for the sentences in report/notes/<stage>.md.j2), notes (sentences that the stage has printed too) and synthetic
+    (True when the numbers come from generated data). The metrics val_bpb and train_bpb of base stages, and all metrics
+    of evaluation stages, also go into the summary table.
     """
     if os.environ.get("RANK", "0") != "0":
         return
