@@ -44,17 +44,9 @@ def window_length(step: int, num_iterations: int, full: int, first: int = 128) -
     return min(full, max(1, math.ceil(grown / first)) * first)
 
 
-REFERENCE_BATCH, REFERENCE_HORIZON = 2**19, 11.2e9  # tokens: the classic d20 run, which the default rates are tuned on
-
-
-def batch_lr_scale(
-    batch_tokens: int,
-    horizon_tokens: float,
-    tuned_batch: int = REFERENCE_BATCH,
-    tuned_horizon: float = REFERENCE_HORIZON,
-) -> float:
-    """Factor on all learning rates that were tuned at tuned_batch over tuned_horizon: √(batch / B*), where B* is the
-    batch that the horizon calls for.
+def batch_lr_scale(batch_tokens: int, horizon_tokens: float, tuned_batch: int, tuned_horizon: float) -> float:
+    """Factor on all learning rates that were tuned at tuned_batch over tuned_horizon (config.TUNED_AT, in tokens):
+    √(batch / B*), where B* is the batch that the horizon calls for.
 
     In a batch of B tokens the gradient noise goes with 1/√B, and so does the step that it allows (arXiv 2205.10287).
     But noise only matters beside the gradient itself, which is larger early on: B* grows with the length of the run,
