@@ -107,6 +107,9 @@ def test_two_runs_never_share_a_folder(prepared, capsys):
     assert "differs in num_iterations: kept as d1.1" in capsys.readouterr().out
     assert checkpoint.committed_steps(checkpoint_dir("base", "d1.1")) == [2]
     assert checkpoint.committed_steps(checkpoint_dir("base", "d1")) == [3]
+    main(Settings(**{**SMALL, "num_iterations": 3, "resume": "auto", "eval_every": -1}))
+    assert "d1 is complete: nothing to do" in capsys.readouterr().out
+    assert sorted(path.name for path in checkpoint_dir("base", "d1").parent.iterdir()) == ["d1", "d1.1"]
 
 
 def command(**changes):

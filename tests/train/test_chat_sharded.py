@@ -1,4 +1,4 @@
-"""chat_sft and chat_rl with weights that are cut over ranks: the same run as with whole ones, and as one process."""
+"""chat_sft and chat_rl with sharded weights: the same run as with unsharded ones, and as one process."""
 
 import json
 import os

@@ -49,7 +49,7 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def one_step(model, optimizer, monitor, number, forward=None, rows=slice(None)):
-    """As the trainer does it. Returns the unread figures, or None."""
+    """As the loop does it. Returns the not yet synced metrics, or None."""
     monitor.start(number)
     inputs, targets = batch(number)
     (model if forward is None else forward)(inputs[rows], targets[rows]).backward()
@@ -73,7 +73,7 @@ def test_a_summary_is_what_it_says(shape, dtype):
     assert not summarize(x.requires_grad_()).requires_grad
 
 
-def test_figures_equal_slow_references():
+def test_metrics_equal_slow_references():
     model, optimizer, monitor = make()
     seen = {}
 
@@ -88,36 +88,36 @@ def test_figures_equal_slow_references():
     model(inputs, targets).backward()
     grads = {name: param.grad.clone() for name, param in model.named_parameters()}
     optimizer.zero_grad(set_to_none=True)
-    figures = one_step(model, optimizer, monitor, 1).read()
+    metrics = one_step(model, optimizer, monitor, 1).read()
 
     after = dict(model.named_parameters())
     for layer in range(CONFIG.n_layer):
         for name in MATRICES:
             old, new = (weights[f"transformer.h.{layer}.{name}.weight"] for weights in (before, after))
-            assert figures.pop(f"Model/spectral_norm/{layer}.{name}") == pytest.approx(top(new), rel=2.5e-3)
-            assert figures.pop(f"Model/update_ratio/{layer}.{name}") == pytest.approx(
+            assert metrics.pop(f"Model/spectral_norm/{layer}.{name}") == pytest.approx(top(new), rel=2.5e-3)
+            assert metrics.pop(f"Model/update_ratio/{layer}.{name}") == pytest.approx(
                 top(new - old) / top(new), rel=5e-3
             )
         for branch in ("attn", "mlp"):
             x = seen[f"{layer}.{branch}"]
             for name, value in zip(STATISTICS, summarize(x).tolist(), strict=True):
-                assert figures.pop(f"Activations/{name}/{layer}.{branch}") == pytest.approx(value, rel=1e-6)
+                assert metrics.pop(f"Activations/{name}/{layer}.{branch}") == pytest.approx(value, rel=1e-6)
     for group in optimizer.param_groups:
         label = group["label"]
         norm = math.sqrt(sum(grads[name].square().sum().item() for name in group["names"]))
-        assert figures.pop(f"Optimization/grad_norm/{label}") == pytest.approx(norm, rel=1e-5)
+        assert metrics.pop(f"Optimization/grad_norm/{label}") == pytest.approx(norm, rel=1e-5)
         norm = math.sqrt(sum(after[name].detach().square().sum().item() for name in group["names"]))
-        assert figures.pop(f"Model/param_norm/{label}") == pytest.approx(norm, rel=1e-5)
-    assert figures == {}  # nothing else
+        assert metrics.pop(f"Model/param_norm/{label}") == pytest.approx(norm, rel=1e-5)
+    assert metrics == {}  # nothing else
 
 
 def test_what_is_due_when():
     model, optimizer, monitor = make(interval=3, spectral_every=2)
     kinds = {}
     for number in range(5, 14):  # a run that goes on from step 4
-        reading = one_step(model, optimizer, monitor, number)
-        if reading is not None:
-            kinds[number] = {name.split("/")[1] for name in reading.names}
+        snapshot = one_step(model, optimizer, monitor, number)
+        if snapshot is not None:
+            kinds[number] = {name.split("/")[1] for name in snapshot.names}
     assert list(kinds) == [5, 6, 9, 12]  # the first, and the multiples of three
     assert [number for number, names in kinds.items() if "spectral_norm" in names] == [5, 9]
     assert all(set(STATISTICS) | {"grad_norm", "param_norm"} <= names for names in kinds.values())
@@ -151,7 +151,7 @@ def test_watching_changes_nothing_and_leaves_nothing():
     assert watched[0].state_dict().keys() == plain[0].state_dict().keys()
 
 
-def test_the_host_reads_nothing_until_the_figures_are_wanted(monkeypatch):
+def test_the_host_reads_nothing_until_the_metrics_are_wanted(monkeypatch):
     model, optimizer, monitor = make(interval=4)
     reads = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
@@ -162,10 +162,10 @@ def test_the_host_reads_nothing_until_the_figures_are_wanted(monkeypatch):
     monkeypatch.setattr(
         Tensor, "to", lambda self, *args, **kwargs: copies.append(args[0]) or inner_to(self, *args, **kwargs)
     )
-    readings = {number: one_step(model, optimizer, monitor, number) for number in range(1, 6)}
+    snapshots = {number: one_step(model, optimizer, monitor, number) for number in range(1, 6)}
     assert reads == []
     assert copies.count("cpu") == 2  # steps 1 and 4
-    readings[4].read()
+    snapshots[4].read()
     assert reads == ["tolist"]
 
 
@@ -178,25 +178,25 @@ def test_on_and_off_are_two_graphs_and_no_more(backend):
     twin = make(interval=3, spectral_every=0)
     graphs = []
     for number in range(1, 10):
-        reading = one_step(model, optimizer, monitor, number, forward)
+        snapshot = one_step(model, optimizer, monitor, number, forward)
         graphs.append(counter.frame_count)
         expected = one_step(*twin, number)
-        assert (reading is None) == (expected is None)
-        if reading is not None:
-            assert reading.read() == pytest.approx(expected.read(), rel=1e-4, abs=1e-6)
+        assert (snapshot is None) == (expected is None)
+        if snapshot is not None:
+            assert snapshot.read() == pytest.approx(expected.read(), rel=1e-4, abs=1e-6)
     each = graphs[0]  # frames of one variant
     assert graphs == [each] + [2 * each] * 8
     torch._dynamo.reset()
 
 
-def test_a_layer_without_attention_has_no_figures_of_it():
+def test_a_layer_without_attention_has_no_metrics_of_it():
     config = GPTConfig(**{**CONFIG.__dict__, "attention_free_layer": 1})
     names = one_step(*make(config=config), 1).names
     assert "Model/spectral_norm/1.mlp.c_fc" in names and "Activations/mean/1.mlp" in names
     assert not [name for name in names if "/1.attn" in name]
 
 
-def figures_on_ranks(strategy):
+def metrics_on_ranks(strategy):
     rank, world = dist.get_rank(), dist.get_world_size()
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     with torch.device("meta"):
@@ -212,8 +212,8 @@ def figures_on_ranks(strategy):
     result = []
     for number in (1, 2):
         parallel.before_micro_batch(model, policy, last=True)
-        reading = one_step(model, optimizer, monitor, number, rows=slice(rank, None, world))
-        result.append(reading.read())
+        snapshot = one_step(model, optimizer, monitor, number, rows=slice(rank, None, world))
+        result.append(snapshot.read())
     return result
 
 
@@ -221,8 +221,8 @@ def figures_on_ranks(strategy):
 def test_two_ranks_say_what_one_does(strategy):
     alone = make(2, RICH)
     expected = [one_step(*alone, number).read() for number in (1, 2)]
-    for figures in run_processes(2, figures_on_ranks, strategy):
-        for mine, theirs in zip(expected, figures, strict=True):
+    for metrics in run_processes(2, metrics_on_ranks, strategy):
+        for mine, theirs in zip(expected, metrics, strict=True):
             assert mine.keys() == theirs.keys()
             for name, value in mine.items():
                 if not name.startswith("Activations/"):  # those are of the rank's own rows
@@ -259,7 +259,7 @@ def test_the_environment_has_a_say(monkeypatch):
 def test_a_rank_that_owns_no_matrix_has_nothing_to_say():
     """More ranks than matrices: its share of the norms, which the ranks add up, is zero."""
     model, optimizer, monitor = make()
-    monitor.matrices = [dataclasses.replace(matrix, mine=False) for matrix in monitor.matrices]
+    monitor.matrices = [dataclasses.replace(matrix, local=False) for matrix in monitor.matrices]
     seen = one_step(model, optimizer, monitor, 1).read()
     assert {value for name, value in seen.items() if name.startswith("Model/spectral_norm")} == {0.0}
     assert seen["Model/param_norm/matrices"] > 0
