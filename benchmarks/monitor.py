@@ -177,8 +177,8 @@ def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: b
             monitor.before_update()
         optimizer.step(max_norm=1.0)
         optimizer.zero_grad(set_to_none=True)
-        if monitor is not None and (reading := monitor.after_update()) is not None:
-            unread.append(reading)
+        if monitor is not None and (snapshot := monitor.after_update()) is not None:
+            unread.append(snapshot)
 
     plain: list[float] = []
     added: dict[str, list[float]] = {name: [] for name in monitors}

@@ -28,14 +28,7 @@ class Settings(ChatTrainSettings):
 
 
 def main(settings: Settings) -> None:
-    train_on_chats(
-        settings,
-        "sft",
-        settings.source_stage,
-        section="chat_sft",
-        title="Supervised fine-tuning",
-        observer=ClusterObserver(),
-    )
+    train_on_chats(settings, "sft", settings.source_stage, ClusterObserver())
 
 
 if __name__ == "__main__":

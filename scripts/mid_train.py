@@ -27,14 +27,7 @@ class Settings(ChatTrainSettings):
 
 
 def main(settings: Settings) -> None:
-    train_on_chats(
-        settings,
-        stage="mid",
-        parent_stage="base",
-        section="mid_train",
-        title="Mid-training",
-        observer=ClusterObserver(),
-    )
+    train_on_chats(settings, "mid", "base", ClusterObserver())
 
 
 if __name__ == "__main__":

@@ -123,10 +123,11 @@ def task_rows(tasks: list[Task]) -> list[list[Any]]:
             for key, task in different.items()]  # fmt: skip
 
 
-def train_on_chats(
-    settings: ChatTrainSettings, stage: str, parent_stage: str, section: str, title: str, observer: Observer
-) -> None:
-    """Train `stage` (mid, sft) from the last checkpoint of `parent_stage`, and write the report's `section`."""
+SECTIONS = {"mid": ("mid_train", "Mid-training"), "sft": ("chat_sft", "Supervised fine-tuning")}  # of the report
+
+
+def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, observer: Observer) -> None:
+    """Train `stage` (mid, sft) from the last checkpoint of `parent_stage`, and write its section of the report."""
     _, rank, _, world_size, device = compute_init(settings.device_type)
     model, tokenizer, parent, policy = load_parent(parent_stage, settings, device)
     recipe = inherit(settings, parent["recipe"])
@@ -209,7 +210,7 @@ def train_on_chats(
             "cut share": cut_share,
             **outcome.metrics,
         }
-        finish(run, section, title, describe(settings, meta, tasks, metrics, samples))
+        finish(run, *SECTIONS[stage], describe(settings, meta, tasks, metrics, samples))
     compute_cleanup()
 
 

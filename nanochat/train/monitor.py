@@ -8,7 +8,7 @@ read when the console reads the losses. Steps that are not due cost a comparison
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,9 @@ from torch import Tensor
 
 from nanochat.dtensor import is_sharded, local, replicas_of
 from nanochat.errors import UserError
-from nanochat.gpt import STATISTICS
+from nanochat.gpt import GPT, STATISTICS
+from nanochat.optim import MuonAdamW
 from nanochat.train.spectral import TINY, Stack, spectral_norms, stacked_norms, stacks
-
-if TYPE_CHECKING:
-    from nanochat.gpt import GPT
-    from nanochat.optim import MuonAdamW
 
 PRESETS = {"production": 100, "research": 10, "validation": 1}
 HIDDEN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # matrices of a block
@@ -31,20 +28,13 @@ GRAD_NORM = "Optimization/grad_norm"  # gradient norm before clipping: of all, /
 PARAM_NORM = "Model/param_norm"  # norm of all parameters of a group (/group)
 SPECTRAL_NORM = "Model/spectral_norm"  # largest singular value of a hidden matrix (/layer.matrix)
 UPDATE_RATIO = "Model/update_ratio"  # largest singular value of the step of a matrix over that of the matrix
-ACTIVATIONS = {
-    name: f"Activations/{name}"
-    for name, what in zip(
-        STATISTICS, ("mean", "standard deviation", "maximum", "minimum", "root mean square"), strict=True
-    )
-}
+ACTIVATIONS = [f"Activations/{name}" for name in STATISTICS]  # of what a branch adds (/layer.branch)
 
 
 def parse_interval(text: str) -> int:
     """Steps between events: a preset's name or a number; 0 = off. Raises UserError."""
-    if text in PRESETS:
-        return PRESETS[text]
-    if text.isdecimal():
-        return int(text)
+    if text in PRESETS or text.isdecimal():
+        return PRESETS.get(text) or int(text)
     names = ", ".join(f"{name} ({steps})" for name, steps in PRESETS.items())
     raise UserError(f"--monitor-interval={text}: expected a number of steps, 0 for none, or one of {names}")
 
@@ -110,7 +100,7 @@ class Monitor:
     twice the memory of the matrices whose norms this rank takes, between the backward pass and the next step.
     """
 
-    def __init__(self, model: "GPT", optimizer: "MuonAdamW", settings: MonitorSettings) -> None:
+    def __init__(self, model: GPT, optimizer: MuonAdamW, settings: MonitorSettings) -> None:
         """Make it after the parameters have been sharded, if they are to be."""
         self.optimizer, self.settings = optimizer, settings
         self.blocks: list[Any] = list(model.transformer.h)  # type: ignore[arg-type]
@@ -244,7 +234,7 @@ class Monitor:
             return self._none()
         rows = [(layer, row) for layer, block in enumerate(self.blocks)
                 for row, branch in enumerate(BRANCHES) if hasattr(block, branch)]  # fmt: skip
-        names = [f"{name}/{layer}.{BRANCHES[row]}" for layer, row in rows for name in ACTIVATIONS.values()]
+        names = [f"{name}/{layer}.{BRANCHES[row]}" for layer, row in rows for name in ACTIVATIONS]
         return names, torch.stack([self.stats[layer][row] for layer, row in rows]).flatten()
 
 
