@@ -29,6 +29,7 @@ from nanochat.paths import data_dir
 from nanochat.sections import write_section
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def main(settings: Settings) -> None:
         pkgutil.resolve_name(known)(source, settings.num_files)
     manifest = parquet.load_manifest(data_dir(source))
     rows = []
-    for split in ("train", "val"):
+    for split in SPLITS:
         entries = [entry for entry in manifest["files"].values() if entry["split"] == split]
         documents, size = (sum(entry[key] for entry in entries) for key in ("documents", "utf8_bytes"))
         print(f"{source} {split}: {len(entries)} shards, {documents:,} documents, {size / 1e6:,.1f} MB of text")
@@ -143,9 +144,8 @@ def dataset_bytes(source: str, split: Split) -> int:
 
 def text_hash(source: str) -> str:
     """16 hex digits that change with the text of a source. Raises UserError when there is none, or a shard is gone."""
-    splits: tuple[Split, ...] = ("train", "val")
     files = [[path.name, entry["split"], entry["sha256"]]
-             for split in splits if list_shards(source, split)
+             for split in SPLITS if list_shards(source, split)
              for path, entry in _entries(canonical(source), split).items()]  # fmt: skip
     return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanochat.dataset import Split
+from nanochat.dataset import SPLITS, Split
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.paths import get_base_dir
@@ -354,28 +354,34 @@ def describe_folder(directory: str | Path) -> TokenFolder:
     damaged, or it has none and its files are not named as the community names them.
     """
     folder = _find(directory)
+    names = sorted(path.name for path in folder.glob("*.bin"))
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = _checked(json.loads((folder / "meta.json").read_bytes()), folder)
     except FileNotFoundError:
-        meta = None
-    except ValueError as error:
-        raise UserError(f"{folder / 'meta.json'} is damaged ({error}): make the folder again") from None
-    if meta is None:
-        splits, about = _by_name(folder, COMMUNITY_NAME), GPT2
-        strangers = sorted(path.name for path in folder.glob("*.bin") if not COMMUNITY_NAME.fullmatch(path.name))
-        if strangers:
+        meta = GPT2
+        if strangers := [name for name in names if not COMMUNITY_NAME.fullmatch(name)]:
             raise UserError(
                 f"{folder} has no meta.json to say whose tokens these are, and {strangers[0]} is not named as GPT-2's "
                 "community files are (fineweb_train_000001.bin): finish or repeat scripts.data_process.tokenize_text"
-            )
+            ) from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'meta.json'} is damaged ({error}): make the folder again") from None
+    train, val = (_files(folder, split, names, meta.get("splits")) for split in SPLITS)
+    return TokenFolder(folder, train, val, meta["vocab_size"], meta["document_token"], meta["tokenizer_hash"])
+
+
+def _files(folder: Path, split: Split, names: list[str], listed: dict[str, Any] | None) -> tuple[Path, ...]:
+    """The files of a split: those that meta.json lists, else by what their names say."""
+    if listed is None:
+        chosen = [name for name in names if (match := OUR_NAME.fullmatch(name)) and match[1] == split]
     else:
-        about = _checked(meta, folder)
-        splits = _as_listed(meta["splits"], folder) if "splits" in meta else _by_name(folder, OUR_NAME)
-    for split in ("train", "val"):
-        if not splits[split]:
-            raise UserError(f"{folder} has no {split} files (*_{split}_000000.bin): one at least is needed")
-    hash_, size, document = (about[key] for key in ("tokenizer_hash", "vocab_size", "document_token"))
-    return TokenFolder(folder, splits["train"], splits["val"], size, document, made_by=hash_)
+        chosen = sorted(listed.get(split, {}))
+    for name in chosen:
+        if name not in names:
+            raise UserError(f"{folder / name} is missing: make the folder again (meta.json names it)")
+    if not chosen:
+        raise UserError(f"{folder} has no {split} files (*_{split}_000000.bin): one at least is needed")
+    return tuple(folder / name for name in chosen)
 
 
 def open_folder(directory: str) -> TokenFolder:
@@ -411,21 +417,3 @@ def _checked(meta: Any, folder: Path) -> dict[str, Any]:
             "tokenizer_hash; make the folder again"
         )
     return meta
-
-
-def _by_name(folder: Path, pattern: re.Pattern[str]) -> dict[str, tuple[Path, ...]]:
-    """Files of each split by what their names say, sorted."""
-    found: dict[str, tuple[Path, ...]] = {"train": (), "val": ()}
-    for path in sorted(folder.glob("*.bin")):
-        if match := pattern.fullmatch(path.name):
-            found[match[1]] += (path,)
-    return found
-
-
-def _as_listed(splits: dict[str, Any], folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Files of each split that meta.json names, each of them there."""
-    listed = {split: tuple(folder / name for name in sorted(splits.get(split, {}))) for split in ("train", "val")}
-    for path in (*listed["train"], *listed["val"]):
-        if not path.is_file():
-            raise UserError(f"{path} is missing: make the folder again (meta.json names it)")
-    return listed
