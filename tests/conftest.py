@@ -6,6 +6,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # before torch is imported: threads beyond the cores slow many small tests down
@@ -14,6 +15,8 @@ _store = tempfile.mkdtemp(prefix="nanochat-tests-")
 os.environ["NANOCHAT_BASE_DIR"] = _store
 for _name in ("NANOCHAT_RUN_ID", "NANOCHAT_CONTINUE", "NANOCHAT_DTYPE", "PROFILE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(_name, None)
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("any machine")
 # A shell lets what it starts in the background ignore Ctrl-C, and those tests that send it would wait until training
 # ends by itself: 12 minutes.
 signal.signal(signal.SIGINT, signal.default_int_handler)

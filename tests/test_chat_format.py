@@ -3,14 +3,13 @@
 import copy
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 from scripts.tok_eval import TEXTS
 
-relaxed = settings(deadline=None)  # a busy machine is no failure
 # special tokens spelled out in the text, too: they must stay text
 odd_text = st.lists(st.one_of(st.sampled_from([*SPECIAL_TOKENS, "\n\n", " "]), st.text(max_size=8))).map("".join)
 
@@ -119,7 +118,6 @@ def _expected_trained_text(conversation) -> str:
     return text
 
 
-@relaxed
 @given(conversation=conversations(), max_tokens=st.integers(1, 200))
 def test_mask_selects_what_the_assistant_writes(tokenizer, conversation, max_tokens):
     untouched = copy.deepcopy(conversation)
@@ -134,7 +132,6 @@ def test_mask_selects_what_the_assistant_writes(tokenizer, conversation, max_tok
     assert conversation == untouched
 
 
-@relaxed
 @given(conversation=conversations())
 def test_completion_is_a_prefix_of_the_conversation(tokenizer, conversation):
     untouched = copy.deepcopy(conversation)

@@ -51,7 +51,7 @@ HALVES = {
 
 @given(conversations())
 @example(HALVES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_ids_and_mask_are_those_of_render_conversation(ours, theirs, conversation):
     ids, mask = ours.render_conversation(conversation, max_tokens=10_000)
     rendered = theirs.apply_chat_template(
@@ -62,7 +62,7 @@ def test_ids_and_mask_are_those_of_render_conversation(ours, theirs, conversatio
 
 
 @given(conversations())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_prompts_are_those_of_render_for_completion(ours, theirs, conversation):
     wanted = ours.render_for_completion(conversation)
     question = conversation["messages"][:-1]
@@ -82,7 +82,7 @@ def test_what_is_no_conversation_is_an_error(theirs):
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_transformers_encodes_and_decodes_text_as_we_do(ours, theirs, text):
     if any(name in text for name in SPECIAL_TOKENS):
         return

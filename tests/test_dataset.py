@@ -276,7 +276,7 @@ def test_every_kind_of_file_is_read(folder):
     assert (about["kind"], about["synthetic"]) == ("local files", False)
 
 
-@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=40, unique=True), st.randoms())
 def test_shards_do_not_depend_on_how_text_is_spread_over_files(tmp_path, texts, chance):
     results = []

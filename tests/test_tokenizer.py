@@ -41,8 +41,7 @@ ODD = [
 # fmt: on
 odd_text = st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=8))).map("".join)
 
-relaxed = settings(deadline=None)  # a busy machine is no failure
-many = settings(deadline=None, max_examples=300)
+many = settings(max_examples=300)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,6 @@ def test_known_texts_agree_and_compress(tokenizer, reference, huggingface, kind)
     assert len(ids) < 0.6 * len(text.encode())
 
 
-@relaxed
 @given(text=odd_text)
 def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -127,7 +125,6 @@ def test_lone_surrogates_are_named(tokenizer):
             call(["fine", "abc\ud83d!"])
 
 
-@relaxed
 @given(text=st.text(alphabet=st.characters(categories=["Cs", "Ll", "So"])))
 def test_repaired_text_is_what_tiktoken_makes_of_lone_surrogates(tokenizer, reference, text):
     ids = tokenizer.encode(repaired(text))
@@ -151,7 +148,6 @@ def test_an_unknown_special_token_cannot_be_allowed(tokenizer):
         tokenizer.encode("text", allowed_special={"<|end|>"})
 
 
-@relaxed
 @given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
 def test_a_stream_never_holds_half_a_character(tokenizer, ids):
     pieces = list(tokenizer.decode_stream(iter(ids)))
@@ -164,7 +160,6 @@ def test_a_stream_waits_for_the_rest_of_a_character(tokenizer):
     assert pieces == ["a", "", "", "€", ""]
 
 
-@relaxed
 @given(text=odd_text)
 def test_text_never_becomes_a_special_token(tokenizer, text):
     first_special = tokenizer.get_bos_token_id()
@@ -176,7 +171,6 @@ def test_text_never_becomes_a_special_token(tokenizer, text):
     assert specials == ["<|bos|>", "<|user_start|>", "<|user_end|>"]
 
 
-@relaxed
 @given(texts=st.lists(odd_text, max_size=6), num_threads=st.integers(1, 4))
 def test_batches_equal_single_texts(tokenizer, texts, num_threads):
     one_by_one = [tokenizer.encode(text) for text in texts]
@@ -273,7 +267,6 @@ def test_training_is_deterministic_and_the_hash_tells_tokenizers_apart(tokenizer
 # ---- files
 
 
-@relaxed
 @given(text=odd_text)
 def test_loaded_tokenizer_is_the_saved_one(tokenizer, tmp_path_factory, text):
     directory = tmp_path_factory.getbasetemp() / "round_trip"

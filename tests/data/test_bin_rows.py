@@ -140,7 +140,7 @@ def test_the_rest_of_a_document_longer_than_a_row_is_skipped():
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 5), st.integers(0, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_world_size_sees_the_same_global_batches_and_resumes(folder, world, world_after, rows, batch, before):
     first, state = all_ranks(folder, world, before, rows, batch)
     np.testing.assert_array_equal(first, cycled(0, before, rows))
@@ -286,7 +286,6 @@ def test_rows_arrive_on_the_gpu(folder):
 
 
 @given(st.integers(1, 60), st.integers(1, 900))
-@settings(deadline=None)
 def test_fixed_rows_are_the_first_tokens_each_predicted_once(folder, length, tokens):
     stream = np.concatenate(VAL).tolist()
     count = min(tokens // length, (len(stream) - 1) // length)

@@ -3,7 +3,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.data import bins
@@ -37,7 +37,6 @@ def with_meta(folder, **changes):
 # ---- one file
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(ids, max_size=5))
 def test_bytes_are_those_of_the_format(tmp_path_factory, parts):
     path = tmp_path_factory.mktemp("tokens") / "x_train_000000.bin"

@@ -131,7 +131,7 @@ def all_ranks(source, rows, device_batch, world, steps, state=None):
     st.integers(0, 4),
     st.sampled_from(["bestfit", "stream"]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_number_of_ranks_sees_the_same_batches_and_resumes(world, world_after, rows, device_batch, before, packing):
     source = packer(packing)
     expected, _ = all_ranks(source, rows, rows, 1, before + 2)

@@ -22,7 +22,7 @@ def make(lengths):
 
 
 @given(documents, st.integers(2, 33))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rows_are_full_start_with_bos_and_account_for_every_token(lengths, row_len):
     docs = make(lengths)
     rows, cropped = pack_rows(docs, row_len, BOS)
@@ -35,7 +35,7 @@ def test_rows_are_full_start_with_bos_and_account_for_every_token(lengths, row_l
 
 
 @given(documents, st.integers(2, 33))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_text_stays_in_order_after_each_bos(lengths, row_len):
     rows, _ = pack_rows(make(lengths), row_len, BOS)
     for row in rows:
@@ -69,7 +69,7 @@ def slow_pack(lengths, row_len):
 
 
 @given(documents, st.integers(2, 33))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_equals_scanning_best_fit(lengths, row_len):
     docs = make(lengths)
     pieces = [n for length in lengths for n in piece_lengths(length, row_len)]
@@ -160,7 +160,7 @@ def rendered(talks):
 
 
 @given(conversations, st.integers(21, 64))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_conversations_stay_whole_and_come_once(talks, row_len):
     tokens, mask = pack_conversations(rendered(talks), row_len, pad=BOS)
     assert tokens.shape == mask.shape and (not len(tokens) or tokens.shape[1] == row_len)
@@ -187,7 +187,7 @@ def slow_bins(lengths, row_len):
 
 
 @given(conversations, st.integers(2, 50))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_stream_has_every_token_in_order(talks, row_len):
     tokens, mask = stream_rows(rendered(talks), row_len, pad=99)
     flat = [token for ids, _ in rendered(talks) for token in ids]

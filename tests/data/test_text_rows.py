@@ -149,7 +149,7 @@ def all_ranks(world, steps, state=None, **options):
 @given(
     st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 5), st.integers(0, 4), st.integers(0, 3)
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_world_size_sees_the_same_global_batches_and_resumes(
     shared_source, world, world_after, rows, batch, before, seed
 ):

@@ -9,7 +9,6 @@ import tiktoken
 import tiktoken.load
 import tiktoken_ext.openai_public
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from nanochat import cli
@@ -21,8 +20,6 @@ from scripts import tok_eval, tok_train
 from scripts.tok_eval import TEXTS
 
 DOCUMENTS = {"train": [TEXTS["news"], "", TEXTS["code"], TEXTS["science"]], "val": [TEXTS["maths"]]}
-
-relaxed = hypothesis_settings(deadline=None)  # a busy machine is no failure
 
 
 @pytest.fixture
@@ -239,7 +236,6 @@ def test_addresses_and_hashes_are_those_of_the_installed_tiktoken(monkeypatch):
         assert asked == files
 
 
-@relaxed
 @given(documents=st.lists(st.text(alphabet="aé", max_size=9)), limit=st.integers(1, 40))
 def test_first_bytes_takes_just_enough_whole_documents(documents, limit):
     chosen = tok_eval.first_bytes(documents, limit)
