@@ -1,4 +1,4 @@
-"""Evaluation bundles in the published layout: what they hold, and reading one with every check made at once.
+"""Evaluation bundles in the published layout: what they hold, and reading one with all checks at once.
 
 A bundle is a folder with `core.yaml` (the tasks), `eval_meta_data.csv` (random baseline of each task, in percent) and
 `eval_data/<dataset_uri>` (JSONL, one item a line). Three kinds of task: `multiple_choice` (query, choices, gold),
@@ -60,7 +60,7 @@ class Bundle:
 
 
 def load_bundle(path: Path) -> Bundle:
-    """Read and check a whole bundle. Raises UserError, in one line, where something is missing or damaged."""
+    """Read and check all of a bundle. Raises UserError, in one line, where something is missing or damaged."""
     hint = "make one with `python -m scripts.make_eval_bundle`"
     config, meta = path / "core.yaml", path / "eval_meta_data.csv"
     for file in (config, meta):
@@ -87,7 +87,7 @@ def load_bundle(path: Path) -> Bundle:
 
 
 def _read_marker(path: Path) -> tuple[str, str]:
-    """(kind, source) from bundle.json; a bundle without one is taken for a published one."""
+    """(kind, source) from bundle.json; a bundle without one counts as published."""
     marker = path / MARKER
     if not marker.is_file():
         return "published", ""
@@ -121,17 +121,14 @@ def _load_task(entry: dict[str, Any], baselines: dict[str, float], data: Path) -
 def _load_items(file: Path, kind: str) -> list[dict[str, Any]]:
     if not file.is_file():
         raise ValueError(f"{file.name} is missing")
-    lines = file.read_text(encoding="utf-8").split("\n")
-    items = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            items.append(_check_item(line, kind, f"{file.name} line {number}"))
+    lines = enumerate(file.read_text(encoding="utf-8").split("\n"), start=1)
+    items = [_checked_item(line, kind, f"{file.name} line {number}") for number, line in lines if line.strip()]
     if not items:
         raise ValueError(f"{file.name} is empty")
     return items
 
 
-def _check_item(line: str, kind: str, where: str) -> dict[str, Any]:
+def _checked_item(line: str, kind: str, where: str) -> dict[str, Any]:
     try:
         item = json.loads(line)
     except ValueError as error:

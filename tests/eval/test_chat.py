@@ -1,4 +1,4 @@
-"""chat_eval.py, library and script: batches against single items, the estimator, several ranks, what is written."""
+"""chat.py and its script: batches against single items, the estimator, several ranks, what is written."""
 
 import csv
 import itertools

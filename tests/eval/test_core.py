@@ -1,4 +1,4 @@
-"""core_eval.py: the batched scorer against a slow one, the prompts, the bundle's checks, several ranks."""
+"""core.py: the batched scorer against a slow one, the prompts, the bundle's checks, several ranks."""
 
 import csv
 import json
