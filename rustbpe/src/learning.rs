@@ -70,18 +70,42 @@ pub struct Taken {
     bytes: usize,
 }
 
-/// Counts and learns.
-struct Learner {
-    plan: Plan,
-    counter: WordCounter,
+/// Tells how far training is.
+struct Progress {
+    callback: Option<Py<PyAny>>,
     taken: Taken,
     told: Instant,
 }
 
+impl Progress {
+    /// Hears Ctrl-C, and calls callback(documents, bytes, merges), if it is time. Called without the GIL.
+    fn tick(&mut self, merges: usize, now: bool) -> PyResult<()> {
+        if !now && self.told.elapsed() < INTERVAL {
+            return Ok(());
+        }
+        self.told = Instant::now();
+        Python::attach(|py| {
+            py.check_signals()?;
+            match &self.callback {
+                Some(callback) => callback.call1(py, (self.taken.documents, self.taken.bytes, merges)).map(drop),
+                None => Ok(()),
+            }
+        })
+    }
+}
+
+/// Counts and learns.
+struct Learner {
+    plan: Plan,
+    counter: WordCounter,
+    progress: Progress,
+}
+
 impl Learner {
-    fn new(plan: Plan) -> Self {
+    fn new(mut plan: Plan) -> Self {
         let counter = WordCounter::new(&plan.splitter);
-        Learner { plan, counter, taken: Taken::default(), told: Instant::now() }
+        let progress = Progress { callback: plan.progress.take(), taken: Taken::default(), told: Instant::now() };
+        Learner { plan, counter, progress }
     }
 
     /// Counts documents. Called without the GIL.
@@ -90,39 +114,24 @@ impl Learner {
         if let Some(most) = self.plan.max_distinct_words {
             self.counter.prune(most);
         }
-        self.taken.documents += documents.len();
-        self.taken.bytes += documents.bytes();
+        self.progress.taken.documents += documents.len();
+        self.progress.taken.bytes += documents.bytes();
         Ok(())
     }
 
-    /// Hears Ctrl-C, and calls progress(documents, bytes, merges), if it is time. Called without the GIL.
-    fn tick(&mut self, merges: usize, now: bool) -> PyResult<()> {
-        if !now && self.told.elapsed() < INTERVAL {
-            return Ok(());
-        }
-        self.told = Instant::now();
-        Python::attach(|py| {
-            py.check_signals()?;
-            match &self.plan.progress {
-                Some(progress) => progress.call1(py, (self.taken.documents, self.taken.bytes, merges)).map(drop),
-                None => Ok(()),
-            }
-        })
-    }
-
     /// Learns the merges. Called without the GIL.
-    fn finish(mut self) -> PyResult<(Model, Taken)> {
-        self.tick(0, true)?;
-        let counter = std::mem::replace(&mut self.counter, WordCounter::new(&self.plan.splitter));
+    fn finish(self) -> PyResult<(Model, Taken)> {
+        let Learner { plan, counter, mut progress } = self;
+        progress.tick(0, true)?;
         let trainer = Trainer::new(&counter).map_err(PyValueError::new_err)?;
         drop(counter);
         let mut merges = 0;
-        let learned = trainer.learn(self.plan.size, || {
+        let learned = trainer.learn(plan.size, || {
             merges += 1;
-            self.tick(merges - 1, false)
+            progress.tick(merges - 1, false)
         })?;
-        self.tick(learned.len(), true)?;
-        Ok((Model::new(Vocab::from_merges(&learned), self.plan.splitter), self.taken))
+        progress.tick(learned.len(), true)?;
+        Ok((Model::new(Vocab::from_merges(&learned), plan.splitter), progress.taken))
     }
 }
 
@@ -152,7 +161,7 @@ pub fn from_iterator(py: Python<'_>, plan: Plan, iterator: &Bound<'_, PyAny>, bu
         if documents.len() >= buffer_size || documents.bytes() >= buffer_bytes {
             py.detach(|| -> PyResult<()> {
                 learner.count(&documents)?;
-                learner.tick(0, true)
+                learner.progress.tick(0, true)
             })?;
             documents.clear();
         }
@@ -184,9 +193,9 @@ pub fn from_parquet(
                 let mut documents = part.map_err(PyValueError::new_err)?;
                 let characters = documents.keep_chars(left);
                 left -= characters;
-                learner.taken.characters += characters;
+                learner.progress.taken.characters += characters;
                 learner.count(&documents)?;
-                learner.tick(0, false)?;
+                learner.progress.tick(0, false)?;
             }
             if left == 0 {
                 break;

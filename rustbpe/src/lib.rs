@@ -25,9 +25,7 @@ mod split_default;
 mod split_gpt2;
 mod split_o200k;
 #[cfg(test)]
-mod split_tests;
-#[cfg(test)]
-mod testing;
+mod tests;
 pub mod train;
 pub mod vocab;
 mod window;

@@ -80,15 +80,7 @@ impl Tokenizer {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts is one str; pass a list of str, or use encode"));
         }
-        let threads = match num_threads {
-            None => None,
-            Some(n) if n >= 1 => Some(n as usize),
-            Some(n) => {
-                return Err(PyValueError::new_err(format!(
-                    "num_threads is {n}; it must be at least 1, or None for one a core"
-                )));
-            }
-        };
+        let threads = num_threads.map(|threads| at_least("num_threads", threads, 1)).transpose()?;
         let texts = texts.try_iter()?.map(|text| text?.extract::<PyBackedStr>()).collect::<PyResult<Vec<_>>>()?;
         Ok(py.detach(|| model.encode_batch(&texts, threads))?)
     }

@@ -65,22 +65,10 @@ impl<R: Rules, C: Chunks> Job for Split<'_, R, C> {
     }
 }
 
-/// [`split`] without a look at windows.
-#[cfg(test)]
-pub fn split_without_windows(rules: impl Rules, bytes: &[u8], mut chunks: impl Chunks) {
-    let text = Text { bytes, table: &CLASSES };
-    let mut start = 0;
-    while start < bytes.len() {
-        let end = rules.chunk_end(&text, start);
-        chunks.add(bytes, &[start, end]);
-        start = end;
-    }
-}
-
 /// Text, and what its characters are.
 pub struct Text<'a> {
     pub bytes: &'a [u8],
-    table: &'a ClassTable,
+    pub table: &'a ClassTable,
 }
 
 /// A run of white space.

@@ -55,10 +55,3 @@ fn has_avx2() -> bool {
 unsafe fn run_with_avx2(job: impl Job) {
     job.run(Avx2(()));
 }
-
-/// Does a job once in every way that this processor knows.
-#[cfg(test)]
-pub fn run_each(job: impl Job + Copy) {
-    job.run(BASELINE);
-    run(job);
-}

@@ -94,17 +94,6 @@ impl Splitter {
         Ok(())
     }
 
-    /// [`Splitter::split`] of a hand-written splitter, by its scan alone.
-    #[cfg(test)]
-    pub fn split_without_windows(&self, text: &str, chunks: impl Chunks) {
-        match &self.engine {
-            Engine::Default(style) => scan::split_without_windows(*style, text.as_bytes(), chunks),
-            Engine::Gpt2(gpt2) => scan::split_without_windows(*gpt2, text.as_bytes(), chunks),
-            Engine::O200k(o200k) => scan::split_without_windows(*o200k, text.as_bytes(), chunks),
-            Engine::Regex(_) => unreachable!("{:?} has no hand-written splitter", self.pattern),
-        }
-    }
-
     fn split_with(&self, regex: &fancy_regex::Regex, text: &str, chunks: &mut impl Chunks) -> Result<(), SplitError> {
         let mut borders = Borders::from(0);
         for found in regex.find_iter(text) {
@@ -132,44 +121,5 @@ fn one_line(error: &dyn fmt::Display) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn chunks<'a>(splitter: &Splitter, text: &'a str) -> Vec<&'a str> {
-        let mut found = Vec::new();
-        splitter.split(text, |start, end| found.push(&text[start..end])).unwrap();
-        found
-    }
-
-    #[test]
-    fn splits_as_the_pattern_says() {
-        let text = "I'll pay 12345 $$\n\n  for\tit,  OK?\r\n 'S x ";
-        let want = vec![
-            "I", "'ll", " pay", " ", "12", "34", "5", " $$\n\n", " ", " for", "\tit", ",", " ", " OK", "?\r\n", " '",
-            "S", " x", " ",
-        ];
-        assert_eq!(chunks(&Splitter::new(SPLIT_PATTERN).unwrap(), text), want);
-        assert_eq!(chunks(&Splitter::with_regex(SPLIT_PATTERN).unwrap(), text), want);
-    }
-
-    #[test]
-    fn custom_patterns_drop_what_they_do_not_match() {
-        let splitter = Splitter::new(r"[a-z]+|x*").unwrap();
-        assert_eq!(chunks(&splitter, "ab 12 cd"), vec!["ab", "cd"]);
-        let many = "ab1cd".repeat(300);
-        assert_eq!(chunks(&splitter, &many), [["ab"].as_slice(), &["cdab"; 299], &["cd"]].concat());
-    }
-
-    #[test]
-    fn a_broken_pattern_is_a_one_line_error() {
-        let error = Splitter::new("(unclosed").unwrap_err().to_string();
-        assert!(error.contains("\"(unclosed\"") && !error.contains('\n'), "{error}");
-    }
-
-    #[test]
-    fn a_pattern_that_gives_up_is_an_error() {
-        let splitter = Splitter::with_regex(r"(?:a|aa)+(?!\S)b").unwrap();
-        let error = splitter.split(&"a".repeat(200), |_, _| {}).unwrap_err().to_string();
-        assert!(error.contains("gave up on a text of 200 bytes") && !error.contains('\n'), "{error}");
-    }
-}
+#[path = "tests/split.rs"]
+mod tests;

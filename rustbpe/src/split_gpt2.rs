@@ -71,15 +71,5 @@ impl Rules for Gpt2 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::Gpt2;
-    use crate::split_tests::{GPT2, R50K};
-
-    #[test]
-    fn patterns_are_recognised() {
-        for pattern in [GPT2, R50K, &GPT2.replace(r"\p{L}+", r"[\p{L}]+").replace(r"\p{N}+", r"[\p{N}]+")] {
-            assert_eq!(Gpt2::of(pattern), Some(Gpt2));
-            assert_eq!(Gpt2::of(&format!("{pattern} ")), None);
-        }
-    }
-}
+#[path = "tests/split_gpt2.rs"]
+mod tests;

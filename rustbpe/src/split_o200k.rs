@@ -139,13 +139,5 @@ fn punctuation_end(text: &Text, at: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::O200k;
-    use crate::split_tests::O200K;
-
-    #[test]
-    fn patterns_are_recognised() {
-        assert_eq!(O200k::of(O200K), Some(O200k));
-        assert_eq!(O200k::of(&format!("{O200K} ")), None);
-    }
-}
+#[path = "tests/split_o200k.rs"]
+mod tests;

@@ -2,6 +2,14 @@
 
 use std::collections::HashMap;
 
+use crate::simd::{self, BASELINE, Job};
+
+/// Does a job once in every way that this processor knows.
+pub fn run_each(job: impl Job + Copy) {
+    job.run(BASELINE);
+    simd::run(job);
+}
+
 /// A small generator with a fixed seed (splitmix64), so a failing test fails again.
 pub struct Random(u64);
 
