@@ -14,7 +14,6 @@ tensor is filled in place, on any device, and of a DTensor only the local rows, 
     python -m nanochat.checkpoint export --stage=base --tag=d12 --out=d12.safetensors
 """
 
-import hashlib
 import json
 import os
 import random
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from nanochat import cli
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, atomic_write_text
+from nanochat.files import atomic_write, atomic_write_text, sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, slug
@@ -194,7 +193,7 @@ def load_optimizer(folder: Path, step: int, optimizer: MuonAdamW, num_steps: int
 
 def identity(folder: Path, step: int) -> str:
     """Tells this checkpoint from one that another run left at the same place: a hash of meta.json, timings and all."""
-    return hashlib.sha256((step_dir(folder, step) / "meta.json").read_bytes()).hexdigest()[:16]
+    return sha256_file(step_dir(folder, step) / "meta.json")[:16]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,6 @@ HEARTBEAT_SECONDS = 30.0  # while waiting for the disk
 SLOWEST_DISK = datetime.timedelta(hours=2)  # how long ranks that have written their part wait for the last one
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a tensor, copied to the CPU, and where they are in the unsharded tensor."""
-
-    rows: Tensor
-    offsets: torch.Size
-    shape: torch.Size
-
-
 class Saver:
     """Writes the checkpoints of one run; created, used and closed by all ranks together.
 
@@ -69,9 +60,10 @@ class Saver:
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.rank = dist.get_rank()
             self.group = dist.new_group(backend="gloo", timeout=SLOWEST_DISK)  # type: ignore[assignment]
-        self._agree(self._prepare_folder() if self.rank == 0 else None)
+        self._on_first_rank(self._prepare_folder)
         tensors = self._tensors()
         self.assigned = self._share(tensors)
+        self.write_items = [_write_item(name, tensors[name]) for name in self.assigned]
         self.device = local(next(iter(tensors.values()))).device
         self.pinned: dict[str, Tensor] = {}
         if self.device.type == "cuda":
@@ -88,14 +80,13 @@ class Saver:
         """
         started = time.perf_counter()
         self.wait()
-        self._agree(self._check_space(last) if self.rank == 0 else None)
+        self._on_first_rank(lambda: self._check_space(last))
         # torch takes a process without a group for one that has lost it; here it is meant
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         steps = self.optimizer.num_steps if self.optimizer is not None else 0
         about = {"format": FORMAT, "step": step, "optimizer_steps": steps, **meta}
         document = json.dumps({**about, "rng": self._gather(rng_state(), only_first=True)}, indent=1) + "\n"
-        parts, copied = self._stage()
-        job = (step, last, parts, copied, document)
+        job = (step, last, *self._stage(), document)
         self.thread = threading.Thread(target=self._run, args=job, name=f"save step {step}", daemon=True)
         self.thread.start()
         return time.perf_counter() - started
@@ -126,13 +117,12 @@ class Saver:
         state = self.optimizer.named_state() if self.optimizer is not None else {}
         return weights | {f"optimizer.{name}": tensor for name, tensor in state.items()}
 
-    def _prepare_folder(self) -> BaseException | None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _clean(self.folder)
-        except OSError as error:
-            return _explained(error, self.folder)
-        return None
+    def _prepare_folder(self) -> None:
+        """Delete what a killed run has left: checkpoints partly written or partly deleted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in [*self.folder.glob(".partial_*"), *self.folder.glob("step_*")]:
+            if path.name.startswith(".partial_") or not (path / "COMMITTED").exists():
+                shutil.rmtree(path)
 
     def _share(self, tensors: dict[str, Tensor]) -> list[str]:
         """Names of the tensors whose local rows this rank writes: each part once, and on every rank about as many
@@ -157,42 +147,32 @@ class Saver:
                 assigned.append(name)
         return assigned
 
-    def _check_space(self, last: bool) -> BaseException | None:
-        """Why the checkpoint will not fit. Asked first, because what a full disk raises from inside the writers is
-        anything from OSError to a RuntimeError about an archive."""
+    def _check_space(self, last: bool) -> None:
+        """Raises UserError where the checkpoint will not fit. Asked first, because what a full disk raises from inside
+        the writers is anything from OSError to a RuntimeError about an archive."""
         needed = self.total_bytes + (self.model_bytes if last else 0)
-        try:
-            free = shutil.disk_usage(self.folder).free
-        except OSError as error:
-            return _explained(error, self.folder)
-        if free >= needed:
-            return None
-        return UserError(
-            f"disk full: the checkpoint needs {needed / 1e6:,.0f} MB and {self.folder} has {free / 1e6:,.0f} MB left; "
-            "free some space and run again with --resume=auto"
-        )
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"disk full: the checkpoint needs {needed / 1e6:,.0f} MB and {self.folder} has {free / 1e6:,.0f} MB "
+                "left; free some space and run again with --resume=auto"
+            )
 
-    def _stage(self) -> tuple[dict[str, _Part], torch.cuda.Event | None]:
+    def _stage(self) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Copy this rank's share to the CPU; on a GPU only enqueue that, and give an event that follows it."""
         tensors = self._tensors()
-        parts = {}
-        for name in self.assigned:
-            tensor = tensors[name]
-            rows = local(tensor)
-            if self.pinned:
-                copy = self.pinned[name].copy_(rows, non_blocking=True)
-            else:
-                copy = rows.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            offsets = (row_range(tensor)[0], *[0] * (tensor.ndim - 1)) if tensor.ndim > 0 else ()
-            parts[name] = _Part(copy, torch.Size(offsets), tensor.shape)
+        rows = {name: local(tensors[name]) for name in self.assigned}
         if not self.pinned:
-            return parts, None
+            form = torch.contiguous_format
+            return {name: part.to("cpu", copy=True, memory_format=form) for name, part in rows.items()}, None
+        for name, tensor in rows.items():
+            self.pinned[name].copy_(tensor, non_blocking=True)
         copied = torch.cuda.Event(blocking=True)  # the waiting thread sleeps instead of taking a core from the loop
         copied.record(torch.cuda.current_stream(self.device))
-        return parts, copied
+        return self.pinned, copied
 
     def _run(
-        self, step: int, last: bool, parts: dict[str, _Part], copied: torch.cuda.Event | None, document: str
+        self, step: int, last: bool, rows: dict[str, Tensor], copied: torch.cuda.Event | None, document: str
     ) -> None:
         """The thread: write, and leave what went wrong in `failure`. Nothing it is given changes while training goes
         on."""
@@ -202,10 +182,10 @@ class Saver:
                 torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and would take memory there
                 copied.synchronize()
             dcp.save(
-                {name: part.rows for name, part in parts.items()},
+                rows,
                 # copy-ahead is for tensors on a GPU, and would synchronise its stream
                 storage_writer=dcp.FileSystemWriter(partial / "state", per_thread_copy_ahead=0),
-                planner=_PartsPlanner(parts),
+                planner=_Planner(self.write_items, rows),
                 process_group=self.group,
                 no_dist=self.group is None,
             )
@@ -242,6 +222,16 @@ class Saver:
         dist.gather_object(value, values if self.rank == 0 else None, dst=0, group=self.group)
         return values
 
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        """Call `action` on rank 0; what it raises is raised on all ranks."""
+        problem = None
+        try:
+            if self.rank == 0:
+                action()
+        except (OSError, UserError) as error:
+            problem = _explained(error, self.folder)
+        self._agree(problem)
+
     def _agree(self, problem: BaseException | None) -> None:
         """Raise on all ranks when one of them has a problem, so that none goes on alone."""
         problems = self._gather(problem and (isinstance(problem, UserError), str(problem)))
@@ -253,26 +243,28 @@ class Saver:
                 raise UserError(text) if is_user_error else RuntimeError(f"rank {rank} cannot save: {text}")
 
 
-class _PartsPlanner(dcp.DefaultSavePlanner):
-    """Writes each part under its offset in the unsharded tensor, as DCP does for DTensors; those would need a mesh of
+class _Planner(dcp.DefaultSavePlanner):
+    """Writes rows under their offset in the unsharded tensor, as DCP does for DTensors; those would need a mesh of
     CPUs, with process groups that nothing else uses."""
 
-    def __init__(self, parts: dict[str, _Part]) -> None:
+    def __init__(self, write_items: list[WriteItem], rows: dict[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.parts = parts
+        self.write_items, self.rows = write_items, rows
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(name, part) for name, part in self.parts.items()])
+        self.plan = SavePlan(list(self.write_items))
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.parts[write_item.index.fqn].rows
+        return self.rows[write_item.index.fqn]
 
 
-def _write_item(name: str, part: _Part) -> WriteItem:
-    chunk = ChunkStorageMetadata(offsets=part.offsets, sizes=part.rows.shape)
-    about = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=part.rows.dtype), size=part.shape)
-    return WriteItem(index=MetadataIndex(name, part.offsets), type=WriteItemType.SHARD, tensor_data=about)
+def _write_item(name: str, tensor: Tensor) -> WriteItem:
+    rows = local(tensor)
+    offsets = torch.Size((row_range(tensor)[0], *[0] * (tensor.ndim - 1)) if tensor.ndim > 0 else ())
+    chunk = ChunkStorageMetadata(offsets=offsets, sizes=rows.shape)
+    about = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=rows.dtype), size=tensor.shape)
+    return WriteItem(index=MetadataIndex(name, offsets), type=WriteItemType.SHARD, tensor_data=about)
 
 
 def _explained(error: BaseException, path: Path) -> BaseException:
@@ -286,10 +278,3 @@ def _explained(error: BaseException, path: Path) -> BaseException:
         return error
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return UserError(f"cannot write {path}: {reason}; free some space and run again with --resume=auto")
-
-
-def _clean(folder: Path) -> None:
-    """Delete what a killed run has left in `folder`: checkpoints partly written or partly deleted."""
-    for path in [*folder.glob(".partial_*"), *folder.glob("step_*")]:
-        if path.name.startswith(".partial_") or not (path / "COMMITTED").exists():
-            shutil.rmtree(path)

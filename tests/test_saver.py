@@ -115,7 +115,7 @@ def write(folder, step, layout, seed, last=False):
     with saving(folder, model, optimizer) as made:
         made.save(step, {}, last=last)
         made.wait()
-        staged = sum(part.rows.nbytes for part in made._stage()[0].values())
+        staged = sum(rows.nbytes for rows in made._stage()[0].values())
         return staged, made.total_bytes
 
 
