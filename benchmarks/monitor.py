@@ -164,9 +164,8 @@ def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: b
         "spectral": MonitorSettings(1, activations=False),
         "everything": MonitorSettings(1),
     }
-    monitors = {name: Monitor(model, optimizer, about) for name, about in kinds.items()}
-
-    unread: list[Snapshot] = []
+    monitors = {name: Monitor(model, optimizer, kind) for name, kind in kinds.items()}
+    pending: list[Snapshot] = []
 
     def step(monitor: Monitor | None) -> None:
         if monitor is not None:
@@ -178,7 +177,7 @@ def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: b
         optimizer.step(max_norm=1.0)
         optimizer.zero_grad(set_to_none=True)
         if monitor is not None and (snapshot := monitor.after_update()) is not None:
-            unread.append(snapshot)
+            pending.append(snapshot)
 
     plain: list[float] = []
     added: dict[str, list[float]] = {name: [] for name in monitors}
@@ -186,8 +185,8 @@ def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: b
         for name, monitor in monitors.items():
             order = (None, monitor) if turn % 2 else (monitor, None)  # the clock of the card drifts
             times = dict(zip(order, in_a_row([partial(step, one) for one in order], device), strict=True))
-            while unread:  # as the console does, when the device has gone on
-                unread.pop().read()
+            while pending:  # as the console does, when the device has gone on
+                pending.pop().read()
             if turn >= 3:
                 plain.append(times[None])
                 added[name].append(times[monitor] - times[None])

@@ -310,6 +310,8 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
+    from nanochat.hardware import hardware  # with torch, which the workers do without
+
     if not list(Path(settings.source).glob("*.parquet")):
         raise UserError(f"{settings.source} holds no parquet files")
     rows: dict[str, dict[str, Any]] = {}
@@ -321,9 +323,12 @@ def main(settings: Settings) -> None:
                         given = asdict(settings) | {"threads": threads, "tokenizer": name, "action": action}
                         keep_fastest(rows, Job(**given, ranks=os.path.join(folder, "ours.tiktoken")))
     compare(rows)
-    print(table(settings, rows))
+    cpu = hardware()["processor"]
+    print(f"{cpu}: pattern {settings.pattern}, {settings.vocab_size:,} tokens from {settings.megabytes} MB, "
+          f"{settings.held_out_megabytes} MB encoded")  # fmt: skip
+    print(table(rows))
     report = {
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(settings, name) for name in (RUSTBPE, TOKENIZERS, TIKTOKEN, GIGATOKEN, FASTOKENS)},
         "settings": cli.as_dict(settings, without=["out"])
         | {"source": Path(settings.source).name, "peers": bool(settings.peers)},
@@ -336,7 +341,7 @@ def main(settings: Settings) -> None:
 
 
 def keep_fastest(rows: dict[str, dict[str, Any]], job: Job) -> None:
-    """Do the job, and keep of each of its figures the least of all rounds."""
+    """Do the job, and keep the least of each of its numbers over all rounds."""
     result = run_job(job)
     if "error" in result and job.tokenizer == OURS:
         raise UserError(f"ours fails: {result['error']}")
@@ -358,27 +363,22 @@ def compare(rows: dict[str, dict[str, Any]]) -> None:
             row["same"] = row["output"] == ours[row["what"].split()[0]]
 
 
-def table(settings: Settings, rows: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        f"{cpu_name()}: pattern {settings.pattern}, {settings.vocab_size:,} tokens from {settings.megabytes} MB, "
-        f"{settings.held_out_megabytes} MB encoded",
-        f"{'':<22} {'threads':>7} {'':<11} {'first':>17} {'ours is':>8} {'warm':>17} {'ours is':>8} {'peak':>8} output",
-    ]
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    head = f"{'first':>17} {'ours is':>8} {'warm':>17} {'ours is':>8} {'peak':>8} output"
+    lines = [f"{'':<22} {'threads':>7} {'':<11} {head}"]
     for row in sorted(rows.values(), key=lambda row: (row["what"].split()[0] != "train", row["threads"], row["what"])):
         start = f"{row['what']:<22} {row['threads']:>7} {row['tokenizer']:<11}"
         if "error" in row:
             lines.append(f"{start} {row['error']}")
             continue
         ours = rows[f"{row['what']}, {OURS}, {row['threads']}"]
-        cells = []
-        for figure in ("seconds", "warm") if "seconds" in row else ("first", "warm"):
-            if figure in row:
-                cells.append(f"{row[figure]:6.3f} s {row['megabytes'] / row[figure]:4.0f} MB/s")
-                cells.append(f"{row[figure] / ours[figure]:7.1f}x")
-            else:
-                cells += [" " * 17, " " * 8]
+        cells = [
+            f"{row[time]:6.3f} s {row['megabytes'] / row[time]:4.0f} MB/s {row[time] / ours[time]:7.1f}x"
+            for time in ("seconds", "first", "warm")
+            if time in row
+        ]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:5.0f} MB"
-        lines.append(f"{start} {' '.join(cells)} {peak:>8} {'same' if row['same'] else 'DIFFERS'}")
+        lines.append(f"{start} {' '.join(cells):<53} {peak:>8} {'same' if row['same'] else 'DIFFERS'}")
     return "\n".join(lines)
 
 
@@ -388,14 +388,6 @@ def version(settings: Settings, name: str) -> str | None:
     for found in importlib.metadata.distributions(name=name, path=paths + ([] if name == RUSTBPE else sys.path)):
         return found.version
     return None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -181,15 +181,13 @@ def markov_batches(
 
 
 def read_runs(folders: str) -> list[Record]:
-    """What runs of base_train recorded: folders, or names of runs, with commas between them."""
+    """What runs of base_train recorded: folders or run ids, with commas between them."""
     paths = []
     for name in folders.split(","):
-        path = Path(name) / RECORDS
-        if not path.is_file() and (run_dir(name) / RECORDS).is_file():
-            path = run_dir(name) / RECORDS
-        paths.append(path)
-        if not path.is_file():
-            raise UserError(f"--from: there is no {path}; train with --coord-check")
+        found = [path for path in (Path(name) / RECORDS, run_dir(name) / RECORDS) if path.is_file()]
+        if not found:
+            raise UserError(f"--from: there is no {Path(name) / RECORDS}, and no run {name} with one: --coord-check")
+        paths.append(found[0])
     return read_records(paths)
 
 

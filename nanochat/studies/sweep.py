@@ -1,8 +1,8 @@
 """Runs of a learning-rate sweep: short trainings on text that is new at every step, the same for all that are compared.
 
-A model is built and compiled once for all runs of its width, the text is read once for all runs of a seed, and each run
-that ends is a line of DIR/runs.jsonl. Several processes may work on one folder: a run belongs to whoever has locked its
-file in DIR/claims. What the runs say is the business of nanochat.studies.transfer.
+A model is built and compiled once for all runs of its width, the text is read once for all runs of a seed, and each
+finished run is a line of DIR/runs.jsonl. Several processes may work on one folder: a run belongs to the one that holds
+the lock on its file in DIR/claims. nanochat.studies.transfer analyses the results.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ from nanochat.config import LEARNING_RATES, TUNED_AT, Arch, ArchFlags, GPTConfig
 from nanochat.dataloader import RowLoader, open_data, plan_batch, row_batches
 from nanochat.dataset import source_flag, text_hash
 from nanochat.errors import UserError
-from nanochat.files import append_jsonl, atomic_write, read_jsonl
+from nanochat.files import append_jsonl, atomic_write_text, read_jsonl
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
@@ -88,7 +88,7 @@ class Run(NamedTuple):
         return f"{'muP' if self.mup else 'SP'} width {self.width} x{2**self.log2_rate:g} seed {self.seed}"
 
 
-# ---- What has been done
+# ---- finished and claimed runs
 
 
 def recipe(settings: SweepSettings, identity: Mapping[str, str]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def recipe(settings: SweepSettings, identity: Mapping[str, str]) -> dict[str, An
 
 
 def open_folder(folder: Path, wanted: dict[str, Any]) -> None:
-    """Make the folder of a sweep, or check that the one that is there is of the same recipe. Raises UserError."""
+    """Create the folder of a sweep, or check that an existing one has the same recipe. Raises UserError."""
     path = folder / "settings.json"
     if path.exists():
         there = json.loads(path.read_text())
@@ -108,9 +108,7 @@ def open_folder(folder: Path, wanted: dict[str, Any]) -> None:
                     f"{folder} holds runs with {name}={there.get(name)}, and now it is {value}: give another --out"
                 )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(wanted, indent=2) + "\n")
+    atomic_write_text(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def finished_runs(folder: Path) -> dict[Run, dict[str, Any]]:
@@ -126,8 +124,8 @@ def append_run(folder: Path, record: dict[str, Any]) -> None:
 
 @contextmanager
 def claim(folder: Path, run: Run) -> Iterator[bool]:
-    """Whether this process may make the run: nobody else can while this is entered, and anybody when the process ends,
-    however it ends. False where another one has it, or has made it."""
+    """Whether this process may train the run: no other can inside the `with`, any can once the process has ended,
+    however it ended. False where another process is training it, or it is finished."""
     path = folder / "claims" / str(run)
     path.parent.mkdir(exist_ok=True)
     with open(path, "w") as file:
@@ -141,19 +139,16 @@ def claim(folder: Path, run: Run) -> Iterator[bool]:
 
 
 def in_turn(folder: Path, runs: Sequence[Run], built: Container[tuple[bool, int]]) -> Iterator[Run]:
-    """Runs that are not finished, in the order in which this process should try to claim them: as they are given, so
-    that all widths go seed by seed, but those of models that others are training last, since it would have to compile
-    those first. built: (mup, width) of models that this process has."""
+    """Unfinished runs, in the order in which this process should try to claim them: the given order, seed by seed, but
+    last those of models that others are training, since it would have to compile those first. built: (mup, width) of
+    the models that this process has."""
     done = finished_runs(folder)
     others = {path.name.rpartition(" x")[0] for path in (folder / "claims").glob("*")}
-
-    def foreign(run: Run) -> bool:
-        return run[:2] not in built and str(run).rpartition(" x")[0] in others
-
-    yield from sorted((run for run in runs if run not in done), key=foreign)
+    left = [run for run in runs if run not in done]
+    yield from sorted(left, key=lambda run: run[:2] not in built and str(run).rpartition(" x")[0] in others)
 
 
-# ---- Text
+# ---- text
 
 
 class Text(NamedTuple):
@@ -162,10 +157,9 @@ class Text(NamedTuple):
     vocab_size: int
     document_token: int
     identity: dict[str, str]
-    """source, with a folder's path in full; tokens, a hash of what turns text into them, or of token files; text, a
-    hash of the shards."""
+    """source, with a folder's full path; tokens, a hash of the tokenizer or of the token files; text, of the shards."""
     train: Callable[[int], Iterator[np.ndarray]]
-    """Seed -> batches (rows a step, max_seq_len + 1), a step after the other, none of them twice."""
+    """Seed -> batches (rows a step, max_seq_len + 1), one a step, none of them twice."""
     val: Callable[[], np.ndarray]
     """Validation rows (N, max_seq_len + 1)."""
 
@@ -188,7 +182,7 @@ def open_text(settings: SweepSettings) -> Text:
                 if _repeats(loader):
                     raise _not_fresh(settings, seed, step - skipped)
                 if step >= skipped:
-                    yield _rows(*batch)
+                    yield torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1).to(torch.int32).numpy()
         finally:
             loader.close()
 
@@ -197,16 +191,12 @@ def open_text(settings: SweepSettings) -> Text:
 
 
 def _repeats(loader: RowLoader) -> bool:
-    """Whether the last batch holds text that has been given before."""
+    """Whether the last batch holds text of an earlier one."""
     state = loader.state_dict()
     if "positions" not in state:  # token files, read in their order
         return loader.epoch() > 1
     units = [number + (begun - 1) * state["streams"] for number, (begun, _, _) in enumerate(state["positions"])]
     return max(units) >= state["units_per_epoch"]
-
-
-def _rows(inputs: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    return torch.cat([inputs, targets[:, -1:]], dim=1).to(torch.int32).numpy()
 
 
 def _not_fresh(settings: SweepSettings, seed: int, step: int) -> UserError:
@@ -216,7 +206,7 @@ def _not_fresh(settings: SweepSettings, seed: int, step: int) -> UserError:
     )
 
 
-# ---- Training
+# ---- training
 
 
 class Bench:

@@ -116,20 +116,9 @@ class TransferResult(NamedTuple):
 
 
 def transfer_results(grids: Mapping[int, Grid], base_width: int) -> list[TransferResult]:
-    """One result for each width, in order of width, over the seeds that all widths have.
-
-    Raises UserError where seeds are not the same at all rates of a width (means over different seeds are over different
-    text), no seed is finished at all widths, a width has no run at the base width's best rate, or the base width is not
-    among them or diverged at every rate.
-    """
-    if base_width not in grids:
-        raise UserError(f"no finished grid of the base width {base_width}: widths with one are {sorted(grids)}")
-    for width, grid in grids.items():
-        if len({frozenset(by_seed) for by_seed in grid.values()}) != 1 or not all(grid.values()):
-            raise UserError(f"width {width}: not the same seeds at all learning rates")
+    """One result for each width, in order of width, over the seeds that all widths have; one at least. All widths have
+    runs at the same rates. Raises UserError where the base width diverged at every rate."""
     seeds = shared_seeds(grids)
-    if not seeds:
-        raise UserError("no seed is finished at all widths: let the sweep go on, or give fewer --widths")
     finished = {width: len(next(iter(grid.values()))) for width, grid in grids.items()}
     grids = {
         width: {rate: {seed: by_seed[seed] for seed in seeds} for rate, by_seed in grid.items()}
@@ -140,8 +129,6 @@ def transfer_results(grids: Mapping[int, Grid], base_width: int) -> list[Transfe
         raise UserError(f"a run of the base width {base_width} diverged at every rate: lower --multipliers")
     results = []
     for width, grid in sorted(grids.items()):
-        if transferred not in grid:
-            raise UserError(f"width {width} has no run at the base width's best rate, log2 {transferred:g}")
         losses = {rate: estimate(list(by_seed.values())) for rate, by_seed in sorted(grid.items())}
         best = _argmin(grid)
         least = excess = Estimate(math.inf, math.nan)
@@ -180,7 +167,7 @@ def _argmin(grid: Grid) -> float:
     return best if math.isfinite(means[best]) else math.nan
 
 
-# ---- Wider is better
+# ---- wider is better
 
 
 def block_means(losses: Sequence[float], blocks: int = BLOCKS) -> list[tuple[int, float]]:
@@ -247,7 +234,7 @@ def _gap(losses: Sequence[tuple[float, float]]) -> Estimate:
     return estimate(finite) if finite else Estimate(-math.inf, math.nan)
 
 
-# ---- The bars
+# ---- the bars
 
 
 class Judgement(NamedTuple):
@@ -320,12 +307,12 @@ def control_shift(results: Sequence[TransferResult]) -> float:
     return max(0.0, last.low - first.high, first.low - last.high)
 
 
-# ---- Shown
+# ---- tables and plots
 
 
 def table(results: Sequence[TransferResult], base_width: int) -> str:
-    """Lines for the console: losses of the grid, then where the minimum is and what the transferred rate costs. Seeds
-    are those compared and, where there are more, those that are finished at this width."""
+    """Lines for the console: losses of the grid, then where the minimum is and what the transferred rate costs. Seeds:
+    those compared and, where there are more, those finished at this width."""
     rates = sorted({rate for result in results for rate in result.losses})
     heads = " ".join(f"{'x' + format(2**rate, 'g'):>8}" for rate in rates)
     lines = [f"width | {'seeds':<6} | {heads} | {'vertex (log2)':<16} | {f'from {base_width}':<10} | excess"]
