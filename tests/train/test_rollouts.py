@@ -11,10 +11,18 @@ from nanochat.tasks.common import Task
 from nanochat.train import rollouts
 from nanochat.train.rollouts import RolloutLoader, advantages, row_width
 from tests.processes import run_processes
-from tests.test_engine import FIRST_CHARACTER, FakeTokenizer
+from tests.test_engine import FIRST_CHARACTER
+from tests.test_engine import FakeTokenizer as Letters
 
 BOS, END = 0, 1
 SAMPLING = Sampling(num_samples=4, max_new_tokens=10)
+
+
+class FakeTokenizer(Letters):
+    """Conversations are the last message's text."""
+
+    def render_for_completion(self, conversation):
+        return [BOS, *self.encode(conversation["messages"][-1]["content"])]
 
 
 class Characters(Task):
