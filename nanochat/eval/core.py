@@ -83,7 +83,7 @@ def render_prompts(task: Task, item: dict[str, Any], shots: Sequence[dict[str, A
 def pick_shots(task: Task, items: Sequence[dict[str, Any]], index: int) -> list[dict[str, Any]]:
     """The few-shot examples of item `index`: never the item itself, the same for every model and rank.
 
-    Fewer than asked for where a truncated task has too few other items.
+    Fewer where a truncated task has too few other items.
     """
     others = [i for i in range(len(items)) if i != index]
     count = min(task.num_fewshot, len(others))
@@ -91,7 +91,7 @@ def pick_shots(task: Task, items: Sequence[dict[str, Any]], index: int) -> list[
 
 
 def make_rows(kind: str, tokens: list[list[int]], max_tokens: int) -> list[Row]:
-    """Encoded prompts of one item -> rows to score, cut from the left to `max_tokens`."""
+    """Encoded prompts of one item -> rows to score, the last `max_tokens` tokens of each."""
     if kind == "language_modeling":
         without, full = tokens
         # the common prefix is all of `without`, unless the tokenizer merged across the border
@@ -112,7 +112,7 @@ def _common(sequences: list[list[int]]) -> int:
 
 
 def _fit(tokens: list[int], start: int, max_tokens: int) -> Row:
-    """Cut from the left. At least one token stays in front of the answer, and one in it (identical options)."""
+    """The last `max_tokens` tokens, of which one at least is before the answer and one in it (identical options)."""
     cut = max(0, len(tokens) - max_tokens)
     end = len(tokens) - cut
     return Row(tokens[cut:], min(max(start - cut, 1), end - 1), end)
@@ -167,7 +167,7 @@ def evaluate_task(
     device_batch_size: int = 16,
     max_per_task: int = -1,
 ) -> CoreScore:
-    """Score one task over all ranks. `max_per_task` items, -1 for all; prompts are cut to `sequence_len` tokens."""
+    """Score one task over all ranks. `max_per_task` items, -1 for all; of prompts the last `sequence_len` tokens."""
     rank, world = rank_and_world()
     lines = list(range(len(task.items)))
     random.Random(1337).shuffle(lines)

@@ -1,4 +1,4 @@
-"""What CORE and the chat tasks share: items dealt to ranks, prompts in batches, accuracy and its error, files."""
+"""What CORE and the chat tasks share: records of all ranks, prompts in batches, accuracy and its error, files."""
 
 import csv
 import io

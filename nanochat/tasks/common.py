@@ -92,7 +92,7 @@ class Task:
 
 
 class GeneratedTask(Task):
-    """Questions made by a program and graded by their answers, as many as asked for."""
+    """Questions made by a program and graded by their answers, as many as requested."""
 
     eval_type = "generative"
     any_size = True

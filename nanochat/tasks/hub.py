@@ -86,7 +86,7 @@ HUB_TASKS = {
 class PublishedTask(Task):
     """Items of a hub data set in a fixed random order. Raises UserError where the data is absent.
 
-    The table is read when the first item is asked for (SmolTalk has 2 GB), and an item is built when it is.
+    The table is read with the first item (SmolTalk has 2 GB), and each item is built when it is needed.
     """
 
     published = True
@@ -188,13 +188,10 @@ def _present(task: str, split: str) -> parquet.Manifest:
 
 
 def _is_complete(task: str, split: str) -> bool:
-    """Whether all files of a split are here with the size they had, those of the hub in the revision of HUB_TASKS."""
+    """Whether all files of a split are here as they came, those of the hub in the revision of HUB_TASKS."""
     entries = _entries(task, split)
-    if not has_local(task, [split]):
-        names = {Path(path).name for path in HUB_TASKS[task].files[split]}
-        if entries.keys() != names or not all(_is_published(task, entry) for entry in entries.values()):
-            return False
-    return all(_is_intact(folder(task) / name, entry) for name, entry in entries.items())
+    expected = set(entries) if has_local(task, [split]) else {Path(path).name for path in HUB_TASKS[task].files[split]}
+    return set(_usable(task, entries)) == expected
 
 
 def _entries(task: str, split: str) -> parquet.Manifest:
@@ -202,12 +199,16 @@ def _entries(task: str, split: str) -> parquet.Manifest:
     return {name: files[name] for name in sorted(files) if files[name]["split"] == split}
 
 
-def _is_published(task: str, entry: parquet.Manifest) -> bool:
-    return (entry["origin"], entry.get("asked")) == (HUB_TASKS[task].repo, HUB_TASKS[task].revision)
-
-
-def _is_intact(path: Path, entry: parquet.Manifest) -> bool:
-    return path.exists() and path.stat().st_size == entry["size"]
+def _usable(task: str, entries: parquet.Manifest) -> parquet.Manifest:
+    """Those of `entries` whose file has its size, and is local or of the revision of HUB_TASKS."""
+    revision = (HUB_TASKS[task].repo, HUB_TASKS[task].revision)
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if (entry["origin"] == LOCAL or (entry["origin"], entry["asked"]) == revision)
+        and (folder(task) / name).exists()
+        and (folder(task) / name).stat().st_size == entry["size"]
+    }
 
 
 @functools.lru_cache(maxsize=16)
@@ -248,11 +249,7 @@ def fetch(task: str, splits: Iterable[str]) -> None:
         local = has_local(task, [split])
         if _is_complete(task, split) and not local:
             continue
-        entries = {
-            name: entry
-            for name, entry in _entries(task, split).items()
-            if _is_published(task, entry) and _is_intact(folder(task) / name, entry)
-        }
+        entries = {} if local else _usable(task, _entries(task, split))
         for path in HUB_TASKS[task].files[split]:
             name = Path(path).name
             if name not in entries:
@@ -319,12 +316,12 @@ def _find(task: str, split: str, origin: Path) -> list[Path]:
 
 
 def _copy(task: str, split: str, found: list[Path]) -> None:
-    old, entries = _entries(task, split), {}
+    old = _entries(task, split)
+    usable, entries = _usable(task, old), {}
     for index, path in enumerate(found):
         name = f"{split}-{index:05d}-of-{len(found):05d}.parquet"
-        target, entry = folder(task) / name, old.get(name, {})
-        known = entry.get("origin") == LOCAL and _is_intact(target, entry) and entry["sha256"] == sha256_file(path)
-        if not known:
+        target, entry = folder(task) / name, usable.get(name, {})
+        if entry.get("origin") != LOCAL or entry["sha256"] != sha256_file(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(target) as temporary:
                 shutil.copyfile(path, temporary)

@@ -12,7 +12,7 @@ from nanochat.tasks.hub import PublishedTask
 
 
 class SmolTalk(PublishedTask):
-    """Conversations as they are, to train on; not graded. A malformed row raises UserError when it is asked for."""
+    """Conversations as they are, to train on; not graded. A malformed row raises UserError when it is read."""
 
     name = "SmolTalk"
 
