@@ -135,7 +135,7 @@ def _fp8_head_loss(
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     rows = max(1, _chunk_rows(weight.size(0), weight.device) // MULTIPLE) * MULTIPLE
-    gradient = kernel(_fp8_chunk_gradient, hidden.is_cuda)
+    gradient = kernel(_chunk_gradient, hidden.is_cuda)
     for start in range(0, hidden.size(0), rows):
         piece = slice(start, start + rows)
         hidden8 = quantize(hidden[piece], E4M3)
@@ -176,24 +176,10 @@ _fused_head_loss.register_autograd(_scale_gradients, setup_context=_save_gradien
 
 
 def _chunk_gradient(
-    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
+    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float, grad_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of one chunk and its gradient with respect to the raw logits, in their dtype."""
-    loss, grad = _chunk_gradient_fp32(logits, targets, loss_weights, cap, scale)
-    return loss, grad.to(logits.dtype)
-
-
-def _fp8_chunk_gradient(
-    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float, grad_scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same with the gradient / grad_scale in e5m2."""
-    loss, grad = _chunk_gradient_fp32(logits, targets, loss_weights, cap, scale)
-    return loss, to_format(grad, grad_scale, E5M2)
-
-
-def _chunk_gradient_fp32(
-    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
-) -> tuple[Tensor, Tensor]:
+    """Summed loss of one chunk and its gradient with respect to the raw logits (n, V): in their dtype, or with
+    grad_scale (0-D) divided by it, in e5m2."""
     capped = softcap(logits.float(), cap, scale)
     # capped logits need not have their largest taken out first: a pass less, 0.72 ms for 0.97 (H100, 5,336 x 50,304)
     assert cap <= MOST_CAP
@@ -204,4 +190,4 @@ def _chunk_gradient_fp32(
     is_target = torch.arange(logits.size(1), device=logits.device).unsqueeze(0) == index
     grad_capped = torch.exp(capped - log_normaliser) - is_target.float()
     grad = grad_capped * (1 - (capped / cap) ** 2) * (weights * scale)  # d softcap / d logit = 1 - tanh²
-    return loss, grad
+    return loss, grad.to(logits.dtype) if grad_scale is None else to_format(grad, grad_scale, E5M2)
