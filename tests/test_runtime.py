@@ -53,12 +53,14 @@ def stop_on_rank_one():
     answers = [stop.agreed(torch.device("cpu"))]
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return [*answers, *(stop.agreed(torch.device("cpu")) for _ in range(2))]
+    answers += [stop.agreed(torch.device("cpu")) for _ in range(2)]
+    wishing = runtime.StopSignal()
+    return answers + [wishing.agreed(torch.device("cpu"), wish=dist.get_rank() == 1) for _ in range(2)]
 
 
 def test_all_ranks_agree_to_stop_at_the_same_call():
     # one call later than a lone process: nobody waits for the answer
-    assert run_processes(2, stop_on_rank_one) == [[False, False, True]] * 2
+    assert run_processes(2, stop_on_rank_one) == [[False, False, True, False, True]] * 2
 
 
 def test_printing_is_rank_0_s(monkeypatch, capsys):
