@@ -147,7 +147,7 @@ def sample_next_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Te
 
 
 class RowState:
-    """One sample and its tool calls: what stands between <|python_start|> and <|python_end|> goes to the calculator,
+    """One sample and its tool calls: what is between <|python_start|> and <|python_end|> goes to the calculator,
     whose result is forced in behind it as <|output_start|> result <|output_end|>. An expression that the calculator
     cannot compute gets no output."""
 
@@ -257,12 +257,14 @@ class Engine:
         uniforms = _uniforms([seed + i for seed in seeds for i in range(count)], sampling.max_new_tokens).to(device)
 
         # 1) prefill: every prompt goes through the model once
-        cache, logits = self._prefill(prompts)
+        prompt_cache, logits = self._prefill(prompts)
         # 2) replicate: the samples of a prompt share its keys, values and distribution; each draws its own first token
-        cache = self._replicate(cache, count, cache.get_pos() + sampling.max_new_tokens)
+        cache = self._cache(len(rows), prompt_cache.get_pos() + sampling.max_new_tokens)
+        cache.prefill(prompt_cache)
+        del prompt_cache  # its memory is free while the rows are sampled
         logits = logits.repeat_interleave(count, dim=0)
         # 3) loop: sample a token for each row and read it
-        alive = list(range(len(rows)))  # the row that each row of the batch stands for
+        alive = list(range(len(rows)))  # number of the row that each row of the batch is
         for step in range(sampling.max_new_tokens):
             heartbeat()
             sampled = sample_next_token(logits, uniforms[alive, step], sampling).tolist()
@@ -297,12 +299,6 @@ class Engine:
             cache.starts = torch.tensor(starts, device=device)
         idx = torch.tensor(padded, dtype=torch.long, device=device)
         return cache, self.forward(idx, kv_cache=cache)[:, -1]
-
-    def _replicate(self, prompts: KVCache, num_samples: int, length: int) -> KVCache:
-        """A cache with num_samples rows for each of `prompts` and room for `length` positions."""
-        cache = self._cache(prompts.k_cache.size(1) * num_samples, length)
-        cache.prefill(prompts)
-        return cache
 
     def _cache(self, batch_size: int, length: int) -> KVCache:
         config, device = self.model.config, self.model.get_device()

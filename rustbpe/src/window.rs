@@ -136,7 +136,8 @@ mod x86 {
     pub struct ThirtyTwo(__m256i);
 
     macro_rules! lanes {
-        ($lanes:ident, $count:literal, $load:ident, $set:ident, $or:ident, $equal:ident, $add:ident, $greater:ident, $bits:ident, $unsigned:ty) => {
+        ($lanes:ident $count:literal $unsigned:ident: $load:ident $set:ident $or:ident $equal:ident $add:ident $greater:ident
+         $bits:ident) => {
             // SAFETY, of all: the instructions are there, or nobody would ask for these lanes; and the load reads as many
             // bytes as there must be, aligned or not.
             #[allow(unused_unsafe, reason = "newer compilers need less of it")]
@@ -181,30 +182,13 @@ mod x86 {
         };
     }
 
-    lanes!(
-        Sixteen,
-        16,
-        _mm_loadu_si128,
-        _mm_set1_epi8,
-        _mm_or_si128,
-        _mm_cmpeq_epi8,
-        _mm_add_epi8,
-        _mm_cmpgt_epi8,
-        _mm_movemask_epi8,
-        u16
-    );
-    lanes!(
-        ThirtyTwo,
-        32,
-        _mm256_loadu_si256,
-        _mm256_set1_epi8,
-        _mm256_or_si256,
-        _mm256_cmpeq_epi8,
-        _mm256_add_epi8,
-        _mm256_cmpgt_epi8,
-        _mm256_movemask_epi8,
-        u32
-    );
+    lanes! { Sixteen 16 u16:
+        _mm_loadu_si128 _mm_set1_epi8 _mm_or_si128 _mm_cmpeq_epi8 _mm_add_epi8 _mm_cmpgt_epi8 _mm_movemask_epi8
+    }
+    lanes! { ThirtyTwo 32 u32:
+        _mm256_loadu_si256 _mm256_set1_epi8 _mm256_or_si256 _mm256_cmpeq_epi8 _mm256_add_epi8 _mm256_cmpgt_epi8
+        _mm256_movemask_epi8
+    }
 }
 
 #[cfg(test)]
