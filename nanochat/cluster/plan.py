@@ -6,7 +6,6 @@
 To sharpen it, measure (benchmarks/scale.sh) and add rows to MEASURED. The model is the classic one of that depth.
 """
 
-import bisect
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -227,14 +226,14 @@ def _others(parts: int) -> float:
 
 def one_gpu_mfu(depth: int, measured: Sequence[Measurement] = MEASURED) -> tuple[float, str]:
     """(MFU of a GPU in forward and backward at that depth, where it comes from)."""
-    rows = sorted(measured, key=lambda row: row.depth)
-    place = bisect.bisect_left([row.depth for row in rows], depth)
-    if place < len(rows) and rows[place].depth == depth:
-        return rows[place].mfu, f"measured at d{depth}: {rows[place].where}"
-    if place in (0, len(rows)):
-        row = rows[0] if place == 0 else rows[-1]
+    below = max((row for row in measured if row.depth <= depth), key=lambda row: row.depth, default=None)
+    above = min((row for row in measured if row.depth >= depth), key=lambda row: row.depth, default=None)
+    if below is None or above is None:
+        row = below or above
+        assert row is not None
         return row.mfu, f"taken over from d{row.depth} ({row.where}): an assumption"
-    below, above = rows[place - 1], rows[place]
+    if below is above:
+        return below.mfu, f"measured at d{depth}: {below.where}"
     share = (depth - below.depth) / (above.depth - below.depth)
     return below.mfu + share * (above.mfu - below.mfu), f"between d{below.depth} and d{above.depth}, both measured"
 

@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.cluster import plan
@@ -19,6 +19,7 @@ def test_published_sizes():
     assert shapes(32, 65536).params == 1_879_048_192
 
 
+@settings(deadline=None)  # the first model of each depth is built
 @given(st.sampled_from(DEPTHS), st.integers(1, 5).map(lambda power: 2**power))
 def test_sharding_divides_what_it_says(depth, nodes):
     """Against the arithmetic done by hand: 4 bytes each of weights and gradients, 4 of momentum, 8 of Adam."""
@@ -57,6 +58,7 @@ def test_the_run_that_was_measured_is_predicted():
     assert sum(one.step()) / sum(two.step()) / 2 == pytest.approx(plan.TWO_GPU_EFFICIENCY, abs=0.03)
 
 
+@settings(deadline=None)  # the first model of each depth is built
 @given(st.sampled_from(DEPTHS), st.sampled_from([1, 2, 4, 16]), st.sampled_from(["ddp", "fsdp", "hsdp"]))
 def test_more_nodes_and_faster_networks_never_slow_a_step(depth, nodes, parallel):
     def step(nodes, speed):
@@ -104,6 +106,7 @@ def test_mfu_between_two_measurements():
     assert one_gpu_mfu(64, rows)[0] == 0.6 and "assumption" in one_gpu_mfu(64, rows)[1]
 
 
+@settings(deadline=None)  # the first model of each depth is built
 @given(st.sampled_from(DEPTHS), st.sampled_from([1, 2, 4, 16]), st.floats(24, 200))
 def test_the_chosen_batch_fits_and_divides(depth, nodes, gpu_memory):
     chosen = Plan(Settings(depth=depth, nodes=nodes, gpu_memory_gb=gpu_memory))
