@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../dev/width_runs.sh"
 export WANDB_PROJECT=${WANDB_PROJECT:-speedrun-mup-group}
 arguments "BASE_WIDTH WIDTHS STEPS SEED" "$@"
-widths=$(printf '%s\n' $BASE_WIDTH $WIDTHS | sort -n -u)
+widths=$(for width in $BASE_WIDTH $WIDTHS; do echo "$width"; done | sort -n -u)
 [ "$widths" != "$BASE_WIDTH" ] || refuse "no width but the base width $BASE_WIDTH"
 prepare
 tags=
