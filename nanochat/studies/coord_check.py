@@ -298,7 +298,8 @@ def slope_table(found: Sequence[Slope]) -> str:
 
 
 def plot_coord_data(records: Sequence[Record], y: str = "l1", save_to: Path | None = None) -> str:
-    """SVG, one panel for each t: the mean over seeds of statistic `y` against width, a curve a module."""
+    """SVG, one panel for each t (of more than 12, evenly chosen ones): the mean over seeds of statistic `y` against
+    width, a curve a module."""
     values: dict[int, dict[str, dict[int, list[float]]]] = {}
     for record in records:
         curve = values.setdefault(record["t"], {}).setdefault(record["module"], {})
@@ -308,7 +309,7 @@ def plot_coord_data(records: Sequence[Record], y: str = "l1", save_to: Path | No
             (module, [(width, math.fsum(many) / len(many)) for width, many in sorted(points.items())])
             for module, points in modules.items()
         ]
-        for t, modules in sorted(values.items())
+        for t, modules in sorted(values.items())[:: math.ceil(len(values) / 12)]
     }
     svg = line_panels(panels, "width", f"mean over seeds of {y}", columns=3, log_axes="xy")
     if save_to is not None:

@@ -171,6 +171,8 @@ def test_plot_has_a_panel_for_each_time(tmp_path):
     assert (tmp_path / "plot.svg").read_text() == svg
     texts = ["".join(node.itertext()) for node in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert {"l1, t = 1", "l1, t = 11", "h.0", "lm_head"} <= set(texts)
+    many = plot_coord_data(fake_records(lambda w, s, m, t: w**0.5, times=range(1, 60)))
+    assert 8 <= many.count("l1, t = ") <= 12
 
 
 # ---- during a run
