@@ -26,22 +26,15 @@ class Task:
     and give `evaluate`.
     """
 
-    name: str = ""
-    """What it is called on the command line and in reports."""
+    name: str = ""  # on the command line and in reports
+    # graded by the logits of `conversation["letters"]`, by generating an answer, or not at all
     eval_type: Literal["categorical", "generative"] | None = None
-    """How it is graded: by the logits of `conversation["letters"]`, by generating an answer, or not at all (None)."""
-    baseline: float = 0.0
-    """Accuracy of guessing, between 0 and 1."""
-    published: bool = False
-    """True for data sets that others publish numbers on; False for items that this program generates."""
-    source: str = "generated"
-    """Where the items come from, in words for the report."""
-    runs_code: bool = False
-    """True where grading runs code that the model wrote."""
-    any_size: bool = False
-    """True where the class takes `size`, the number of items to generate; others have a fixed set."""
-    items: Sequence[Any] = ()
-    """All conversations, before slicing, where a list of them is at hand."""
+    baseline: float = 0.0  # accuracy of guessing, between 0 and 1
+    published: bool = False  # data sets that others publish numbers on; False: items that this program generates
+    source: str = "generated"  # where the items come from, in words for the report
+    runs_code: bool = False  # whether grading runs code that the model wrote
+    any_size: bool = False  # whether the class takes `size`, the number of items to generate; others have a fixed set
+    items: Sequence[Any] = ()  # all conversations, before slicing, where a list of them is at hand
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or step < 1 or (stop is not None and stop < start):

@@ -20,18 +20,12 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 class TaskRow:
     """What is known of a task before its module is imported."""
 
-    path: str
-    """module:class."""
-    reads: tuple[str, ...] = ()
-    """Files, folders and globs that it reads below the store; {source} is the folder of the run's text source."""
-    graded: bool = True
-    """Whether an answer is right or wrong; the others are only trained on."""
-    full_set: bool = True
-    """Whether scripts.chat_data gets it by default."""
-    splits: tuple[Split, ...] = SPLITS
-    """Those that it has."""
-    arguments: tuple[Any, ...] = ()
-    """The first arguments of the class, before the split."""
+    path: str  # module:class
+    reads: tuple[str, ...] = ()  # files, folders and globs below the store; {source}: folder of the run's text source
+    graded: bool = True  # whether an answer is right or wrong; the others are only trained on
+    full_set: bool = True  # whether scripts.chat_data gets it by default
+    splits: tuple[Split, ...] = SPLITS  # those that it has
+    arguments: tuple[Any, ...] = ()  # the first arguments of the class, before the split
 
     @property
     def from_text(self) -> bool:
