@@ -145,23 +145,19 @@ def train_sweep(settings: Settings, text: Text, plan: Plan, folder: Path, device
 # ---- the report
 
 
-Records = dict[float, dict[int, dict[str, Any]]]
-"""log2 rate -> seed -> record of runs.jsonl, the same seeds at every rate."""
-
-
-def complete_grids(plan: Plan, records: dict[Run, dict[str, Any]], mup: bool, base_width: int) -> dict[int, Records]:
-    """Records of each width, of those seeds that are finished at all rates: means over different seeds are over
+def complete_grids(
+    plan: Plan, records: dict[Run, dict[str, Any]], mup: bool, base_width: int
+) -> dict[int, transfer.Grid]:
+    """Losses of each width, of those seeds that are finished at all rates: means over different seeds are over
     different text. The control takes the base width from the muP runs."""
-    grids = {}
+    grids: dict[int, transfer.Grid] = {}
     for width in plan.widths:
-        key = (mup or width == base_width, width)
-        seeds = [
-            seed
-            for seed in sorted({run.seed for run in records})
-            if all(Run(*key, rate, seed) in records for rate in plan.log2_rates)
-        ]
-        if seeds:
-            grids[width] = {rate: {seed: records[Run(*key, rate, seed)] for seed in seeds} for rate in plan.log2_rates}
+        runs = {rate: {r.seed: r for r in records if r[:3] == (mup or width == base_width, width, rate)}
+                for rate in plan.log2_rates}  # fmt: skip
+        if seeds := sorted(set.intersection(*map(set, runs.values()))):
+            grids[width] = {
+                rate: {seed: _loss(records[by_seed[seed]]["loss"]) for seed in seeds} for rate, by_seed in runs.items()
+            }
     return grids
 
 
@@ -182,20 +178,16 @@ def report(settings: Settings, plan: Plan, folder: Path) -> list[transfer.Judgem
             return []
         for width in sorted(set(plan.widths) - set(grids)):
             print0(f"{name} width {width}: left out, no seed has been through all rates yet")
-        losses: dict[int, transfer.Grid] = {
-            width: {rate: {seed: _loss(r["loss"]) for seed, r in by_seed.items()} for rate, by_seed in grid.items()}
-            for width, grid in grids.items()
-        }
-        shared = transfer.shared_seeds(losses)
+        shared = transfer.shared_seeds(grids)
         if not shared:
             print0(f"{name}: left out, no seed has been through all rates at all of its widths yet")
             continue
-        results[name] = transfer.transfer_results(losses, settings.base_width)
+        results[name] = transfer.transfer_results(grids, settings.base_width)
         rate = results[name][0].transferred
-        curves[name] = {
-            width: [[(step, _loss(loss)) for step, loss in grid[rate][seed]["curve"]] for seed in shared]
-            for width, grid in grids.items()
-        }
+        curves[name] = {}
+        for width in grids:
+            runs = [Run(name == "muP" or width == settings.base_width, width, rate, seed) for seed in shared]
+            curves[name][width] = [[(step, _loss(loss)) for step, loss in records[run]["curve"]] for run in runs]
         print0(f"\n{name}, {settings.optimizer}, factors on {settings.sweep} rates; loss in nats, * = best of the grid")
         print0(transfer.table(results[name], settings.base_width))
     if "muP" not in results:
