@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nanochat.data.text_rows import TextData
-from nanochat.dataset import canonical
+from nanochat.dataset import Split, canonical
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -274,7 +274,7 @@ class TrainData(Protocol):
     def rows(self, sequence_len: int, seed: int) -> RowSource:
         """Training rows. Token files keep their order, whatever the seed."""
 
-    def fixed_rows(self, split: Any, sequence_len: int, max_tokens: int) -> np.ndarray:
+    def fixed_rows(self, split: Split, sequence_len: int, max_tokens: int) -> np.ndarray:
         """Rows (N, sequence_len + 1) to evaluate on, the same for every number of ranks."""
 
     def horizon_in_epochs(self, sequence_len: int, tokens: int, rows_per_step: int) -> tuple[float, float]:
