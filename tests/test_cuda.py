@@ -191,7 +191,6 @@ def test_a_step_that_is_not_finite_changes_nothing_waits_for_nothing_and_compile
         same = [torch.equal(one, other) for one, other in zip(before, tensors, strict=True)]
         assert all(same) if bad else not any(same)
         optimizer.zero_grad(set_to_none=True)
-    assert (int(optimizer.skipped), int(optimizer.skipped_in_a_row)) == (1, 0)
 
 
 @pytest.mark.parametrize("which", ["head", "all"])

@@ -209,11 +209,10 @@ def sharded_steps_with_bad_ones(strategy, ranks_per_node):
     model, _ = make_model(strategy, ranks_per_node)
     optimizer = model.setup_optimizer(0.02, 0.1, 0.01, weight_decay=0.1)
     params = dict(model.named_parameters())
-    return [changed_by(params, optimizer, is_bad, "nan") for is_bad in (False, True, False)], int(optimizer.skipped)
+    return [changed_by(params, optimizer, is_bad, "nan") for is_bad in (False, True, False)]
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("fsdp", 2), ("hsdp", 4)])
 def test_a_step_that_is_not_finite_changes_nothing_on_shards(strategy, world):
-    for (good, bad, again), skipped in run_processes(world, sharded_steps_with_bad_ones, strategy, 2):
-        assert bad == set() and skipped == 1
-        assert good and again
+    for good, bad, again in run_processes(world, sharded_steps_with_bad_ones, strategy, 2):
+        assert good and again and not bad

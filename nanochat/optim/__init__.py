@@ -58,8 +58,6 @@ class MuonAdamW(torch.optim.Optimizer):
         self.mesh = init_device_mesh(device.type, (self.world,)) if distributed else None
         self.buckets = [bucket for group in self.param_groups for bucket in _make_buckets(group, self.mesh)]
         self._squares: Tensor | None = None  # of the last step's gradients, by bucket
-        self.skipped = self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        """Steps that changed nothing because a loss or norm was not finite: 0-D, on the device, new at every step."""
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -67,8 +65,8 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> Tensor:
         """Average the gradients over ranks, clip them to the global norm `max_norm`, update. Returns that norm, 0-D.
 
-        loss: 0-D, the same on all ranks. Where it or the norm is not finite, weights and state stay as they are, bit
-        for bit, on all ranks, and `skipped` counts it.
+        loss: 0-D, the same on all ranks. Where it or the norm is not finite, weights and state stay as they are on all
+        ranks, bit for bit.
         """
         self.num_steps += 1
         for bucket in self.buckets:
@@ -86,8 +84,6 @@ class MuonAdamW(torch.optim.Optimizer):
             for bucket in self.buckets:
                 bucket.scale(scale)
         ok = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
-        self.skipped = self.skipped + ~ok
-        self.skipped_in_a_row = torch.where(ok, 0, self.skipped_in_a_row + 1)
         _overlap([bucket.update(self.num_steps, ok) for bucket in self.buckets])
         return norm
 

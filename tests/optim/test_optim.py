@@ -153,19 +153,14 @@ def changed_by(params, optimizer, is_bad, bad):
 
 def steps_with_bad_ones(bad):
     params, optimizer = make_optimizer()
-    changed, counters = [], []
-    for is_bad in (False, False, True, True, False):
-        changed.append(changed_by(params, optimizer, is_bad, bad))
-        counters.append((int(optimizer.skipped), int(optimizer.skipped_in_a_row)))
-    return changed, counters
+    return [changed_by(params, optimizer, is_bad, bad) for is_bad in (False, False, True, True, False)]
 
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(world, bad):
     results = run_processes(world, steps_with_bad_ones, bad) if world > 1 else [steps_with_bad_ones(bad)]
-    for changed, counters in results:
-        assert counters == [(0, 0), (0, 0), (1, 1), (2, 2), (2, 0)]
+    for changed in results:
         assert changed[2:4] == [set(), set()]
         assert all(names >= SHAPES.keys() for names in (changed[0], changed[1], changed[4]))
 
