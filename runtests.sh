@@ -5,6 +5,8 @@
 #   bash runtests.sh --all    the slow tests too
 #
 # Runs all of them even when one fails, and ends with a table; the exit code is 1 when any failed.
+# Rust is compiled and tested beside Python's checks, and pytest has a worker a core: most of the time of these tests is
+# waiting for small processes to start (two cores: 25 minutes one after the other, see docs/decisions.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -17,24 +19,16 @@ esac
 
 source dev/setup.sh
 find_cargo
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # more threads than cores slow the many small tests down
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
 
-summary=()
-failed=0
-
+# check NAME COMMAND...: runs it and leaves its row of the table in $results, whichever process this is.
 check() {
   local name=$1 started=$SECONDS result=passed
   shift
   printf '\n=== %s: %s\n' "$name" "$*"
-  if ! "$@"; then
-    result=FAILED
-    failed=1
-  fi
-  summary+=("$(printf '%-14s %-7s %5d s' "$name" "$result" $((SECONDS - started)))")
-}
-
-crate() {
-  (cd rustbpe && cargo "$@")
+  if ! "$@"; then result=FAILED; fi
+  printf '%-14s %-7s %5d s\n' "$name" "$result" $((SECONDS - started)) >"$results/$name"
 }
 
 # rustfmt and clippy are parts that some Rust packages leave out: component SUBCOMMAND PART ARGUMENTS...
@@ -43,17 +37,26 @@ component() {
     echo "error: $2 is not installed: \`rustup component add $2\`, or your system's package of that name" >&2
     return 1
   fi
-  crate "$1" "${@:3}"
+  cargo "$1" "${@:3}"
 }
 
+rust_checks() {
+  cd rustbpe
+  check "cargo fmt" component fmt rustfmt --check
+  check "cargo clippy" component clippy clippy --locked --quiet --all-targets --all-features -- -D warnings
+  check "cargo test" cargo test --locked --quiet ${rust[@]+"${rust[@]}"}
+}
+
+rust_checks >"$results.log" 2>&1 &
 check "ruff format" ruff format --check .
 check "ruff" ruff check .
 check "mypy" mypy nanochat
-check "cargo fmt" component fmt rustfmt --check
-check "cargo clippy" component clippy clippy --locked --quiet --all-targets --all-features -- -D warnings
-check "cargo test" crate test --locked --quiet ${rust[@]+"${rust[@]}"}
-check "pytest" python -m pytest -q -m "$marker"
+check "import-linter" lint-imports
+check "pytest" python -m pytest -q -n "${TEST_WORKERS:-2}" --dist loadfile -m "$marker"
+wait
+cat "$results.log"
+rm -f "$results.log"
 
 printf '\n'
-printf '%s\n' "${summary[@]}"
-exit "$failed"
+cat "$results"/*
+! grep -q FAILED "$results"/*
