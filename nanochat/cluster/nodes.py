@@ -206,28 +206,28 @@ class Settings:
     """seconds between two looks"""
 
 
-def main(asked: Settings, command: Sequence[str]) -> int:
+def main(settings: Settings, command: Sequence[str]) -> int:
     """Lead or follow to the end; the exit code. Raises UserError when the other side is silent for too long."""
-    if asked.node_rank == 0:
-        return lead(asked.folder, asked.nodes, asked.patience, command)
-    follower = Follower(asked.folder, asked.node_rank, asked.patience)
+    if settings.node_rank == 0:
+        return lead(settings.folder, settings.nodes, settings.patience, command)
+    follower = Follower(settings.folder, settings.node_rank, settings.patience)
     for number in SIGNALS:
         signal.signal(number, follower.stop)
     next_word = time.monotonic()
     while (code := follower.look()) is None:
         if follower.child is None and time.monotonic() >= next_word:
             waits_for = "its next command" if follower.attempt else "a first heartbeat"
-            print(f"waiting for {waits_for} from node 0, in {asked.folder}", flush=True)
+            print(f"waiting for {waits_for} from node 0, in {settings.folder}", flush=True)
             next_word = time.monotonic() + 60
-        time.sleep(asked.poll)
+        time.sleep(settings.poll)
     print(f"node 0 has ended, or a command failed here: exit code {code}", flush=True)
     return code
 
 
 def _run() -> None:
     words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    sys.exit(main(cli.parse(Settings, words[:cut]), words[cut + 1 :]))
+    end = words.index("--") if "--" in words else len(words)
+    sys.exit(main(cli.parse(Settings, words[:end]), words[end + 1 :]))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ ALLOW_UNSAFE = "NANOCHAT_ALLOW_UNSAFE_CODE"
 MAX_TIMEOUT = 3600
 READY = b"ready\n"  # what a program's process says once it is locked in
 GRACE = 30.0  # seconds that the supervisor gets on top of the program's time before it is killed itself
-LOST = {"lost": True, "said": READY, "status": 0}  # outcome where the supervisor was killed
+LOST = {"lost": True, "message": READY, "status": 0}  # outcome where the supervisor was killed
 _probe_lock = threading.Lock()
 
 
@@ -137,25 +137,25 @@ def execute_code(
 
 
 def _judge(outcome: dict[str, Any], timeout: float) -> tuple[str | None, bool, bool]:
-    """(error, timeout, memory_exceeded) from what the supervisor saw and the program said."""
-    said, status = outcome["said"], outcome["status"]
-    if not said.startswith(READY) and os.WIFEXITED(status):
-        raise RuntimeError(f"the sandbox could not be set up: {said.decode(errors='replace')}")
+    """(error, timeout, memory_exceeded) from what the supervisor saw and the program reported."""
+    message, status = outcome["message"], outcome["status"]
+    if not message.startswith(READY) and os.WIFEXITED(status):
+        raise RuntimeError(f"the sandbox could not be set up: {message.decode(errors='replace')}")
     if outcome.get("lost"):  # by the program, where no layer forbids it, or by the system when memory ran out
         return "its supervisor was killed", False, False
-    said = said.removeprefix(READY)
+    message = message.removeprefix(READY)
     killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     out_of_cpu = killed in (signal.SIGKILL, signal.SIGXCPU) and outcome["cpu_seconds"] >= timeout
     if outcome["stopped"] or out_of_cpu:
         return f"stopped after {timeout:g} seconds", True, False
-    if said == b"memory" or killed == signal.SIGKILL:  # nobody else kills it: the kernel, out of memory
+    if message == b"memory" or killed == signal.SIGKILL:  # nobody else kills it: the kernel, out of memory
         return "MemoryError: the memory limit was reached", False, True
     if killed:
         return f"ended by signal {killed}", False, False
-    if said == b"ok":
+    if message == b"ok":
         return None, False, False
-    if said.startswith(b"error"):
-        return " ".join(said.removeprefix(b"error").decode(errors="replace").split()), False, False
+    if message.startswith(b"error"):
+        return " ".join(message.removeprefix(b"error").decode(errors="replace").split()), False, False
     return f"left with exit code {os.WEXITSTATUS(status)} before its end", False, False
 
 
@@ -244,5 +244,5 @@ def _collect(process: subprocess.Popen[bytes], report: Any, patience: float) -> 
                 kept[key.fileobj] += chunk[:room]
             if time.monotonic() > deadline:
                 break
-    said, stdout, stderr = (bytes(kept[stream]) for stream in streams)
-    return said, stdout, stderr
+    outcome, stdout, stderr = (bytes(kept[stream]) for stream in streams)
+    return outcome, stdout, stderr

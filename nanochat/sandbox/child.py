@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def supervise(job: dict) -> dict:
-    """Run job["code"]; returns what the program said and how it ended, once all of its processes are gone."""
+    """Run job["code"]; returns what the program reported and how it ended, once all of its processes are gone."""
     os.umask(0o077)
     _listen_for_signals()
     if job["namespaces"]:
@@ -58,10 +58,10 @@ def supervise(job: dict) -> dict:
         os.execvp("rm", ["rm", "-rf", "--", job["scratch"]])
     os.set_blocking(inlet, False)
     try:
-        said = os.read(inlet, MAX_ERROR + 100)
+        message = os.read(inlet, MAX_ERROR + 100)
     except BlockingIOError:
-        said = b""
-    return {"said": said, "status": status, "cpu_seconds": cpu_seconds, "stopped": stopped}
+        message = b""
+    return {"message": message, "status": status, "cpu_seconds": cpu_seconds, "stopped": stopped}
 
 
 def _listen_for_signals() -> None:
