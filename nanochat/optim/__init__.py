@@ -3,8 +3,9 @@ sharded parameters.
 
 Parameters are grouped into buckets, and each knows how to reduce, update and save its own. Where every rank holds all
 weights (DDP), the optimizer reduces the gradients itself, so there is no DDP wrapper: each rank receives only what it
-will update, and the new weights are gathered (ZeRO-2, arXiv 1910.02054: gradients and state cost 1/N of the memory each, and
-the traffic equals an all-reduce). Where FSDP2 has sharded the weights, gradients arrive reduced, sharded by rows (optim.sharded).
+will update, and the new weights are gathered (ZeRO-2, arXiv 1910.02054: gradients and state cost 1/N of the memory
+each, and the traffic equals an all-reduce). Where FSDP2 has sharded the weights, gradients arrive reduced and sharded
+by rows (optim.sharded).
 
 One step has four phases, and reads nothing back from the device:
 
