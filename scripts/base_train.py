@@ -200,6 +200,21 @@ def coordinates(model: GPT, rows: np.ndarray, anew: bool) -> Callable[[int], dic
     return CoordRecorder(model, path, first.to(model.get_device())).record
 
 
+def make_evaluations(
+    settings: Settings, model: GPT, forward: Callable[..., torch.Tensor], data: TrainData, samples: Samples, anew: bool
+) -> list[Evaluation]:
+    """What is measured on the way."""
+    val = data.fixed_rows("val", settings.max_seq_len, max(settings.eval_tokens, settings.max_seq_len))
+    evaluations = [Evaluation(settings.eval_every, True, val_loss(settings, forward, data, val, model.get_device()))]
+    if data.tokenizer is not None and settings.core_metric_every > 0:
+        evaluations.append(Evaluation(settings.core_metric_every, True, core(settings, model, data)))
+    if data.tokenizer is not None and settings.sample_every > 0:
+        evaluations.append(Evaluation(settings.sample_every, True, samples.show))
+    if settings.coord_check:
+        evaluations.append(Evaluation(settings.coord_check_every, True, coordinates(model, val, anew)))
+    return evaluations
+
+
 def announce(settings: Settings, model: GPT, data: TrainData, plan: BatchPlan, num_iterations: int, why: str) -> None:
     """Everything that was derived from the settings, before anything is spent."""
     horizon = num_iterations * settings.total_batch_size
@@ -261,19 +276,9 @@ def main(settings: Settings) -> None:
         print0(mup.format_table(meta["mup"]))
     print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
 
-    # ---- what is measured on the way
-    val = data.fixed_rows("val", settings.max_seq_len, max(settings.eval_tokens, settings.max_seq_len))
-    evaluations = [Evaluation(settings.eval_every, True, val_loss(settings, forward, data, val, device))]
-    samples = Samples(model, data)
-    if data.tokenizer is not None and settings.core_metric_every > 0:
-        evaluations.append(Evaluation(settings.core_metric_every, True, core(settings, model, data)))
-    if data.tokenizer is not None and settings.sample_every > 0:
-        evaluations.append(Evaluation(settings.sample_every, True, samples.show))
-    if settings.coord_check:
-        record = coordinates(model, val, anew=not earlier)
-        evaluations.append(Evaluation(settings.coord_check_every, True, record))
-
     # ---- train
+    samples = Samples(model, data)
+    evaluations = make_evaluations(settings, model, forward, data, samples, anew=not earlier)
     rows, state = data.rows(settings.max_seq_len, settings.seed), earlier.get("loader")
     loader = RowLoader(rows, plan.rows_per_step, plan.device_batch_size, device, rank, world_size, state)
     width, base_width = config.n_embd, config.mup_base_width

@@ -143,10 +143,8 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
     num_iterations = plan_steps(settings, rows, plan.rows_per_step)
     for name, conversations, times, origin, _ in task_rows(tasks):
         print0(f"{name}: {conversations:,} conversations x {times} ({origin})")
-    print0(
-        f"{rows:,} rows of {length:,} tokens an epoch, {100 * trained_share:.1f} % of the positions trained on, "
-        f"{100 * cut_share:.1f} % of the tokens cut off"
-    )
+    print0(f"{rows:,} rows of {length:,} tokens an epoch, {100 * trained_share:.1f} % of the positions trained on, "
+           f"{100 * cut_share:.1f} % of the tokens cut off")  # fmt: skip
     print0(f"{num_iterations:,} steps of {batch:,} tokens = {num_iterations * batch / length / rows:.2f} epochs")
     if plan.note:
         print0(f"note: {plan.note}")
