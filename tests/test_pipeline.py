@@ -280,11 +280,19 @@ def test_a_signal_that_comes_by_several_ways_counts_once(store):
     assert statuses("a") == ["started", "unfinished"]
 
 
+SLEEPS = """
+import os, pathlib, time
+(pathlib.Path(os.environ["NANOCHAT_BASE_DIR"]) / "ready").touch()
+time.sleep(60)
+"""
+
+
 def test_ctrl_c_reaches_the_stage_even_when_started_in_the_background(store):
     # an interactive shell's script runs `&` jobs with SIGINT ignored, which children inherit
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        runner = start("a", "--", "bash", "-c", 'touch "$NANOCHAT_BASE_DIR/ready"; sleep 60')
+        # not bash, which loses a SIGINT that comes between its fork and the exec of sleep
+        runner = start("a", "--", "python", "-c", SLEEPS)
     finally:
         signal.signal(signal.SIGINT, before)
     wait_for(store / "ready")
