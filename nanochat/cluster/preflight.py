@@ -6,7 +6,6 @@
 It warns and does not stop a run. Only a disk that cannot be written is an error.
 """
 
-import math
 import os
 import socket
 import time
@@ -34,18 +33,12 @@ CLOCK_ROUNDS = 8
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one rank found. NaN: not measured here."""
+    """What one rank found."""
 
     rank: int
     host: str
-    matmul_tflops: float
-    """bf16 on a GPU, fp32 elsewhere."""
-    all_reduce_gbytes: float
-    """Bus bandwidth in GB/s: 2 (n - 1)/n × bytes / seconds, which does not depend on the number of ranks n."""
-    disk_mbytes: float
-    """MB/s into the artifact store, flushed to disk; one rank of each host writes."""
-    free_gib: float
-    """Free memory of the GPU, or of the host."""
+    values: dict[str, float]
+    """By their names in COMPARED; what was not measured here is missing."""
     clock_seconds: float
     """This clock minus that of rank 0."""
     clock_accuracy: float
@@ -54,13 +47,14 @@ class Measurement:
     """Why the artifact store cannot be written."""
 
 
-# What is compared: label, field, share of the median below which a rank is named, what to look at.
-COMPARED = (
-    ("matmul, TFLOP/s", "matmul_tflops", SLOW, "power, temperature and other programs"),
-    ("all-reduce, GB/s (bus)", "all_reduce_gbytes", 0.0, ""),  # the ranks wait for each other: it names nobody
-    ("disk write, MB/s", "disk_mbytes", SLOW_DISK, "the disk under the artifact store"),
-    ("free memory, GiB", "free_gib", SLOW, "programs left over there"),
-)
+# name: (share of the median below which a rank is named, what to look at)
+MATMUL, ALL_REDUCE, DISK, MEMORY = "matmul, TFLOP/s", "all-reduce, GB/s (bus)", "disk write, MB/s", "free memory, GiB"
+COMPARED = {
+    MATMUL: (SLOW, "power, temperature and other programs"),
+    ALL_REDUCE: (0.0, ""),  # the ranks wait for each other: it names nobody
+    DISK: (SLOW_DISK, "the disk under the artifact store"),
+    MEMORY: (SLOW, "programs left over there"),
+}
 
 
 def check(device: torch.device, folder: Path) -> list[Measurement]:
@@ -71,14 +65,16 @@ def check(device: torch.device, folder: Path) -> list[Measurement]:
     """
     hosts = _gather(socket.gethostname())
     rank = dist.get_rank() if dist.is_initialized() else 0
-    disk, error = math.nan, ""
+    values, error = {}, ""
     if hosts.index(hosts[rank]) == rank:
         try:
-            disk = disk_mbytes(folder)
+            values[DISK] = disk_mbytes(folder)
         except OSError as problem:
             error = problem.strerror or str(problem)
-    speeds = matmul_tflops(device), all_reduce_gbytes(device), disk, free_gib(device)
-    measurements = _gather(Measurement(rank, hosts[rank], *speeds, *clock_offset(device), error))
+    values |= {MATMUL: matmul_tflops(device), MEMORY: free_gib(device)}
+    if len(hosts) > 1:
+        values[ALL_REDUCE] = all_reduce_gbytes(device)
+    measurements = _gather(Measurement(rank, hosts[rank], values, *clock_offset(device), error))
     if failed := next((m for m in measurements if m.error), None):
         raise UserError(
             f"rank {failed.rank} on {failed.host} cannot write to {folder}: {failed.error}; free or mount that disk "
@@ -126,10 +122,9 @@ def matmul_tflops(device: torch.device) -> float:
 
 
 def all_reduce_gbytes(device: torch.device) -> float:
-    """Bus bandwidth of an all-reduce over all ranks, GB/s: 256 MiB on GPUs, 4 MiB elsewhere. NaN for one rank."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1:
-        return math.nan
+    """Bus bandwidth of an all-reduce over all n ranks, GB/s: 2 (n - 1)/n × bytes / seconds, which does not depend on n.
+    256 MiB on GPUs, 4 MiB elsewhere."""
+    world = dist.get_world_size()
     data = torch.zeros((256 if device.type == "cuda" else 4) * 2**20 // 4, device=device)
     seconds = _best_seconds(lambda: dist.all_reduce(data), device)
     return 2 * (world - 1) / world * data.nbytes / seconds / 1e9
@@ -182,8 +177,8 @@ def table(measurements: list[Measurement]) -> str:
     """Worst and median of each number, with the rank of the worst."""
     hosts = len({m.host for m in measurements})
     lines = [f"preflight: {len(measurements)} rank(s) on {hosts} host(s)"]
-    for label, field, *_ in COMPARED:
-        if known := _known(measurements, field):
+    for label in COMPARED:
+        if known := _known(measurements, label):
             value, rank, host = min(known)
             where = f"(rank {rank} on {host})" if len(known) > 1 else ""
             lines.append(f"  {label:24} worst {value:9.2f}  median {_median(known):9.2f}  {where}".rstrip())
@@ -199,8 +194,8 @@ def table(measurements: list[Measurement]) -> str:
 def warnings(measurements: list[Measurement]) -> list[str]:
     """One line for each rank that is slow in something, or whose clock is off."""
     lines = []
-    for label, field, share, look in COMPARED:
-        known = _known(measurements, field)
+    for label, (share, look) in COMPARED.items():
+        known = _known(measurements, label)
         lines += [
             f"rank {rank} on {host}: {label} {value:.2f}, {100 * value / _median(known):.0f} % of the median "
             f"{_median(known):.2f}; look at {look}, or leave that host out"
@@ -217,9 +212,9 @@ def warnings(measurements: list[Measurement]) -> list[str]:
     return lines
 
 
-def _known(measurements: list[Measurement], field: str) -> list[tuple[float, int, str]]:
+def _known(measurements: list[Measurement], label: str) -> list[tuple[float, int, str]]:
     """(value, rank, host) of the ranks that measured this."""
-    return [(getattr(m, field), m.rank, m.host) for m in measurements if not math.isnan(getattr(m, field))]
+    return [(m.values[label], m.rank, m.host) for m in measurements if label in m.values]
 
 
 def _median(known: list[tuple[float, int, str]]) -> float:

@@ -1,5 +1,4 @@
 import functools
-import math
 import socket
 import subprocess
 import sys
@@ -11,17 +10,18 @@ import torch
 import torch.distributed as dist
 
 from nanochat.cluster import preflight
-from nanochat.cluster.preflight import Measurement, table, warnings
+from nanochat.cluster.preflight import ALL_REDUCE, DISK, MATMUL, MEMORY, Measurement, table, warnings
 from nanochat.errors import UserError
 from tests.processes import run_processes
 
 CPU = torch.device("cpu")
+NAMES = {"matmul_tflops": MATMUL, "disk_mbytes": DISK, "free_gib": MEMORY}
 
 
 def sane(rank: int, **changes) -> Measurement:
-    facts = {"matmul_tflops": 700.0, "all_reduce_gbytes": 300.0, "disk_mbytes": math.nan, "free_gib": 70.0}
-    return Measurement(**{"rank": rank, "host": f"host{rank // 2}", "clock_seconds": 0.0, "clock_accuracy": 0.01,
-                          **facts, **changes})  # fmt: skip
+    clock = {name: changes.pop(name, usual) for name, usual in (("clock_seconds", 0.0), ("clock_accuracy", 0.01))}
+    values = {MATMUL: 700.0, ALL_REDUCE: 300.0, MEMORY: 70.0} | {NAMES[name]: value for name, value in changes.items()}
+    return Measurement(rank, f"host{rank // 2}", values, **clock)
 
 
 def measured_with_one_bad_rank(folder: str, bad: int):
@@ -40,7 +40,7 @@ def test_a_slow_rank_and_a_clock_that_is_off_are_named(tmp_path, capfd, bad):
     results = run_processes(3, measured_with_one_bad_rank, str(tmp_path), bad, heard=True)
     assert results[0] == results[1] == results[2]
     assert [m.host for m in results[0]] == ["host0", "host1", "host2"]
-    assert all(m.matmul_tflops > 0 and m.all_reduce_gbytes > 0 and m.disk_mbytes > 0 for m in results[0])
+    assert all(min(m.values[name] for name in (MATMUL, ALL_REDUCE, DISK)) > 0 for m in results[0])
     for m in results[0]:  # all run on this machine, so the true offset is known
         true = {0: 0.0, 2: 5.0}[bad] * (m.rank == 2) - {0: 5.0, 2: 0.0}[bad] * (m.rank != 0)
         assert abs(m.clock_seconds - true) <= m.clock_accuracy + 1e-6
