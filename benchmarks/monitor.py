@@ -169,7 +169,7 @@ def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: b
 
     def step(monitor: Monitor | None) -> None:
         if monitor is not None:
-            monitor.start(1)
+            monitor.before_forward(1)
         for _ in range(settings.accumulation):
             forward(idx[:, :-1], idx[:, 1:]).backward()
         if monitor is not None:

@@ -36,6 +36,7 @@ from nanochat.train.console import wandb_name, wandb_project
 from nanochat.train.coordinates import CoordRecorder
 from nanochat.train.loop import train
 from nanochat.train.monitor import Monitor, monitor_settings
+from nanochat.train.observer import Observer
 from nanochat.train.run import (
     NO_WANDB,
     Evaluation,
@@ -48,6 +49,7 @@ from nanochat.train.run import (
     finish,
     parallelize_model,
 )
+from nanochat.train.warmup import warm_kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,9 +300,9 @@ def main(settings: Settings) -> None:
         grad_clip=settings.grad_clip,
         evaluations=evaluations,
         prepare=grow_windows,
-        monitor=Monitor(model, optimizer, watched) if watched is not None else None,
+        monitor=Monitor(model, optimizer, watched) if watched is not None else Observer(),
         observer=ClusterObserver(),
-        warm_kernels=settings.warm_kernels,
+        warm_kernels=warm_kernels if settings.warm_kernels else lambda run: None,
         flops_per_token=model.estimate_flops(),
         wandb_name=wandb_name(settings.run, settings.arch, width, base_width, datetime.now()),
         wandb_project=wandb_project(settings.arch, settings.mup),

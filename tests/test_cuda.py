@@ -234,7 +234,7 @@ def test_the_monitor_reads_what_is_there_and_waits_for_nothing():
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         try:
-            monitor.start(number)
+            monitor.before_forward(number)
             compiled(inputs, targets).backward()
             monitor.before_update()
             optimizer.step(max_norm=1.0)

@@ -16,7 +16,7 @@ from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.hardware import device_name, memory_metrics, peak_flops, peak_memory_bytes, unlisted
 from nanochat.paths import run_dir
 from nanochat.runtime import get_dist_info, print0, synchronize
-from nanochat.train.monitor import GRAD_NORM, Snapshot
+from nanochat.train.observer import LateMetrics
 from nanochat.train.run import NO_WANDB, PROJECT, TrainingRun
 
 WARMUP_STEPS = 5  # left out of tokens/s and MFU: they compile, tune kernels and fill the allocator
@@ -36,6 +36,7 @@ GROUPS = {
     "Stragglers": "Slowest rank against the median.",
 }
 TRAIN_LOSS = "Loss/train_loss"  # mean cross-entropy of the targets of a step, nats
+GRAD_NORM = "Optimization/grad_norm"  # gradient norm before clipping: of all, /group: of a parameter group
 LR_MULTIPLIER = "Optimization/lr_multiplier"  # learning rates over their full ones
 SKIPPED = "Optimization/skipped_steps"  # so far, because loss or gradient were not finite
 STEP_SECONDS = "Time/step_seconds"  # a step, evaluations and checkpoints left out, s
@@ -52,7 +53,7 @@ class StepResult(NamedTuple):
     """Of the gradient before clipping, 0-D. Where this or the loss is not finite, the step has changed nothing."""
     multiplier: float
     """Of the learning rates."""
-    snapshot: Snapshot | None
+    snapshot: LateMetrics | None
     """What the monitor saw, where it looked."""
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +22,7 @@ from nanochat.errors import UserError
 from nanochat.optim.schedule import set_schedule
 from nanochat.runtime import IGNORE_INDEX, StopSignal, get_dist_info, print0
 from nanochat.train.console import MAX_SKIPPED, Console, StepResult
-from nanochat.train.observer import Observer
-from nanochat.train.run import Evaluation, LoopState, Outcome, TrainingRun, resume
-from nanochat.train.warmup import SyntheticLoader, warm_up
+from nanochat.train.run import Evaluation, Outcome, TrainingRun, resume
 
 if TYPE_CHECKING:
     from nanochat.saver import Saver
@@ -44,9 +42,8 @@ def train(run: TrainingRun) -> Outcome:
     saver = Saver(run.folder, run.model, run.optimizer, run.settings.keep_last, run.settings.keep_every)
     stop, console = StopSignal(), Console(run, device)
     try:
-        if run.warm_kernels:
-            _warm_kernels(run)
-            console.restart()
+        run.warm_kernels(run)
+        console.restart()
         finished = _loop(run, stop, console, saver)
     except torch.OutOfMemoryError:
         raise UserError(
@@ -111,7 +108,7 @@ def _loop(run: TrainingRun, stop: StopSignal, console: Console, saver: "Saver") 
 
 def train_step(run: TrainingRun) -> StepResult:
     """One optimizer step; never waits for the device."""
-    world, step, observer, monitor = get_dist_info().world_size, run.state.step, run.observer, run.monitor
+    world, step, observer = get_dist_info().world_size, run.state.step, run.observer
     observer.mark(step, "data")
     started = time.perf_counter()
     batches = [run.loader.next_batch() for _ in range(run.loader.batches_per_step)]
@@ -127,8 +124,7 @@ def train_step(run: TrainingRun) -> StepResult:
     # Forward and backward.
     total = torch.zeros((), device=count.device)
     run.prepare(step)
-    if monitor is not None:
-        monitor.start(step + 1)
+    run.monitor.before_forward(step + 1)
     for index, (inputs, targets, *weights) in enumerate(batches):
         observer.mark(step, "forward")
         parallel.before_micro_batch(run.model, run.policy, last=index == len(batches) - 1)
@@ -147,13 +143,11 @@ def train_step(run: TrainingRun) -> StepResult:
         multiplier = 0.0
     set_schedule(run.optimizer.param_groups, multiplier, momentum)
     observer.mark(step, "update")
-    if monitor is not None:
-        monitor.before_update()
+    run.monitor.before_update()
     norm = run.optimizer.step(max_norm=run.grad_clip if run.grad_clip > 0 else None, loss=mean)
     run.optimizer.zero_grad(set_to_none=True)
-    snapshot = monitor.after_update() if monitor is not None else None
     run.state.step += 1
-    return StepResult(mean, norm, multiplier, snapshot)
+    return StepResult(mean, norm, multiplier, run.monitor.after_update())
 
 
 def _evaluate(run: TrainingRun, console: Console, due: list[Evaluation]) -> None:
@@ -194,25 +188,6 @@ def _finish(run: TrainingRun, saver: "Saver") -> None:
     if get_dist_info().rank == 0:
         known = {"loop": asdict(run.state), "val_bpb": run.state.latest.get("Loss/val_bpb")}
         checkpoint.update_meta(run.folder, run.state.step, known)
-
-
-def _warm_kernels(run: TrainingRun) -> None:
-    """Steps and an evaluation on random tokens, undone; neither run.loader nor run.state is touched."""
-    rehearsal = replace(run, loader=SyntheticLoader(run.loader, run.model), state=LoopState(), observer=Observer())
-
-    def steps() -> None:
-        train_step(rehearsal)
-        rehearsal.state.step = 0
-        if run.evaluations:
-            run.model.eval()
-            with torch.no_grad(), parallel.unsharded_params(run.model, run.policy):
-                run.forward(*rehearsal.loader.next_batch(), loss_reduction="none")
-            run.model.train()
-
-    seconds = warm_up(run.model, run.optimizer, steps)
-    if run.monitor is not None:
-        run.monitor.restart()
-    print0(f"kernels warmed up in {seconds:.1f} s")
 
 
 # A training step leaves 1 to 2 tracked objects and no cycles, so a young collection after 1 to 100 steps took under

@@ -1,8 +1,7 @@
 """Instruments that look inside a model while it trains: norms, spectral norms, statistics of activations.
 
-At a step that is due the loop calls `start` before the first forward pass, `before_update` before the optimizer and
-`after_update` after it, on all ranks. Everything stays on the device; one copy to the host starts at the end, and is
-read when the console reads the losses. Steps that are not due cost a comparison.
+Everything stays on the device; one copy to the host starts after the update, and is read when the console reads the
+losses. Steps that are not due cost a comparison.
 """
 
 import os
@@ -18,13 +17,14 @@ from nanochat.dtensor import is_sharded, local, replicas_of
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, STATISTICS
 from nanochat.optim import MuonAdamW
+from nanochat.train.console import GRAD_NORM
+from nanochat.train.observer import Observer
 from nanochat.train.spectral import TINY, Stack, spectral_norms, stacked_norms, stacks
 
 PRESETS = {"production": 100, "research": 10, "validation": 1}
 HIDDEN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # matrices of a block
 BRANCHES = ("attn", "mlp")  # rows of Block.stats
 
-GRAD_NORM = "Optimization/grad_norm"  # gradient norm before clipping: of all, /group: of a parameter group
 PARAM_NORM = "Model/param_norm"  # norm of all parameters of a group (/group)
 SPECTRAL_NORM = "Model/spectral_norm"  # largest singular value of a hidden matrix (/layer.matrix)
 UPDATE_RATIO = "Model/update_ratio"  # largest singular value of the step of a matrix over that of the matrix
@@ -91,7 +91,7 @@ class _Matrix:
     """Whether this rank computes its norms."""
 
 
-class Monitor:
+class Monitor(Observer):
     """Due at every `interval`-th step, and at the first of this process: both variants of the graph, with statistics
     and without, are then compiled before anybody looks at the time.
 
@@ -123,8 +123,7 @@ class Monitor:
         """What has been seen so far was a rehearsal: the first event is due again."""
         self.events = 0
 
-    def start(self, step: int) -> None:
-        """The step that will be number `step` begins."""
+    def before_forward(self, step: int) -> None:
         self.due = self.events == 0 or step % self.settings.interval == 0
         if not self.due:
             return
@@ -146,7 +145,6 @@ class Monitor:
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """The gradients are there, the weights still the old ones."""
         if not self.due:
             return
         self.detach()
@@ -157,7 +155,7 @@ class Monitor:
 
     @torch.no_grad()
     def after_update(self) -> Snapshot | None:
-        """The optimizer has stepped. None where nothing was due. Collective."""
+        """None where nothing was due."""
         if not self.due:
             return None
         self.due = False

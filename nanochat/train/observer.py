@@ -1,9 +1,11 @@
-"""What watches a run without changing it. The loop calls an Observer; this one does nothing but say that it lives.
+"""What watches a run without changing it. The loop calls Observers; this one does nothing but say that it lives.
 
-`TrainingRun(..., observer=nanochat.cluster.observer.ClusterObserver())` names slow and stuck ranks.
+`TrainingRun(..., observer=nanochat.cluster.observer.ClusterObserver())` names slow and stuck ranks,
+`TrainingRun(..., monitor=nanochat.train.monitor.Monitor(...))` looks inside the model.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,8 +13,16 @@ import torch.distributed as dist
 from nanochat.runtime import heartbeat
 
 
+class LateMetrics(Protocol):
+    """Metrics on their way from the device."""
+
+    def read(self) -> dict[str, float]:
+        """Waits for them."""
+        ...
+
+
 class Observer:
-    """All methods are called on every rank, `start` and `after_step` at the same point of the run (collective)."""
+    """All methods are called on every rank; `start`, `after_update` and `after_step` may be collective."""
 
     def start(self, device: torch.device) -> None:
         """Before the first step, and before kernels are warmed up."""
@@ -25,9 +35,19 @@ class Observer:
         """Once a step. `step_seconds`: host time from the start of the step to its first collective, the wait for data
         included; `data_seconds`: of these, the wait for batches."""
 
+    def before_forward(self, step: int) -> None:
+        """The forward passes of the step that will be number `step` follow."""
+
     def first_forward(self) -> AbstractContextManager[None]:
         """Held around the forward pass of the first micro-batch of each step."""
         return nullcontext()
+
+    def before_update(self) -> None:
+        """The gradients are there, the weights still the old ones."""
+
+    def after_update(self) -> LateMetrics | None:
+        """The optimizer has stepped. Must not wait for the device."""
+        return None
 
     def after_step(self, step: int, background: dist.ProcessGroup | None) -> dict[str, float]:
         """`step` optimizer steps are done. Returns metrics. `background`: the group that checkpoints are written by."""

@@ -26,7 +26,6 @@ from nanochat.parallel import Parallel, Policy
 from nanochat.runtime import DeviceFlags, get_dist_info, print0
 from nanochat.sections import write_section
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.monitor import Monitor
 from nanochat.train.observer import Observer
 
 # ---- flags
@@ -187,12 +186,12 @@ class TrainingRun:
     weights stay: Muon would take a full step along old momentum, however small the gradient."""
     step_metrics: Callable[[], dict[str, float]] = dict
     """Further metrics of the step just made, named `Group/name`; printed with the loss."""
-    monitor: Monitor | None = None
-    """Looks inside the model every so many steps."""
+    monitor: Observer = field(default_factory=Observer)
+    """Looks inside the model every so many steps (nanochat.train.monitor)."""
     observer: Observer = field(default_factory=Observer)
     """Watches the ranks while they train."""
-    warm_kernels: bool = False
-    """Compile and tune kernels before the first step, on random tokens, and undo it (nanochat.train.warmup)."""
+    warm_kernels: Callable[["TrainingRun"], None] = lambda run: None
+    """Compiles and tunes kernels before the first step, and undoes it (nanochat.train.warmup)."""
     flops_per_token: float | None = None
     """Of forward and backward; None: time is not spent on training alone, so no MFU."""
     memory_advice: str = "halve --device-batch-size (the total batch, and so the result, stays the same)"

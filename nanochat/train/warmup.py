@@ -7,20 +7,44 @@ else may remember the steps taken; the loop gives them counters and a loader of 
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanochat import parallel
 from nanochat.checkpoint import rng_state, set_rng_state
 from nanochat.dataloader import Batch
 from nanochat.dtensor import local
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import synchronize
-from nanochat.train.run import Loader
+from nanochat.runtime import print0, synchronize
+from nanochat.train.loop import train_step
+from nanochat.train.monitor import Monitor
+from nanochat.train.observer import Observer
+from nanochat.train.run import Loader, LoopState, TrainingRun
 
 REPEATS = 2  # the first compiles; in the second, gradients and state lie where they will always lie
+
+
+def warm_kernels(run: TrainingRun) -> None:
+    """Steps and an evaluation on random tokens, undone; neither run.loader nor run.state is touched."""
+    rehearsal = replace(run, loader=SyntheticLoader(run.loader, run.model), state=LoopState(), observer=Observer())
+
+    def steps() -> None:
+        train_step(rehearsal)
+        rehearsal.state.step = 0
+        if run.evaluations:
+            run.model.eval()
+            with torch.no_grad(), parallel.unsharded_params(run.model, run.policy):
+                run.forward(*rehearsal.loader.next_batch(), loss_reduction="none")
+            run.model.train()
+
+    seconds = warm_up(run.model, run.optimizer, steps)
+    if isinstance(run.monitor, Monitor):
+        run.monitor.restart()
+    print0(f"kernels warmed up in {seconds:.1f} s")
 
 
 def warm_up(model: GPT, optimizer: MuonAdamW, run_steps: Callable[[], None], repeats: int = REPEATS) -> float:

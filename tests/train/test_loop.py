@@ -21,6 +21,7 @@ from nanochat.train.console import Console
 from nanochat.train.loop import train
 from nanochat.train.monitor import Monitor, MonitorSettings
 from nanochat.train.run import Evaluation, LoopState, RunFlags, TrainingRun
+from nanochat.train.warmup import warm_kernels
 from tests.processes import run_processes
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
@@ -379,9 +380,8 @@ def test_a_step_without_a_gradient_signal_leaves_the_weights(folder):
 
 
 def test_warming_kernels_up_changes_nothing(folder):
-    cold, warm = (
-        make_run(folder / name, 3, FakeLoader(batch=2), warm_kernels=name == "warm") for name in ("cold", "warm")
-    )
+    cold, warm = (make_run(folder / name, 3, FakeLoader(batch=2)) for name in ("cold", "warm"))
+    warm.warm_kernels = warm_kernels
     for run in (cold, warm):
         train(run)
     for name, value in weights(cold).items():
@@ -411,7 +411,7 @@ def test_the_monitor_looks_at_its_steps_and_moves_nothing(folder):
 
 
 def test_a_rehearsal_does_not_count_as_the_first_event(folder):
-    run = make_run(folder, 4, warm_kernels=True)
+    run = make_run(folder, 4, warm_kernels=warm_kernels)
     run.monitor = Monitor(run.model, run.optimizer, MonitorSettings(3))
     train(run)
     assert list(recorded("Model/update_ratio/0.mlp.c_fc")) == [1, 3]

@@ -50,7 +50,7 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def one_step(model, optimizer, monitor, number, forward=None, rows=slice(None)):
     """As the loop does it. Returns the not yet synced metrics, or None."""
-    monitor.start(number)
+    monitor.before_forward(number)
     inputs, targets = batch(number)
     (model if forward is None else forward)(inputs[rows], targets[rows]).backward()
     monitor.before_update()
