@@ -122,43 +122,10 @@ def _allow_below(ruleset: int, path: str, rights: int) -> None:
 # seccomp: which system calls may be made ------------------------------------------------------------------------------
 
 AUDIT_ARCH = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
-# (x86_64, aarch64): calls refused with EPERM
-DENIED = {
-    # processes: no new ones, no other program, no hand on others
-    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
-    "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438),
-    "process_madvise": (440, 440), "process_mrelease": (448, 448), "setpriority": (141, 140),
-    "ioprio_set": (251, 30), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
-    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274), "migrate_pages": (256, 238), "move_pages": (279, 239),
-    # network, and what outlives a process: System V IPC, message queues, keys
-    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
-    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    # files whose owner we are: Landlock does not watch over their attributes, nor (early ABIs) their length
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
-    "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54),
-    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
-    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "truncate": (76, 45),
-    # memory that the address space limit does not count
-    "memfd_create": (319, 279), "memfd_secret": (447, 447),
-    # the kernel's larger and rarer surfaces
-    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "personality": (135, 92),
-    "fanotify_init": (300, 262), "lookup_dcookie": (212, 18), "modify_ldt": (154, None), "iopl": (172, None),
-    "ioperm": (173, None), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
-    # administration
-    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
-    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
-    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
-    "quotactl": (179, 60), "quotactl_fd": (443, 443), "acct": (163, 89), "swapon": (167, 224), "swapoff": (168, 225),
-    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116), "vhangup": (153, 58),
-    "sethostname": (170, 161), "setdomainname": (171, 162), "settimeofday": (164, 170), "clock_settime": (227, 112),
-    "adjtimex": (159, 171), "clock_adjtime": (305, 266),
-}  # fmt: skip
+with open(os.path.join(os.path.dirname(__file__), "denied_calls.txt"), encoding="ascii") as _file:  # before Landlock
+    _rows = [line.split() for line in _file if line.strip() and not line.startswith("#")]
+# name: numbers by machine; refused with EPERM
+DENIED = {name: tuple(None if number == "-" else int(number) for number in numbers) for name, *numbers in _rows}
 # refused with ENOSYS, so that libc takes the older call, whose arguments a filter can see
 UNSEEN = {"clone3": (435, 435), "openat2": (437, 437)}
 FIRST_UNKNOWN = 463  # calls newer than this list: also "not implemented"
