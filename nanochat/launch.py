@@ -127,7 +127,10 @@ def detect(environment: Mapping[str, str], count_gpus: Callable[[], int] = visib
     if platform.name == "Slurm":
         _check_slurm(environment, nodes)
     address = _address(platform, environment) if nodes > 1 else "127.0.0.1"
-    port = _integer(platform.port, environment, _default_port(environment), least=1, most=65535)
+    # Slurm may put two jobs on one node, so that each needs its own; below where systems pick ports for clients
+    job = environment.get("SLURM_JOB_ID", "")
+    default_port = 15000 + int(job) % 15000 if job.isdecimal() else DEFAULT_PORT
+    port = _integer(platform.port, environment, default_port, least=1, most=65535)
     return Cluster(platform.name, nodes, rank, address, port, _gpus(platform, environment, count_gpus))
 
 
@@ -171,12 +174,6 @@ def _gpus(platform: Platform, environment: Mapping[str, str], count_gpus: Callab
     return _integer(platform.gpus, environment, None, most=1024)
 
 
-def _default_port(environment: Mapping[str, str]) -> int:
-    """Slurm may put two jobs on one node, so that each needs its own; below where systems pick ports for clients."""
-    job = environment.get("SLURM_JOB_ID", "")
-    return 15000 + int(job) % 15000 if job.isdecimal() else DEFAULT_PORT
-
-
 def _check_slurm(environment: Mapping[str, str], nodes: int) -> None:
     local = environment.get("SLURM_LOCALID", "0")
     if local != "0":
@@ -187,10 +184,9 @@ def _check_slurm(environment: Mapping[str, str], nodes: int) -> None:
 
 def slurm_hosts(nodelist: str) -> list[str]:
     """Host names of a Slurm node list, by scontrol where there is one. Raises UserError when it holds none."""
-    hosts = _ask_scontrol(nodelist) or expand_hosts(nodelist)
-    if not hosts:
-        raise UserError(f"the Slurm node list {nodelist!r} names no host: set SLURM_JOB_NODELIST to a list of hosts")
-    return hosts
+    if hosts := _ask_scontrol(nodelist) or expand_hosts(nodelist):
+        return hosts
+    raise UserError(f"the Slurm node list {nodelist!r} names no host: set SLURM_JOB_NODELIST to a list of hosts")
 
 
 def _ask_scontrol(nodelist: str) -> list[str]:
@@ -276,8 +272,7 @@ def command_line(
     cores: int,
     own: str | None = None,
 ) -> tuple[dict[str, str], list[str]]:
-    """(variables to set, words) that start `command` (`-m module …` or `script.py …`) on this node of `cluster`, whose
-    address for the others is `own`."""
+    """(variables to set, words) that start `command` (`-m module …` or `script.py …`) here; own: see torchrun_words."""
     launcher = torchrun_words(cluster, max_restarts, own)
     if not launcher:
         return {}, ["python", *command]
@@ -302,8 +297,7 @@ def shell_line(added: Mapping[str, str], words: Sequence[str]) -> str:
 
 
 def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:
-    """Where nanochat.cluster.nodes runs this on node 0, it names a folder in which the other nodes look for the command
-    that all run together: write it there, numbered from 1 in each attempt."""
+    """Tell the other nodes, which follow by nanochat.cluster.nodes, what to run: numbered from 1 in each attempt."""
     if not environment.get("NODES_FOLDER"):
         return
     path, attempt = Path(environment["NODES_FOLDER"]) / "order", environment.get("NODES_ATTEMPT", "")

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
@@ -101,11 +101,6 @@ def _others_joined(folder: Path, attempt: str, nodes: int, patience: float, sign
     return False
 
 
-def _order(folder: Path) -> dict[str, Any] | None:
-    text = _read(folder / "order")
-    return json.loads(text) if text else None
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()
@@ -157,11 +152,13 @@ class Follower:
             return int(end_code)
         if self.stopped and not self.attempt:  # nothing has begun
             return STOPPED
-        order = _order(self.folder)
-        if not self.stopped and order and order["attempt"] == self.attempt and order["number"] > self.done:
+        order = json.loads(_read(self.folder / "order") or "{}")
+        if not self.stopped and order.get("attempt") == self.attempt and order["number"] > self.done:
             self.done = order["number"]
             environment = {name: value for name, value in os.environ.items() if name != "NODES_FOLDER"}
             self.child = subprocess.Popen([sys.executable, "-m", "nanochat.launch", *order["words"]], env=environment)
+            if self.stopped:  # a signal that came while it was starting
+                self.child.send_signal(signal.SIGTERM)
         return None
 
     def _listen(self) -> None:
