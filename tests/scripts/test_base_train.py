@@ -142,12 +142,11 @@ def test_sigterm_saves_exits_0_and_the_rest_is_bit_for_bit(prepared):
 
 
 def test_two_processes_under_torchrun(prepared):
-    one = command(num_iterations=4, model_tag="one")
+    main(Settings(**{**SMALL, "num_iterations": 4, "model_tag": "one"}))
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
            *command(num_iterations=4, model_tag="two")[1:]]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for words_ in (one, two):
-        subprocess.run(words_, env=environment, check=True, capture_output=True)
+    subprocess.run(two, env=environment, check=True, capture_output=True)
     single, double = (checkpoint.read_meta(checkpoint_dir("base", tag), 4) for tag in ("one", "two"))
     assert double["val_bpb"] == pytest.approx(single["val_bpb"], rel=1e-4)
     assert double["world_size"] == 2 and len(double["rng"]) == 2

@@ -1,7 +1,6 @@
 """mid_train and chat_sft from the outside: what they inherit, write, repeat, and say to bad input."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,12 +11,14 @@ from safetensors.torch import load_file
 from nanochat import checkpoint, cli
 from nanochat.errors import UserError
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
+from nanochat.runtime import get_dist_info
 from nanochat.tasks.registry import parse_tasks
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import chat
 from nanochat.train.chat import inherit, plan_steps
 from scripts import chat_sft, mid_train
 from tests.chat_setup import make_base, make_text
+from tests.processes import run_processes
 
 SMALL = {"tasks": "Arithmetic:60,Identity:40", "num_iterations": 4, "eval_tokens": 1024, "eval_every": 2,
          "device_type": "cpu"}  # fmt: skip
@@ -115,21 +116,16 @@ def test_runs_never_share_a_folder(store, capsys):
     assert "differs in parent: kept as m.1" in capsys.readouterr().out
 
 
+def sft_of_two_ranks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "compute_cleanup", lambda: None)  # the process group is the test's
+        patch.setenv("NANOCHAT_RUN_ID", f"two-rank{get_dist_info().rank}")
+        sft(source_stage="base", out_tag="two")
+
+
 def test_two_ranks_train_as_one(store):
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one = [sys.executable, "-m", "scripts.chat_sft", "--source-stage=base", *words]
-    two = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        *one[1:],
-        "--out-tag=two",
-    ]
-    for command in (one, two):
-        subprocess.run(command, env=environment, check=True, capture_output=True)
+    sft(source_stage="base")
+    run_processes(2, sft_of_two_ranks)
     single, double = (checkpoint.read_meta(checkpoint_dir("sft", tag), 4) for tag in ("m", "two"))
     assert double["world_size"] == 2 and double["loader"] == single["loader"]
     assert double["val_bpb"] == pytest.approx(single["val_bpb"], rel=1e-4)
