@@ -20,8 +20,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
+from nanochat.data.sources import Split, canonical
 from nanochat.data.text_rows import TextData
-from nanochat.dataset import Split, canonical
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from nanochat import cli
 from nanochat.checkpoint import load_model
 from nanochat.cli import int_flag
+from nanochat.data.sources import source_flag
 from nanochat.data.text_rows import TextData
 from nanochat.dataloader import row_batches
-from nanochat.dataset import source_flag
 from nanochat.errors import UserError
 from nanochat.eval.bpb import BpbResult, baselines, measure_bpb, scored_bytes, train_text
 from nanochat.eval.samples import make_samples

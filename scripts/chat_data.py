@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from nanochat import cli
-from nanochat.dataset import canonical, source_flag
+from nanochat.data.sources import canonical, source_flag
 from nanochat.sections import write_section
 from nanochat.tasks.registry import SPLITS, TASKS, make_task, parse_spec, task_inputs, task_row
 

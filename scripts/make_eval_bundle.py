@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nanochat import cli
-from nanochat.dataset import iter_documents, source_flag
+from nanochat.data.sources import iter_documents, source_flag
 from nanochat.errors import UserError
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.offline_bundle import copy_bundle, write_offline_bundle

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat import cli, sections
-from nanochat.dataset import iter_documents, source_flag
+from nanochat.data.sources import iter_documents, source_flag
 from nanochat.files import read_jsonl
 from nanochat.tokenizer import get_tokenizer
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanochat import cli, sections
 from nanochat.cli import int_flag
-from nanochat.dataset import list_shards, source_flag
+from nanochat.data.sources import list_shards, source_flag
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
 from nanochat.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, RustBPETokenizer

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from nanochat import dataset
-from nanochat.data import hub, local, parquet, pydocs
-from nanochat.dataset import HubSource, Settings, dataset_bytes, iter_documents, list_shards, main
+from nanochat.data import hub, local, parquet, pydocs, sources
+from nanochat.data.sources import HubSource, dataset_bytes, iter_documents, list_shards
+from nanochat.dataset import Settings, main
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
 from tests.standin_hub import COMMIT, StandInHub, parquet_bytes, serving
@@ -41,7 +41,7 @@ def store(tmp_path, monkeypatch):
 def server(monkeypatch):
     """FineWeb-Edu with six small shards."""
     monkeypatch.setattr(hub, "FIRST_WAIT", 0.001)
-    monkeypatch.setitem(dataset.SOURCES, "fineweb-edu", HubSource("someone/texts", last=LAST))
+    monkeypatch.setitem(sources.SOURCES, "fineweb-edu", HubSource("someone/texts", last=LAST))
     files = {f"shard_{i:05d}.parquet": parquet_bytes(shard_texts(i)) for i in range(LAST + 1)}
     with serving(StandInHub("someone/texts", files)) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
@@ -57,11 +57,11 @@ def names(source, split):
 
 
 def manifest(source):
-    return json.loads((data_dir(dataset.canonical(source)) / "manifest.json").read_text())
+    return json.loads((data_dir(sources.canonical(source)) / "manifest.json").read_text())
 
 
 def assert_tidy(source="fineweb-edu"):
-    assert not [path for path in data_dir(dataset.canonical(source)).rglob("*") if ".tmp" in path.name]
+    assert not [path for path in data_dir(sources.canonical(source)).rglob("*") if ".tmp" in path.name]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanochat.dataset import SPLITS, Split
+from nanochat.data.sources import SPLITS, Split
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.paths import get_base_dir

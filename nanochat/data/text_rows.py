@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from nanochat.data.packing import pack_rows
 from nanochat.data.parquet import open_shard, read_texts
-from nanochat.dataset import Split, dataset_bytes, list_shards
+from nanochat.data.sources import Split, dataset_bytes, list_shards
 from nanochat.errors import UserError
 from nanochat.tokenizer import RustBPETokenizer
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.dataset import iter_documents
+from nanochat.data.sources import iter_documents
 from nanochat.errors import UserError
 from nanochat.runtime import heartbeat
 from nanochat.tokenizer import RustBPETokenizer

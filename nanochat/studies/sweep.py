@@ -22,8 +22,8 @@ import torch
 from nanochat import cli, parallel
 from nanochat.cli import int_flag
 from nanochat.config import LEARNING_RATES, TUNED_AT, Arch, ArchFlags, GPTConfig, build_config, init_spec, resolve
+from nanochat.data.sources import source_flag, text_hash
 from nanochat.dataloader import RowLoader, open_data, plan_batch, row_batches
-from nanochat.dataset import source_flag, text_hash
 from nanochat.errors import UserError
 from nanochat.files import append_jsonl, atomic_write_text, read_jsonl
 from nanochat.gpt import GPT

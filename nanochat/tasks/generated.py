@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat import dataset
+from nanochat.data import sources
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_text, sha256_file
 from nanochat.paths import slug, task_data_dir
@@ -22,14 +22,14 @@ def generate(source: str, name: str, rules: tuple[object, ...], make: Callable[[
     """
     folder = _folder(source)
     marker = _marker(folder, name)
-    fingerprint = f"{stable_hash(dataset.canonical(source), dataset.text_hash(source), rules):016x}"
+    fingerprint = f"{stable_hash(sources.canonical(source), sources.text_hash(source), rules):016x}"
     if marker.get("fingerprint") == fingerprint and not _damaged(folder, marker):
         return
     files = make()
     for file, text in files.items():
         atomic_write_text(folder / file, text)
     digests = {file: sha256_file(folder / file) for file in files}
-    marker = {"source": dataset.canonical(source), "fingerprint": fingerprint, "files": digests}
+    marker = {"source": sources.canonical(source), "fingerprint": fingerprint, "files": digests}
     atomic_write_text(folder / f"{name}.json", json.dumps(marker, indent=1) + "\n")
 
 
@@ -42,7 +42,7 @@ def require(source: str, name: str, task: str) -> Path:
     marker = _marker(folder, name)
     command = f"python -m scripts.chat_data --source={source} --tasks={task}"
     # two sources can have the same slug (local:/a/b and local:/a-b); the marker says whose material this is
-    if marker.get("source") != dataset.canonical(source):
+    if marker.get("source") != sources.canonical(source):
         raise UserError(f"no {name} of {source} in {folder}: run `{command}`")
     if damaged := _damaged(folder, marker):
         raise UserError(f"{folder}: {', '.join(damaged)} absent or damaged: run `{command}`")
@@ -50,7 +50,7 @@ def require(source: str, name: str, task: str) -> Path:
 
 
 def _folder(source: str) -> Path:
-    return task_data_dir() / slug(dataset.canonical(source))
+    return task_data_dir() / slug(sources.canonical(source))
 
 
 def _damaged(folder: Path, marker: dict[str, Any]) -> list[str]:

@@ -140,7 +140,7 @@ def task_inputs(spec: str, source: str) -> list[str]:
 
 
 def _canonical(source: str) -> str:
-    from nanochat.dataset import canonical  # brings pyarrow, which most tasks do without
+    from nanochat.data.sources import canonical  # brings pyarrow, which most tasks do without
 
     return canonical(source)
 

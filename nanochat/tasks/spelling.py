@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanochat import dataset
+from nanochat.data import sources
 from nanochat.errors import UserError
 from nanochat.tasks.common import (
     Conversation,
@@ -74,7 +74,7 @@ class WordTask(GeneratedTask):
         """Count the words of the train text and write them, unless that is done. Raises UserError without text."""
 
         def make() -> dict[str, str]:
-            words = frequent_words(dataset.iter_documents(source, "train"))
+            words = frequent_words(sources.iter_documents(source, "train"))
             return {"words.txt": "".join(f"{word}\n" for word in words)}
 
         generate(source, "words", (RULES, MAX_CHARS, MIN_COUNT, MAX_WORDS), make)

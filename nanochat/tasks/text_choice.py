@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat import dataset
+from nanochat.data import sources
 from nanochat.errors import UserError
 from nanochat.tasks.common import Conversation, Split, Task, item_rng, multiple_choice
 from nanochat.tasks.generated import generate, require
@@ -50,7 +50,7 @@ class TextChoice(Task):
         """Make the items of both splits, unless that is done. Raises UserError for too little text."""
 
         def make() -> dict[str, str]:
-            texts = (dataset.iter_documents(source, "train"), dataset.iter_documents(source, "val"))
+            texts = (sources.iter_documents(source, "train"), sources.iter_documents(source, "val"))
             return {
                 f"text_choice_{split}.jsonl": "".join(json.dumps(row) + "\n" for row in rows)
                 for split, rows in make_items(*texts, source).items()

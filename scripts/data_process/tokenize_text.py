@@ -21,7 +21,8 @@ from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.data import parquet
 from nanochat.data.bins import HEADER_BYTES, MOST_IDS, tokenized_dir, write_tokens
-from nanochat.dataset import Split, canonical, dataset_bytes, iter_documents, progress_bar, source_flag, text_hash
+from nanochat.data.sources import Split, canonical, dataset_bytes, iter_documents, source_flag, text_hash
+from nanochat.dataset import progress_bar
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.paths import slug

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from nanochat import cli, dataset
-from nanochat.data import hub
+from nanochat.data import hub, sources
 from nanochat.data.bins import describe_folder, open_tokens, tokenized_dir, write_tokens
 from nanochat.dataloader import RowLoader
 from nanochat.errors import UserError
@@ -155,7 +155,7 @@ def test_every_document_comes_once_behind_bos(source, monkeypatch, batch_chars, 
     found = tokenize(source, **{"shard-tokens": shard_tokens})
     tokenizer = get_tokenizer()
     for split in ("train", "val"):
-        documents = list(dataset.iter_documents(source, split))
+        documents = list(sources.iter_documents(source, split))
         expected = itertools.chain(*tokenizer.encode(documents, prepend="<|bos|>"))
         assert tokens_of(found.files(split)) == list(expected)
         assert shard_tokens > 1 or len(found.files(split)) == len(documents)
@@ -174,7 +174,7 @@ def test_meta_says_whose_tokens_they_are(source):
     assert found.tokenizer_hash == tokenizer.hash and found.path.name.endswith(f"-texts-{tokenizer.hash}")
     meta = json.loads((found.path / "meta.json").read_text())
     assert meta["splits"]["train"] == {"train_000000.bin": len(open_tokens(found.train[0]))}
-    assert meta["source"] == dataset.canonical(source)
+    assert meta["source"] == sources.canonical(source)
 
 
 def test_what_is_done_is_done_once_and_again_when_something_changed(source, tmp_path, capsys, monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataloader, dataset
+from nanochat import dataloader
+from nanochat.data import sources
 from nanochat.data.text_rows import TextData, UnitOrder
 from nanochat.dataloader import RowLoader
 from nanochat.errors import UserError
@@ -92,7 +93,7 @@ def test_targets_are_inputs_one_later_and_rows_start_with_bos(source):
 
 
 def test_an_epoch_has_each_unit_once(source):
-    order = UnitOrder(dataset.list_shards(SOURCE, "train"), seed=3, streams=8)
+    order = UnitOrder(sources.list_shards(SOURCE, "train"), seed=3, streams=8)
     for epoch in (0, 5):
         units = [order[epoch * order.per_epoch + i] for i in range(order.per_epoch)]
         seen = Counter((u.path, u.row_group, d) for u in units for d in range(u.start, u.stop))
@@ -283,7 +284,7 @@ def test_horizon_is_about_right(source):
 def test_horizon_says_when_the_first_step_repeats_documents(source):
     epochs, _ = TEXT.horizon_in_epochs(16, 100, rows_per_step=8)
     assert epochs < 0.1
-    units = UnitOrder(dataset.list_shards(SOURCE, "train"), seed=0, streams=64).per_epoch
+    units = UnitOrder(sources.list_shards(SOURCE, "train"), seed=0, streams=64).per_epoch
     epochs, _ = TEXT.horizon_in_epochs(16, 100, rows_per_step=64)
     assert epochs == pytest.approx(64 / units) and epochs > 1
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import cli, dataset, report
+from nanochat.data import sources
 from nanochat.errors import UserError
 from nanochat.eval import bpb
 from nanochat.eval.bundle import load_bundle
@@ -34,7 +35,7 @@ def store(tmp_path_factory) -> tuple[Path, str]:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
         source = f"local:{texts}"
         dataset.main(dataset.Settings(source=source))
-        tokenizer = RustBPETokenizer.train_from_iterator(dataset.iter_documents(source, "train"), 400)
+        tokenizer = RustBPETokenizer.train_from_iterator(sources.iter_documents(source, "train"), 400)
         tokenizer.save(tokenizer_dir())
         config = GPTConfig(
             sequence_len=128, vocab_size=tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32
