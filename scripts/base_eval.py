@@ -39,16 +39,9 @@ def main(settings: Settings) -> None:
     _, rank, _, _, device = compute_init(settings.device_type)
     bundle = load_bundle(eval_bundle_dir())
     model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.model_step)
-    result = evaluate_core(
-        model,
-        tokenizer,
-        bundle,
-        device,
-        sequence_len=model.config.sequence_len,
-        device_batch_size=settings.device_batch_size,
-        max_per_task=settings.max_per_task,
-        log=print0,
-    )
+    limits = {"device_batch_size": settings.device_batch_size, "max_per_task": settings.max_per_task}
+    length = model.config.sequence_len
+    result = evaluate_core(model, tokenizer, bundle, device, sequence_len=length, log=print0, **limits)
     print0(str(result))
     if rank == 0:
         prefix = "" if settings.stage == "base" else f"{settings.stage}_"

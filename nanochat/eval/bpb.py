@@ -23,6 +23,9 @@ VAL_BPB = "Loss/val_bpb"  # bits per byte of held-out text, bits
 _CHUNK = 1 << 24  # bytes counted at a time: the int64 work arrays of a chunk stay at 128 MiB
 VAL_LOSS = "Loss/val_loss"  # mean cross-entropy of held-out tokens, nats
 
+Model = Callable[..., torch.Tensor]
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
 
 class BpbResult(NamedTuple):
     """Bits per byte over all ranks; `stderr` is over the rows: how much another draw of as many rows would move it."""
@@ -34,32 +37,19 @@ class BpbResult(NamedTuple):
     rows: int
 
 
-def evaluate_bpb(
-    model: Callable[..., torch.Tensor],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    token_bytes: torch.Tensor,
-) -> float:
+def evaluate_bpb(model: Model, batches: Batches, token_bytes: torch.Tensor) -> float:
     """Bits per byte of `batches`; see measure_bpb."""
     return measure_bpb(model, batches, token_bytes).bpb
 
 
-def evaluate_loss(
-    model: Callable[..., torch.Tensor],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    vocab_size: int,
-    device: torch.device,
-) -> float:
+def evaluate_loss(model: Model, batches: Batches, vocab_size: int, device: torch.device) -> float:
     """Mean cross-entropy of `batches` in nats per token, for tokens that nobody can say the bytes of."""
     each_counts_one = torch.ones(vocab_size, dtype=torch.long, device=device)
     return measure_bpb(model, batches, each_counts_one).bpb * math.log(2)
 
 
 @torch.no_grad()
-def measure_bpb(
-    model: Callable[..., torch.Tensor],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    token_bytes: torch.Tensor,
-) -> BpbResult:
+def measure_bpb(model: Model, batches: Batches, token_bytes: torch.Tensor) -> BpbResult:
     """Bits per byte of `batches` of (x, y), each (B, T) int64 on the device of `token_bytes`.
 
     model: `model(x, y, loss_reduction="none")` -> losses in nats, (B, T) or (B*T,).

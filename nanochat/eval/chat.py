@@ -115,7 +115,7 @@ def evaluate_categorical(
     bos = tokenizer.get_bos_token_id()
     limit = model.config.sequence_len
     prompts = [_shortened(tokenizer.render_for_completion(each), limit) for each in conversations]
-    letter_ids = [_letter_ids(tokenizer, each["letters"]) for each in conversations]
+    letter_ids = [[_letter_id(tokenizer, letter) for letter in each["letters"]] for each in conversations]
     records: dict[int, Record] = {}
     for numbers, width in longest_first([len(prompt) for prompt in prompts], limit, _FORWARD_TOKENS, batch_size):
         idx = pad_rows([prompts[number] for number in numbers], width, bos)
@@ -144,15 +144,14 @@ def _shortened(prompt: list[int], limit: int) -> list[int]:
     return prompt if len(prompt) <= limit else [prompt[0], *prompt[len(prompt) - limit + 1 :]]
 
 
-def _letter_ids(tokenizer: RustBPETokenizer, letters: Sequence[str]) -> list[int]:
-    ids = [tokenizer.encode(letter) for letter in letters]
-    for letter, tokens in zip(letters, ids, strict=True):
-        if len(tokens) != 1:
-            raise UserError(
-                f"the answer letter {letter!r} is {len(tokens)} tokens in tokenizer {tokenizer.hash}, must be one: "
-                "train a tokenizer that has it as one token"
-            )
-    return [tokens[0] for tokens in ids]
+def _letter_id(tokenizer: RustBPETokenizer, letter: str) -> int:
+    first, *others = tokenizer.encode(letter)
+    if others:
+        raise UserError(
+            f"the answer letter {letter!r} is {1 + len(others)} tokens in tokenizer {tokenizer.hash}, must be one: "
+            "train a tokenizer that has it as one token"
+        )
+    return first
 
 
 # ---- open questions
@@ -300,23 +299,19 @@ def write_results(scores: Sequence[ChatScore], composites: Sequence[Composite], 
 
 def report_data(tasks: Sequence[Task], scores: Sequence[ChatScore], composites: Sequence[Composite]) -> dict[str, Any]:
     """Metrics, tables, samples and facts of the report's section."""
-    values = [(score.name, score.accuracy, score.stderr) for score in scores]
-    values += [(group.name, group.value, group.stderr) for group in composites]
     metrics: dict[str, Any] = {}
-    for name, value, stderr in values:
-        metrics |= {name: value, f"{name} standard error": stderr}
+    for score in scores:
+        metrics |= {score.name: score.accuracy, f"{score.name} standard error": score.stderr}
+    for group in composites:
+        metrics |= {group.name: group.value, f"{group.name} standard error": group.stderr}
     without_room = {score.name: sum("error" in record for record in score.records) for score in scores}
     facts = {
         "composites": {group.name: {task.name: task.baseline for task in group.tasks} for group in composites},
         "without_room": {name: count for name, count in without_room.items() if count},
     }
-    return {
-        "metrics": metrics,
-        "tables": _tables(scores),
-        "samples": _samples(tasks, scores),
-        "facts": facts,
-        "synthetic": any(not score.published for score in scores),
-    }
+    synthetic = any(not score.published for score in scores)
+    samples = _samples(tasks, scores)
+    return {"metrics": metrics, "tables": _tables(scores), "samples": samples, "facts": facts, "synthetic": synthetic}
 
 
 def _tables(scores: Sequence[ChatScore]) -> list[dict[str, Any]]:

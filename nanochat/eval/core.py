@@ -181,14 +181,9 @@ def evaluate_task(
         flat = [repaired(prompt) for prompt in itertools.chain.from_iterable(prompts)]  # JSON spells any code point
         encoded = iter(tokenizer.encode(flat, prepend=bos))
         rows = [make_rows(task.kind, [list(next(encoded)) for _ in texts], sequence_len) for texts in prompts]
-        means, exact = score_rows(
-            model,
-            list(itertools.chain.from_iterable(rows)),
-            device,
-            pad=bos,
-            max_tokens=sequence_len,
-            tokens_per_forward=device_batch_size * sequence_len,
-        )
+        flat_rows = list(itertools.chain.from_iterable(rows))
+        budget = device_batch_size * sequence_len
+        means, exact = score_rows(model, flat_rows, device, pad=bos, max_tokens=sequence_len, tokens_per_forward=budget)
         first = 0
         for i, item_rows in zip(chunk, rows, strict=True):
             outcome = _grade(task.kind, items[i], means[first : first + len(item_rows)], bool(exact[first]))
@@ -217,26 +212,15 @@ def evaluate_core(
     bundle: Bundle,
     device: torch.device,
     *,
-    sequence_len: int,
-    device_batch_size: int = 16,
-    max_per_task: int = -1,
-    log: Callable[[str], object] | None = None,
+    log: Callable[[str], object] = lambda line: None,
+    **limits: int,
 ) -> CoreResult:
-    """Score every task of `bundle`; the same result on every rank. `log` gets one line a task."""
+    """Score every task of `bundle`; the same result on every rank. `log` gets one line a task; limits: sequence_len,
+    device_batch_size and max_per_task of evaluate_task."""
     results = []
     for task in bundle.tasks:
-        result = evaluate_task(
-            model,
-            tokenizer,
-            task,
-            device,
-            sequence_len=sequence_len,
-            device_batch_size=device_batch_size,
-            max_per_task=max_per_task,
-        )
-        results.append(result)
-        if log is not None:
-            log(f"{task.label} ({task.num_fewshot}-shot {task.kind}): {result}")
+        results.append(evaluate_task(model, tokenizer, task, device, **limits))
+        log(f"{task.label} ({task.num_fewshot}-shot {task.kind}): {results[-1]}")
     return CoreResult(name=bundle.name, kind=bundle.kind, source=bundle.source, tasks=results)
 
 

@@ -7,23 +7,14 @@ There are no spaces in a calculation: they would be tokens of their own, and the
 stand in arithmetic.jsonl beside this module.
 """
 
-import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat.errors import UserError
-from nanochat.tasks.common import (
-    Conversation,
-    GeneratedTask,
-    Split,
-    answered,
-    call_calculator,
-    item_rng,
-    right_number,
-    split_of,
-)
+from nanochat.files import read_jsonl
+from nanochat.tasks.common import Conversation, GeneratedTask, Split, answered, call_calculator, item_rng, split_of
 
 LIMIT = 1000  # results are below it
 LIMIT_BETWEEN = 100  # and those that a second step uses below this: one token each, and a short answer
@@ -38,8 +29,7 @@ class Template(NamedTuple):
     steps: list[str]
 
 
-DATA = Path(__file__).with_suffix(".jsonl")
-TEMPLATES = [Template(**json.loads(line)) for line in DATA.read_text(encoding="utf-8").splitlines()]
+TEMPLATES = [Template(**line) for line in read_jsonl(Path(__file__).with_suffix(".jsonl"))]
 NAMES = (
     "Ada", "Ben", "Cara", "Dan", "Ella", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mia", "Noah",
     "Olga", "Paul", "Rosa", "Sam", "Tess", "Will",
@@ -80,9 +70,6 @@ class Arithmetic(GeneratedTask):
         first, second = rng.sample(NAMES, 2)
         question = template.text.format(x=first, y=second, things=rng.choice(THINGS), **numbers)
         return answered(question, _answer(results))
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return right_number(conversation, completion)
 
     def _problem(self, rng: random.Random) -> tuple[Template, dict[str, int], list[tuple[str, int]]]:
         """A template, numbers that put it into this split, and (expression, result) of each step."""

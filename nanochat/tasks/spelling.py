@@ -12,7 +12,6 @@ the same one at every place, the question included. `a,p,p,l,e` would have chunk
 for some letters and not for others, as the text happens to have it, and the first letter would look different again.
 """
 
-import json
 import random
 import re
 from abc import abstractmethod
@@ -23,16 +22,8 @@ from typing import Any
 
 from nanochat.data import sources
 from nanochat.errors import UserError
-from nanochat.tasks.common import (
-    Conversation,
-    GeneratedTask,
-    Split,
-    answered,
-    call_calculator,
-    item_rng,
-    right_number,
-    split_of,
-)
+from nanochat.files import read_jsonl
+from nanochat.tasks.common import Conversation, GeneratedTask, Split, answered, call_calculator, item_rng, split_of
 from nanochat.tasks.generated import generate, require
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -47,8 +38,8 @@ RULES = 1  # count up when the rules below change, so that words made by older o
 # In running text: not a part of an identifier, a path, an address, a compound or a contraction (the `don` of don't)
 _WORD = re.compile(r"(?<![\w.'\u2019@/\\-])[a-z]{3,12}(?![\w'\u2019@/\\-]|\.\w)")
 
-DATA = Path(__file__).with_suffix(".jsonl")  # {"spell": question about {word}} or {"count": one about {letter} too}
-_QUESTIONS = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+# {"spell": question about {word}} or {"count": one about {letter} too}
+_QUESTIONS = read_jsonl(Path(__file__).with_suffix(".jsonl"))
 SPELL_QUESTIONS = [line["spell"] for line in _QUESTIONS if "spell" in line]
 COUNT_QUESTIONS = [line["count"] for line in _QUESTIONS if "count" in line]
 QUOTES = ("{}", "{}", "'{}'", '"{}"')  # around the word, and around the letter; mostly none
@@ -108,9 +99,6 @@ class SpellingBee(WordTask):
         question = rng.choice(COUNT_QUESTIONS)
         quoted = {name: rng.choice(QUOTES).format(text) for name, text in (("letter", letter), ("word", word))}
         return question.format(**quoted), _count(word, letter)
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return right_number(conversation, completion)
 
 
 def spelled(word: str) -> str:
