@@ -245,13 +245,10 @@ def diagnosis(everyone: list[RankStatus]) -> str:
     groups: dict[str, list[int]] = {}
     for status in answered:
         groups.setdefault(status.where(), []).append(status.rank)
-    lines += [f"in {where}: {_ranks(ranks)}" for where, ranks in groups.items()]
+    for where, ranks in groups.items():
+        others = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+        lines.append(f"in {where}: rank {', '.join(map(str, ranks[:NAMED]))}{others}")
     return "\n".join(f"watchdog: {line}" for line in lines)
-
-
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:NAMED]))
-    return f"rank {shown}" if len(ranks) <= NAMED else f"rank {shown} and {len(ranks) - NAMED} more"
 
 
 def lower_timeout(

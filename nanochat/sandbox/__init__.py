@@ -126,14 +126,8 @@ def execute_code(
     job = {"code": text, "timeout": timeout, "memory": maximum_memory_bytes, "ready": READY, **level._asdict()}
     outcome, stdout, stderr = _supervised(job, timeout + GRACE)
     error, timed_out, memory = _judge(outcome, timeout)
-    return ExecutionResult(
-        success=error is None,
-        stdout=stdout.decode("utf-8", errors="replace"),
-        stderr=stderr.decode("utf-8", errors="replace"),
-        error=error,
-        timeout=timed_out,
-        memory_exceeded=memory,
-    )
+    shown, complaints = (stream.decode("utf-8", errors="replace") for stream in (stdout, stderr))
+    return ExecutionResult(error is None, shown, complaints, error, timed_out, memory)
 
 
 def _judge(outcome: dict[str, Any], timeout: float) -> tuple[str | None, bool, bool]:
@@ -244,5 +238,4 @@ def _collect(process: subprocess.Popen[bytes], report: Any, patience: float) -> 
                 kept[key.fileobj] += chunk[:room]
             if time.monotonic() > deadline:
                 break
-    outcome, stdout, stderr = (bytes(kept[stream]) for stream in streams)
-    return outcome, stdout, stderr
+    return bytes(kept[report]), bytes(kept[process.stdout]), bytes(kept[process.stderr])
