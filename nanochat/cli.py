@@ -84,6 +84,14 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
     exit_on_user_error(lambda: main(settings))
 
 
+def run_with_command(main: Callable[[T, Sequence[str]], int | None], cls: type[T]) -> None:
+    """As `run`, for a program that is given a command after `--`; main returns the exit code."""
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    settings = parse(cls, words[:end])
+    exit_on_user_error(lambda: sys.exit(main(settings, words[end + 1 :])))
+
+
 def replace(settings: T, **changes: Any) -> T:
     """A copy with some fields changed."""
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 
 from nanochat import cli
 from nanochat.cli import int_flag
-from nanochat.errors import UserError, exit_on_user_error
+from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
 
 DEFAULT_PORT = 29500  # torchrun's own
@@ -363,15 +363,8 @@ def main(settings: Settings, command: Sequence[str]) -> None:
     start(added, words)
 
 
-def _run() -> None:
-    words = sys.argv[1:]
-    if words and words[0] in SUBCOMMANDS:
-        del sys.argv[1]
-        runpy.run_module(SUBCOMMANDS[words[0]], run_name="__main__", alter_sys=True)
-        return
-    end = words.index("--") if "--" in words else len(words)
-    main(cli.parse(Settings, words[:end]), words[end + 1 :])
-
-
 if __name__ == "__main__":
-    exit_on_user_error(_run)
+    if sys.argv[1:] and sys.argv[1] in SUBCOMMANDS:
+        runpy.run_module(SUBCOMMANDS[sys.argv.pop(1)], run_name="__main__", alter_sys=True)
+    else:
+        cli.run_with_command(main, Settings)

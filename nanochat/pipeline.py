@@ -33,7 +33,7 @@ from typing import IO, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from nanochat import cli, hardware, ledger, paths
-from nanochat.errors import UserError, exit_on_user_error
+from nanochat.errors import UserError
 from nanochat.sections import duration
 
 UNFINISHED = 75  # EX_TEMPFAIL: the stage saved its state and left early; run it again to continue
@@ -168,6 +168,7 @@ class ForwardedSignals:
         self.numbers, self.kill = numbers, kill
         self.received: list[int] = []
         self.group: int | None = None
+        self._early: list[int] = []  # came before there was a group
         self._came: dict[int, float] = {}  # when each signal came last
 
     def __enter__(self) -> "ForwardedSignals":
@@ -180,17 +181,20 @@ class ForwardedSignals:
             signal.signal(number, handler)
 
     def attach(self, child: int) -> None:
-        """Hand on to the process group `child`, also what came while it was starting."""
+        """Hand on to the process group `child`, also what came while it was starting: that once, for a signal that
+        comes again while a process is ending would kill it."""
         self.group = child
-        for number in self.received:
-            kill_group(child, number)
+        while self._early:
+            kill_group(child, self._early.pop(0))
 
     def _hand_on(self, number: int, _frame: FrameType | None) -> None:
         before, self._came[number] = self._came.get(number, -math.inf), time.monotonic()
         if self._came[number] - before < SAME_SIGNAL_SECONDS:
             return
         self.received.append(number)
-        if self.group is not None:
+        if self.group is None:
+            self._early.append(number)
+        else:
             kill_group(self.group, signal.SIGKILL if self.kill and len(self.received) > 2 else number)
 
 
@@ -325,11 +329,5 @@ def _say(line: str) -> None:
     print(f"\n=== {line}", flush=True)
 
 
-def _run() -> None:
-    words = sys.argv[1:]
-    end = words.index("--") if "--" in words else len(words)
-    sys.exit(main(cli.parse(Settings, words[:end]), words[end + 1 :]))
-
-
 if __name__ == "__main__":
-    exit_on_user_error(_run)
+    cli.run_with_command(main, Settings)

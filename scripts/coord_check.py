@@ -4,10 +4,9 @@
     python -m scripts.coord_check --no-mup
     python -m scripts.coord_check --from=w256,w512,w1024
 
-Small models on a text that can be learned (a Markov chain), in fp32; no weight begins at zero, or there would be
-nothing to see. Prints the slopes of log2 mean |x| against log2 width and what is wrong with them; writes
-coord_check.json and coord_check.svg. Exit code 1 where the bars are missed. --from compares what runs of base_train
---coord-check left.
+Small models on a Markov chain, in fp32, no weight beginning at zero. Prints the slopes of log2 mean |x| against log2
+width; writes coord_check.json and coord_check.svg. Exit code 1 where bars are missed. --from compares what runs of
+base_train --coord-check left.
 """
 
 from nanochat import cli

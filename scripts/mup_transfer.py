@@ -5,20 +5,13 @@
     python -m scripts.mup_transfer --widths=128,256,512,1024 --out=DIR --report-only
     python -m scripts.mup_transfer --widths=256,512 --compare-runs=TAG256,TAG512      two runs of base_train
 
-Every step of a run sees new text, and runs of one seed see the same text in the same order, whatever their width, rate
-and parametrisation: what differs between two of them is not their data. Each finished run is written to DIR/runs.jsonl
-at once and not repeated when the same command is given again. Several processes with the same --out share the runs: one
-a GPU, or several on one, which narrow models leave idle most of the time. The result is the loss on validation rows,
-the same for all. No weight decay, no gradient clipping, windows at full length; schedule and initialisation are those
-of --arch.
+Runs of one seed see the same new text in the same order, whatever their width, rate and parametrisation. No weight
+decay, no gradient clipping, windows at full length; schedule and initialisation are those of --arch. The result is the
+loss on validation rows. Finished runs are not repeated; several processes with the same --out share them, one a GPU or
+several on one, which narrow models leave idle.
 
-The control (--control) is the standard parametrisation with the rates of the base width at every width, since that is
-what "the same learning rate" means without muP. At the base width the two are the same model with the same rates, so
-those runs are shared. What the control can show depends on the optimizer. Under AdamW (--optimizer=adamw) the matrices
-want rates that go with 1/width, and so does the optimum of all rates together: 3 log2 from 128 to 1024. Muon's updates
-have a norm that does not depend on width, and matrices that keep their aspect want no factor; of the large groups only
-the head has a wrong rate then. The optimum of all rates is a compromise that moves less; that of the head alone
-(--sweep=head) goes with 1/width. So a control that is to fail takes --optimizer=adamw, or Muon with --sweep=head.
+--control trains the standard parametrisation with the base width's rates at every width. One that is to fail takes
+--optimizer=adamw, or Muon with --sweep=head (docs/decisions.md says why).
 """
 
 from nanochat import cli

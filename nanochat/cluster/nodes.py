@@ -30,7 +30,7 @@ from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
-from nanochat.errors import UserError, exit_on_user_error
+from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
 from nanochat.pipeline import ForwardedSignals
 
@@ -221,11 +221,5 @@ def main(settings: Settings, command: Sequence[str]) -> int:
     return code
 
 
-def _run() -> None:
-    words = sys.argv[1:]
-    end = words.index("--") if "--" in words else len(words)
-    sys.exit(main(cli.parse(Settings, words[:end]), words[end + 1 :]))
-
-
 if __name__ == "__main__":
-    exit_on_user_error(_run)
+    cli.run_with_command(main, Settings)

@@ -1,9 +1,8 @@
 """Coordinate check: do activations keep their size when the model gets wider, at first and while it learns?
 
-Models of several widths take the same few training steps; the mean |x| of each module's output is fitted against width
-on logarithmic axes. Under muP the slope is 0 for all modules at all times, except for the logits, which may begin as
-1/√width (microsoft/mup calls this gradient checking for muP). Bars, noise floor and statistics: Tensor Programs V
-(arXiv 2203.03466, appendix D), and docs/decisions.md for what was measured here.
+The mean |x| of each module's output is fitted against width on logarithmic axes. Under muP the slope is 0 for all
+modules at all times, except for the logits, which may begin as 1/√width. Bars and statistics: Tensor Programs V (arXiv
+2203.03466, appendix D), and docs/decisions.md for what was measured here.
 """
 
 import json
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean, linear_regression, stdev
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -92,22 +92,20 @@ def run_checks(settings: Settings) -> list[Record]:
     except ValueError:
         raise UserError(f"--widths={settings.widths}: give whole numbers, as in 128,256,512") from None
     configs = {width: _config(settings, width) for width in widths}
+    spec = InitSpec(settings.init, 0, settings.head_std, zero_proj=False)
+    flags = resolve(ArchFlags(arch=settings.arch))
+    rates: dict[str, Any] = {name: getattr(flags, name) * settings.lr_scale for name in LEARNING_RATES}
     use_muon = settings.optimizer == "muon"
-
-    def spec(seed: int) -> InitSpec:
-        return InitSpec(settings.init, seed, settings.head_std, zero_proj=False)
 
     def make_model(width: int, seed: int) -> GPT:
         model = GPT(configs[width]).to(device)
-        model.init_weights(spec(seed))
+        model.init_weights(spec, seed=seed)
         return model
 
     def make_optimizer(model: GPT) -> MuonAdamW:
-        flags = resolve(ArchFlags(arch=settings.arch))
-        rates: dict[str, Any] = {name: getattr(flags, name) * settings.lr_scale for name in LEARNING_RATES}
         return model.setup_optimizer(**rates, use_muon=use_muon)
 
-    print0(mup.format_table(mup.as_records(GPT, configs[widths[-1]], use_muon, spec(0))))
+    print0(mup.format_table(mup.as_records(GPT, configs[widths[-1]], use_muon, spec)))
     batches = markov_batches(settings.steps + 1, settings.rows, SEQUENCE_LEN, settings.symbols, device=device)
     models = {width: partial(make_model, width) for width in widths}
     return get_coord_data(models, batches, make_optimizer, settings.steps, settings.seeds)
@@ -220,11 +218,8 @@ class Slope(NamedTuple):
 
 
 def slopes(records: Sequence[Record], statistic: str = "l1") -> list[Slope]:
-    """Least squares for each module, t and seed, then the mean over seeds.
-
-    ValueError where an activation is zero or not finite (a slope of that would be 0, and say nothing), where there are
-    fewer than two widths, or where a seed lacks one.
-    """
+    """Least squares for each module, t and seed, then the mean over seeds. ValueError where an activation is zero or
+    not finite, where there are fewer than two widths, or where a seed lacks one."""
     widths = sorted({record["width"] for record in records})
     if len(widths) < 2:
         raise ValueError(f"a slope needs two widths, here are {widths}")
@@ -239,17 +234,13 @@ def slopes(records: Sequence[Record], statistic: str = "l1") -> list[Slope]:
 
 def _mean_slope(module: str, by_seed: dict[int, dict[int, float]], widths: list[int]) -> tuple[float, float]:
     """(mean, standard error) over the seeds."""
-    x = torch.tensor(widths, dtype=torch.float64).log2()
-    x = x - x.mean()
     found = []
     for seed, values in by_seed.items():
         if sorted(values) != widths:
             raise ValueError(f"{module}: seed {seed} has widths {sorted(values)}, not {widths}")
-        y = torch.tensor([values[width] for width in widths], dtype=torch.float64).log2()
-        found.append((x * y).sum() / x.square().sum())
-    stacked = torch.stack(found)
-    stderr = stacked.std().item() / math.sqrt(len(found)) if len(found) > 1 else 0.0
-    return stacked.mean().item(), stderr
+        x, y = [math.log2(width) for width in widths], [math.log2(values[width]) for width in widths]
+        found.append(linear_regression(x, y).slope)
+    return fmean(found), stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
 
 
 def judge(found: Sequence[Slope]) -> list[str]:
@@ -297,7 +288,7 @@ def slope_table(found: Sequence[Slope]) -> str:
     return "\n".join(lines)
 
 
-def plot_coord_data(records: Sequence[Record], y: str = "l1", save_to: Path | None = None) -> str:
+def plot_coord_data(records: Sequence[Record], y: str = "l1") -> str:
     """SVG, one panel for each t (of more than 12, evenly chosen ones): the mean over seeds of statistic `y` against
     width, a curve a module."""
     values: dict[int, dict[str, dict[int, list[float]]]] = {}
@@ -306,15 +297,12 @@ def plot_coord_data(records: Sequence[Record], y: str = "l1", save_to: Path | No
         curve.setdefault(record["width"], []).append(record[y])
     panels = {
         f"{y}, t = {t}": [
-            (module, [(width, math.fsum(many) / len(many)) for width, many in sorted(points.items())])
+            (module, [(width, fmean(many)) for width, many in sorted(points.items())])
             for module, points in modules.items()
         ]
         for t, modules in sorted(values.items())[:: math.ceil(len(values) / 12)]
     }
-    svg = line_panels(panels, "width", f"mean over seeds of {y}", columns=3, log_axes="xy")
-    if save_to is not None:
-        atomic_write_text(save_to, svg)
-    return svg
+    return line_panels(panels, "width", f"mean over seeds of {y}", columns=3, log_axes="xy")
 
 
 def main(settings: Settings) -> None:
@@ -337,7 +325,7 @@ def main(settings: Settings) -> None:
         "records": records,
     }
     atomic_write_text(settings.out / "coord_check.json", json.dumps(result, indent=1))
-    plot_coord_data(records, save_to=settings.out / "coord_check.svg")
+    atomic_write_text(settings.out / "coord_check.svg", plot_coord_data(records))
     print0(f"wrote {settings.out / 'coord_check.json'} and {settings.out / 'coord_check.svg'}")
     compute_cleanup()
     if wrong:

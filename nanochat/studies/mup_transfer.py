@@ -17,21 +17,8 @@ from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.hardware import device_name
 from nanochat.paths import run_dir
 from nanochat.runtime import DeviceFlags, compute_init, print0
-from nanochat.studies import transfer
-from nanochat.studies.sweep import (
-    Bench,
-    Run,
-    SweepSettings,
-    Text,
-    append_run,
-    claim,
-    finished_runs,
-    in_turn,
-    open_folder,
-    open_text,
-    recipe,
-    train_run,
-)
+from nanochat.studies import sweep, transfer
+from nanochat.studies.sweep import Run, SweepSettings, finished_runs
 
 RUN_NOISE = 0.004  # nats; two standard deviations of the final loss between seeds of the 124M-class speedrun (n = 1261)
 
@@ -106,7 +93,7 @@ def _numbers(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
 # ---- training
 
 
-def train_sweep(settings: Settings, text: Text, plan: Plan, folder: Path, device: torch.device) -> None:
+def train_sweep(settings: Settings, text: sweep.Text, plan: Plan, folder: Path, device: torch.device) -> None:
     """Every run of the plan that is neither finished nor claimed by another process, as far as time allows."""
     done = finished_runs(folder)
     todo = [run for run in plan.runs if run not in done]
@@ -114,22 +101,22 @@ def train_sweep(settings: Settings, text: Text, plan: Plan, folder: Path, device
         return
     started = time.perf_counter()
     print0(f"{len(todo)} of {len(plan.runs)} runs to do on {device_name(device)}, in {folder}")
-    bench = Bench(settings, text, device)
+    bench = sweep.Bench(settings, text, device)
     seconds = {(run.mup, run.width): record["seconds"] for run, record in done.items()}
 
     def train_next() -> bool:
         """Train the next free run; False: none is free, or there is no time for it."""
-        for run in in_turn(folder, plan.runs, bench.models):
+        for run in sweep.in_turn(folder, plan.runs, bench.models):
             elapsed = time.perf_counter() - started
             expected = seconds.get((run.mup, run.width), max(seconds.values(), default=0.0))
             if settings.time_budget_minutes and elapsed + expected > 60 * settings.time_budget_minutes:
                 print0("the time is up: the same command goes on from here")
                 return False
-            with claim(folder, run) as claimed:
+            with sweep.claim(folder, run) as claimed:
                 if not claimed:
                     continue
-                record = train_run(bench, run)
-                append_run(folder, record)
+                record = sweep.train_run(bench, run)
+                sweep.append_run(folder, record)
             seconds[run.mup, run.width] = record["seconds"]
             loss = "diverged" if record["loss"] is None else f"loss {record['loss']:.4f}"
             print0(f"{len(finished_runs(folder))}/{len(plan.runs)} {run}: {loss}, {record['seconds']:.1f} s")
@@ -152,12 +139,11 @@ def complete_grids(
     different text. The control takes the base width from the muP runs."""
     grids: dict[int, transfer.Grid] = {}
     for width in plan.widths:
-        runs = {rate: {r.seed: r for r in records if r[:3] == (mup or width == base_width, width, rate)}
-                for rate in plan.log2_rates}  # fmt: skip
-        if seeds := sorted(set.intersection(*map(set, runs.values()))):
-            grids[width] = {
-                rate: {seed: _loss(records[by_seed[seed]]["loss"]) for seed in seeds} for rate, by_seed in runs.items()
-            }
+        losses = {rate: {run.seed: _loss(record["loss"]) for run, record in records.items()
+                         if run[:3] == (mup or width == base_width, width, rate)}
+                  for rate in plan.log2_rates}  # fmt: skip
+        if seeds := transfer.shared_seeds({width: losses}):
+            grids[width] = {rate: {seed: by_seed[seed] for seed in seeds} for rate, by_seed in losses.items()}
     return grids
 
 
@@ -199,12 +185,8 @@ def report(settings: Settings, plan: Plan, folder: Path) -> list[transfer.Judgem
     for one in judged:
         word = {True: "met", False: "MISSED", None: "open"}[one.passed]
         print0(f"{word:<6} {one.bar}: {one.detail}")
-    written = {
-        "settings": cli.as_dict(settings),
-        "results": results,
-        "crossings": crossings or [],
-        "verdicts": judged,
-    }
+    verdicts = {"crossings": crossings or [], "verdicts": judged}
+    written = {"settings": cli.as_dict(settings), "results": results, **verdicts}
     atomic_write_text(folder / "transfer.json", json.dumps(_plain(written), indent=2) + "\n")
     atomic_write_text(folder / "transfer.svg", transfer.rate_plot(results))
     atomic_write_text(folder / "curves.svg", transfer.curve_plot(curves))
@@ -279,7 +261,7 @@ def main(settings: Settings) -> None:
     *_, world_size, device = compute_init(settings.device_type)
     if world_size > 1:
         raise UserError("a sweep runs as one process: start it without torchrun")
-    text = open_text(settings)
-    open_folder(folder, recipe(settings, text.identity))
+    text = sweep.open_text(settings)
+    sweep.open_folder(folder, sweep.recipe(settings, text.identity))
     train_sweep(settings, text, plan, folder, device)
     report(settings, plan, folder)

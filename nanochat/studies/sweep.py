@@ -1,8 +1,7 @@
 """Runs of a learning-rate sweep: short trainings on text that is new at every step, the same for all that are compared.
 
-A model is built and compiled once for all runs of its width, the text is read once for all runs of a seed, and each
-finished run is a line of DIR/runs.jsonl. Several processes may work on one folder: a run belongs to the one that holds
-the lock on its file in DIR/claims. nanochat.studies.transfer analyses the results.
+Each finished run is a line of DIR/runs.jsonl. Several processes may work on one folder: a run belongs to the one that
+holds the lock on its file in DIR/claims. nanochat.studies.transfer analyses the results.
 """
 
 import fcntl
@@ -180,7 +179,11 @@ def open_text(settings: SweepSettings) -> Text:
             for step in range(skipped + settings.steps):
                 batch = loader.next_batch()
                 if _repeats(loader):
-                    raise _not_fresh(settings, seed, step - skipped)
+                    raise UserError(
+                        f"--source={settings.source} is new text for {max(step - skipped, 0)} of --steps="
+                        f"{settings.steps} steps of seed {seed}; repeated text measures memory: get more of it, or "
+                        "lower --steps or --total-batch-size"
+                    )
                 if step >= skipped:
                     yield torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1).to(torch.int32).numpy()
         finally:
@@ -199,13 +202,6 @@ def _repeats(loader: RowLoader) -> bool:
     return max(units) >= state["units_per_epoch"]
 
 
-def _not_fresh(settings: SweepSettings, seed: int, step: int) -> UserError:
-    return UserError(
-        f"--source={settings.source} is new text for {max(step, 0)} of --steps={settings.steps} steps of seed {seed}; "
-        "repeated text measures memory: get more of it, or lower --steps or --total-batch-size"
-    )
-
-
 # ---- training
 
 
@@ -214,15 +210,8 @@ class Bench:
 
     def __init__(self, settings: SweepSettings, text: Text, device: torch.device) -> None:
         self.settings, self.text, self.device = settings, text, device
-        self.flags = resolve(
-            ArchFlags(
-                arch=settings.arch,
-                depth=settings.depth,
-                head_dim=settings.head_dim,
-                max_seq_len=settings.max_seq_len,
-                document_mask=False if text.document_token < 0 else None,
-            )
-        )
+        named = {name: getattr(settings, name) for name in ("arch", "depth", "head_dim", "max_seq_len")}
+        self.flags = resolve(ArchFlags(**named, document_mask=False if text.document_token < 0 else None))
         self.plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, 1)
         self.lr_scale = batch_lr_scale(
             settings.total_batch_size, settings.steps * settings.total_batch_size, *TUNED_AT[settings.arch]
@@ -244,10 +233,7 @@ class Bench:
                 model = GPT(self.config(width, mup), compute_dtype(self.device))
             policy = parallel.parallelize_model(model, "ddp", self.device)
             model.to_empty(device=self.device)
-            forward: Callable[..., torch.Tensor] = model
-            if self.device.type == "cuda":
-                forward = parallel.compile_model(model, policy)
-            self.models[key] = model, forward
+            self.models[key] = model, parallel.compile_model(model, policy) if self.device.type == "cuda" else model
         return self.models[key]
 
     def optimizer(self, model: GPT, run: Run) -> MuonAdamW:
@@ -306,9 +292,8 @@ class ResidentLoader:
 def train_run(bench: Bench, run: Run) -> dict[str, Any]:
     """Train one model from the start; its record for runs.jsonl. Losses that are not finite become None.
 
-    The steps are those of nanochat.train.loop; nothing is saved or printed between them, for a sweep makes hundreds of
-    runs of seconds. A step without a finite loss and gradient changes nothing there, so that the model may recover:
-    here such a run has diverged.
+    A step of nanochat.train.loop without a finite loss and gradient changes nothing, so the model may recover: such
+    a run has diverged here.
     """
     settings, flags, started = bench.settings, bench.flags, time.perf_counter()
     model, forward = bench.model(run.width, run.mup)

@@ -1,11 +1,9 @@
 """Does the best learning rate of a narrow model stay the best of a wide one? Arithmetic over finished runs, no model.
 
-Losses come from a grid: widths x learning rates (a factor 2 apart) x seeds, trained on fresh text. The literature says
-"the same grid point is best at every width", which a coarse grid grants too easily: here the minimum is placed between
-grid points by a parabola (vertices of one sweep agreed to 0.05 log2 where argmins could only say "within a factor 2"),
-and what counts in use is asked as well: how much is lost by training a wide model at the narrow one's rate.
-
-Rates are in log2, relative to the base rates: 0 is the base rates themselves, 1 twice as much.
+Losses come from a grid: widths x learning rates (a factor 2 apart) x seeds. The minimum is placed between grid points
+by a parabola (vertices of one sweep agreed to 0.05 log2 where argmins could only say "within a factor 2"); what counts
+in use is asked as well: how much is lost by training a wide model at the narrow one's rate. Rates are in log2, relative
+to the base rates.
 """
 
 import math
@@ -137,20 +135,9 @@ def transfer_results(grids: Mapping[int, Grid], base_width: int) -> list[Transfe
             nats = estimate([grid[transferred][seed] - grid[best][seed] for seed in seeds])
             excess = Estimate(nats.mean * 100 / least.mean, nats.stderr * 100 / least.mean)
         singles = [vertex([(rate, by_seed[seed]) for rate, by_seed in grid.items()]).log2_rate for seed in seeds]
-        results.append(
-            TransferResult(
-                width=width,
-                losses=losses,
-                seeds=finished[width],
-                compared=len(seeds),
-                argmin=best,
-                best=least,
-                vertex=vertex([(rate, loss.mean) for rate, loss in losses.items()]),
-                vertex_stderr=estimate(singles).stderr,
-                transferred=transferred,
-                excess=excess,
-            )
-        )
+        means = vertex([(rate, loss.mean) for rate, loss in losses.items()])
+        spread, counts = estimate(singles).stderr, (finished[width], len(seeds))
+        results.append(TransferResult(width, losses, *counts, best, least, means, spread, transferred, excess))
     return results
 
 
@@ -194,14 +181,12 @@ Curve = Sequence[tuple[int, float]]
 def wider_is_better(curves: Mapping[int, Sequence[Curve]], noise: float = 0.0) -> list[Crossing]:
     """Where it is not: crossings between neighbouring widths, in order of step; none is what muP promises.
 
-    curves: width -> one curve a seed, in the same order of seeds at each width, made by block_means or at least with
-    the same steps everywhere. The gap is the mean over seeds of wide minus narrow; it is a crossing where it exceeds
-    CROSSING_ERRORS standard errors, or `noise` in nats where that is larger (one seed has no standard error). The
-    standard error is that of the step or, where that is larger, the median over the steps: of three seeds a single one
-    is often small by chance, and alone would find 5 % of the steps of equal widths to cross; so it is 0.5 %.
-    A wide model that diverged is a crossing; seeds of which only the narrow one did are left out. Before the first
-    update all widths have the loss ln(vocabulary), so a millionth of the loss is never a crossing.
-    Raises UserError for fewer than two widths or steps that differ.
+    curves: width -> one curve a seed, in the same order of seeds and with the same steps at each width (block_means).
+    It is a crossing where the mean over seeds of wide minus narrow exceeds CROSSING_ERRORS standard errors, or `noise`
+    in nats where that is larger. The standard error is that of the step or, where larger, the median over the steps: of
+    three seeds that of a step, often small by chance, found 5 % of the steps of equal widths to cross, this 0.5 %.
+    A wide model that diverged is a crossing; seeds of which only the narrow one did are left out. A millionth of the
+    loss never is one: all begin at ln(vocabulary). Raises UserError for fewer than two widths or steps that differ.
     """
     widths = sorted(curves)
     if len(widths) < 2:
