@@ -77,17 +77,13 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 def _count(call: ast.Call) -> int:
-    """'text'.count('part') with literal strings."""
-    method, arguments = call.func, call.args
-    if not (isinstance(method, ast.Attribute) and method.attr == "count" and len(arguments) == 1 and not call.keywords):
-        raise _NotComputable
-    text, part = _string(method.value), _string(arguments[0])
-    return text.count(part)
-
-
-def _string(node: ast.expr) -> str:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
+    match call:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
+            args=[ast.Constant(value=str(part))],
+            keywords=[],
+        ):
+            return text.count(part)
     raise _NotComputable
 
 

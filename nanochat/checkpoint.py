@@ -8,17 +8,20 @@
                                           COMMITTED           written last; readers ignore folders without it
     checkpoints/<stage>/<tag>/COMPLETE                        the run that writes here has reached its last step
 
-Tensors are stored by name and offset in the unsharded tensor, so any number of ranks reads them in any layout: each
-tensor is filled in place, on any device, and of a DTensor only the local rows, without communication between ranks.
+Tensors are stored by name and offset in the unsharded tensor: any number of ranks reads them in any layout, each its
+own rows in place, without communication.
 
     python -m nanochat.checkpoint export --stage=base --tag=d12 --out=d12.safetensors
 """
 
+import itertools
 import json
 import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -89,27 +92,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def list_models() -> dict[str, list[str]]:
     """Stage -> tags of its runs that have a complete checkpoint; stages without any are left out."""
-    found = {}
-    for stage in STAGE_SCRIPTS:
-        if tags := sorted(path.name for path in checkpoint_dir(stage, "x").parent.glob("*") if committed_steps(path)):
-            found[stage] = tags
-    return found
+    tags = {stage: [path.name for path in _runs(stage)] for stage in STAGE_SCRIPTS}
+    return {stage: names for stage, names in tags.items() if names}
+
+
+def _runs(stage: str) -> list[Path]:
+    return sorted(path for path in checkpoint_dir(stage, "x").parent.glob("*") if committed_steps(path))
 
 
 def find_run(stage: str, tag: str | None = None) -> Path:
     """Folder of a run of `stage`: the one of this tag, or the newest. Raises UserError, which lists the runs of all
     stages, where it has no complete checkpoint."""
-    parent = checkpoint_dir(stage, "x").parent
-    if tag is not None:
-        folders = [parent / slug(tag)] if committed_steps(parent / slug(tag)) else []
-    else:
-        folders = [path for path in parent.glob("*") if committed_steps(path)]
-    if folders:
+    if folders := [path for path in _runs(stage) if tag is None or path.name == slug(tag)]:
         return max(folders, key=lambda path: step_dir(path, committed_steps(path)[-1]).stat().st_mtime)
     wanted = f"{stage} checkpoint" if tag is None else f"{stage} checkpoint tagged {tag}"
     runs = "; ".join(f"{name}: {', '.join(tags)}" for name, tags in list_models().items())
     raise UserError(
-        f"no {wanted} in {parent.parent}: run `python -m {STAGE_SCRIPTS[stage]}` first; "
+        f"no {wanted} in {checkpoint_dir(stage, 'x').parent.parent}: run `python -m {STAGE_SCRIPTS[stage]}` first; "
         f"there are {runs or 'none at all (`bash speedrun.sh` runs all stages)'}"
     )
 
@@ -120,11 +119,9 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
     if not (path.parent / "COMMITTED").exists():
         steps = ", ".join(f"step {step}" for step in committed_steps(folder))
         raise UserError(f"no checkpoint {path.parent}; there are: {steps or 'none'}")
-    try:
+    with _damage_reported(path, OSError, ValueError, KeyError, TypeError):
         meta = json.loads(path.read_text())
         written = meta["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from None
     if written != FORMAT:
         raise UserError(f"{path} has format {written}, this program reads {FORMAT}: use the program that wrote it")
     return meta
@@ -145,11 +142,9 @@ def load_model(
 def find_model(
     stage: str, device: torch.device, tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    """(model on the meta device, to be sharded or not and then filled; its tokenizer; meta) of a checkpoint.
-
-    Without a tag the stage's newest run, without a step its last checkpoint. Raises UserError when there is none, when
-    files are damaged, or when the tokenizer in the store is not the one the model was trained with.
-    """
+    """(model on the meta device, to be sharded or not and then filled; its tokenizer; meta) of a checkpoint: without a
+    tag of the stage's newest run, without a step its last. Raises UserError when there is none, when files are damaged,
+    or when the tokenizer in the store is not the one the model was trained with."""
     folder = find_run(stage, tag)
     step = step if step is not None else committed_steps(folder)[-1]
     meta = read_meta(folder, step)
@@ -161,8 +156,9 @@ def find_model(
         )
     with torch.device("meta"):
         model = GPT(GPTConfig(**meta["model_config"]), compute_dtype(device))
-    about = {"stage": stage, "step": step, "tag": folder.name, "identity": identity(folder, step)}
-    return model, tokenizer, {**meta, **about}
+    # a hash of meta.json, timings and all, tells this checkpoint from one that another run left at the same place
+    identity = sha256_file(step_dir(folder, step) / "meta.json")[:16]
+    return model, tokenizer, {**meta, "stage": stage, "step": step, "tag": folder.name, "identity": identity}
 
 
 def fill_model(model: GPT, device: torch.device, meta: dict[str, Any]) -> None:
@@ -191,26 +187,18 @@ def load_optimizer(folder: Path, step: int, optimizer: MuonAdamW, num_steps: int
     optimizer.num_steps = num_steps
 
 
-def identity(folder: Path, step: int) -> str:
-    """Tells this checkpoint from one that another run left at the same place: a hash of meta.json, timings and all."""
-    return sha256_file(step_dir(folder, step) / "meta.json")[:16]
-
-
 @torch.no_grad()
 def _read_file(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill all `tensors` from a safetensors file, one at a time."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _check_shapes(path, shapes, tensors)
-            for name, tensor in tensors.items():
-                if is_sharded(tensor):
-                    first, end = row_range(tensor)
-                    local(tensor).copy_(file.get_slice(name)[first:end])
-                else:
-                    tensor.copy_(file.get_tensor(name))
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from None
+    with _damage_reported(path, OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        _check_shapes(path, shapes, tensors)
+        for name, tensor in tensors.items():
+            if is_sharded(tensor):
+                first, end = row_range(tensor)
+                local(tensor).copy_(file.get_slice(name)[first:end])
+            else:
+                tensor.copy_(file.get_tensor(name))
 
 
 def _read_state(path: Path, tensors: dict[str, Tensor], complete: str | None = None) -> None:
@@ -224,10 +212,8 @@ def _read_state(path: Path, tensors: dict[str, Tensor], complete: str | None = N
 def _state_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from torch.distributed.checkpoint import FileSystemReader  # takes 3 s: only where a file of weights does not do
 
-    try:
+    with _damage_reported(path, Exception):  # a damaged pickle can raise anything
         entries: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as error:  # a damaged pickle can raise anything
-        raise _damaged(path, error) from None
     return {name: tuple(entry.size) for name, entry in entries.items()}
 
 
@@ -237,13 +223,11 @@ def _fill(path: Path, tensors: dict[str, Tensor]) -> None:
 
     reader = FileSystemReader(path)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
+    with _damage_reported(path, Exception):  # nor is there a limit to what a damaged archive raises
         metadata = reader.read_metadata()
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         planner.set_up_planner(tensors, metadata, is_coordinator=True)
         reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
-    except Exception as error:  # nor is there a limit to what a damaged archive raises
-        raise _damaged(path, error) from None
 
 
 def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
@@ -255,9 +239,14 @@ def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], tensors: dict[s
         raise UserError(f"{path} lacks {len(missing)} tensors: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}")
 
 
-def _damaged(path: Path, error: BaseException) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return UserError(f"{path} is damaged ({reason}); delete the folder {path.parent} and use an earlier step")
+@contextmanager
+def _damage_reported(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"{path} is damaged ({reason}); delete the folder {path.parent} and use an earlier step"
+        raise UserError(message) from None
 
 
 # ---- writing
@@ -276,12 +265,10 @@ def write_weights(state: Path, out: Path) -> None:
 
 
 def export(folder: Path, step: int, out: Path | None = None) -> Path:
-    """Write the weights of one checkpoint as a single safetensors file (default: into its folder); returns its path.
-    Raises UserError when there is no such checkpoint or it is damaged."""
+    """Write the weights of one checkpoint as a single safetensors file (default: into its folder); returns its path."""
     read_meta(folder, step)
-    path = step_dir(folder, step)
-    out = out or path / "model.safetensors"
-    write_weights(path / "state", out)
+    out = out or step_dir(folder, step) / "model.safetensors"
+    write_weights(step_dir(folder, step) / "state", out)
     return out
 
 
@@ -313,11 +300,8 @@ def discard(checkpoint: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a folder of earlier checkpoints to the first free `<name>.<n>`: another run is about to take its name."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(target)
-    return target
+    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 # ---- python -m nanochat.checkpoint
@@ -341,7 +325,6 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Export, and say where to."""
     folder = find_run(settings.stage, settings.tag)
     step = settings.step if settings.step >= 0 else committed_steps(folder)[-1]
     out = export(folder, step, settings.out)

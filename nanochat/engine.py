@@ -107,10 +107,7 @@ class KVCache:
     def prefill(self, other: "KVCache") -> None:
         """Copy `other` in, each row of it repeated as often as there is room for. Must be empty before."""
         assert self._position == 0, f"prefill into a cache that already holds {self._position} positions"
-        repeats, rest = divmod(self.k_cache.size(1), other.k_cache.size(1))
-        assert rest == 0, f"{other.k_cache.size(1)} rows cannot be repeated to give {self.k_cache.size(1)}"
-        length = other.get_pos()
-        assert length <= self.max_seq_len, f"{length} positions do not fit into {self.max_seq_len}"
+        repeats, length = self.k_cache.size(1) // other.k_cache.size(1), other.get_pos()
         self.k_cache[:, :, :length] = other.k_cache[:, :, :length].repeat_interleave(repeats, dim=1)
         self.v_cache[:, :, :length] = other.v_cache[:, :, :length].repeat_interleave(repeats, dim=1)
         self.tokens[:, :length] = other.tokens[:, :length].repeat_interleave(repeats, dim=0)
@@ -147,12 +144,11 @@ def sample_next_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Te
 
 
 class RowState:
-    """One sample and its tool calls: what is between <|python_start|> and <|python_end|> goes to the calculator,
-    whose result is forced in behind it as <|output_start|> result <|output_end|>. An expression that the calculator
-    cannot compute gets no output."""
+    """One sample and its tool calls: what is between <|python_start|> and <|python_end|> goes to the calculator, whose
+    result, if there is one, is forced in behind it as <|output_start|> result <|output_end|>."""
 
-    def __init__(self, tokenizer: RustBPETokenizer, specials: dict[str, int]) -> None:
-        self.tokenizer, self.specials = tokenizer, specials
+    def __init__(self, tokenizer: RustBPETokenizer, specials: dict[str, int], stops: set[int]) -> None:
+        self.tokenizer, self.specials, self.stops = tokenizer, specials, stops
         self.ended = False
         self.forced: deque[int] = deque()  # tokens that come next, whatever is sampled
         self.expression: list[int] | None = None  # tokens since <|python_start|>; None outside of a call
@@ -160,13 +156,12 @@ class RowState:
     def next_token(self, sampled: int) -> tuple[int, int]:
         """(the token that comes next, 1 if it is the sampled one and 0 if it was forced)."""
         token, mask = (self.forced.popleft(), 0) if self.forced else (sampled, 1)
-        if token in (self.specials["<|assistant_end|>"], self.specials["<|bos|>"]):
+        if token in self.stops:
             self.ended = True
         elif token == self.specials["<|python_start|>"]:
             self.expression = []
         elif token == self.specials["<|python_end|>"] and self.expression is not None:
-            result = use_calculator(self.tokenizer.decode(self.expression))
-            if result is not None:
+            if (result := use_calculator(self.tokenizer.decode(self.expression))) is not None:
                 output = self.tokenizer.encode(result)
                 self.forced.extend([self.specials["<|output_start|>"], *output, self.specials["<|output_end|>"]])
             self.expression = None
@@ -194,14 +189,12 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield (token column, mask column), each with num_samples entries, until every row has ended.
-
-        A row ends with <|assistant_end|> or <|bos|> (yielded too; what follows in that row means nothing).
-        Mask 1 = sampled, 0 = the output of a tool. Row i draws from a generator seeded with seed + i.
-        max_tokens=None goes on to the model's sequence_len. Raises UserError for an empty prompt.
-        """
-        length = self._room(tokens) if max_tokens is None else max_tokens
-        sampling = Sampling(num_samples=num_samples, max_new_tokens=length, temperature=temperature, top_k=top_k)
+        """Yield (token column, mask column), each with num_samples entries, until every row has ended with
+        <|assistant_end|> or <|bos|> (yielded too; what follows in that row means nothing). Mask 1 = sampled, 0 = the
+        output of a tool. Row i draws from a generator seeded with seed + i. max_tokens=None goes on to the model's
+        sequence_len. Raises UserError for an empty prompt."""
+        options = {"num_samples": num_samples, "temperature": temperature, "top_k": top_k}
+        sampling = self._sampling(tokens, max_tokens, options)
         yield from self.stream([tokens], sampling, [seed])
 
     def generate_batch(
@@ -209,12 +202,12 @@ class Engine:
     ) -> tuple[list[list[int]], list[list[int]]]:
         """All at once: (sequences, masks), each row starting with the prompt (mask 0) and without its stop token.
         options: temperature, top_k, as for `generate`."""
-        length = self._room(tokens) if max_tokens is None else max_tokens
-        sampling = Sampling(num_samples=num_samples, max_new_tokens=length, **options)
+        sampling = self._sampling(tokens, max_tokens, {"num_samples": num_samples, **options})
         return self.generate_many([tokens], sampling, [seed])[0]
 
-    def _room(self, tokens: Sequence[int]) -> int:
-        return max(0, self.model.config.sequence_len - len(tokens))
+    def _sampling(self, tokens: Sequence[int], max_tokens: int | None, options: dict[str, Any]) -> Sampling:
+        room = max(0, self.model.config.sequence_len - len(tokens))
+        return Sampling(max_new_tokens=room if max_tokens is None else max_tokens, **options)
 
     def generate_many(
         self,
@@ -223,24 +216,21 @@ class Engine:
         seeds: Sequence[int] | None = None,
         keep_stop: bool = False,
     ) -> list[tuple[list[list[int]], list[list[int]]]]:
-        """What generate_batch gives, for each of several prompts, from one batch of len(prompts) x num_samples rows.
-        With keep_stop, the stop token that ended a row is its last.
-
-        Sample i of prompt p draws from a generator seeded with seeds[p] + i (default: 42 for every prompt), so that
-        it does not depend, but for rounding, on what else is in the batch.
-        """
+        """What generate_batch gives, for each of several prompts, from one batch of len(prompts) x num_samples rows;
+        keep_stop: with the stop token that ended a row. Sample i of prompt p draws from a generator seeded with
+        seeds[p] + i (default: 42 for every prompt): but for rounding it does not depend on the rest of the batch."""
         count = sampling.num_samples
         seeds = [42] * len(prompts) if seeds is None else seeds
         sequences = [list(prompt) for prompt in prompts for _ in range(count)]
         masks = [[0] * len(sequence) for sequence in sequences]
-        ended = [False] * len(sequences)
+        going = set(range(len(sequences)))
         for column, column_mask in self.stream(prompts, sampling, seeds):
-            for row, (token, mask) in enumerate(zip(column, column_mask, strict=True)):
-                stopped = token in self.stops
-                if not ended[row] and (keep_stop or not stopped):
-                    sequences[row].append(token)
-                    masks[row].append(mask)
-                ended[row] = ended[row] or stopped
+            for row in list(going):
+                if column[row] in self.stops:
+                    going.remove(row)
+                if row in going or keep_stop:
+                    sequences[row].append(column[row])
+                    masks[row].append(column_mask[row])
         firsts = range(0, len(sequences), count)
         return [(sequences[i : i + count], masks[i : i + count]) for i in firsts]
 
@@ -253,8 +243,10 @@ class Engine:
         if not all(prompts):
             raise UserError("empty prompt: give at least one token (the <|bos|> token starts a document)")
         count, device = sampling.num_samples, self.model.get_device()
-        rows = [RowState(self.tokenizer, self.specials) for _ in range(len(prompts) * count)]
-        uniforms = _uniforms([seed + i for seed in seeds for i in range(count)], sampling.max_new_tokens).to(device)
+        rows = [RowState(self.tokenizer, self.specials, self.stops) for _ in range(len(prompts) * count)]
+        # drawn on the CPU, so that every device gets the same numbers, each row from a generator of its own
+        generators = [torch.Generator().manual_seed(seed + i) for seed in seeds for i in range(count)]
+        uniforms = torch.stack([torch.rand(sampling.max_new_tokens, generator=g) for g in generators]).to(device)
 
         # 1) prefill: every prompt goes through the model once
         prompt_cache, logits = self._prefill(prompts)
@@ -283,16 +275,12 @@ class Engine:
             logits = self.forward(column, kv_cache=cache)[:, -1]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[KVCache, Tensor]:
-        """(cache filled with the prompts, logits (len(prompts), V) of what follows each).
-
-        Shorter prompts are padded on the left, so that all rows are at the same position; rotary positions count only
-        by their differences.
-        """
+        """(cache filled with the prompts, logits (len(prompts), V) of what follows each). Shorter prompts are padded on
+        the left, so that all rows are at the same position; rotary positions count only by their differences."""
         width = max(map(len, prompts))
         starts = [width - len(prompt) for prompt in prompts]
-        padded = [
-            [self.specials["<|bos|>"]] * start + list(prompt) for start, prompt in zip(starts, prompts, strict=True)
-        ]
+        bos = self.specials["<|bos|>"]
+        padded = [[bos] * start + list(prompt) for start, prompt in zip(starts, prompts, strict=True)]
         device = self.model.get_device()
         cache = self._cache(len(prompts), width)
         if any(starts):
@@ -301,15 +289,7 @@ class Engine:
         return cache, self.forward(idx, kv_cache=cache)[:, -1]
 
     def _cache(self, batch_size: int, length: int) -> KVCache:
-        config, device = self.model.config, self.model.get_device()
+        config = self.model.config
         dtype = getattr(self.model, "compute_dtype", torch.float32)
-        return KVCache(
-            batch_size, config.n_kv_head, length, config.n_embd // config.n_head, config.n_layer, device, dtype
-        )
-
-
-def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """(len(seeds), count) numbers in [0, 1), each row from a generator of its own; on the CPU, so that every device
-    gets the same."""
-    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows)
+        shape = (batch_size, config.n_kv_head, length, config.n_embd // config.n_head, config.n_layer)
+        return KVCache(*shape, self.model.get_device(), dtype)

@@ -1,15 +1,10 @@
 """Saves checkpoints while training goes on.
 
-On every rank, one save is:
-
-  1. the training loop waits: an earlier save ends, the disk is checked, the tensors that this rank writes are copied to
-     the CPU (on a GPU the copies are only enqueued; what the loop enqueues later comes after them)
-  2. a thread waits for the copies, and all ranks write their parts of state/ together
-  3. rank 0's thread adds the other files, COMMITTED last, renames the folder and prunes older checkpoints
-
-Until then the folder is called .partial_*, so a full disk or a kill leaves the earlier checkpoints as they were. What
-several ranks hold alike is copied and written by one of them: torch's own stager copies it on every rank
-(docs/decisions.md has the numbers).
+The training loop only waits until an earlier save has ended, the disk is checked and the tensors that this rank writes
+are copied to the CPU (on a GPU: until the copies are enqueued). Then a thread on every rank writes its parts of state/,
+and rank 0's adds the other files, COMMITTED last, renames the folder, which was .partial_* until then, and prunes older
+checkpoints. What several ranks hold alike is copied and written by one of them: torch's own stager copies it on
+every rank (docs/decisions.md has the numbers).
 
 Importing this module takes 3 s (torch.distributed.checkpoint): import it where training starts.
 """
@@ -73,11 +68,9 @@ class Saver:
         self.failure: BaseException | None = None
 
     def save(self, step: int, meta: dict[str, Any], last: bool = False) -> float:
-        """Start saving the state as it is now (every rank calls this). Returns the seconds that this took.
-
-        meta must be JSON-able; last: write model.safetensors too. Raises UserError on every rank when the disk is too
-        small, or when the save before this one failed.
-        """
+        """Start saving the state as it is now (every rank calls this); returns the seconds that this took. meta must be
+        JSON-able; last: write model.safetensors too. Raises UserError on every rank when the disk is too small, or when
+        the save before this one failed."""
         started = time.perf_counter()
         self.wait()
         self._on_first_rank(lambda: self._check_space(last))
@@ -107,10 +100,9 @@ class Saver:
         nothing of the other ranks, for they may be gone."""
         if self.thread is not None:
             self.thread.join()
-            self.thread = None
         if self.group is not None:
             dist.destroy_process_group(self.group)
-            self.group = None
+        self.thread = self.group = None
 
     def _tensors(self) -> dict[str, Tensor]:
         weights = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
@@ -125,8 +117,8 @@ class Saver:
                 shutil.rmtree(path)
 
     def _share(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Names of the tensors whose local rows this rank writes: each part once, and on every rank about as many
-        bytes. Also adds up what all ranks write."""
+        """Names of the tensors whose local rows this rank writes: each part once, about as many bytes on every rank.
+        Also adds up what all ranks write."""
         held = self._gather({
             name: (row_range(tensor)[0] if is_sharded(tensor) else 0, local(tensor).nbytes)
             for name, tensor in tensors.items()
@@ -148,8 +140,7 @@ class Saver:
         return assigned
 
     def _check_space(self, last: bool) -> None:
-        """Raises UserError where the checkpoint will not fit. Asked first, because what a full disk raises from inside
-        the writers is anything from OSError to a RuntimeError about an archive."""
+        # asked first: from inside the writers a full disk raises anything from OSError to a RuntimeError of an archive
         needed = self.total_bytes + (self.model_bytes if last else 0)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -174,8 +165,7 @@ class Saver:
     def _run(
         self, step: int, last: bool, rows: dict[str, Tensor], copied: torch.cuda.Event | None, document: str
     ) -> None:
-        """The thread: write, and leave what went wrong in `failure`. Nothing it is given changes while training goes
-        on."""
+        """The thread: write, and leave what went wrong in `failure`. What it is given does not change meanwhile."""
         partial = self.folder / f".partial_{step:06d}"
         try:
             if copied is not None:

@@ -78,7 +78,7 @@ def converse(chat: "Chat", title: str) -> None:
         if message.lower() in ("quit", "exit"):
             return
         if message.lower() == "clear":
-            chat.clear()
+            chat.turns.clear()
             print("(forgotten)", file=sys.stderr)
         elif message:
             try:
@@ -104,11 +104,10 @@ class Chat:
         self.is_base = settings.stage == "base"
         self.context = engine.model.config.sequence_len
         self.max_tokens = min(settings.max_tokens, self.context // 2)
+        top_k = settings.top_k or None
+        self.sampling = Sampling(max_new_tokens=self.max_tokens, temperature=settings.temperature, top_k=top_k)
         self.turns: list[list[int]] = []  # each a question with its answer, from <|user_start|> to <|assistant_end|>
         self.answers = 0
-
-    def clear(self) -> None:
-        self.turns = []
 
     def answer(self, message: str) -> None:
         """Print the answer as it comes, and remember it. Raises UserError for a message that is too long."""
@@ -140,12 +139,7 @@ class Chat:
 
     def _sample(self, prompt: list[int], written: list[int]) -> Iterator[int]:
         """The tokens of the answer as they are sampled, without the one that ends it; `written` gets them too."""
-        sampling = Sampling(
-            max_new_tokens=self.max_tokens,
-            temperature=self.settings.temperature,
-            top_k=self.settings.top_k or None,
-        )
-        for (token,), _ in self.engine.stream([prompt], sampling, [self.settings.seed + self.answers]):
+        for (token,), _ in self.engine.stream([prompt], self.sampling, [self.settings.seed + self.answers]):
             if token in self.engine.stops:
                 return
             written.append(token)
