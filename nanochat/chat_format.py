@@ -14,6 +14,7 @@ Special tokens and text are kept apart here, so text that spells "<|bos|>" stays
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat.errors import UserError
@@ -137,44 +138,7 @@ def _content(message: Mapping[str, Any], where: str) -> Any:
 # {% generation %} marks the same mask. One difference lies in those programs: they find special tokens inside text,
 # where nanochat leaves them text. What a conversation may not be is an error here too.
 
-CHAT_TEMPLATE = """\
-{%- set system = namespace(text=none) -%}
-{%- set turns = messages -%}
-{%- if messages and messages[0].role == 'system' -%}
-  {%- set system.text = messages[0].content -%}
-  {%- set turns = messages[1:] -%}
-{%- endif -%}
-{{- '<|bos|>' -}}
-{%- for message in turns -%}
-  {%- if message.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
-    {{- raise_exception('user and assistant take turns, after at most one system message') -}}
-  {%- endif -%}
-  {%- if message.role == 'user' -%}
-    {{- '<|user_start|>' -}}
-    {%- if loop.first and system.text is not none -%}{{- system.text + '\\n\\n' -}}{%- endif -%}
-    {{- message.content + '<|user_end|>' -}}
-  {%- else -%}
-    {{- '<|assistant_start|>' -}}
-    {%- if message.content is string -%}
-      {%- generation -%}{{- message.content + '<|assistant_end|>' -}}{%- endgeneration -%}
-    {%- else -%}
-      {%- for part in message.content -%}
-        {%- if part.type == 'text' -%}
-          {%- generation -%}{{- part.text -}}{%- endgeneration -%}
-        {%- elif part.type == 'python' -%}
-          {%- generation -%}{{- '<|python_start|>' + part.text + '<|python_end|>' -}}{%- endgeneration -%}
-        {%- elif part.type == 'python_output' -%}
-          {{- '<|output_start|>' + part.text + '<|output_end|>' -}}
-        {%- else -%}
-          {{- raise_exception('unknown type of part: ' + part.type) -}}
-        {%- endif -%}
-      {%- endfor -%}
-      {%- generation -%}{{- '<|assistant_end|>' -}}{%- endgeneration -%}
-    {%- endif -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
 def tokenizer_config(special_tokens: list[str]) -> str:

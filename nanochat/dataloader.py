@@ -12,25 +12,25 @@
 
 import pkgutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from nanochat.data.sources import Split, canonical
+from nanochat.data.rows import RowSource, TrainData
+from nanochat.data.sources import canonical
 from nanochat.data.text_rows import TextData
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import get_tokenizer
 
 PREFETCH_BATCHES = 4
 TOKEN_FILES = "nanochat.data.bins:open_folder"  # by name: the loader works without them
 
 T = TypeVar("T")
-Row = tuple[np.ndarray, np.ndarray]  # inputs (T,) and targets (T,) of any integer type
 
 
 class Batch(NamedTuple):
@@ -38,40 +38,6 @@ class Batch(NamedTuple):
 
     inputs: torch.Tensor
     targets: torch.Tensor
-
-
-class RowSource(Protocol):
-    """An endless global order of rows, of which this rank makes its own. `start` is called first, and once."""
-
-    sequence_len: int
-    filler_token: int
-    """Input of filler rows."""
-
-    def start(self, rows_per_step: int, local: range) -> None:
-        """local: the numbers, within each global batch of rows_per_step rows, of those that this rank wants."""
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a position to mean the same."""
-
-    def seek(self, state: dict[str, Any]) -> None:
-        """Go to where `state` was taken."""
-
-    def steps(self) -> Iterator[tuple[Iterable[Row], bool]]:
-        """Of each optimizer step: the local rows, made as they are read, and whether any rank has a target in it."""
-
-    def position(self) -> Any:
-        """Where the order stands after the rows that have been read."""
-
-    def state(self, position: Any) -> dict[str, Any]:
-        """A position as JSON can hold it, for all ranks (a collective call where ranks stand at different places)."""
-
-    def epoch(self, position: Any) -> float:
-        """How often the data have been gone through."""
-
-    def cropped_share(self) -> float:
-        """Share of the tokens read so far that are in no row."""
-
-    def close(self) -> None: ...
 
 
 class RowLoader:
@@ -136,7 +102,6 @@ class RowLoader:
         return {**self.source.identity(), **self.source.state(self._position)}
 
     def epoch(self) -> float:
-        """How often the data have been gone through."""
         return self.source.epoch(self._position)
 
     def close(self) -> None:
@@ -245,41 +210,6 @@ def target_batches(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a base model is trained on
-
-
-class TrainData(Protocol):
-    """Text, which is tokenized on the way, or token files."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def tokenizer(self) -> RustBPETokenizer | None:
-        """None: the tokens are of a tokenizer that is not at hand; then no bytes can be counted, no samples shown."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def document_token(self) -> int:
-        """Starts every document."""
-
-    @property
-    def tokenizer_hash(self) -> str: ...
-
-    @property
-    def fingerprint(self) -> str | None:
-        """Changes with the token files; None for text."""
-
-    def rows(self, sequence_len: int, seed: int) -> RowSource:
-        """Training rows. Token files keep their order, whatever the seed."""
-
-    def fixed_rows(self, split: Split, sequence_len: int, max_tokens: int) -> np.ndarray:
-        """Rows (N, sequence_len + 1) to evaluate on, the same for every number of ranks."""
-
-    def horizon_in_epochs(self, sequence_len: int, tokens: int, rows_per_step: int) -> tuple[float, float]:
-        """(epochs that training on so many tokens makes, share of the tokens that are in no row), estimated. Raises
-        UserError when no row can be filled."""
 
 
 def open_data(source: str) -> TrainData:

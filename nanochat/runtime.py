@@ -133,6 +133,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """`value` of every rank, by rank: a collective call. A lone process has its own only."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def compute_cleanup() -> None:
     """Leave the process group."""
     if dist.is_initialized():

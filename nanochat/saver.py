@@ -32,7 +32,7 @@ from nanochat.checkpoint import FORMAT, discard, prune, rng_state, step_dir, wri
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import heartbeat, print0
+from nanochat.runtime import gather, heartbeat, print0
 
 HEARTBEAT_SECONDS = 30.0  # while waiting for the disk
 SLOWEST_DISK = datetime.timedelta(hours=2)  # how long ranks that have written their part wait for the last one
@@ -205,10 +205,9 @@ class Saver:
         """`value` of every rank, in order; only_first: on rank 0, and nothing elsewhere."""
         if self.group is None:
             return [value]
-        values: list[Any] = [None] * dist.get_world_size(self.group)
         if not only_first:
-            dist.all_gather_object(values, value, group=self.group)
-            return values
+            return gather(value, self.group)
+        values: list[Any] = [None] * dist.get_world_size(self.group)
         dist.gather_object(value, values if self.rank == 0 else None, dst=0, group=self.group)
         return values
 

@@ -18,8 +18,9 @@ from nanochat import cli, mup, parallel
 from nanochat.cli import alias, float_flag, int_flag
 from nanochat.cluster.observer import ClusterObserver
 from nanochat.config import LEARNING_RATES, TUNED_AT, ArchFlags, build_config, init_spec, resolve
+from nanochat.data.rows import TrainData
 from nanochat.data.sources import source_flag
-from nanochat.dataloader import BatchPlan, RowLoader, TrainData, open_data, plan_batch, row_batches
+from nanochat.dataloader import BatchPlan, RowLoader, open_data, plan_batch, row_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
 from nanochat.eval.bundle import load_bundle

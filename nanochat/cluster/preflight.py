@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
 import torch
@@ -21,7 +20,7 @@ import torch.distributed as dist
 
 from nanochat import cli, paths, runtime
 from nanochat.errors import UserError
-from nanochat.runtime import print0, synchronize
+from nanochat.runtime import gather, print0, synchronize
 
 REPEATS = 5  # the best counts: what disturbs a measurement only ever makes it slower
 SLOW = 0.8  # of the median. Healthy cards of one model differ by some per cent; a throttled or shared one by far more
@@ -63,7 +62,7 @@ def check(device: torch.device, folder: Path) -> list[Measurement]:
     `folder`: where disk speed is measured (created if missing). Raises UserError, on all ranks, when it cannot be
     written on some host.
     """
-    hosts = _gather(socket.gethostname())
+    hosts = gather(socket.gethostname())
     rank = dist.get_rank() if dist.is_initialized() else 0
     values, error = {}, ""
     if hosts.index(hosts[rank]) == rank:
@@ -74,7 +73,7 @@ def check(device: torch.device, folder: Path) -> list[Measurement]:
     values |= {MATMUL: matmul_tflops(device), MEMORY: free_gib(device)}
     if len(hosts) > 1:
         values[ALL_REDUCE] = all_reduce_gbytes(device)
-    measurements = _gather(Measurement(rank, hosts[rank], values, *clock_offset(device), error))
+    measurements = gather(Measurement(rank, hosts[rank], values, *clock_offset(device), error))
     if failed := next((m for m in measurements if m.error), None):
         raise UserError(
             f"rank {failed.rank} on {failed.host} cannot write to {folder}: {failed.error}; free or mount that disk "
@@ -84,15 +83,6 @@ def check(device: torch.device, folder: Path) -> list[Measurement]:
     for line in warnings(measurements):
         print0(f"warning: {line}")
     return measurements
-
-
-def _gather(value: Any) -> list[Any]:
-    """The values of all ranks, by rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -165,7 +155,7 @@ def clock_offset(device: torch.device, clock: Callable[[], float] = time.time) -
         runtime.barrier()
         synchronize(device)
         rounds.append((entry, clock()))
-    first = _gather(rounds)[0]
+    first = gather(rounds)[0]
     if first == rounds:
         return 0.0, 0.0
     pairs = list(zip(rounds, first, strict=True))

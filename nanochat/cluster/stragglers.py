@@ -22,7 +22,7 @@ from statistics import mean, median
 import torch
 import torch.distributed as dist
 
-from nanochat.runtime import print0
+from nanochat.runtime import gather, print0
 
 NAMES = ("data wait", "host", "forward")
 EVERY = 100  # steps: a mean that one pause does not make, and the wait for the device it costs is spread thin
@@ -37,10 +37,8 @@ class StragglerReport:
     def __init__(self, device: torch.device, every: int = EVERY) -> None:
         """Collective. `every`: steps between two reports. `device`: where tensors for collectives live."""
         self.every, self.device = every, device
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.hosts: list[str] = [socket.gethostname()] * self.world
-        if self.world > 1:
-            dist.all_gather_object(self.hosts, socket.gethostname())
+        self.hosts = gather(socket.gethostname())
+        self.world = len(self.hosts)
         self._clear()
 
     def _clear(self) -> None:

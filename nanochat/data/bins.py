@@ -24,12 +24,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanochat.data.rows import Row, RowSource, TrainData
 from nanochat.data.sources import SPLITS, Split
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
@@ -50,30 +50,18 @@ SCAN_TOKENS = 1 << 26  # looked at in one go: bounds what a file of 2³¹ tokens
 VAL_TOKENS = 10_485_760  # the validation set of the speedrun: the first so many
 
 
-@dataclass(frozen=True)
-class TokenFolder:
-    """A folder of token files, all of one tokenizer: what nanochat.dataloader.TrainData says."""
+class TokenFolder(TrainData):
+    """A folder of token files, all of one tokenizer: `made_by` is the hash of this program's that made them, None means
+    GPT-2's. No token of the files is as large as vocab_size."""
 
-    path: Path
-    train: tuple[Path, ...]
-    val: tuple[Path, ...]
-    vocab_size: int
-    """Rows of the embedding: no token of the files is as large."""
-    document_token: int
-    """Starts every document."""
-    made_by: str | None
-    """Hash of the tokenizer of this program that made them; None: GPT-2's."""
-
-    @property
-    def source(self) -> str:
-        return f"bin:{self.path}"
-
-    @property
-    def tokenizer_hash(self) -> str:
-        return self.made_by or "gpt2"
+    def __init__(self, path: Path, train: tuple[Path, ...], val: tuple[Path, ...], meta: dict[str, Any]) -> None:
+        self.path, self.train, self.val, self.source = path, train, val, f"bin:{path}"
+        self.vocab_size, self.document_token = meta["vocab_size"], meta["document_token"]
+        self.made_by: str | None = meta["tokenizer_hash"]
+        self.tokenizer_hash = self.made_by or "gpt2"
 
     @functools.cached_property
-    def tokenizer(self) -> RustBPETokenizer | None:
+    def tokenizer(self) -> RustBPETokenizer | None:  # type: ignore[override]
         """The store's tokenizer if it made the files."""
         try:
             tokenizer = get_tokenizer() if self.made_by is not None else None
@@ -82,7 +70,7 @@ class TokenFolder:
         return tokenizer if tokenizer is not None and tokenizer.hash == self.made_by else None
 
     @functools.cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]
         """16 hex digits that change when files are added or removed, or their lengths or the tokenizer change."""
         counts = [[path.name, read_header(path)] for path in (*self.train, *self.val)]
         about = [self.vocab_size, self.document_token, self.made_by, counts]
@@ -92,7 +80,6 @@ class TokenFolder:
         return self.train if split == "train" else self.val
 
     def rows(self, sequence_len: int, seed: int = 0) -> "BinRows":
-        """Training rows in the order of the files, whatever the seed."""
         return BinRows(self, sequence_len)
 
     def fixed_rows(self, split: Split, sequence_len: int, max_tokens: int = VAL_TOKENS) -> np.ndarray:
@@ -157,8 +144,8 @@ class _Row(NamedTuple):
     after: tuple[int, int]
 
 
-class BinRows:
-    """The rows of a folder in their order, as a row source (see nanochat.dataloader.RowSource).
+class BinRows(RowSource):
+    """The rows of a folder in their order.
 
     Raises UserError where a file is damaged; in steps() where no file holds a full row, a token is not in the
     vocabulary, or the tokens are not those of the state.
@@ -168,11 +155,7 @@ class BinRows:
         self.folder, self.sequence_len, self.filler_token = folder, sequence_len, folder.document_token
         self.ends = np.cumsum([read_header(path) for path in folder.train])
         self._position = 0, 0  # file, counted through all epochs, and offset behind the last row taken
-        self._kept = self._seen = 0  # tokens of the files scanned so far: in rows, and in all
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="scan")
-
-    def start(self, rows_per_step: int, local: range) -> None:
-        self._rows_per_step, self._local = rows_per_step, local
 
     def identity(self) -> dict[str, Any]:
         return {"sequence_len": self.sequence_len, "files": self.folder.fingerprint}
@@ -185,8 +168,8 @@ class BinRows:
         # a plain view: taking a slice of a memmap itself costs 2 µs, of this one 0.3 µs
         tokens = np.asarray(open_tokens(self.folder.train[number % len(self.folder.train)]))
         starts = self.folder.row_starts(tokens, self.sequence_len + 1)
-        self._kept += len(starts) * (self.sequence_len + 1)
-        self._seen += len(tokens)
+        kept = len(starts) * (self.sequence_len + 1)
+        self._kept, self._cropped = self._kept + kept, self._cropped + len(tokens) - kept
         return tokens, starts
 
     def _rows(self) -> Iterator[_Row]:
@@ -210,20 +193,17 @@ class BinRows:
                 raise self.folder.too_little_data("train", self.sequence_len)
             number, offset = number + 1, 0
 
-    def steps(self) -> Iterator[tuple[Iterator[tuple[np.ndarray, np.ndarray]], bool]]:
+    def steps(self) -> Iterator[tuple[Iterator[Row], bool]]:
         rows = self._rows()
         while True:
-            step = [next(rows) for _ in range(self._rows_per_step)]
+            step = [next(rows) for _ in range(self.rows_per_step)]
             self._position = step[-1].after
-            yield (self._read(step[number]) for number in self._local), True
+            yield (self._read(step[number]) for number in self.local), True
 
-    def _read(self, row: _Row) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, row: _Row) -> Row:
         tokens = row.tokens[row.start : row.start + self.sequence_len + 1]
         self.folder.check_vocabulary(tokens)
         return tokens[:-1], tokens[1:]
-
-    def position(self) -> tuple[int, int]:
-        return self._position
 
     def state(self, position: tuple[int, int]) -> dict[str, Any]:
         return {"file": position[0], "offset": position[1]}
@@ -232,10 +212,6 @@ class BinRows:
         epochs, file = divmod(position[0], len(self.ends))
         before = int(self.ends[file - 1]) if file else 0
         return epochs + (before + position[1]) / max(int(self.ends[-1]), 1)
-
-    def cropped_share(self) -> float:
-        """In the files looked at since the start."""
-        return 1 - self._kept / max(self._seen, 1)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -367,7 +343,7 @@ def describe_folder(directory: str | Path) -> TokenFolder:
     except ValueError as error:
         raise UserError(f"{folder / 'meta.json'} is damaged ({error}): make the folder again") from None
     train, val = (_files(folder, split, names, meta.get("splits")) for split in SPLITS)
-    return TokenFolder(folder, train, val, meta["vocab_size"], meta["document_token"], meta["tokenizer_hash"])
+    return TokenFolder(folder, train, val, meta)
 
 
 def _files(folder: Path, split: Split, names: list[str], listed: dict[str, Any] | None) -> tuple[Path, ...]:

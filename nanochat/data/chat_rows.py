@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from nanochat.data.packing import pack_conversations, stream_rows
+from nanochat.data.rows import Row, RowSource
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
 from nanochat.tokenizer import RustBPETokenizer
@@ -120,17 +121,13 @@ class ChatPacker:
         return estimate, trained / positions, cut / (cut + positions)
 
 
-class ChatRows:
-    """The rows of all chunks one after the other, as a row source (see nanochat.dataloader.RowSource)."""
+class ChatRows(RowSource):
+    """The rows of all chunks one after the other."""
 
     def __init__(self, packer: ChatPacker) -> None:
         self.packer, self.sequence_len = packer, packer.sequence_len
         self.filler_token = packer.tokenizer.get_bos_token_id()
         self._position = 0, 0, 1  # chunk, rows of it that have been used, and how many it has
-        self._cut = self._kept = 0
-
-    def start(self, rows_per_step: int, local: range) -> None:
-        self._rows_per_step, self._local = rows_per_step, local
 
     def identity(self) -> dict[str, Any]:
         packer = self.packer
@@ -144,22 +141,19 @@ class ChatRows:
         number, taken, _ = self._position
         while True:
             chunk = self.packer.chunk(number)
-            self._cut += chunk.cut
+            self._cropped += chunk.cut
             self._kept += chunk.inputs.size
             for row in range(taken, len(chunk.inputs)):
                 yield chunk.inputs[row], chunk.targets[row], (number, row + 1, len(chunk.inputs))
             number, taken = number + 1, 0
 
-    def steps(self) -> Iterator[tuple[list[tuple[np.ndarray, np.ndarray]], bool]]:
+    def steps(self) -> Iterator[tuple[list[Row], bool]]:
         rows = self._rows()
         while True:
-            step = [next(rows) for _ in range(self._rows_per_step)]
+            step = [next(rows) for _ in range(self.rows_per_step)]
             self._position = step[-1][2]
             signal = any((targets != IGNORE_INDEX).any() for _, targets, _ in step)
-            yield [step[number][:2] for number in self._local], signal
-
-    def position(self) -> tuple[int, int, int]:
-        return self._position
+            yield [step[number][:2] for number in self.local], signal
 
     def state(self, position: tuple[int, int, int]) -> dict[str, Any]:
         return {"chunk": position[0], "taken": position[1]}
@@ -167,12 +161,6 @@ class ChatRows:
     def epoch(self, position: tuple[int, int, int]) -> float:
         chunk, taken, rows = position
         return (chunk + taken / rows) / self.packer.per_epoch
-
-    def cropped_share(self) -> float:
-        return self._cut / max(self._cut + self._kept, 1)
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
 
 
 def evaluation_rows(packer: ChatPacker, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:

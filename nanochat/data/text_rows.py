@@ -15,18 +15,18 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 
 from nanochat.data.packing import pack_rows
 from nanochat.data.parquet import open_shard, read_texts
+from nanochat.data.rows import Row, RowSource, TrainData
 from nanochat.data.sources import Split, dataset_bytes, list_shards
 from nanochat.errors import UserError
+from nanochat.runtime import gather
 from nanochat.tokenizer import RustBPETokenizer
 
 UNIT_DOCUMENTS = 128  # packing 1,024 at a time would crop 9.6 % instead of 10.3 % (T=2048) but make coarse units
@@ -148,8 +148,8 @@ class Stream:
         return self.begun, self.taken, self.count
 
 
-class TextRows:
-    """The streams of this rank, as a row source (see nanochat.dataloader.RowSource)."""
+class TextRows(RowSource):
+    """The streams of this rank."""
 
     def __init__(self, tokenizer: RustBPETokenizer, shards: list[Path], sequence_len: int, seed: int = 0) -> None:
         self.shards, self.sequence_len, self.seed = shards, sequence_len, seed
@@ -157,13 +157,13 @@ class TextRows:
         self.packer = Packer(tokenizer, sequence_len + 1)
 
     def start(self, rows_per_step: int, local: range) -> None:
-        self.streams_per_step = rows_per_step
+        super().start(rows_per_step, local)
         self.order = UnitOrder(self.shards, self.seed, rows_per_step)
         self._start: dict[int, Position] = dict.fromkeys(local, (0, 0, 1))
         self._streams: list[Stream] = []
 
     def identity(self) -> dict[str, Any]:
-        return {"seed": self.seed, "streams": self.streams_per_step, "sequence_len": self.sequence_len,
+        return {"seed": self.seed, "streams": self.rows_per_step, "sequence_len": self.sequence_len,
                 "units_per_epoch": self.order.per_epoch}  # fmt: skip
 
     def seek(self, state: dict[str, Any]) -> None:
@@ -171,9 +171,9 @@ class TextRows:
             begun, taken, rows = state["positions"][number]
             self._start[number] = begun, taken, rows
 
-    def steps(self) -> Iterator[tuple[Iterator[tuple[np.ndarray, np.ndarray]], bool]]:
+    def steps(self) -> Iterator[tuple[Iterator[Row], bool]]:
         numbers = self._start.items()
-        self._streams = [Stream(self.order, self.packer, n, self.streams_per_step, at) for n, at in numbers]
+        self._streams = [Stream(self.order, self.packer, n, self.rows_per_step, at) for n, at in numbers]
         while True:
             rows = (stream.next() for stream in self._streams)
             yield ((row[:-1], row[1:]) for row in rows), True
@@ -183,16 +183,13 @@ class TextRows:
         return {stream.number: stream.position() for stream in self._streams} or self._start
 
     def state(self, position: dict[int, Position]) -> dict[str, Any]:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, position)
-            position = {number: at for part in gathered for number, at in part.items()}
-        return {"positions": [list(position[number]) for number in range(self.streams_per_step)]}
+        everywhere = {number: at for part in gather(position) for number, at in part.items()}
+        return {"positions": [list(everywhere[number]) for number in range(self.rows_per_step)]}
 
     def epoch(self, position: dict[int, Position]) -> float:
         """From this rank's streams; 0 where it has none."""
         units = [begun - 1 + taken / rows for begun, taken, rows in position.values() if begun]
-        return sum(units) / max(len(position), 1) * self.streams_per_step / self.order.per_epoch
+        return sum(units) / max(len(position), 1) * self.rows_per_step / self.order.per_epoch
 
     def cropped_share(self) -> float:
         return self.packer.cropped_share()
@@ -201,25 +198,15 @@ class TextRows:
         self.packer.pool.shutdown(cancel_futures=True)
 
 
-@dataclass(frozen=True)
-class TextData:
-    """A text source and the tokenizer that makes tokens of it: what nanochat.dataloader.TrainData says."""
+class TextData(TrainData):
+    """A text source and the tokenizer that makes tokens of it."""
 
-    source: str
     tokenizer: RustBPETokenizer
-    fingerprint: None = None
+    fingerprint = None
 
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.get_vocab_size()
-
-    @property
-    def document_token(self) -> int:
-        return self.tokenizer.get_bos_token_id()
-
-    @property
-    def tokenizer_hash(self) -> str:
-        return self.tokenizer.hash
+    def __init__(self, source: str, tokenizer: RustBPETokenizer) -> None:
+        self.source, self.tokenizer, self.tokenizer_hash = source, tokenizer, tokenizer.hash
+        self.vocab_size, self.document_token = tokenizer.get_vocab_size(), tokenizer.get_bos_token_id()
 
     def rows(self, sequence_len: int, seed: int = 0) -> TextRows:
         return TextRows(self.tokenizer, list_shards(self.source, "train"), sequence_len, seed)

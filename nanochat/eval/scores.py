@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.files import atomic_write_text
+from nanochat.runtime import gather
 
 _WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
 
@@ -86,11 +87,8 @@ def rank_and_world() -> tuple[int, int]:
 
 def gather_records(records: dict[int, Record]) -> list[Record]:
     """The records of all ranks in the order of their keys, the same list on every rank."""
-    if dist.is_initialized():
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, records)
-        records = {key: record for part in parts for key, record in part.items()}
-    return [records[key] for key in sorted(records)]
+    everywhere = {key: record for part in gather(records) for key, record in part.items()}
+    return [everywhere[key] for key in sorted(everywhere)]
 
 
 def longest_first(

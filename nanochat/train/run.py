@@ -23,7 +23,7 @@ from nanochat.eval.samples import make_chat_samples
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Parallel, Policy
-from nanochat.runtime import DeviceFlags, get_dist_info, print0
+from nanochat.runtime import DeviceFlags, gather, get_dist_info, print0
 from nanochat.sections import write_section
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.observer import Observer
@@ -269,13 +269,12 @@ def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[
     if not dist.is_initialized():
         return _look(folder, resume, meta_now, started_again)
     # torchrun counts on each node for itself, and only where a process died
-    counts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, started_again)
+    anyone_started_again = any(gather(started_again))
     # Rank 0 alone looks: on a shared disk the others may see the newest checkpoint only a minute later.
     answer: list[Any] = [None, None]  # meta, the user's mistake
     if get_dist_info().rank == 0:
         try:
-            answer[0] = _look(folder, resume, meta_now, any(counts))
+            answer[0] = _look(folder, resume, meta_now, anyone_started_again)
         except UserError as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer)
@@ -292,8 +291,7 @@ def _await_everywhere(path: Path) -> None:
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.5)
-    blind: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(blind, None if path.exists() else socket.gethostname())
+    blind = gather(None if path.exists() else socket.gethostname())
     if hosts := sorted({host for host in blind if host is not None}):
         raise UserError(
             f"{path.parent} is not there on {', '.join(hosts)}: NANOCHAT_BASE_DIR must be one folder that all share"

@@ -26,6 +26,11 @@ SOURCE = "pydocs"
 class LetterTokenizer:
     """One token a character; BOS is 0. Documents here are runs of code points that appear nowhere else."""
 
+    hash = "letters"
+
+    def get_vocab_size(self):
+        return 1 << 17
+
     def get_bos_token_id(self):
         return 0
 
@@ -133,7 +138,7 @@ def all_ranks(world, steps, state=None, **options):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dataloader, "Prefetcher", Synchronous)
             data = loader(rank=rank, world_size=world, state=state, **options)
-        streams = data.source.streams_per_step
+        streams = data.source.rows_per_step
         rows = real_rows(data, steps)
         for i, number in enumerate(range(rank, streams, world)):
             merged[number] = rows[:, i] if steps else None

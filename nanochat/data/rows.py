@@ -1,0 +1,87 @@
+"""What a model is trained on, as the loader sees it: data, and the rows they give in a global order.
+
+Text that is tokenized on the way (text_rows), token files (bins) and conversations (chat_rows) implement these.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from nanochat.data.sources import Split
+from nanochat.tokenizer import RustBPETokenizer
+
+Row = tuple[np.ndarray, np.ndarray]  # inputs (T,) and targets (T,) of any integer type
+
+
+class RowSource(ABC):
+    """An endless global order of rows, of which this rank makes its own. `start` is called first, and once."""
+
+    sequence_len: int
+    filler_token: int  # input of filler rows
+    _position: Any
+    _kept = _cropped = 0  # tokens read so far that are in a row, and that are in none
+
+    def start(self, rows_per_step: int, local: range) -> None:
+        """local: the numbers, within each global batch of rows_per_step rows, of those that this rank wants."""
+        self.rows_per_step, self.local = rows_per_step, local
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a position to mean the same."""
+
+    @abstractmethod
+    def seek(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken."""
+
+    @abstractmethod
+    def steps(self) -> Iterator[tuple[Iterable[Row], bool]]:
+        """Of each optimizer step: the local rows, made as they are read, and whether any rank has a target in it."""
+
+    def position(self) -> Any:
+        """Where the order stands after the rows that have been read."""
+        return self._position
+
+    @abstractmethod
+    def state(self, position: Any) -> dict[str, Any]:
+        """A position as JSON can hold it, for all ranks (a collective call where ranks stand at different places)."""
+
+    @abstractmethod
+    def epoch(self, position: Any) -> float:
+        """How often the data have been gone through."""
+
+    def cropped_share(self) -> float:
+        """Share of the tokens read so far that are in no row."""
+        return self._cropped / max(self._kept + self._cropped, 1)
+
+    def close(self) -> None:  # noqa: B027
+        """Stop what runs in the background."""
+
+
+class TrainData(ABC):
+    """What a base model is trained on."""
+
+    source: str
+    tokenizer: RustBPETokenizer | None
+    """None: the tokens are of one that is not at hand; then no bytes can be counted, no samples shown."""
+    tokenizer_hash: str
+    vocab_size: int
+    document_token: int
+    """Starts every document."""
+    fingerprint: str | None
+    """Changes with token files; None for text."""
+
+    @abstractmethod
+    def rows(self, sequence_len: int, seed: int = 0) -> RowSource:
+        """Training rows. Token files keep their order, whatever the seed."""
+
+    @abstractmethod
+    def fixed_rows(self, split: Split, sequence_len: int, max_tokens: int) -> np.ndarray:
+        """Rows (N, sequence_len + 1) to evaluate on, of at most max_tokens targets, the same for every number of ranks.
+        Raises UserError where not one can be filled."""
+
+    @abstractmethod
+    def horizon_in_epochs(self, sequence_len: int, tokens: int, rows_per_step: int = 1) -> tuple[float, float]:
+        """(epochs that training on so many tokens makes, share of the tokens that are in no row), estimated. Raises
+        UserError when no row can be filled."""
