@@ -26,10 +26,8 @@ def about(settings: Any, device: torch.device, without: tuple[str, ...] = ("out"
 class Times(NamedTuple):
     """Medians, in milliseconds a call."""
 
-    device: float
-    """Of the work itself."""
-    host: float
-    """Until the host had launched it; on a CPU the same."""
+    device: float  # of the work itself
+    host: float  # until the host had launched it; on a CPU the same
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int, queued: int = 10) -> Times:

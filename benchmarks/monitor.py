@@ -3,10 +3,9 @@
     python -m benchmarks.monitor --out=monitor.json                                            the 124M-class model
     python -m benchmarks.monitor --depth=2 --width=128 --vocab-size=512 --max-seq-len=64       a small one, on a CPU
 
-Times are medians, on a GPU by its own clock: calls are queued behind other work, as in training, where the device never
-waits for the host. What the host takes to launch one is said beside it. The cost of an event in training is the
-difference between a step with it and the step without beside it, either of them first. The bars hold for an H100: 50 µs
-a matrix, 2 ms for all, 1 ms for activations, and 0.5 % of the step at interval 10.
+Times are medians, on a GPU by its own clock and behind other work (see benchmarks.measure). The cost of an event in
+training is the difference between a step with it and the step without beside it, either of them first. BARS hold for an
+H100.
 """
 
 import itertools
@@ -84,20 +83,7 @@ def polar_norms(
 ) -> tuple[Tensor, Tensor]:
     """Estimates without bounds, twice: power iteration with WQᵀ, where Q is what Newton-Schulz steps make of W. Were Q
     its polar factor, the eigenvalues would be the singular values of W; but it is not after so few steps, and even an
-    exact one would halve the rate of the power iteration.
-
-    Worst error in per cent, 3 matrices each, bf16, CPU; the bounds of spectral_norms were 0.06 off at most:
-
-        spectrum                      ns5-fast   ns3-accurate
-        Gaussian 768²                     +6.0          -11.0
-        Gaussian 768 x 3072              -29.6          -16.1
-        Gaussian 3072 x 768              -29.3          -15.2
-        power law i^-0.3, 768²            +3.7           -0.4
-        power law i^-0.7, 768²           -33.2          -0.01
-        flat within 20 %, 3072 x 768     -11.9          -21.1
-        all equal, 768²                   +8.4          -24.8
-        Gaussian + 1.3 x spike           -31.3           -7.7
-    """
+    exact one would halve the rate of the power iteration (docs/decisions.md has the errors)."""
     values = torch.zeros(len(matrices), device=matrices[0].device)
     a, b, c = coefficients
     for indices, stacked in stacks(matrices):
@@ -144,11 +130,10 @@ def spectral_times(matrices: list[Tensor], device: torch.device, repeats: int) -
     times = {method: milliseconds(partial(norms, matrices), device, repeats) for method, norms in METHODS.items()}
     rows = {name: {"milliseconds": ms, "microseconds_per_matrix": 1000 * ms / len(matrices), "host_milliseconds": host}
             for name, (ms, host) in times.items()}  # fmt: skip
-    shapes = [tuple(matrix.shape) for matrix in matrices]
-    ms = 0.0
-    for shape in set(shapes):
-        one = milliseconds(partial(torch.linalg.svdvals, matrices[shapes.index(shape)]), device, 2, queued=1)
-        ms += shapes.count(shape) * one.device
+    by_shape = {matrix.shape: matrix for matrix in matrices}
+    one = {shape: milliseconds(partial(torch.linalg.svdvals, matrix), device, 2, queued=1).device
+           for shape, matrix in by_shape.items()}  # fmt: skip
+    ms = sum(one[matrix.shape] for matrix in matrices)
     return rows | {"svdvals": {"milliseconds": ms, "microseconds_per_matrix": 1000 * ms / len(matrices)}}
 
 

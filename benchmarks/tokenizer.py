@@ -5,12 +5,10 @@
     python -m benchmarks.tokenizer --source=DIR --peers=PEERS --pattern=gpt4       or gpt2: gigatoken knows it, too
     python -m benchmarks.tokenizer --source=DIR --vocab-size=65536 --megabytes=150
 
-DIR holds parquet files with a column `text`: the first ones are trained on, the last ones encoded. Everything is timed
-in a process of its own, one tokenizer after the other in every round, and the fastest round counts. Before any time is
-shown, outputs are compared: ranks with ours, token ids with ours on our ranks. Memory is the peak above what the
-process held with the corpus loaded (Linux only). "First" is the first pass of a new tokenizer, "warm" the fastest of
-those over the same text again. PEERS comes first on the path of the published tokenizers only, for one of them has the
-name of ours.
+Everything is timed in a process of its own, one tokenizer after the other in every round, and the fastest round counts.
+Outputs are compared: ranks with ours, token ids with ours on our ranks. Memory is the peak above what the process held
+with the corpus loaded (Linux only). "First" is the first pass of a new tokenizer, "warm" the fastest over the same text
+again. PEERS comes first on the path of the published tokenizers only, for one of them has the name of ours.
 """
 
 import gc
@@ -153,24 +151,20 @@ def trainer(job: Job, texts: list[str]) -> Callable[[], Any]:
         from nanochat.tokenizer_io import byte_letters
 
         # As special tokens, the bytes get the ids of their values, and ties fall as elsewhere.
-        learn = trainers.BpeTrainer(vocab_size=job.vocab_size, show_progress=False, special_tokens=byte_letters())
+        how = trainers.BpeTrainer(vocab_size=job.vocab_size, show_progress=False, special_tokens=byte_letters())
         model = hugging_face(job, [])
+        learn = partial(model.train_from_iterator, trainer=how)
+    else:
+        import rustbpe
 
-        def train_tokenizers() -> Any:
-            model.train_from_iterator(iter(texts), learn)
-            return model
+        model = rustbpe.Tokenizer()
+        learn = partial(model.train_from_iterator, vocab_size=job.vocab_size, pattern=PATTERNS[job.pattern])
 
-        return train_tokenizers
-    import rustbpe
+    def run() -> Any:
+        learn(iter(texts))
+        return model
 
-    tokenizer = rustbpe.Tokenizer()
-    pattern = PATTERNS[job.pattern]
-
-    def train_rustbpe() -> Any:
-        tokenizer.train_from_iterator(iter(texts), job.vocab_size, pattern=pattern)
-        return tokenizer
-
-    return train_rustbpe
+    return run
 
 
 def hugging_face(job: Job, ranks: Ranks) -> Any:

@@ -1,10 +1,7 @@
 """Which cluster is this? -> the torchrun line that starts one process a GPU on every node.
 
-    python -m nanochat.launch                                                what was found here
-    python -m nanochat.launch -- -m scripts.base_train --depth=20            start it: the same command on every node
-    python -m nanochat.launch --dry-run -- -m scripts.base_train --depth=20  only print the line
-    python -m nanochat.launch --show=node_rank                               one fact, for scripts
-    python -m nanochat.launch plan --depth=48 --nodes=16                     what a size would cost (cluster/plan.py)
+    python -m nanochat.launch -- -m scripts.base_train --depth=20   the same command on every node; --dry-run prints it
+    python -m nanochat.launch plan --depth=48 --nodes=16            what a size would cost (cluster/plan.py)
 
 Where no scheduler says otherwise it is this machine alone. To say it by hand, set NNODES, NODE_RANK,
 MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE on every node.
@@ -91,10 +88,6 @@ class Cluster:
         return max(1, self.gpus_per_node)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Detection
-
-
 def visible_gpus() -> int:
     """GPUs that PyTorch can use here; asked only where there is a driver, because importing it takes seconds."""
     if shutil.which("nvidia-smi") is None:
@@ -131,7 +124,10 @@ def detect(environment: Mapping[str, str], count_gpus: Callable[[], int] = visib
     job = environment.get("SLURM_JOB_ID", "")
     default_port = 15000 + int(job) % 15000 if job.isdecimal() else DEFAULT_PORT
     port = _integer(platform.port, environment, default_port, least=1, most=65535)
-    return Cluster(platform.name, nodes, rank, address, port, _gpus(platform, environment, count_gpus))
+    given = _find(platform.gpus, environment)
+    counted = given is None or given[1] in ("auto", "gpu")  # what torchrun itself would ask for
+    gpus = count_gpus() if counted else _integer(platform.gpus, environment, None, most=1024)
+    return Cluster(platform.name, nodes, rank, address, port, gpus)
 
 
 def _find(names: Sequence[str], environment: Mapping[str, str]) -> tuple[str, str] | None:
@@ -165,13 +161,6 @@ def _address(platform: Platform, environment: Mapping[str, str]) -> str:
     if platform.name == "Slurm":
         return slurm_hosts(found[1])[0]
     return found[1].split()[0]  # SkyPilot: one line a node
-
-
-def _gpus(platform: Platform, environment: Mapping[str, str], count_gpus: Callable[[], int]) -> int:
-    found = _find(platform.gpus, environment)
-    if found is None or found[1] in ("auto", "gpu"):  # what torchrun itself would ask for
-        return count_gpus()
-    return _integer(platform.gpus, environment, None, most=1024)
 
 
 def _check_slurm(environment: Mapping[str, str], nodes: int) -> None:
@@ -220,10 +209,6 @@ def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
         first, last = match[1], match[2] or match[1]
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
 
 
 def own_address(address: str) -> str | None:
@@ -310,17 +295,12 @@ def start(added: Mapping[str, str], words: Sequence[str]) -> None:
     """Become that command: this process is replaced. Raises UserError when torchrun is not installed."""
     # torchrun takes its defaults from PET_ variables; what its line says is to be all there is
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
-    program: str | None = sys.executable
-    if words[0] != "python":
-        program = shutil.which(words[0]) or shutil.which(words[0], path=os.path.dirname(sys.executable))
+    found = shutil.which(words[0]) or shutil.which(words[0], path=os.path.dirname(sys.executable))
+    program = sys.executable if words[0] == "python" else found
     if program is None:
         raise UserError(f"{words[0]} is not on PATH: activate the environment (source .venv/bin/activate)")
     sys.stdout.flush()
     os.execve(program, [program, *words[1:]], {**environment, **added})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,11 @@
 """The stage runner: skips what is done, logs, stops and explains on failure, continues on the next call.
 
     python -m nanochat.pipeline run tok_train --in base_data/pydocs --out tokenizer -- python -m scripts.tok_train
-    python -m nanochat.pipeline run eval_bundle --skip "no bundle here"
     python -m nanochat.pipeline status
-    python -m nanochat.pipeline reset
 
-The run is the one named by NANOCHAT_RUN_ID. Paths are relative to the artifact store and may be globs.
-A stage is done when it has finished with the same command, NANOCHAT_ settings, code and input artifacts, and all that
-it wrote is unchanged. How many processes ran it (torchrun), `--run` (W&B) and calls in between that skipped it make no
-difference.
+The run is the one named by NANOCHAT_RUN_ID. A stage is done when it has finished with the same command, NANOCHAT_
+settings, code and input artifacts, and all that it wrote is unchanged. How many processes ran it (torchrun), `--run`
+(W&B) and calls in between that skipped it make no difference.
 """
 
 import dataclasses
@@ -161,11 +158,12 @@ class ForwardedSignals:
     """While open, notes signals that are sent to this process and hands them on to a child's process group.
 
     A scheduler tells all processes of a job at once, and those that started us hand it on: one signal within half a
-    second is one. From the third on the user means it: the group is killed, where `kill` says so.
+    second is one. From the third on the user means it: the group is killed, where `kill` says so. instead: what the
+    group gets in place of each of them.
     """
 
-    def __init__(self, numbers: Iterable[int], kill: bool) -> None:
-        self.numbers, self.kill = numbers, kill
+    def __init__(self, numbers: Iterable[int], kill: bool, instead: int | None = None) -> None:
+        self.numbers, self.kill, self.instead = numbers, kill, instead
         self.received: list[int] = []
         self.group: int | None = None
         self._early: list[int] = []  # came before there was a group
@@ -192,10 +190,16 @@ class ForwardedSignals:
         if self._came[number] - before < SAME_SIGNAL_SECONDS:
             return
         self.received.append(number)
+        sent = signal.SIGKILL if self.kill and len(self.received) > 2 else self.instead or number
         if self.group is None:
-            self._early.append(number)
+            self._early.append(sent)
         else:
-            kill_group(self.group, signal.SIGKILL if self.kill and len(self.received) > 2 else number)
+            kill_group(self.group, sent)
+
+
+def exit_code(returncode: int) -> int:
+    """As a shell has it: 128 + n after signal n."""
+    return returncode if returncode >= 0 else 128 - returncode
 
 
 def kill_group(group: int, number: int) -> None:
@@ -234,7 +238,7 @@ def _execute(command: list[str], log: Path) -> tuple[int, deque[str], int | None
         code = child.wait()
         kill_group(child.pid, signal.SIGKILL)  # a stage leaves no process behind that would hold the pipe open
         reader.join()
-    return (code if code >= 0 else 128 - code), tail, signals.received[0] if signals.received else None
+    return exit_code(code), tail, signals.received[0] if signals.received else None
 
 
 def _tee(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:

@@ -177,7 +177,10 @@ def summary(sections: list[dict[str, Any]]) -> dict[str, Any]:
             if column and counts and isinstance(metrics[name], int | float):
                 cells.setdefault(bare, {})[column] = metric_text(metrics, name)
     columns = [column for column in COLUMNS if any(column in row for row in cells.values())]
-    rows = [[label(name), *(cells[name].get(column, "-") for column in columns)] for name in sorted(cells, key=_rank)]
+    rows = [
+        [name.replace("_", " "), *(cells[name].get(column, "-") for column in columns)]
+        for name in sorted(cells, key=_rank)
+    ]
     return {"columns": ["Metric", *columns], "rows": rows}
 
 
@@ -238,7 +241,6 @@ def _templates() -> Any:
     )
     environment.filters.update(
         number=number,
-        label=label,
         duration=duration,
         cell=cell,
         fence=fence,
@@ -253,11 +255,6 @@ def _templates() -> Any:
 def shown_metrics(metrics: Mapping[str, Any]) -> list[str]:
     """Names of metrics that get a line of their own; a standard error is shown beside its metric."""
     return [name for name in metrics if not name.endswith(STDERR_SUFFIXES)]
-
-
-def label(name: str) -> str:
-    """A metric's name for people: val_bpb -> val bpb."""
-    return name.replace("_", " ")
 
 
 def cell(value: Any) -> str:

@@ -3,14 +3,10 @@
     python -m nanochat.cluster.nodes FOLDER --nodes=4 --node-rank=0 -- bash pretrain.sh      node 0: run this script
     python -m nanochat.cluster.nodes FOLDER --nodes=4 --node-rank=1      the others: run what node 0 starts, to its end
 
-Node 0 alone keeps the ledger, and so knows which stages are done. In a folder of the shared store it leaves
-
-    beat      "<attempt> <count>", a new count every few seconds while it lives
-    order     the last command that all nodes run together (written by nanochat.launch just before it becomes it)
-    end       "<attempt> <exit code>", once its script has ended
-
-and waits at the start until each of the others, having seen its beat, has left joined-<attempt>-<node rank> there.
-A file of an earlier attempt is known by a beat that does not change, so neither clocks nor times of files matter.
+In a folder of the shared store node 0 leaves `beat` ("<attempt> <count>", counting while it lives), `order` (the last
+command that all nodes run together, see launch.announce) and `end` ("<attempt> <exit code>"); the others answer its
+beat by joined-<attempt>-<node rank>. What an earlier attempt left is known by a beat that does not change, so neither
+clocks nor times of files matter.
 """
 
 import contextlib
@@ -25,14 +21,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
-from nanochat.pipeline import ForwardedSignals
+from nanochat.pipeline import ForwardedSignals, exit_code
 
 STOPPED = 128 + signal.SIGTERM
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -62,8 +57,7 @@ def lead(folder: Path, nodes: int, patience: float, command: Sequence[str]) -> i
             environment = {**os.environ, "NODES_FOLDER": str(folder), "NODES_ATTEMPT": attempt}
             child = subprocess.Popen(command, env=environment, start_new_session=True)
             signals.attach(child.pid)
-            code = child.wait()
-            code = code if code >= 0 else 128 - code
+            code = exit_code(child.wait())
     finally:
         ended.set()
         heart.join()
@@ -111,23 +105,16 @@ def _read(path: Path) -> str:
 class Follower:
     """Runs what node 0 announces in `folder`, one command after the other."""
 
-    def __init__(self, folder: Path, node_rank: int, patience: float) -> None:
-        self.folder = folder
-        self.node_rank = node_rank
-        self.patience = patience  # seconds without a beat after which node 0 counts as dead
+    def __init__(self, folder: Path, node_rank: int, patience: float, signals: ForwardedSignals) -> None:
+        """patience: seconds without a beat after which node 0 counts as dead. signals: after one the command here saves
+        and ends, and we wait for node 0 to say how it went."""
+        self.folder, self.node_rank, self.patience, self.signals = folder, node_rank, patience, signals
         self.beat = _read(folder / "beat")  # may be left from an earlier attempt: only a change is a heartbeat
         self.alive_at = time.monotonic()
         self.attempt = ""
         self.done = 0  # number of the last order that was begun
         self.child: subprocess.Popen[bytes] | None = None
         self.must_end_at = 0.0
-        self.stopped = False
-
-    def stop(self, _number: int, _frame: FrameType | None) -> None:
-        """Handler of signals: the command saves and ends, then we wait for node 0 to say how it went."""
-        self.stopped = True
-        if self.child:
-            self.child.send_signal(signal.SIGTERM)
 
     def look(self) -> int | None:
         """One look at the folder and at what runs here; an exit code once there is no more to do.
@@ -145,20 +132,20 @@ class Follower:
                 elif time.monotonic() > self.must_end_at:
                     self.end_child()  # it waits for a process of node 0 that is gone
                 return None
-            self.child = None
-            if code != 0 and not self.stopped and not ended:
-                return code if code > 0 else 128 - code
+            self.child = self.signals.group = None
+            if code != 0 and not self.signals.received and not ended:
+                return exit_code(code)
         if ended:
             return int(end_code)
-        if self.stopped and not self.attempt:  # nothing has begun
+        if self.signals.received and not self.attempt:  # nothing has begun
             return STOPPED
         order = json.loads(_read(self.folder / "order") or "{}")
-        if not self.stopped and order.get("attempt") == self.attempt and order["number"] > self.done:
+        if not self.signals.received and order.get("attempt") == self.attempt and order["number"] > self.done:
             self.done = order["number"]
             environment = {name: value for name, value in os.environ.items() if name != "NODES_FOLDER"}
-            self.child = subprocess.Popen([sys.executable, "-m", "nanochat.launch", *order["words"]], env=environment)
-            if self.stopped:  # a signal that came while it was starting
-                self.child.send_signal(signal.SIGTERM)
+            words = [sys.executable, "-m", "nanochat.launch", *order["words"]]
+            self.child = subprocess.Popen(words, env=environment, start_new_session=True)
+            self.signals.attach(self.child.pid)
         return None
 
     def _listen(self) -> None:
@@ -182,7 +169,7 @@ class Follower:
         if self.child is not None:
             self.child.terminate()
             self.child.wait()
-            self.child = None
+            self.child = self.signals.group = None
 
 
 @dataclass(frozen=True)
@@ -207,16 +194,15 @@ def main(settings: Settings, command: Sequence[str]) -> int:
     """Lead or follow to the end; the exit code. Raises UserError when the other side is silent for too long."""
     if settings.node_rank == 0:
         return lead(settings.folder, settings.nodes, settings.patience, command)
-    follower = Follower(settings.folder, settings.node_rank, settings.patience)
-    for number in SIGNALS:
-        signal.signal(number, follower.stop)
     next_word = time.monotonic()
-    while (code := follower.look()) is None:
-        if follower.child is None and time.monotonic() >= next_word:
-            waits_for = "its next command" if follower.attempt else "a first heartbeat"
-            print(f"waiting for {waits_for} from node 0, in {settings.folder}", flush=True)
-            next_word = time.monotonic() + 60
-        time.sleep(settings.poll)
+    with ForwardedSignals(SIGNALS, kill=False, instead=signal.SIGTERM) as signals:
+        follower = Follower(settings.folder, settings.node_rank, settings.patience, signals)
+        while (code := follower.look()) is None:
+            if follower.child is None and time.monotonic() >= next_word:
+                waits_for = "its next command" if follower.attempt else "a first heartbeat"
+                print(f"waiting for {waits_for} from node 0, in {settings.folder}", flush=True)
+                next_word = time.monotonic() + 60
+            time.sleep(settings.poll)
     print(f"node 0 has ended, or a command failed here: exit code {code}", flush=True)
     return code
 

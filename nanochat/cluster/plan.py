@@ -27,8 +27,7 @@ PEAK_FLOPS = GPUS["H100"].peak or 0.0
 MATMUL_FLOPS = 790e12  # bf16 8192³ on random data; measured on one H200
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """One measured training step, per GPU."""
 
     depth: int

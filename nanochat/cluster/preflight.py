@@ -36,14 +36,10 @@ class Measurement:
 
     rank: int
     host: str
-    values: dict[str, float]
-    """By their names in COMPARED; what was not measured here is missing."""
-    clock_seconds: float
-    """This clock minus that of rank 0."""
-    clock_accuracy: float
-    """The true difference lies within ± this."""
-    error: str = ""
-    """Why the artifact store cannot be written."""
+    values: dict[str, float]  # by their names in COMPARED; what was not measured here is missing
+    clock_seconds: float  # this clock minus that of rank 0
+    clock_accuracy: float  # the true difference lies within ± this
+    error: str = ""  # why the artifact store cannot be written
 
 
 # name: (share of the median below which a rank is named, what to look at)
@@ -193,13 +189,12 @@ def warnings(measurements: list[Measurement]) -> list[str]:
             if value < share * _median(known)
         ]
     usual = median(m.clock_seconds for m in measurements)  # it may be rank 0 whose clock is off
-    lines += [
+    return lines + [
         f"rank {m.rank} on {m.host}: its clock is {m.clock_seconds - usual:+.2f} s from the median of all "
         f"(±{m.clock_accuracy:.2f}); start time synchronisation there"
         for m in measurements
         if abs(m.clock_seconds - usual) > SKEW_SECONDS + m.clock_accuracy
     ]
-    return lines
 
 
 def _known(measurements: list[Measurement], label: str) -> list[tuple[float, int, str]]:
@@ -211,12 +206,9 @@ def _median(known: list[tuple[float, int, str]]) -> float:
     return median(value for value, *_ in known)
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(runtime.DeviceFlags):
     """Measure every rank's matmuls, all-reduce, disk, memory and clock, and name what is slow."""
-
-    device_type: runtime.DeviceType = "auto"
-    """Device to run on."""
 
 
 def main(settings: Settings) -> None:

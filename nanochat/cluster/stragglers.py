@@ -1,16 +1,12 @@
 """Which rank holds the others up: per-rank times, gathered every so many steps.
 
-In synchronous training a step takes equally long on all ranks, because the fast ones wait in collectives for the slow
-one. Only time that a rank spends on its own, before it waits for anybody, can tell. There are three such numbers:
+A step takes equally long on all ranks: the fast ones wait in collectives for the slow one. Only time that a rank spends
+before it waits for anybody can tell (none of these shows a slow link):
 
-- data wait: host time in which this rank waited for its next batches. Shows slow storage, a slow tokenizer thread.
-- host: the rest of the host time from the start of the step to its first collective. Shows what else keeps Python busy
-  on one rank. Does not show a slow launch of kernels later in the step.
-- forward: time of the first micro-batch's forward pass, on a GPU by events on its stream. Shows a slow GPU or CPU
-  (throttled, shared, far from its memory). Under DDP no collective falls into a forward pass; under FSDP the weights
-  are gathered in it, so that a slow rank shows on all: there, compare matmul TFLOP/s (nanochat.cluster.preflight).
-
-None of them shows a slow link: all ranks wait for it alike.
+- data wait: host time until the next batches were there. Shows slow storage, a slow tokenizer thread.
+- host: the rest of the host time up to the first collective. Shows what else keeps Python busy on one rank.
+- forward: the first micro-batch's forward pass, on a GPU by events on its stream. Shows a slow GPU or CPU. Under FSDP,
+  which gathers weights in it, a slow rank shows on all: compare matmul TFLOP/s there (nanochat.cluster.preflight).
 """
 
 import socket

@@ -1,12 +1,10 @@
 """A stuck rank is found, named with its stack, and ended: waiting for it would only cost the hours of all others.
 
-The training loop says where it is by `mark`; `runtime.heartbeat` says from within long work that it goes on. A thread
-of each rank looks every two seconds: it puts the status of its rank into the process group's key-value store and, while
-its own marks move on, counts up a number there that all ranks watch. A rank whose marks have not moved for its limit,
-while nobody counted either (one may well wait for a rank that works), raises the alarm. All ranks answer with their
-stacks; rank 0 finds out which rank is behind the others and prints that; all leave with exit code 1, so that torchrun
-can start them again. In a synchronous program one stuck rank stops all, so a rank that is dead
-or stopped is found by the others, which wait for it.
+The training loop says where it is by `mark`, long work that it goes on by `runtime.heartbeat`. A thread of each rank
+puts its status into the process group's store every two seconds and, while its marks move on, counts up a number there
+that all ranks watch. A rank whose marks have not moved for its limit, while nobody counted either (one may well wait
+for a rank that works), raises the alarm. All answer with their stacks; rank 0 prints which rank is behind the others;
+all leave with exit code 1, so that torchrun can start them again. A dead or stopped rank is found by those that wait.
 """
 
 import datetime
@@ -46,12 +44,9 @@ class RankStatus:
     pid: int
     step: int = -1
     phase: str = "start"
-    number: int = 0
-    """Of the mark within its step. All ranks make the same marks, so (step, number) says who is behind."""
-    seconds: float = 0.0
-    """Without a new mark."""
-    stack: str = ""
-    """Empty: this rank gave no answer."""
+    number: int = 0  # of the mark within its step; all ranks make the same marks, so (step, number) says who is behind
+    seconds: float = 0.0  # without a new mark
+    stack: str = ""  # empty: this rank gave no answer
 
     def progress(self) -> tuple[int, int]:
         return self.step, self.number
@@ -66,8 +61,7 @@ class Watchdog:
     def __init__(self, first: float = FIRST_SECONDS, limit: float = LIMIT_SECONDS) -> None:
         """Collective. `first`: seconds without a mark that are too many until the first step is done, and in
         SLOW_PHASES. `limit`: the same at all other times."""
-        info = get_dist_info()
-        self.rank, self.world = info.rank, info.world_size
+        _, self.rank, _, self.world = get_dist_info()
         self.first, self.limit = first, limit
         self.first_step: int | None = None
         self.status = RankStatus(self.rank, socket.gethostname(), os.getpid())
@@ -254,13 +248,9 @@ def diagnosis(everyone: list[RankStatus]) -> str:
 def lower_timeout(
     seconds: float = GROUP_SECONDS, device: torch.device | None = None, leave: dist.ProcessGroup | None = None
 ) -> None:
-    """Let collectives of all process groups but `leave` fail after this time, from now on. Collective; call it after
-    step 1.
-
-    The ranks meet first: one that is still compiling must not be timed out by one that is not. Groups made later have
-    the timeout they are made with. gloo and NCCL both honour it (gloo: an exception in the waiting rank; NCCL: its own
-    watchdog ends the process).
-    """
+    """Let collectives of all present process groups but `leave` fail after this time (gloo: an exception in the waiting
+    rank; NCCL: its own watchdog ends the process). Collective; the ranks meet first, for one that is still compiling
+    must not be timed out by one that is not."""
     if not dist.is_initialized():
         return
     barrier()

@@ -1,24 +1,8 @@
 """Runs Python that a model wrote, where it can do no harm. Linux; no root and no other software needed.
 
-Every program gets a process of its own below a fresh interpreter (child.py), and these layers, as far as the
-kernel grants them; isolation_level() says which are in force:
-    process limits  address space, CPU time, file size, open files, no core dumps; wall-clock time; a scratch folder
-                    as working directory; an environment and open files of its own, no input, output that is cut
-    namespaces      no network, no other processes to be seen, and all processes of the program end with it
-    scratch limit   the scratch folder is memory of limited size
-    Landlock        reads only Python's and the system's libraries, writes only in the scratch folder
-    seccomp         no sockets, no new processes or programs, no signals to others, no debugging, no administration
-
-It protects the user's files and secrets, the network, other processes, and memory, disk and time of the machine.
-It does NOT protect from
-    - defects of the kernel: who faces attackers rather than a clumsy model needs a virtual machine
-    - programs that feign success: one that searches its own process can find how success is reported
-    - learning that a file exists, how large it is and who owns it (its contents stay closed); the machine's clock,
-      processor type and memory size are plain to see, too
-    - what a missing layer would have refused: without Landlock every file that the user may read can be read, and all
-      that he may write can be changed; without seccomp and namespaces there is network; without the scratch limit a
-      program can fill the disk for as long as it runs
-    - heat: a program may keep one core (several, from libraries written in C) busy until its time is up
+Every program gets a process of its own below a fresh interpreter (child.py), with limits and, as far as the kernel
+grants them, namespaces, a scratch folder of limited size, Landlock and seccomp; isolation_level() says which are in
+force. docs/guide.md says what each refuses, and what the sandbox does NOT protect from.
 """
 
 import contextlib
@@ -52,18 +36,12 @@ _probe_lock = threading.Lock()
 class ExecutionResult:
     """How a program ended."""
 
-    success: bool
-    """It ran to its last line. sys.exit() is not that: a grader must not take leaving early for passing."""
-    stdout: str
-    """The first 256 KiB of it, undecodable bytes replaced."""
-    stderr: str
-    """As stdout; ends with the traceback of an exception."""
-    error: str | None
-    """One line, mostly `Type: message` of the exception; None on success."""
-    timeout: bool
-    """Its time was up."""
-    memory_exceeded: bool
-    """It ended on a MemoryError, or the system killed it for its memory."""
+    success: bool  # it ran to its last line; sys.exit() is not that: a grader must not take leaving early for passing
+    stdout: str  # the first 256 KiB of it, undecodable bytes replaced
+    stderr: str  # as stdout; ends with the traceback of an exception
+    error: str | None  # one line, mostly `Type: message` of the exception; None on success
+    timeout: bool  # its time was up
+    memory_exceeded: bool  # it ended on a MemoryError, or the system killed it for its memory
 
 
 class Isolation(NamedTuple):
@@ -71,8 +49,7 @@ class Isolation(NamedTuple):
 
     namespaces: bool = False
     scratch_limit: bool = False
-    landlock: int = 0
-    """Its version (ABI), 0 for none. From 4 on it refuses TCP, from 6 on signals to other processes."""
+    landlock: int = 0  # its version (ABI), 0 for none; from 4 on it refuses TCP, from 6 on signals to other processes
     seccomp: bool = False
 
     def describe(self) -> str:

@@ -211,10 +211,8 @@ class Slope(NamedTuple):
 
     module: str
     t: int
-    slope: float
-    """Mean over seeds."""
-    stderr: float
-    """Of that mean; 0 for a single seed."""
+    slope: float  # mean over seeds
+    stderr: float  # of that mean; 0 for a single seed
 
 
 def slopes(records: Sequence[Record], statistic: str = "l1") -> list[Slope]:

@@ -155,12 +155,9 @@ class Text(NamedTuple):
 
     vocab_size: int
     document_token: int
-    identity: dict[str, str]
-    """source, with a folder's full path; tokens, a hash of the tokenizer or of the token files; text, of the shards."""
-    train: Callable[[int], Iterator[np.ndarray]]
-    """Seed -> batches (rows a step, max_seq_len + 1), one a step, none of them twice."""
-    val: Callable[[], np.ndarray]
-    """Validation rows (N, max_seq_len + 1)."""
+    identity: dict[str, str]  # source (a folder's full path), tokens (a hash), text (a hash of the shards)
+    train: Callable[[int], Iterator[np.ndarray]]  # seed -> a batch (rows, max_seq_len + 1) a step, none of them twice
+    val: Callable[[], np.ndarray]  # validation rows (N, max_seq_len + 1)
 
 
 def open_text(settings: SweepSettings) -> Text:

@@ -92,25 +92,16 @@ class TransferResult(NamedTuple):
     """One width of a sweep."""
 
     width: int
-    losses: dict[float, Estimate]
-    """log2 rate -> loss over the seeds, in nats."""
-    seeds: int
-    """How many are finished at this width."""
-    compared: int
-    """How many of them are finished at all widths; everything here is over those, since each seed has its own text."""
-    argmin: float
-    """Best rate of the grid, log2; nan where all diverged."""
-    best: Estimate
-    """Its loss."""
-    vertex: Vertex
-    """Of the mean losses."""
-    vertex_stderr: float
-    """Standard error over the vertices of single seeds; nan where a seed has none, or is alone."""
-    transferred: float
-    """Best rate of the base width, log2."""
+    losses: dict[float, Estimate]  # log2 rate -> loss over the seeds, in nats
+    seeds: int  # how many are finished at this width
+    compared: int  # of them at all widths; everything here is over those, since each seed has its own text
+    argmin: float  # best rate of the grid, log2; nan where all diverged
+    best: Estimate  # its loss
+    vertex: Vertex  # of the mean losses
+    vertex_stderr: float  # over the vertices of single seeds; nan where a seed has none, or is alone
+    transferred: float  # best rate of the base width, log2
+    # loss at that rate beyond `best`, in % of it; its error is of the seeds' differences: a seed sees the same text
     excess: Estimate
-    """Loss at that rate beyond `best`, in % of it; the standard error is of the seeds' differences, since a seed sees
-    the same text at all rates."""
 
 
 def transfer_results(grids: Mapping[int, Grid], base_width: int) -> list[TransferResult]:

@@ -6,8 +6,7 @@ losses. Steps that are not due cost a comparison.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,16 +38,12 @@ def parse_interval(text: str) -> int:
     raise UserError(f"--monitor-interval={text}: expected a number of steps, 0 for none, or one of {names}")
 
 
-@dataclass(frozen=True)
-class MonitorSettings:
+class MonitorSettings(NamedTuple):
     """What is looked at, and how often."""
 
-    interval: int
-    """Steps between events."""
-    spectral_every: int = 1
-    """Events between spectral norms; 0 = none."""
-    activations: bool = True
-    """Whether events take statistics of activations."""
+    interval: int  # steps between events
+    spectral_every: int = 1  # events between spectral norms; 0: none
+    activations: bool = True  # whether events take statistics of activations
 
 
 def monitor_settings(interval: str) -> MonitorSettings | None:
@@ -80,15 +75,12 @@ class Snapshot:
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
-@dataclass(frozen=True)
-class _Matrix:
+class _Matrix(NamedTuple):
     """One hidden matrix."""
 
-    name: str
-    """layer.matrix, such as 3.attn.c_q."""
+    name: str  # layer.matrix, such as 3.attn.c_q
     param: Any
-    local: bool
-    """Whether this rank computes its norms."""
+    local: bool  # whether this rank computes its norms
 
 
 class Monitor(Observer):
@@ -159,15 +151,12 @@ class Monitor(Observer):
         if not self.due:
             return None
         self.due = False
-        names: list[str] = []
-        values: list[Tensor] = []
-        for part_names, part in (self._grad_norms(), self._param_norms(), self._spectral(), self._activations()):
-            names += part_names
-            values.append(part)
-        return Snapshot(names, torch.cat(values))
-
-    def _none(self) -> tuple[list[str], Tensor]:
-        return [], torch.empty(0, device=self.device)
+        parts = [self._grad_norms(), self._param_norms()]
+        if self.spectral and self.matrices:
+            parts.append(self._spectral())
+        if self.settings.activations:
+            parts.append(self._activations())
+        return Snapshot([name for names, _ in parts for name in names], torch.cat([values for _, values in parts]))
 
     def _grad_norms(self) -> tuple[list[str], Tensor]:
         norms = self.optimizer.bucket_norms()
@@ -193,8 +182,6 @@ class Monitor(Observer):
 
     def _spectral(self) -> tuple[list[str], Tensor]:
         """Norms of the hidden matrices after the step, and of the step relative to them."""
-        if not self.spectral or not self.matrices:
-            return self._none()
         before, self.before = self.before, []
         norms = torch.zeros((2, len(self.matrices)), device=self.device)
         found = self._gathered_norms(before) if self.sharded else self._own_norms(before)
@@ -228,8 +215,6 @@ class Monitor(Observer):
         return torch.stack([spectral_norms(matrices)[0] for matrices in (weights, steps)])
 
     def _activations(self) -> tuple[list[str], Tensor]:
-        if not self.settings.activations:
-            return self._none()
         rows = [(layer, row) for layer, block in enumerate(self.blocks)
                 for row, branch in enumerate(BRANCHES) if hasattr(block, branch)]  # fmt: skip
         names = [f"{name}/{layer}.{BRANCHES[row]}" for layer, row in rows for name in ACTIVATIONS]

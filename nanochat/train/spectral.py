@@ -29,10 +29,8 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # by which, at most, Ïƒâ
 class Stack(NamedTuple):
     """Matrices of one shape."""
 
-    indices: list[int]
-    """Where each was in the list."""
-    values: Tensor
-    """(K, m, n) fp32."""
+    indices: list[int]  # where each was in the list
+    values: Tensor  # (K, m, n) fp32
 
 
 def stacks(matrices: list[Tensor]) -> Iterator[Stack]:

@@ -10,8 +10,9 @@ import pytest
 
 from nanochat import launch
 from nanochat.cluster import nodes
-from nanochat.cluster.nodes import Follower
+from nanochat.cluster.nodes import SIGNALS, Follower
 from nanochat.errors import UserError
+from nanochat.pipeline import ForwardedSignals
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +63,7 @@ def never():
 
 def test_orders_are_run_once_each_and_the_end_is_handed_on(node0, tmp_path):
     command = script(tmp_path, f"open({str(tmp_path / 'ran')!r}, 'a').write('x')")
-    follower = Follower(tmp_path, 3, 60)
+    follower = Follower(tmp_path, 3, 60, ForwardedSignals(SIGNALS, kill=False))
     assert follower.look() is None and not (tmp_path / "joined-now-3").exists()
     node0.beat()
     assert follower.look() is None and (tmp_path / "joined-now-3").exists()
@@ -80,7 +81,7 @@ def test_what_an_earlier_attempt_left_is_not_followed(node0, tmp_path):
     node0.beat("before")
     node0.order(*command, attempt="before")
     node0.end(1, "before")
-    follower = Follower(tmp_path, 1, 60)
+    follower = Follower(tmp_path, 1, 60, ForwardedSignals(SIGNALS, kill=False))
     for _ in range(3):
         assert follower.look() is None
     node0.beat("now")
@@ -93,7 +94,7 @@ def test_what_an_earlier_attempt_left_is_not_followed(node0, tmp_path):
 
 
 def test_a_command_that_fails_ends_the_node_with_its_code(node0, tmp_path):
-    follower = Follower(tmp_path, 1, 60)
+    follower = Follower(tmp_path, 1, 60, ForwardedSignals(SIGNALS, kill=False))
     node0.beat()
     node0.order(*script(tmp_path, "raise SystemExit(9)"))
     assert until(follower, never) == 9
@@ -103,7 +104,7 @@ SLEEPS = "open({ready!r}, 'w'); import time; time.sleep(60)"
 
 
 def test_silence_ends_it_and_what_runs_here(node0, tmp_path):
-    follower = Follower(tmp_path, 1, 60)
+    follower = Follower(tmp_path, 1, 60, ForwardedSignals(SIGNALS, kill=False))
     node0.beat()
     node0.order(*script(tmp_path, SLEEPS.format(ready=str(tmp_path / "ready"))))
     assert until(follower, (tmp_path / "ready").exists) is None
@@ -116,7 +117,7 @@ def test_silence_ends_it_and_what_runs_here(node0, tmp_path):
 
 def test_a_command_that_does_not_end_with_node_0_is_ended(node0, tmp_path, monkeypatch):
     monkeypatch.setattr(nodes, "GRACE_SECONDS", 0.1)
-    follower = Follower(tmp_path, 1, 60)
+    follower = Follower(tmp_path, 1, 60, ForwardedSignals(SIGNALS, kill=False))
     node0.beat()
     node0.order(*script(tmp_path, SLEEPS.format(ready=str(tmp_path / "ready"))))
     until(follower, (tmp_path / "ready").exists)
@@ -125,7 +126,7 @@ def test_a_command_that_does_not_end_with_node_0_is_ended(node0, tmp_path, monke
 
 
 def test_a_node_0_that_starts_anew_ends_what_the_old_one_ran(node0, tmp_path):
-    follower = Follower(tmp_path, 1, 60)
+    follower = Follower(tmp_path, 1, 60, ForwardedSignals(SIGNALS, kill=False))
     node0.beat()
     node0.order(*script(tmp_path, SLEEPS.format(ready=str(tmp_path / "ready"))))
     until(follower, (tmp_path / "ready").exists)

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 import os
 
@@ -259,7 +258,7 @@ def test_the_environment_has_a_say(monkeypatch):
 def test_a_rank_that_owns_no_matrix_has_nothing_to_say():
     """More ranks than matrices: its share of the norms, which the ranks add up, is zero."""
     model, optimizer, monitor = make()
-    monitor.matrices = [dataclasses.replace(matrix, local=False) for matrix in monitor.matrices]
+    monitor.matrices = [matrix._replace(local=False) for matrix in monitor.matrices]
     seen = one_step(model, optimizer, monitor, 1).read()
     assert {value for name, value in seen.items() if name.startswith("Model/spectral_norm")} == {0.0}
     assert seen["Model/param_norm/matrices"] > 0
