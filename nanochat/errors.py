@@ -1,12 +1,18 @@
 """The one exception for a user's mistake, and how every program ends on it."""
 
 import errno
+import re
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what was wrong, the value, what to do."""
+
+
+def masked(text: str) -> str:
+    """`text` without what stands before the @ of addresses, so that no password gets into a log."""
+    return re.sub(r"://([^/\s]*:\S*|[^/\s]*)@", "://***@", text)
 
 
 def exit_on_user_error(program: Callable[[], object]) -> None:
@@ -29,5 +35,5 @@ def exit_on_user_error(program: Callable[[], object]) -> None:
 
 
 def _die(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {masked(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -33,6 +33,8 @@ class StandInHub:
         self.faults: dict[str, list[int | str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []  # method, file, Range
         self.revisions: set[str] = set()
+        self.moved: dict[str, str] = {}  # beginning of a path -> where it sends on to
+        self.authorizations: set[str] = set()  # that came with requests to the hub itself
         self.plain = False  # a mirror without the hub's headers and redirects
         self.url = ""
 
@@ -64,10 +66,15 @@ def serving(hub: StandInHub) -> Iterator[StandInHub]:
 
         def do_GET(self) -> None:
             repo, _, rest = self.path.partition("/resolve/")
+            for old, new in hub.moved.items():
+                if self.path.startswith(old):
+                    return self.answer(302, Location=new)
             if self.path.startswith("/cdn/"):
                 return self.content(self.path.removeprefix("/cdn/"))
             if repo != f"/datasets/{hub.repo}":
                 return self.answer(404, X_Error_Code="RepoNotFound")
+            if "Authorization" in self.headers:
+                hub.authorizations.add(self.headers["Authorization"])
             revision, _, name = rest.partition("/")
             hub.revisions.add(revision)
             if revision not in ("main", COMMIT):

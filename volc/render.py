@@ -70,6 +70,7 @@ def variables(known: Mapping[str, str]) -> list[dict[str, Any]]:
     for name in [*PASSED_ON, *known.get("VOLC_ENVS", "").split(), *secrets]:
         if known.get(name):
             values.setdefault(name, known[name])
+    secrets += [name for name, value in values.items() if re.search("://[^/]*@|://.*:.*@", value)]  # a password in it
     return [{"Name": name, "Value": value, "IsPrivate": name in secrets} for name, value in values.items()]
 
 

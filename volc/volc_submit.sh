@@ -5,8 +5,8 @@
 #   NNODES=4 bash volc/volc_submit.sh --dry-run bash pretrain.sh --depth=32     only shows the task; needs no volc CLI
 #
 # Queue, flavor, image and storage come from volc/config (copy config.example) or the environment. WANDB_API_KEY,
-# HF_TOKEN and what VOLC_SECRETS names are passed on as private variables, shown as ***. The task is started again when it
-# fails or is reclaimed, and goes on from its last checkpoint.
+# HF_TOKEN, what VOLC_SECRETS names and addresses with a password in them (HF_ENDPOINT) are passed on as private variables,
+# shown as ***. The task is started again when it fails or is reclaimed, and goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

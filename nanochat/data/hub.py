@@ -4,11 +4,14 @@ huggingface_hub describes and transfers the file. Its `hf_hub_download` does not
 servers as mirrors and checks no sha256. A transfer that breaks off goes on where it stopped, after a kill from 0.
 """
 
+import importlib.util
 import io
 import os
 import re
 import threading
-from collections.abc import Callable
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +24,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, logging
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, logging
 
-from nanochat.errors import UserError
+from nanochat.errors import UserError, masked
 from nanochat.files import atomic_write, sha256_file
 
 ATTEMPTS = 5
@@ -63,10 +66,52 @@ class _Watched(io.FileIO):
 
 def endpoint() -> str:
     """HF_ENDPOINT as it is now (huggingface_hub reads it only when it is imported), else the public hub."""
-    address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if not re.match(r"https?://[^/\s]+", address):
-        raise UserError(f"HF_ENDPOINT={address}: expected an address that starts with https:// or http://")
-    return address
+    address = os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co"
+    if not _is_address(address, ("http", "https")):
+        shown = masked("".join(address.split())).partition("?")[0]  # behind it there may be a token
+        raise UserError(f"HF_ENDPOINT={shown}: expected an address such as https://HOST or http://HOST:PORT/PATH")
+    return address.rstrip("/")
+
+
+def _is_address(text: str, schemes: Collection[str]) -> bool:
+    """Whether httpx takes `text`: for some others it raises what is no HTTPError."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host = (parts.hostname or "").encode("idna").decode()
+        return (
+            parts.scheme in schemes
+            and (parts.port is None or parts.port > 0)
+            and re.fullmatch(r"[\w.:-]*\w\.?", host) is not None
+            and re.search(r"[\s?#\x00-\x1f]", text) is None
+        )
+    except ValueError:  # also UnicodeError
+        return False
+
+
+def check_connection() -> None:
+    """Raises UserError for an HF_ENDPOINT, a proxy or certificates that cannot be used, without a word to the network."""
+    endpoint()
+    proxies = urllib.request.getproxies()
+    if "*" in proxies.get("no", "").split(","):
+        proxies = {}
+    if proxies.keys() >= {"http", "https"} and "all" in proxies:  # nothing goes there, but httpx would refuse to start
+        for name in ("ALL_PROXY", "all_proxy"):
+            os.environ.pop(name, None)
+        del proxies["all"]
+    schemes = ("http", "https", *(("socks5", "socks5h") if importlib.util.find_spec("socksio") else ()))
+    for kind in ("all", "https", "http"):
+        address = proxies.get(kind, "")
+        if address and not _is_address(address if "://" in address else f"http://{address}", schemes):
+            name = f"{kind}_proxy" if f"{kind}_proxy" in os.environ else f"{kind}_proxy".upper()
+            raise UserError(
+                f"{name}={masked(address)}: expected {' or '.join(schemes)}, as in http://HOST:PORT; set it to such a "
+                "proxy, or unset it"
+            )
+    try:
+        get_session()
+    except OSError as error:
+        file = os.environ.get("SSL_CERT_FILE", "")
+        raise UserError(f"SSL_CERT_FILE={file}: cannot be read ({error}); correct or unset it") from None
 
 
 def download(
@@ -87,6 +132,7 @@ def download(
     the attempts early.
     Raises UserError for no network, a missing file, repository or revision, and damaged content.
     """
+    check_connection()
     stop = stop or threading.Event()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
@@ -96,14 +142,16 @@ def download(
                 break
             except OfflineModeIsEnabled:
                 raise UserError(f"HF_HUB_OFFLINE is set, but {filename} is needed: unset it, or {otherwise}") from None
+            except ValueError as error:
+                raise UserError(f"{masked(endpoint())} redirects to an address that is none ({error})") from None
             except (HTTPError, _Transient) as error:
-                reason = _passing_reason(error, repo, filename, revision)
+                reason = masked(_passing_reason(error, repo, filename, revision))
             wait = FIRST_WAIT * 2 ** (attempt - 1)
             if attempt < ATTEMPTS:
                 print(f"{filename}: {reason}; trying again in {wait:.0f} s", flush=True)
             if attempt == ATTEMPTS or stop.wait(wait):
                 raise UserError(
-                    f"could not get {filename} from {endpoint()} ({reason}; {attempt} attempts): check the "
+                    f"could not get {filename} from {masked(endpoint())} ({reason}; {attempt} attempts): check the "
                     f"network, set HF_ENDPOINT to a mirror, or {otherwise}"
                 )
         verify(temporary)
@@ -143,7 +191,7 @@ def _fetch(
 
 def _passing_reason(error: Exception, repo: str, filename: str, revision: str) -> str:
     """Why another attempt may help. Raises UserError where none will."""
-    where = endpoint()
+    where = masked(endpoint())
     if not isinstance(error, HfHubHTTPError):  # below HTTP: no name, no route, refused, reset, timed out
         return (str(error) or type(error).__name__).splitlines()[0]
     status = error.response.status_code

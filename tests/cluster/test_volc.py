@@ -101,6 +101,17 @@ exit "${CODE:-0}"
 """
 
 
+@pytest.mark.parametrize("name", ["HF_ENDPOINT", "HTTPS_PROXY", "SOURCE"])
+@pytest.mark.parametrize("address", ["http://user:{}@mirror:8080/hub", "https://{}@mirror", "http://u:a/{}@mirror"])
+def test_an_address_with_a_password_is_private(tree, name, address):
+    passed = {"VOLC_ENVS": "HTTPS_PROXY", name: address.format(SECRET)}
+    done = submit(tree, "--dry-run", *COMMAND, **ACCOUNT, **passed)
+    assert done.returncode == 0 and SECRET not in done.stdout + done.stderr
+    assert {"Name": name, "Value": "***", "IsPrivate": True} in yaml.safe_load(done.stdout)["Envs"]
+    done = submit(tree, "--dry-run", *COMMAND, **ACCOUNT, HF_ENDPOINT="https://mirror.example/a@b")
+    assert "https://mirror.example/a@b" in done.stdout
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_submission_hands_over_secrets_and_leaves_none_behind(tree, code):
     (tree / "bin/volc").write_text(VOLC)

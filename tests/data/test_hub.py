@@ -1,8 +1,10 @@
+import importlib.util
 import os
 import socket
+from base64 import b64decode
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from nanochat.data import hub
 from nanochat.errors import UserError
@@ -48,6 +50,108 @@ def test_endpoint_is_read_at_call_time(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
     with pytest.raises(UserError, match=r"HF_ENDPOINT=mirror\.example: expected"):
         hub.endpoint()
+
+
+PASSWORD = "s3cret"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["mirror.example", "ftp://mirror", "https://", "http://[bad", "http://host:abc", "http://host:99999", "http://a b/",
+     "http://host/\x01", "http://....", f"http://{'a' * 300}", "https://host/?token=s3cret", "http://u:s3cret@host:x",
+     "http://u:s3/cret@h ost", "http://u:p s3cret@host"],
+)  # fmt: skip
+def test_an_endpoint_that_is_no_address_is_one_line_at_once(monkeypatch, tmp_path, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(UserError, match="^HF_ENDPOINT=.*: expected an address") as caught:
+        get(tmp_path / NAME)
+    assert PASSWORD not in str(caught.value) and "s3/cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["http://[::1]:80", "HTTPS://Mirror.example/", " http://é.example/x/ ", "http://a_b:1"])
+def test_unusual_addresses_are_taken(monkeypatch, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert hub.endpoint() == address.strip().rstrip("/")
+
+
+@pytest.fixture
+def no_proxies(monkeypatch):
+    close_session()
+    for name in ("http", "https", "all", "no"):
+        for spelt in (f"{name}_proxy", f"{name}_proxy".upper()):
+            monkeypatch.delenv(spelt, raising=False)
+    yield
+    close_session()
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "all_proxy", "HTTPS_PROXY", "http_proxy"])
+@pytest.mark.parametrize(
+    "address", ["socks5://127.0.0.1:1", "socks://u:s3cret@h:1", "ftp://h:1", "http://h:abc", "http://[bad", "http://"]
+)
+@pytest.mark.usefixtures("no_proxies")
+def test_a_proxy_that_cannot_be_used_is_one_line_at_once(monkeypatch, tmp_path, name, address):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no socksio
+    monkeypatch.setenv(name, address)
+    with pytest.raises(UserError, match=rf"^{name}=.*: expected http or https") as caught:
+        get(tmp_path / NAME)
+    assert PASSWORD not in str(caught.value)
+    assert_only(tmp_path)
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_a_socks_proxy_that_nothing_goes_through_does_not_matter(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    assert get(tmp_path / NAME).revision == COMMIT
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
+    monkeypatch.delenv("HTTP_PROXY")
+    monkeypatch.setenv("NO_PROXY", "*")
+    close_session()
+    assert get(tmp_path / NAME).revision == COMMIT
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_certificates_that_are_not_there_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
+    with pytest.raises(UserError, match="^SSL_CERT_FILE=/no/such/file: cannot be read"):
+        get(tmp_path / NAME)
+
+
+@pytest.mark.parametrize("where", ["{}/cdn/" + NAME, "/cdn/" + NAME, "{}/datasets/" + REPO + "/resolve/main/" + NAME])
+def test_a_mirror_that_sends_on_is_followed(server, tmp_path, monkeypatch, where):
+    server.moved["/old"] = where.format(server.url)
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/old")
+    get(tmp_path / NAME)
+    assert (tmp_path / NAME).read_bytes() == server.files[NAME]
+
+
+@pytest.mark.parametrize(
+    "where", ["/old/again", "ftp://x/y", "file:///etc/passwd", "http://[bad", "http://h:abc/", f"http://{'a' * 300}/"]
+)
+def test_a_redirect_that_leads_nowhere_is_one_line(server, tmp_path, monkeypatch, capsys, where):
+    server.moved["/old"] = where
+    monkeypatch.setenv("HF_ENDPOINT", server.url.replace("://", f"://me:{PASSWORD}@") + "/old")
+    with pytest.raises(UserError, match=r"http://\*\*\*@127.*redirect|unsupported protocol") as caught:
+        get(tmp_path / NAME)
+    assert "\n" not in str(caught.value) and PASSWORD not in str(caught.value) + capsys.readouterr().out
+    assert_only(tmp_path)
+
+
+def test_a_password_in_the_endpoint_is_used_and_never_shown(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", server.url.replace("://", f"://me:{PASSWORD}@"))
+    server.faults[NAME] = [503]
+    get(tmp_path / NAME)
+    assert {b64decode(sent.removeprefix("Basic ")) for sent in server.authorizations} == {f"me:{PASSWORD}".encode()}
+    for change in ({"name": "none.parquet"}, {"repo": "no/body"}, {"revision": "v9"}):
+        with pytest.raises(UserError) as caught:
+            get(tmp_path / "x", **change)
+        assert "http://***@127.0.0.1" in str(caught.value) and PASSWORD not in str(caught.value)
+    server.faults[NAME] = [503] * 99
+    with pytest.raises(UserError) as caught:
+        get(tmp_path / NAME)
+    assert PASSWORD not in str(caught.value) + capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429])
