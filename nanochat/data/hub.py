@@ -89,7 +89,7 @@ def _is_address(text: str, schemes: Collection[str]) -> bool:
 
 
 def check_connection() -> None:
-    """Raises UserError for an HF_ENDPOINT, a proxy or certificates that cannot be used, without a word to the network."""
+    """Raises UserError for an HF_ENDPOINT, a proxy or certificates that cannot be used, before any request."""
     endpoint()
     proxies = urllib.request.getproxies()
     if "*" in proxies.get("no", "").split(","):

@@ -63,12 +63,14 @@ PASSWORD = "s3cret"
 )  # fmt: skip
 def test_an_endpoint_that_is_no_address_is_one_line_at_once(monkeypatch, tmp_path, address):
     monkeypatch.setenv("HF_ENDPOINT", address)
-    with pytest.raises(UserError, match="^HF_ENDPOINT=.*: expected an address") as caught:
+    with pytest.raises(UserError, match=r"^HF_ENDPOINT=.*: expected an address") as caught:
         get(tmp_path / NAME)
     assert PASSWORD not in str(caught.value) and "s3/cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["http://[::1]:80", "HTTPS://Mirror.example/", " http://é.example/x/ ", "http://a_b:1"])
+@pytest.mark.parametrize(
+    "address", ["http://[::1]:80", "HTTPS://Mirror.example/", " http://é.example/x/ ", "http://a_b:1"]
+)
 def test_unusual_addresses_are_taken(monkeypatch, address):
     monkeypatch.setenv("HF_ENDPOINT", address)
     assert hub.endpoint() == address.strip().rstrip("/")
@@ -115,7 +117,7 @@ def test_a_socks_proxy_that_nothing_goes_through_does_not_matter(server, tmp_pat
 @pytest.mark.usefixtures("no_proxies")
 def test_certificates_that_are_not_there_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
-    with pytest.raises(UserError, match="^SSL_CERT_FILE=/no/such/file: cannot be read"):
+    with pytest.raises(UserError, match=r"^SSL_CERT_FILE=/no/such/file: cannot be read"):
         get(tmp_path / NAME)
 
 
