@@ -39,7 +39,10 @@ def conversation_pieces(conversation: Mapping[str, Any]) -> list[Piece]:
     """The whole conversation. Raises UserError where it is not of the form above; the input is not changed."""
     pieces = [Piece("<|bos|>", special=True, trained=False)]
     for role, content, where in _checked_turns(conversation):
-        pieces += _assistant_turn(content, where) if role == "assistant" else _user_turn(content)
+        if role == "assistant":
+            pieces += _assistant_turn(content, where)
+        else:
+            pieces += _bracketed("<|user_start|>", content, "<|user_end|>", trained=False)
     return pieces
 
 
@@ -50,10 +53,6 @@ def completion_pieces(conversation: Mapping[str, Any]) -> list[Piece]:
         messages = messages[:-1]
     pieces = conversation_pieces({"messages": messages})
     return [*pieces, Piece("<|assistant_start|>", special=True, trained=False)]
-
-
-def _user_turn(text: str) -> list[Piece]:
-    return _bracketed("<|user_start|>", text, "<|user_end|>", trained=False)
 
 
 def _assistant_turn(content: str | list[Any], where: str) -> list[Piece]:

@@ -65,8 +65,8 @@ def committed_steps(folder: Path) -> list[int]:
 def rng_state() -> dict[str, Any]:
     """State of every generator a training run may draw from, JSON-able."""
     state: dict[str, Any] = {"torch": torch.get_rng_state().numpy().tobytes().hex(), "python": random.getstate()}
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    state["numpy"] = [kind, np.asarray(keys).tolist(), position, has_gauss, gauss]
+    kind, keys, *rest = np.random.get_state()
+    state["numpy"] = [kind, np.asarray(keys).tolist(), *rest]
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     return state
@@ -81,8 +81,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(tensor(state["torch"]))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensor(state["cuda"]))
 

@@ -41,11 +41,9 @@ class Batch(NamedTuple):
 
 
 class RowLoader:
-    """Endless micro-batches of one rank from a row source; `state_dict()` between optimizer steps.
-
-    rows_per_step rows are split over world_size ranks in batches_per_step micro-batches of at most device_batch_size
-    rows (the attribute says how many it came to). Raises UserError where `state` belongs to another order.
-    """
+    """Endless micro-batches of one rank from a row source; `state_dict()` between optimizer steps. rows_per_step rows
+    are split over world_size ranks in batches_per_step micro-batches of at most device_batch_size rows (the attribute
+    says how many it came to). Raises UserError where `state` belongs to another order."""
 
     def __init__(
         self,
@@ -192,11 +190,9 @@ def target_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Inputs and targets (N, T) as the batches of one rank, row by row, of at most device_batch_size rows.
-
-    Every rank gives the same number of batches of the same shape, filled with masked rows (targets -1), for the reason
-    given above; and a model is compiled for one shape only.
-    """
+    """Inputs and targets (N, T) as the batches of one rank, row by row, of at most device_batch_size rows. Every rank
+    gives the same number of batches of the same shape, filled with masked rows (targets -1), for the reason given
+    above; and a model is compiled for one shape only."""
     batches, size = even_batches(-(-len(inputs) // world_size), device_batch_size)
     for batch in range(batches):
         first = rank + batch * size * world_size

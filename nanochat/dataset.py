@@ -118,7 +118,7 @@ def fetch_files(
 
         def get(name: str, revision: str) -> str:
             task = progress.add_task(name, total=None)
-            fetched = hub.download(
+            commit = hub.download(
                 about["repo"],
                 name,
                 revision,
@@ -128,10 +128,10 @@ def fetch_files(
                 on_bytes=lambda done, total: progress.update(task, completed=done, total=total or None),
                 stop=stop,
             )
-            parquet.update_manifest(folder, {**about, "revision": fetched.revision}, {name: entries[name]})
+            parquet.update_manifest(folder, {**about, "revision": commit}, {name: entries[name]})
             progress.remove_task(task)
-            print(f"{name}: {fetched.size / 1e6:,.1f} MB, {entries[name][counted]:,} {counted}", flush=True)
-            return fetched.revision
+            print(f"{name}: {entries[name]['size'] / 1e6:,.1f} MB, {entries[name][counted]:,} {counted}", flush=True)
+            return commit
 
         # the first one alone: it fixes the commit for all others, and where there is no network it says so once
         commit = get(missing[0], manifest.get("revision", revision))

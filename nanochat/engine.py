@@ -125,11 +125,9 @@ class KVCache:
 
 
 def sample_next_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """One token for each row of logits (B, V) -> (B,) int64. Temperature 0 takes the largest logit.
-
-    Row i takes the token at which its cumulative probability passes uniform[i], in [0, 1): all rows in one go, where
-    torch.multinomial takes one generator for all rows, and a call for each row costs more than the model does.
-    """
+    """One token for each row of logits (B, V) -> (B,) int64. Temperature 0 takes the largest logit. Row i takes the
+    token at which its cumulative probability passes uniform[i], in [0, 1): all rows in one go, where torch.multinomial
+    takes one generator for all rows, and a call for each row costs more than the model does."""
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
     logits = logits.float() / sampling.temperature

@@ -39,11 +39,9 @@ SLOWEST_DISK = datetime.timedelta(hours=2)  # how long ranks that have written t
 
 
 class Saver:
-    """Writes the checkpoints of one run; created, used and closed by all ranks together.
-
-    keep_last: newest checkpoints to keep; keep_every: also those whose step is a multiple of this; -1: none. On a GPU
-    it holds pinned memory for this rank's share all the time, on the CPU only during a save.
-    """
+    """Writes the checkpoints of one run; created, used and closed by all ranks together. keep_last: newest checkpoints
+    to keep; keep_every: also those whose step is a multiple of this; -1: none. On a GPU it holds pinned memory for this
+    rank's share all the time, on the CPU only during a save."""
 
     def __init__(
         self, folder: Path, model: nn.Module, optimizer: MuonAdamW | None, keep_last: int = 2, keep_every: int = -1

@@ -164,24 +164,10 @@ class RustBPETokenizer:
         return [len(token) for token in self._token_bytes] + [0] * len(self._specials)
 
     @overload
-    def encode(
-        self,
-        text: str,
-        prepend: str | int | None = None,
-        append: str | int | None = None,
-        num_threads: int = 8,
-        allowed_special: Allowed = (),
-    ) -> list[int]: ...
+    def encode(self, text: str, *args: Any, **options: Any) -> list[int]: ...
 
     @overload
-    def encode(
-        self,
-        text: list[str],
-        prepend: str | int | None = None,
-        append: str | int | None = None,
-        num_threads: int = 8,
-        allowed_special: Allowed = (),
-    ) -> list[list[int]]: ...
+    def encode(self, text: list[str], *args: Any, **options: Any) -> list[list[int]]: ...
 
     def encode(
         self,
@@ -192,10 +178,8 @@ class RustBPETokenizer:
         allowed_special: Allowed = (),
     ) -> list[int] | list[list[int]]:
         """Ids of one text, or of each text of a list in parallel. `prepend`, `append`: a special token's name or id.
-
         Names of special tokens in the text are text, but those of `allowed_special` ("all": of all) become their ids,
-        the longest where two begin at one place. Raises ValueError for lone surrogates and for unknown names.
-        """
+        the longest where two begin at one place. Raises ValueError for lone surrogates and for unknown names."""
         before, after = ([] if token is None else [self._token_id(token)] for token in (prepend, append))
         if not isinstance(text, (str, list)):
             raise TypeError(f"encode takes a string or a list of strings, not {type(text).__name__}")
@@ -259,9 +243,7 @@ class RustBPETokenizer:
         self, conversation: Mapping[str, Any], max_tokens: int = 2048
     ) -> tuple[list[int], list[int]]:
         """(ids, mask) of equal length <= max_tokens; mask is 1 on the tokens to train on. See nanochat/chat_format.py.
-
-        Raises UserError where the conversation is not well formed.
-        """
+        Raises UserError where the conversation is not well formed."""
         return self._encode_pieces(conversation_pieces(conversation), max_tokens)
 
     def render_for_completion(self, conversation: Mapping[str, Any]) -> list[int]:

@@ -98,10 +98,8 @@ def _spelled(token: bytes, letters: Sequence[str]) -> str:
 
 
 def merges_from_ranks(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The two tokens that each token of two bytes or more was merged from, in order of rank.
-
-    Encoding a token's bytes with only the tokens older than itself must end in exactly those two.
-    """
+    """The two tokens that each token of two bytes or more was merged from, in order of rank. Encoding a token's bytes
+    with only the tokens older than itself must end in exactly those two."""
     for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
         if len(token) == 1:
             continue

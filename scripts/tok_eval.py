@@ -137,10 +137,8 @@ def compare(
 
 
 def missing_ranks(name: str) -> tuple[str, str] | None:
-    """(why, detail) where tiktoken would have to download this baseline's rank files; None where it would not.
-
-    Checked before tiktoken is asked, which would fetch a missing file, and delete and fetch a damaged one.
-    """
+    """(why, detail) where tiktoken would have to download this baseline's rank files; None where it would not. Checked
+    before tiktoken is asked, which would fetch a missing file, and delete and fetch a damaged one."""
     folder = _tiktoken_cache()
     if folder is None:
         return "no cache", "TIKTOKEN_CACHE_DIR is empty, which switches tiktoken's cache off"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from rich.console import Console
@@ -64,15 +64,20 @@ def main(settings: Settings) -> None:
         **token_byte_statistics(tokenizer),
         "hash": tokenizer.hash,
     }
-    notes = []
-    if tokenizer.get_vocab_size() < settings.vocab_size:
-        notes.append(
-            f"The text ran out of pairs to merge: {tokenizer.get_vocab_size():,} tokens "
-            f"instead of {settings.vocab_size:,}."
-        )
+    size, notes = tokenizer.get_vocab_size(), []
+    if size < settings.vocab_size:
+        notes.append(f"The text ran out of pairs to merge: {size:,} tokens instead of {settings.vocab_size:,}.")
     data = {"settings": dataclasses.asdict(settings), "metrics": metrics, "notes": notes}
     sections.write_section("tok_train", "Tokenizer training", data)
-    _print_summary(metrics, notes)
+    print(f"trained on {documents:,} documents, {characters:,} characters in {train_seconds:.1f} s")
+    shortest, longest, mean, deviation = (metrics[f"token_bytes_{name}"] for name in ("min", "max", "mean", "std"))
+    print(
+        f"{size:,} tokens, {len(SPECIAL_TOKENS)} of them special; bytes per token: "
+        f"min {shortest}, max {longest}, mean {mean:.4f}, std {deviation:.4f}"
+    )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"saved in {tokenizer_dir()} (hash {tokenizer.hash})")
 
 
 def token_byte_statistics(tokenizer: RustBPETokenizer) -> dict[str, float]:
@@ -103,21 +108,6 @@ def shown_progress(vocab_size: int) -> Iterator[tuple[Progress, Callable[[int, i
                 progress.update(bar, description=f"{documents:,} documents, {rate:,.0f} MB/s")
 
         yield progress, update
-
-
-def _print_summary(metrics: dict[str, Any], notes: list[str]) -> None:
-    print(
-        f"trained on {metrics['documents']:,} documents, {metrics['characters']:,} characters "
-        f"in {metrics['train_seconds']:.1f} s"
-    )
-    print(
-        f"{metrics['vocab_size']:,} tokens, {metrics['special_tokens']} of them special; bytes per token: "
-        f"min {metrics['token_bytes_min']}, max {metrics['token_bytes_max']}, "
-        f"mean {metrics['token_bytes_mean']:.4f}, std {metrics['token_bytes_std']:.4f}"
-    )
-    for note in notes:
-        print(f"note: {note}")
-    print(f"saved in {tokenizer_dir()} (hash {metrics['hash']})")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ community, and folders of them.
   has none. It is taken for GPT-2's (vocabulary 50257 padded to 50304, document token 50256) only if its files are named
   as the community names them, <data>_train_000001.bin and <data>_val_000000.bin: nothing in a file says whose tokens
   it has.
-- Rows come in the order of the data. A row is sequence_len + 1 tokens from a document token on; the next row begins at
-  the first document token at or behind its end, so nothing comes twice. What lies between is skipped: the rest of the
-  document that the row's end has cut. Rows do not run over from one file to the next; after the last file the first
-  one comes again. With documents as long as FineWeb's (drawn lognormal: median 403 tokens, mean 690) rows of 1,024
-  tokens skip 44 % of all tokens, of 2,048 30 %, of 16,384 6 %, of 65,536 1.5 %.
+- A row is sequence_len + 1 tokens from a document token on, in the order of the data; the next row begins at the first
+  document token at or behind its end. What lies between is skipped, so nothing comes twice (docs/decisions.md says how
+  much that is). Rows do not run over from one file to the next; after the last file the first one comes again.
 - State: every rank finds all row starts itself, in the background and one file ahead (0.03 to 0.2 s for 10⁸ tokens),
   so two integers do: the file, counted through all epochs, and the offset in it where the last row ended.
 """
@@ -25,7 +23,7 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -83,12 +81,8 @@ class TokenFolder(TrainData):
         return BinRows(self, sequence_len)
 
     def fixed_rows(self, split: Split, sequence_len: int, max_tokens: int = VAL_TOKENS) -> np.ndarray:
-        """Rows (N, sequence_len + 1) uint16 for evaluation: the first max_tokens tokens of the split, one behind the
-        other whatever documents begin, each predicted token once.
-
-        N = max_tokens // sequence_len, or fewer where there are not as many. A row's last token is the first of the
-        next, so that inputs and targets are the same stream, one apart. Raises UserError where not one can be filled.
-        """
+        """The first max_tokens tokens of the split, one behind the other whatever documents begin, uint16. A row's last
+        token is the first of the next, so that inputs and targets are the same stream, one apart."""
         parts: list[np.ndarray] = []
         wanted = max_tokens // sequence_len * sequence_len + 1
         have = 0
@@ -136,20 +130,9 @@ class TokenFolder(TrainData):
 # Rows
 
 
-class _Row(NamedTuple):
-    """One row of the global order, and the position behind it."""
-
-    tokens: np.ndarray  # (N,) uint16 of its file
-    start: int
-    after: tuple[int, int]
-
-
 class BinRows(RowSource):
-    """The rows of a folder in their order.
-
-    Raises UserError where a file is damaged; in steps() where no file holds a full row, a token is not in the
-    vocabulary, or the tokens are not those of the state.
-    """
+    """The rows of a folder in their order. Raises UserError where a file is damaged; in steps() where no file holds a
+    full row, a token is not in the vocabulary, or the tokens are not those of the state."""
 
     def __init__(self, folder: TokenFolder, sequence_len: int) -> None:
         self.folder, self.sequence_len, self.filler_token = folder, sequence_len, folder.document_token
@@ -172,8 +155,8 @@ class BinRows(RowSource):
         self._kept, self._cropped = self._kept + kept, self._cropped + len(tokens) - kept
         return tokens, starts
 
-    def _rows(self) -> Iterator[_Row]:
-        """All rows from the position on."""
+    def _rows(self) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
+        """(tokens (sequence_len + 1,), position behind them) of all rows from the position on."""
         number, offset = self._position
         row_len = self.sequence_len + 1
         empty = 0
@@ -187,7 +170,7 @@ class BinRows(RowSource):
                     f"cannot resume the data order: no row ends at token {offset:,}; the tokens have changed"
                 )
             for start in starts[place:].tolist():
-                yield _Row(tokens, start, (number, start + row_len))
+                yield tokens[start : start + row_len], (number, start + row_len)
             empty = 0 if len(starts) else empty + 1
             if empty == len(self.folder.train):
                 raise self.folder.too_little_data("train", self.sequence_len)
@@ -197,11 +180,10 @@ class BinRows(RowSource):
         rows = self._rows()
         while True:
             step = [next(rows) for _ in range(self.rows_per_step)]
-            self._position = step[-1].after
-            yield (self._read(step[number]) for number in self.local), True
+            self._position = step[-1][1]
+            yield (self._checked(step[number][0]) for number in self.local), True
 
-    def _read(self, row: _Row) -> Row:
-        tokens = row.tokens[row.start : row.start + self.sequence_len + 1]
+    def _checked(self, tokens: np.ndarray) -> Row:
         self.folder.check_vocabulary(tokens)
         return tokens[:-1], tokens[1:]
 
@@ -243,10 +225,8 @@ def row_starts(documents: np.ndarray, count: int, row_len: int) -> np.ndarray:
 
 def write_tokens(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
     """Write one array of ids, or one after the other those of an iterator (never more than one in memory), to `path`;
-    returns their number. Atomic: `path` appears when it is whole.
-
-    Raises UserError for ids that uint16 cannot hold and for more than 2³¹ - 1 of them.
-    """
+    returns their number. Atomic: `path` appears when it is whole. Raises UserError for ids that uint16 cannot hold and
+    for more than 2³¹ - 1 of them."""
     parts = [tokens] if isinstance(tokens, np.ndarray) else tokens
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,11 +304,9 @@ def tokenized_dir() -> Path:
 
 
 def describe_folder(directory: str | Path) -> TokenFolder:
-    """What is in a folder: a path, or the name of one below tokenized_data/ in the store.
-
-    Raises UserError when there is no such folder, it lacks files to train on or to validate on, its meta.json is
-    damaged, or it has none and its files are not named as the community names them.
-    """
+    """What is in a folder: a path, or the name of one below tokenized_data/ in the store. Raises UserError when there
+    is no such folder, it lacks files to train on or to validate on, its meta.json is damaged, or it has none and its
+    files are not named as the community names them."""
     folder = _find(directory)
     names = sorted(path.name for path in folder.glob("*.bin"))
     try:
@@ -382,14 +360,12 @@ def _find(directory: str | Path) -> Path:
 
 def _checked(meta: Any, folder: Path) -> dict[str, Any]:
     """`meta` if it is valid."""
-    valid = isinstance(meta, dict) and {"vocab_size", "document_token", "tokenizer_hash"} <= meta.keys()
-    if valid:
-        size, document, name = meta["vocab_size"], meta["document_token"], meta["tokenizer_hash"]
-        valid = isinstance(size, int) and isinstance(document, int) and 0 <= document < size <= MOST_IDS
-        valid = valid and (name is None or isinstance(name, str)) and isinstance(meta.get("splits", {}), dict)
-    if not valid:
-        raise UserError(
-            f"{folder / 'meta.json'}: expected vocab_size up to {MOST_IDS}, a document_token below it and "
-            "tokenizer_hash; make the folder again"
-        )
-    return meta
+    match meta:
+        case {"vocab_size": int(size), "document_token": int(document), "tokenizer_hash": str() | None} if (
+            0 <= document < size <= MOST_IDS and isinstance(meta.get("splits", {}), dict)
+        ):
+            return meta
+    raise UserError(
+        f"{folder / 'meta.json'}: expected vocab_size up to {MOST_IDS}, a document_token below it and tokenizer_hash; "
+        "make the folder again"
+    )

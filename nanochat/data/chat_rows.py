@@ -50,11 +50,9 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 class ChatPacker:
-    """Conversations of a task -> rows of sequence_len inputs and targets.
-
-    packing "bestfit" keeps conversations whole (longer ones than a row are cut at its end) and pads; "stream" cuts the
-    flat stream anywhere. loss_on "assistant" trains on what the assistant says, "all" on every token but padding.
-    """
+    """Conversations of a task -> rows of sequence_len inputs and targets. packing "bestfit" keeps conversations whole
+    (longer ones than a row are cut at its end) and pads; "stream" cuts the flat stream anywhere. loss_on "assistant"
+    trains on what the assistant says, "all" on every token but padding."""
 
     def __init__(
         self,

@@ -13,7 +13,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
@@ -38,13 +37,6 @@ disable_progress_bars("huggingface_hub.http_get")  # ours is dataset.py's
 logging.set_verbosity_error()
 
 
-class Downloaded(NamedTuple):
-    """What the hub said about a file that was fetched."""
-
-    revision: str
-    size: int
-
-
 class _Transient(Exception):
     """Worth another attempt: the network, or a server that is busy or broken for the moment."""
 
@@ -52,15 +44,15 @@ class _Transient(Exception):
 class _Watched(io.FileIO):
     """A file to append to, which reports its size and takes no more once `stop` is set."""
 
-    def __init__(self, path: Path, on_bytes: Callable[[int], None], stop: threading.Event) -> None:
+    def __init__(self, path: Path, on_bytes: Callable[[int, int], None], stop: threading.Event) -> None:
         super().__init__(path, "a")
-        self.on_bytes, self.stop = on_bytes, stop
+        self.path, self.on_bytes, self.stop, self.total = path, on_bytes, stop, 0
 
     def write(self, chunk: bytes) -> int:  # type: ignore[override]
         if self.stop.is_set():
             raise UserError("stopped")
         written = super().write(chunk)
-        self.on_bytes(self.tell())
+        self.on_bytes(self.tell(), self.total)
         return written
 
 
@@ -123,14 +115,14 @@ def download(
     otherwise: str,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
     stop: threading.Event | None = None,
-) -> Downloaded:
-    """Fetch `filename` of dataset `repo` at `revision` (a branch, tag or commit) to `path`, atomically.
+) -> str:
+    """Fetch `filename` of dataset `repo` at `revision` (a branch, tag or commit) to `path`, atomically; returns the
+    commit.
 
     Transient failures are tried ATTEMPTS times with doubling waits, going on from the bytes already there. `verify`
     gets the finished temporary file before it takes its place and raises UserError if it is not what it should be.
-    `otherwise` says what one can do without the hub. `on_bytes(done, total)` follows the progress. Setting `stop` ends
-    the attempts early.
-    Raises UserError for no network, a missing file, repository or revision, and damaged content.
+    `otherwise` says what one can do without the hub. Setting `stop` ends the attempts early. Raises UserError for no
+    network, a missing file, repository or revision, and damaged content.
     """
     check_connection()
     stop = stop or threading.Event()
@@ -138,7 +130,8 @@ def download(
     with atomic_write(path) as temporary:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                fetched = _fetch(repo, filename, revision, temporary, on_bytes, stop)
+                with _Watched(temporary, on_bytes, stop) as file:
+                    commit = _fetch(repo, filename, revision, file)
                 break
             except OfflineModeIsEnabled:
                 raise UserError(f"HF_HUB_OFFLINE is set, but {filename} is needed: unset it, or {otherwise}") from None
@@ -155,38 +148,30 @@ def download(
                     f"network, set HF_ENDPOINT to a mirror, or {otherwise}"
                 )
         verify(temporary)
-    return fetched
+    return commit
 
 
-def _fetch(
-    repo: str,
-    filename: str,
-    revision: str,
-    temporary: Path,
-    on_bytes: Callable[[int, int], None],
-    stop: threading.Event,
-) -> Downloaded:
+def _fetch(repo: str, filename: str, revision: str, file: _Watched) -> str:
     where = endpoint()
     url = hf_hub_url(repo, filename, repo_type="dataset", revision=revision, endpoint=where)
     about = get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=where)
     # the commit, not the branch: the file must be the one that was just described
     commit = about.commit_hash or revision
     url = hf_hub_url(repo, filename, repo_type="dataset", revision=commit, endpoint=where)
-    size = about.size
-    with _Watched(temporary, lambda done: on_bytes(done, size or 0), stop) as file:
-        try:
-            # compressed on the way, a file would be of another size
-            headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-            http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
-        except OSError as error:
-            if isinstance(error, HTTPError) or error.errno is not None:
-                raise
-            raise _Transient(f"{file.tell():,} of {size or 0:,} bytes came") from None
+    file.total = about.size or 0
+    try:
+        # compressed on the way, a file would be of another size
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=about.size)
+    except OSError as error:
+        if isinstance(error, HTTPError) or error.errno is not None:
+            raise
+        raise _Transient(f"{file.tell():,} of {file.total:,} bytes came") from None
     etag = about.etag or ""
-    if re.fullmatch(r"[0-9a-f]{64}", etag) and (digest := sha256_file(temporary)) != etag:  # large files have it
-        temporary.unlink()
+    if re.fullmatch(r"[0-9a-f]{64}", etag) and (digest := sha256_file(file.path)) != etag:  # large files have it
+        file.path.unlink()
         raise _Transient(f"sha256 is {digest[:12]}…, expected {etag[:12]}…")
-    return Downloaded(commit, temporary.stat().st_size)
+    return commit
 
 
 def _passing_reason(error: Exception, repo: str, filename: str, revision: str) -> str:

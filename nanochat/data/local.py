@@ -91,10 +91,8 @@ def adopt_shard(path: Path, target: Path, split: str) -> parquet.Manifest:
 
 
 def convert(files: list[Path], target: Path) -> parquet.Manifest:
-    """Write the documents of `files` as shards into `target`; returns the manifest entries.
-
-    Raises UserError for unreadable input (with file and line) and for fewer than two documents.
-    """
+    """Write the documents of `files` as shards into `target`; returns the manifest entries. Raises UserError for
+    unreadable input (with file and line) and for fewer than two documents."""
     target.mkdir(parents=True, exist_ok=True)
     buckets = min(MAX_BUCKETS, 1 + sum(path.stat().st_size for path in files) // BUCKET_BYTES)
     with tempfile.TemporaryDirectory(dir=target, prefix="ordering-") as folder:

@@ -36,11 +36,9 @@ Rendered = tuple[Sequence[int], Sequence[int]]  # ids of a conversation, and 1 w
 
 
 def pack_conversations(conversations: Sequence[Rendered], row_len: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit packing of whole conversations of at most row_len tokens: (tokens, mask), each (R, row_len) int32.
-
-    A row takes the longest conversation that fits, again and again; where none fits it is padded with mask 0. Nothing
-    is cut or lost: an answer without its question, or a question without its answer, teaches the wrong thing.
-    """
+    """Best-fit packing of whole conversations of at most row_len tokens: (tokens, mask), each (R, row_len) int32. A row
+    takes the longest conversation that fits, again and again; where none fits it is padded with mask 0. Nothing is cut
+    or lost: an answer without its question, or a question without its answer, teaches the wrong thing."""
     waiting = sorted(conversations, key=lambda rendered: len(rendered[0]))
     lengths = [len(ids) for ids, _ in waiting]
     assert not lengths or lengths[-1] <= row_len, f"a conversation of {lengths[-1]} tokens for rows of {row_len}"

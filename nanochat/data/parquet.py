@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, sha256_file
+from nanochat.files import atomic_write, atomic_write_text, sha256_file
 
 T = TypeVar("T")
 ROW_GROUP = 1024  # documents
@@ -39,17 +39,14 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def update_manifest(folder: Path, about: Manifest, files: Manifest, replace: bool = False) -> None:
-    """Add `files` (and the facts `about` the source) to the manifest, or make them all there is.
-
-    Locked and read again on each call, because a second download may be filling the same folder.
-    """
+    """Add `files` (and the facts `about` the source) to the manifest, or make them all there is. Locked and read again
+    on each call, because a second download may be filling the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "manifest.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = {} if replace else load_manifest(folder)["files"]
         manifest = {**about, "files": dict(sorted({**before, **files}.items()))}
-        with atomic_write(folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        atomic_write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def replace_shards(folder: Path, about: Manifest, files: Manifest) -> None:
@@ -71,10 +68,8 @@ def all_here(folder: Path, manifest: Manifest) -> bool:
 
 
 def describe(path: Path, split: str, name: str | None = None) -> Manifest:
-    """Manifest entry of one shard, every row read on the way: size, sha256, documents, characters, UTF-8 bytes.
-
-    Raises UserError (under `name`) when the file is not parquet with a string column `text`.
-    """
+    """Manifest entry of one shard, every row read on the way: size, sha256, documents, characters, UTF-8 bytes. Raises
+    UserError (under `name`) when the file is not parquet with a string column `text`."""
     documents = characters = utf8_bytes = 0
     file = open_shard(path, name)
     for group in range(file.num_row_groups):
@@ -161,11 +156,9 @@ def _utf8_bytes(text: str) -> int:
 def write_shards(
     folder: Path, documents: Iterable[str], val_bytes: int, shard_bytes: int, row_group: int = ROW_GROUP
 ) -> Manifest:
-    """Write `documents`, already in their final order, as validation shard and train shards; returns entries.
-
-    The first documents, up to `val_bytes` of UTF-8 (at least one), are for validation and become the last shard;
-    the rest fills train shards of `shard_bytes` each. Raises UserError when nothing is left to train on.
-    """
+    """Write `documents`, already in their final order, as validation shard and train shards; returns entries. The first
+    documents, up to `val_bytes` of UTF-8 (at least one), are for validation and become the last shard; the rest fills
+    train shards of `shard_bytes` each. Raises UserError when nothing is left to train on."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = iter(documents)
     held: list[str] = []

@@ -67,10 +67,8 @@ def command(source: str) -> str:
 
 
 def list_shards(source: str, split: Split) -> list[Path]:
-    """Shards of one split in order: those the manifest names, checked for presence and size.
-
-    Raises UserError naming the command that gets them when there are none or one is damaged.
-    """
+    """Shards of one split in order: those the manifest names, checked for presence and size. Raises UserError naming
+    the command that gets them when there are none or one is damaged."""
     source = canonical(source)
     entries = _entries(source, split)
     for path, entry in entries.items():

@@ -229,13 +229,13 @@ def _download(task: str, split: str, path: str, otherwise: str) -> parquet.Manif
         entry.update(_describe(task, split, temporary, path))
 
     try:
-        fetched = hub.download(data.repo, path, data.revision, target, verify=verify, otherwise=otherwise)
+        commit = hub.download(data.repo, path, data.revision, target, verify=verify, otherwise=otherwise)
     except UserError as error:
         with contextlib.suppress(OSError):
             folder(task).rmdir()  # where nothing came, nothing stays
         raise UserError(f"{task}: {error}") from None
-    print(f"{task} {target.name}: {fetched.size / 1e6:,.1f} MB, {entry['rows']:,} items", flush=True)
-    return {**entry, "origin": data.repo, "asked": data.revision, "served": fetched.revision}
+    print(f"{task} {target.name}: {target.stat().st_size / 1e6:,.1f} MB, {entry['rows']:,} items", flush=True)
+    return {**entry, "origin": data.repo, "asked": data.revision, "served": commit}
 
 
 def take_local(task: str, origin: Path) -> list[str]:

@@ -24,7 +24,7 @@ from nanochat.data.bins import HEADER_BYTES, MOST_IDS, tokenized_dir, write_toke
 from nanochat.data.sources import Split, canonical, dataset_bytes, iter_documents, source_flag, text_hash
 from nanochat.dataset import progress_bar
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write_text
 from nanochat.paths import slug
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -64,8 +64,7 @@ def main(settings: Settings) -> None:
         for path in folder.glob("*.bin"):
             if path.name not in names:  # of an earlier, longer tokenization
                 path.unlink()
-        with atomic_write(folder / "meta.json") as temporary:
-            temporary.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        atomic_write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     print(f"in {folder}; train on it with --source=bin:{folder.name}")
 
 
@@ -95,10 +94,8 @@ def _is_complete(folder: Path, meta: dict[str, Any]) -> bool:
 def write_split(
     tokenizer: RustBPETokenizer, source: str, split: Split, folder: Path, shard_tokens: int
 ) -> dict[str, int]:
-    """Write the documents of one split as {split}_000000.bin and so on; returns the tokens of each file.
-
-    These names are not the community's: without its meta.json the folder is not taken for one of GPT-2 tokens.
-    """
+    """Write the documents of one split as {split}_000000.bin and so on; returns the tokens of each file. These names
+    are not the community's: without its meta.json the folder is not taken for one of GPT-2 tokens."""
     files: dict[str, int] = {}
     started = time.perf_counter()
     with progress_bar() as progress:
@@ -122,25 +119,12 @@ def encoded_documents(
     BATCH_CHARS and one document are held at a time; on_bytes(n) follows the progress in bytes of text."""
     bos = np.array([tokenizer.get_bos_token_id()], dtype=np.uint16)
     threads = os.cpu_count() or 1
-    for texts in _batches(iter_documents(source, split)):
+    documents = (text for text in iter_documents(source, split) if text)
+    for first in documents:
+        texts = list(parquet.up_to(first, documents, BATCH_CHARS, len))
         for ids in tokenizer.batch_encode(texts, threads):
             yield np.concatenate([bos, ids])
         on_bytes(sum(len(text.encode("utf-8", "replace")) for text in texts))
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Texts that are not empty, some BATCH_CHARS at a time."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        if text:
-            batch.append(text)
-            size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 if __name__ == "__main__":
