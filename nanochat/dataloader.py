@@ -12,7 +12,7 @@
 
 import pkgutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from nanochat.data.rows import RowSource, TrainData
+from nanochat.data.rows import Row, RowSource, TrainData
 from nanochat.data.sources import canonical
 from nanochat.data.text_rows import TextData
 from nanochat.errors import UserError
@@ -77,11 +77,7 @@ class RowLoader:
         for step, signal in self.source.steps():
             rows = iter(step)
             for number in range(1, self.batches_per_step + 1):
-                inputs = np.full(shape, self.source.filler_token, dtype=np.int32)
-                targets = np.full(shape, IGNORE_INDEX, dtype=np.int32)
-                for place, row in enumerate(islice(rows, self.device_batch_size)):
-                    inputs[place], targets[place] = row
-                x, y = torch.from_numpy(inputs), torch.from_numpy(targets)
+                x, y = filled_up(islice(rows, self.device_batch_size), shape, self.source.filler_token)
                 if pin:
                     x, y = x.pin_memory(), y.pin_memory()
                 yield x, y, signal, self.source.position() if number == self.batches_per_step else None
@@ -132,16 +128,11 @@ class Prefetcher(Generic[T]):
 class BatchPlan(NamedTuple):
     """One optimizer step on each rank."""
 
-    rows_per_step: int
-    """Rows in the global batch, filler left out."""
-    device_batch_size: int
-    """Rows of each micro-batch: at most what was requested."""
-    batches_per_step: int
-    """Micro-batches on each rank."""
-    filler_rows: int
-    """Masked rows a step, over all ranks."""
-    note: str | None
-    """What the user should know: a device batch that was lowered, work that is lost to filler."""
+    rows_per_step: int  # in the global batch, filler left out
+    device_batch_size: int  # rows of each micro-batch: at most what was requested
+    batches_per_step: int  # micro-batches on each rank
+    filler_rows: int  # masked rows a step, over all ranks
+    note: str | None  # what the user should know: a device batch that was lowered, work that is lost to filler
 
 
 def even_batches(rows: int, most: int) -> tuple[int, int]:
@@ -175,6 +166,14 @@ def plan_batch(total_batch_size: int, device_batch_size: int, max_seq_len: int, 
     return BatchPlan(rows, size, batches, filler, "; ".join(notes) or None)
 
 
+def filled_up(rows: Iterable[Row], shape: tuple[int, int], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets int32 of `shape`: these rows, then filler whose targets do not count."""
+    inputs, targets = np.full(shape, filler, dtype=np.int32), np.full(shape, IGNORE_INDEX, dtype=np.int32)
+    for place, row in enumerate(rows):
+        inputs[place], targets[place] = row
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
 def row_batches(
     rows: np.ndarray, device_batch_size: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
@@ -197,11 +196,8 @@ def target_batches(
     for batch in range(batches):
         first = rank + batch * size * world_size
         local = slice(first, first + size * world_size, world_size)
-        x = torch.zeros(size, inputs.shape[1], dtype=torch.long)
-        y = torch.full_like(x, IGNORE_INDEX)
-        count = len(inputs[local])
-        x[:count], y[:count] = (torch.from_numpy(part[local].astype(np.int64)) for part in (inputs, targets))
-        yield Batch(x.to(device), y.to(device))
+        x, y = filled_up(zip(inputs[local], targets[local], strict=True), (size, inputs.shape[1]), 0)
+        yield Batch(x.to(device).long(), y.to(device).long())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -73,8 +73,7 @@ def fetch(source: str, spec: HubSource, num_files: int, num_workers: int = 4) ->
             f"-n {num_files}: {source} has {spec.last} train shards; choose 0 to {spec.last}, or -1 for all"
         )
     fetch_files(
-        {"source": source, "kind": "hub", "synthetic": False, "repo": spec.repo},
-        spec.revision,
+        {"source": source, "kind": "hub", "synthetic": False, "repo": spec.repo, "revision": spec.revision},
         data_dir(source),
         {_name(spec.last): "val", **{_name(index): "train" for index in range(train)}},
         describe=parquet.describe,
@@ -87,7 +86,6 @@ def fetch(source: str, spec: HubSource, num_files: int, num_workers: int = 4) ->
 
 def fetch_files(
     about: parquet.Manifest,
-    revision: str,
     folder: Path,
     wanted: Mapping[str, str],
     *,
@@ -99,7 +97,7 @@ def fetch_files(
 ) -> None:
     """Download those files of `wanted` (name -> split) that do not stand in `folder` as its manifest has them.
 
-    about: facts for the manifest, of which `source` and `repo` are used here. revision: what to ask for where the
+    about: facts for the manifest, of which `source`, `repo` and `revision` are used here; the last only where the
     manifest does not know a commit yet. describe(path, split, name) -> manifest entry with `size`, `split` and the
     count `counted`; raises UserError where the file is not what it should be, and it is not kept. `otherwise` says what
     one can do without the hub. Raises UserError as hub.download does.
@@ -134,7 +132,7 @@ def fetch_files(
             return commit
 
         # the first one alone: it fixes the commit for all others, and where there is no network it says so once
-        commit = get(missing[0], manifest.get("revision", revision))
+        commit = get(missing[0], {**about, **manifest}["revision"])
         with ThreadPoolExecutor(num_workers) as pool:
             futures = [pool.submit(get, name, commit) for name in missing[1:]]
             try:

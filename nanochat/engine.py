@@ -28,14 +28,10 @@ TOOL_TOKENS = (
 class Sampling:
     """How continuations are drawn, the same for every prompt of a batch. Raises UserError for impossible values."""
 
-    num_samples: int = 1
-    """Continuations of each prompt."""
-    max_new_tokens: int
-    """Length of a continuation, at most, in tokens."""
-    temperature: float = 1.0
-    """Logits are divided by it; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Draw from this many likeliest tokens; None: from all."""
+    num_samples: int = 1  # continuations of each prompt
+    max_new_tokens: int  # length of a continuation, at most
+    temperature: float = 1.0  # logits are divided by it; 0 always takes the likeliest token
+    top_k: int | None = None  # draw from this many likeliest tokens; None: from all
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

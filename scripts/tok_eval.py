@@ -6,6 +6,7 @@ Nothing is downloaded: a baseline takes part where tiktoken's cache (TIKTOKEN_CA
 """
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -27,22 +28,8 @@ TEXTS = {record["name"]: record["text"] for record in read_jsonl(Path(__file__).
 SAMPLE_BYTES = 1_000_000  # of each of the train and validation shards
 LONG, BAR = 16, 30  # bytes from which tokens are counted together; characters of the longest bar
 
-_OPENAI = "https://openaipublic.blob.core.windows.net"
 # tiktoken's name of a baseline -> {address of a rank file: its sha256}; tiktoken caches under the sha1 of the address
-BASELINES = {
-    "gpt2": {
-        f"{_OPENAI}/gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        f"{_OPENAI}/gpt-2/encodings/main/encoder.json": (
-            "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-        ),
-    },
-    "cl100k_base": {
-        f"{_OPENAI}/encodings/cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-    },
-    "o200k_base": {
-        f"{_OPENAI}/encodings/o200k_base.tiktoken": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
-    },
-}
+BASELINES = json.loads(Path(__file__).with_name("tok_baselines.json").read_bytes())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,8 +65,7 @@ def fetch(dataset: str, train_files: int, num_workers: int = 4) -> Path:
     wanted = {f"{spec.name}_val_000000.bin": "val"}
     wanted |= {f"{spec.name}_train_{index:06d}.bin": "train" for index in range(1, train_files + 1)}
     fetch_files(
-        {"source": dataset, "kind": "hub", "repo": spec.repo},
-        "main",
+        {"source": dataset, "kind": "hub", "repo": spec.repo, "revision": "main"},
         folder,
         wanted,
         describe=_describe,
