@@ -1,13 +1,10 @@
 """Rows of tokens -> micro-batches on the device, in one global order for any number of ranks, resumable exactly.
 
-- Rows: a row source says which rows come, in which order. There are three: text, tokenized and packed on the way
-  (data/text_rows.py), token files (data/bins.py) and conversations (data/chat_rows.py).
-- Ranks: rank r of W takes rows r, r + W, … of every global batch, so 1, 7 or 1,024 ranks see the same global batches.
-- Shapes: all ranks make the same number of micro-batches of one shape, because under sharded parameters each forward
-  pass is a collective. The rows that are missing for that are filler, whose targets do not count: loss and gradient
-  stay those of one rank.
-- Ahead: a background thread prepares the next few batches; what it raises is raised by `next_batch`.
-- State: the position of the source, taken between optimizer steps. It holds for any number of ranks.
+- Rank r of W takes rows r, r + W, … of every global batch that the row source gives (nanochat.data.rows), so 1, 7 or
+  1,024 ranks see the same global batches. The state is the position of the source, and holds for any number of ranks.
+- All ranks make the same number of micro-batches of one shape, because under sharded parameters each forward pass is a
+  collective. The rows that are missing for that are filler, whose targets do not count.
+- A background thread prepares the next few batches; what it raises is raised by `next_batch`.
 """
 
 import pkgutil

@@ -196,27 +196,27 @@ def _constants(node: ast.stmt) -> Iterator[str]:
     for call in ast.walk(node):
         if isinstance(call, ast.Call):
             names = [ast.unparse(arg) for arg in call.args if isinstance(arg, ast.Attribute | ast.Name)]
-            names += [arg.value for arg in call.args if _is_string(arg) and "\n" not in arg.value]  # type: ignore
+            names += [name for arg in call.args if (name := _string(arg)) is not None and "\n" not in name]
             texts = [text for arg in call.args if (text := _template(arg))]
             yield from (f"{'.'.join(names)}\n\n{text}" if names else text for text in texts)
         elif isinstance(call, ast.Dict):
             for key, value in zip(call.keys, call.values, strict=True):
-                if key is not None and _is_string(key) and (text := _template(value)):
-                    yield f"{key.value}\n\n{text}"  # type: ignore[attr-defined]
+                if (name := _string(key)) is not None and (text := _template(value)):
+                    yield f"{name}\n\n{text}"
 
 
-def _is_string(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _string(node: ast.AST | None) -> str | None:
+    """The value of a string constant."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def _template(node: ast.expr) -> str | None:
     """A long string constant, or what is fixed in one that `.format` fills."""
     filled = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format"
-    if filled:
-        node = node.func.value  # type: ignore[attr-defined]
-    if not (isinstance(node, ast.Constant) and isinstance(node.value, str)) or len(node.value) < MIN_CONSTANT:
+    text = _string(node.func.value if filled else node)  # type: ignore[attr-defined]
+    if text is None or len(text) < MIN_CONSTANT:
         return None
-    text = inspect.cleandoc(node.value)
+    text = inspect.cleandoc(text)
     if filled:
         text = re.sub(r"(?m)^[ \t]*\{\w+\}[ \t]*\n?", "", text).replace("{{", "{").replace("}}", "}")
     return text

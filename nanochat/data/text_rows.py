@@ -7,8 +7,7 @@
   rows one by one. Ranks own whole streams, so every document is read once an epoch by exactly one rank, and no rank can
   starve: the unit numbers never end.
 - State: three integers a stream: units begun, rows taken from the last one, and how many it has. The step alone would
-  not do: how many rows a unit gives is known once it is packed, to its owner only, so resuming would mean packing all
-  that came before. Units of a fixed number of rows would make it do, but throw text away.
+  not do: how many rows a unit gives is known only once it is packed.
 """
 
 import os
