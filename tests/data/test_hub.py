@@ -106,12 +106,12 @@ def test_a_socks_proxy_that_nothing_goes_through_does_not_matter(server, tmp_pat
     for name in ("HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    assert get(tmp_path / NAME).revision == COMMIT
+    assert get(tmp_path / NAME) == COMMIT
     monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
     monkeypatch.delenv("HTTP_PROXY")
     monkeypatch.setenv("NO_PROXY", "*")
     close_session()
-    assert get(tmp_path / NAME).revision == COMMIT
+    assert get(tmp_path / NAME) == COMMIT
 
 
 @pytest.mark.usefixtures("no_proxies")
