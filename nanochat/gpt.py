@@ -39,6 +39,9 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, each (1, length, 1, head_dim/2), fp32 (bf16 tables alone move fp32 logits
     by 2e-3). Frequencies go from 1 down to about 1/base; with `half`, half as many do, and the others are 0."""
+    if device.type == "meta":  # shapes only: arithmetic on meta imports torch._dynamo, which takes 2 s
+        cos, sin = torch.empty(2, 1, length, 1, head_dim // 2, device=device)
+        return cos, sin
     if half:
         exponent = torch.linspace(0, 1, head_dim // 4, dtype=torch.float32, device=device)
         frequency = torch.cat([base**-exponent, torch.zeros_like(exponent)])
@@ -46,6 +49,11 @@ def rotary_tables(
         frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
     return angle.cos()[None, :, None, :], angle.sin()[None, :, None, :]
+
+
+def embedding(entries: int, width: int) -> nn.Embedding:
+    """A table to be filled by init_weights: nn.Embedding's own normal values would on meta import torch._dynamo."""
+    return nn.Embedding(entries, width, _weight=torch.empty(entries, width))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -192,7 +200,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": embedding(config.vocab_size, config.n_embd),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             }
         )
@@ -200,7 +208,7 @@ class GPT(nn.Module):
         tables = {config.value_table(layer) for layer in range(config.n_layer)} - {None}
         if tables:
             width = config.n_kv_head * config.head_dim
-            self.transformer["value_embeds"] = nn.ModuleList(nn.Embedding(config.vocab_size, width) for _ in tables)
+            self.transformer["value_embeds"] = nn.ModuleList(embedding(config.vocab_size, width) for _ in tables)
         if config.x0_shortcut:
             self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
