@@ -31,8 +31,8 @@ class GPTConfig:
 
     Every architecture has rotary positions (arXiv 2104.09864), QK-norm (arXiv 2010.04245), grouped key/value heads
     (arXiv 2305.13245), squared ReLU (Primer, arXiv 2109.08668), RMSNorm (arXiv 1910.07467) without parameters, and
-    softcapped logits (Gemma 2, arXiv 2408.00118). The fields say where the others come from; records are those of the
-    modded-nanogpt speedrun.
+    softcapped logits (Gemma 2, arXiv 2408.00118). Value embeddings are those of ResFormer (arXiv 2410.17897), the other
+    features those of the modded-nanogpt speedrun's records; ArchFlags, which has flags of their names, explains them.
     """
 
     sequence_len: int = 2048
@@ -48,37 +48,24 @@ class GPTConfig:
     n_embd: int = 1280
     """Width of the residual stream; n_head must divide it."""
     window_pattern: str = "L"
-    """Attention window of each layer, tiled over the layers: L = long_window, S = short_window; the last is L."""
     long_window: int = -1
-    """How many positions before its own a query sees in layers of the letter L; -1 = all."""
     short_window: int = -1
-    """The same for the letter S; -1 = a quarter of sequence_len, in steps of 128."""
     document_token: int = -1
     """Token that starts a document: attention does not look beyond it. -1 = attention runs over documents."""
     rotary_base: float = 10_000.0
-    """Rotary frequencies go from 1 down to about 1/rotary_base radians a token."""
     rotary_half: bool = False
-    """Half of the frequencies are zero: those dimensions carry no position (records)."""
     attn_scale: float = 0.0
     """Factor on the attention logits; 0 = 1/sqrt(head_dim)."""
     logit_scale: float = 1.0
     """Factor between lm_head and the softcap, at width mup_base_width where that is given."""
     unet: bool = False
-    """U-net skips (records): layer n - 1 - i also gets the output of layer i, times a learned weight, for the first
-    half of the layers."""
     x0_shortcut: bool = False
-    """The input of each block is a learned mix of the residual stream and the normed embedding (records)."""
     value_embeds: ValueEmbeds = "none"
-    """Embeddings of the tokens that join the values (ResFormer, arXiv 2410.17897): ends = three tables, used by the
-    first and again by the last three layers; gated = a table of its own and a learned gate, for every second layer."""
     attn_gate: bool = False
-    """A learned gate on the output of each head, from the first 12 channels of its input (records)."""
     smear: bool = False
-    """Each embedding takes up a learned share of the one before it (records)."""
     backout: bool = False
-    """The stream of two thirds of the way leaves it again before the head, times a learned weight (records)."""
     attention_free_layer: int = -1
-    """Layer without attention (records); -1 = none."""
+    """Layer without attention; -1 = none."""
     mup_base_width: int = 0
     """Width at which muP and the standard parametrisation agree (nanochat.mup); 0 = standard parametrisation."""
     mup_base_depth: int = 0
@@ -304,17 +291,17 @@ class ArchFlags:
 
     # ---- features
     window_pattern: str | None = None
-    """Attention window of each layer, tiled: L = long_window, S = short_window (SSSL, for example)."""
+    """Attention window of each layer, tiled: L = long_window, S = short_window (SSSL, for example); the last is L."""
     long_window: Annotated[int | None, int_flag(gte=-1)] = None
     """Tokens before its own that a query sees in layers of the letter L; -1: all."""
     short_window: Annotated[int | None, int_flag(gte=-1)] = None
-    """The same for the letter S; -1: a quarter of the row."""
+    """The same for the letter S; -1: a quarter of the row, in steps of 128."""
     window_warmup: bool | None = None
     """Let the windows grow from 128 tokens to their full length over the run; needs a long_window."""
     document_mask: bool | None = None
     """Attention stays within the document."""
     rotary_base: Annotated[float | None, float_flag(gte=1)] = None
-    """Rotary frequencies go from 1 down to about 1/rotary_base."""
+    """Rotary frequencies go from 1 down to about 1/rotary_base radians a token."""
     rotary_half: bool | None = None
     """Half of the rotary dimensions carry no position."""
     attn_scale: Annotated[float | None, float_flag(gte=0)] = None
@@ -326,13 +313,14 @@ class ArchFlags:
     x0_shortcut: bool | None = None
     """Each block's input is a learned mix of the residual stream and the embedding."""
     value_embeds: ValueEmbeds | None = None
-    """Value embeddings: ends = three tables for the first and the last three layers; gated = every second layer."""
+    """Embeddings of the tokens that join the values: ends = three tables, used by the first and again by the last three
+    layers; gated = a table of its own and a learned gate for every second layer."""
     attn_gate: bool | None = None
-    """A learned gate on each head's output."""
+    """A learned gate on each head's output, from the first 12 channels of its input."""
     smear: bool | None = None
-    """Each embedding takes up some of the one before it."""
+    """Each embedding takes up a learned share of the one before it."""
     backout: bool | None = None
-    """Take the stream of two thirds of the way out again before the head."""
+    """Take the stream of two thirds of the way out again before the head, times a learned weight."""
     drop_attention: bool | None = None
     """Leave out attention in one layer, seven twelfths of the way up; in models of at least 12 layers."""
 
