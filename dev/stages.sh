@@ -16,11 +16,13 @@ remember_command() {
   export NANOCHAT_CONTINUE
 }
 
-# A safe folder name, as nanochat/paths.py makes it.
+# The name of a folder: a plain name is its own, for others nanochat/paths.py says it.
 slug() {
-  local name=${1//+([^A-Za-z0-9._])/-}
-  name=${name#-}
-  printf %s "${name%-}"
+  if [[ $1 =~ ^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$ ]]; then
+    printf %s "$1"
+  else
+    python -c 'import sys; from nanochat.paths import slug; print(slug(sys.argv[1]))' "$1"
+  fi
 }
 
 # folder_of SETTING VALUE: the full path of the folder that VALUE (DIR or local:DIR) names.

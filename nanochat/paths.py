@@ -3,10 +3,13 @@
 The store is `$NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`); each stage reads and writes only below it.
 """
 
+import hashlib
 import os
 import re
+import unicodedata
 from pathlib import Path
 
+LONGEST_NAME = 200  # bytes of a folder name: file systems take 255, and `.1` or a step may come behind it
 REPO = Path(__file__).resolve().parent.parent  # this program's own folder
 
 
@@ -18,8 +21,15 @@ def get_base_dir() -> Path:
 
 
 def slug(name: str) -> str:
-    """`name` as a safe folder name: `local:/data/x` -> `local-data-x`."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-")
+    """`name` as the name of one folder, which no other name has: letters and digits of any script, `.`, `_` and `-` are
+    kept. Where anything else was replaced, or the name is empty, hidden or too long, a hash of it comes behind."""
+    name = unicodedata.normalize("NFC", name)
+    kept = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LMN" else " " for c in name)
+    kept = re.sub(" +", "-", kept.strip(" ")).lstrip(".-")
+    if kept == name != "" and len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{kept.encode()[: LONGEST_NAME - 9].decode('utf-8', 'ignore')}-{digest}".lstrip("-")
 
 
 def data_dir(source: str) -> Path:
@@ -43,7 +53,7 @@ def checkpoint_dir(stage: str, tag: str) -> Path:
 
 def run_id() -> str:
     """Name of the current run: set by the pipeline in NANOCHAT_RUN_ID; `adhoc` for a script started by hand."""
-    return slug(os.environ.get("NANOCHAT_RUN_ID", "adhoc"))
+    return slug(os.environ.get("NANOCHAT_RUN_ID") or "adhoc")
 
 
 def run_dir(run: str | None = None) -> Path:

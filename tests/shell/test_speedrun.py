@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nanochat import ledger
+from nanochat import ledger, paths
 from nanochat.ledger import STAGES
 from tests.shell.scripts import ROOT, shell
 
@@ -138,18 +138,20 @@ def test_overrides_reach_the_stages(tree, bare_path):
     made = calls(tree, bare_path, SOURCE="local:my text", DEPTH="6", NPROC_PER_NODE="2", RUN_ID="a/b", WANDB_RUN="w")
     train = next(line for line in made if "run base_train" in line)
     source = f"local:{tree / 'my text'}"
-    assert f"--source={source}" in train and "--depth=6" in train and "--run=w" in train and "--model-tag=a-b" in train
+    tag = paths.slug("a/b")
+    assert f"--source={source}" in train and "--depth=6" in train and "--run=w" in train
+    assert f"--model-tag={tag} " in train and tag != "a-b"
     assert "-- python -m nanochat.launch --nproc-per-node=2 -- -m scripts.base_train" in train
-    assert "--out checkpoints/base/a-b" in train
+    assert f"--out checkpoints/base/{tag} " in train
 
 
-def test_shell_and_python_agree_on_folder_names(tree, bare_path):
-    from nanochat import paths
-
-    folder = tree / "my--text (2)"
+@pytest.mark.parametrize("name", ["my--text (2)", "模型", "Ünïcode", ".hidden", "x" * 250, "-r"])
+def test_shell_and_python_agree_on_folder_names(tree, bare_path, name):
+    folder = tree / name
     folder.mkdir()
-    made = calls(tree, bare_path, SOURCE=f"local:{folder}")
+    made = calls(tree, bare_path, SOURCE=f"local:{folder}", RUN_ID=name)
     assert f"--out base_data/{paths.slug(f'local:{folder}')} --" in made[0]
+    assert f"--model-tag={paths.slug(name)} " in next(line for line in made if "run base_train" in line)
 
 
 def test_a_large_source_gets_the_tokenizers_shards_first(tree, bare_path):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
+from nanochat.paths import slug
 from nanochat.tasks import registry, spelling
 from nanochat.tasks.arc import ARC
 from nanochat.tasks.common import Task
@@ -158,11 +159,12 @@ def test_the_table_says_of_each_task_what_its_class_does():
 
 
 def test_inputs_are_paths_below_the_store_each_once():
+    folder = slug("local:/data/a b")
     assert task_inputs("SpellingBee:5*2,HumanEval,SmolTalk,SimpleSpelling,Identity,TextChoice", "local:/data/a b") == [
-        "task_data/local-data-a-b/words.txt",
-        "task_data/local-data-a-b/words.json",
+        f"task_data/{folder}/words.txt",
+        f"task_data/{folder}/words.json",
         "task_data/hub/SmolTalk",
-        "task_data/local-data-a-b/text_choice*",
+        f"task_data/{folder}/text_choice*",
     ]
     assert task_inputs("Arithmetic,reasoning-gym/maze", "pydocs") == []
     assert task_inputs("/data/own.jsonl", "pydocs") == ["/data/own.jsonl"]
