@@ -30,6 +30,7 @@ from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import batch_lr_scale, make_schedule, window_length
+from nanochat.parallel import Policy
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir
 from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, get_dist_info, print0
 from nanochat.tokenizer import get_token_bytes
@@ -236,6 +237,19 @@ def announce(settings: Settings, model: GPT, data: TrainData, plan: BatchPlan, n
         print0(f"warning: too little data: this horizon repeats it {epochs:.1f} times; get more of it, or train less")
 
 
+def build_model(settings: Settings, data: TrainData, device: torch.device) -> tuple[GPT, Policy, int, str]:
+    """(model, how it is spread over ranks, optimizer steps, why so many): shapes first, so that an impossible horizon
+    costs no memory; memory second, values last."""
+    with torch.device("meta"):
+        model = GPT(build_config(settings, data.vocab_size, data.document_token), compute_dtype(device))
+    num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
+    policy = parallelize_model(model, settings, device)
+    model.to_empty(device=device)
+    model.init_weights(init_spec(settings))
+    apply_fp8(model, settings.fp8)
+    return model, policy, num_iterations, why
+
+
 def main(settings: Settings) -> None:
     settings = resolve(settings)
     _, rank, _, world_size, device = compute_init(settings.device_type)
@@ -244,16 +258,8 @@ def main(settings: Settings) -> None:
     settings = cli.replace(settings, source=data.source)
     plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
 
-    # ---- the model: shapes first (an impossible horizon costs no memory), memory second, values last
-    config = build_config(settings, data.vocab_size, data.document_token)
-    with torch.device("meta"):
-        model = GPT(config, compute_dtype(device))
-    num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
-    policy = parallelize_model(model, settings, device)
-    model.to_empty(device=device)
-    model.init_weights(init_spec(settings))
-    apply_fp8(model, settings.fp8)
-    forward = compiled(model, policy, settings.compile)
+    model, policy, num_iterations, why = build_model(settings, data, device)
+    config, forward = model.config, compiled(model, policy, settings.compile)
 
     # ---- the optimizer; its rates and the batch are what later stages go on with
     horizon = num_iterations * settings.total_batch_size
