@@ -7,28 +7,23 @@ Scores go to base_eval/<tag>_<step>.csv, the answer to every item to the .jsonl 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from nanochat import cli
 from nanochat.checkpoint import load_model
 from nanochat.cli import int_flag
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.core import evaluate_core, report_data, write_results
+from nanochat.eval.scores import CheckpointFlags
 from nanochat.paths import eval_bundle_dir, get_base_dir, slug
-from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init, print0
+from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.sections import write_section
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DeviceFlags):
+class Settings(CheckpointFlags):
     """Score a trained model on the CORE tasks."""
 
-    stage: Literal["base", "mid", "sft", "rl"] = "base"
-    """Training stage whose checkpoint is scored."""
-    model_tag: str | None = None
-    """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, int_flag(gte=0)] = None
-    """Optimizer step of the checkpoint; default: the last."""
     max_per_task: Annotated[int, int_flag(gte=-1)] = -1
     """Items per task; -1 for all."""
     device_batch_size: Annotated[int, int_flag(gte=1)] = 8

@@ -7,7 +7,7 @@ The text is that which the model was trained on (--source names another); every 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from nanochat import cli
 from nanochat.checkpoint import load_model
@@ -18,7 +18,8 @@ from nanochat.dataloader import row_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import BpbResult, baselines, measure_bpb, scored_bytes, train_text
 from nanochat.eval.samples import make_samples
-from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init, print0
+from nanochat.eval.scores import CheckpointFlags
+from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.sections import write_section
 from nanochat.tokenizer import get_token_bytes
 
@@ -26,15 +27,9 @@ BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s fo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DeviceFlags):
+class Settings(CheckpointFlags):
     """Measure the loss of a trained model."""
 
-    stage: Literal["base", "mid", "sft", "rl"] = "base"
-    """Training stage whose checkpoint is measured."""
-    model_tag: str | None = None
-    """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, int_flag(gte=0)] = None
-    """Optimizer step of the checkpoint; default: the last."""
     device_batch_size: Annotated[int, int_flag(gte=1)] = 32
     """Rows per forward pass on each device."""
     split_tokens: Annotated[int, int_flag(gte=1)] = 1_048_576

@@ -49,10 +49,10 @@ def update_manifest(folder: Path, about: Manifest, files: Manifest, replace: boo
         atomic_write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def replace_shards(folder: Path, about: Manifest, files: Manifest) -> None:
-    """Make `files` all there is of a source, and remove its other shards."""
+def replace_shards(folder: Path, about: Manifest, files: Manifest, pattern: str = "shard_*.parquet") -> None:
+    """Make `files` all there is of a source, and remove its other shards, those that match `pattern`."""
     update_manifest(folder, about, files, replace=True)
-    for path in folder.glob("shard_*.parquet"):
+    for path in folder.glob(pattern):
         if path.name not in files:
             path.unlink()
 

@@ -18,16 +18,8 @@ import torch
 
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
-from nanochat.eval.scores import (
-    Composite,
-    Record,
-    TaskScore,
-    gather_records,
-    longest_first,
-    pad_rows,
-    rank_and_world,
-    write_scores,
-)
+from nanochat.eval.scores import Composite, Record, TaskScore, gather_records, longest_first, pad_rows, write_scores
+from nanochat.runtime import rank_and_world
 from nanochat.sandbox import require_isolation
 from nanochat.tasks.common import Conversation, Task
 from nanochat.tasks.registry import CHATCORE_TASKS, GRADED_TASKS, make_task, parse_tasks

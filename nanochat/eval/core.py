@@ -16,17 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.eval.bundle import Bundle, Task
-from nanochat.eval.scores import (
-    Composite,
-    Record,
-    TaskScore,
-    gather_records,
-    longest_first,
-    pad_rows,
-    rank_and_world,
-    write_scores,
-)
-from nanochat.runtime import heartbeat
+from nanochat.eval.scores import Composite, Record, TaskScore, gather_records, longest_first, pad_rows, write_scores
+from nanochat.runtime import heartbeat, rank_and_world
 from nanochat.tokenizer import RustBPETokenizer, repaired
 
 _CHUNK_ITEMS = 512  # items rendered and encoded at a time: bounds memory on the tasks with 10,000 items

@@ -122,7 +122,7 @@ def write_offline_bundle(documents: Iterable[str], source: str, target: Path) ->
     """Generate a bundle from held-out `documents` and put it at `target`, complete or not at all."""
     tasks = make_items(documents)
     entries, table = [], [["Eval Task", "Task Type", "#shots", "#datapoints", "Random baseline", "Description"]]
-    with _replacing(target) as folder:
+    with _replacing(target, "offline", source) as folder:
         for label, recipe in RECIPES.items():
             uri, shots, kind = f"offline/{label}.jsonl", recipe.num_fewshot, recipe.kind
             lines = "".join(json.dumps(item) + "\n" for item in tasks[label])
@@ -133,7 +133,6 @@ def write_offline_bundle(documents: Iterable[str], source: str, target: Path) ->
         atomic_write_text(folder / "core.yaml", yaml.safe_dump({"icl_tasks": entries}, sort_keys=False))
         with (folder / "eval_meta_data.csv").open("w", encoding="utf-8", newline="") as stream:
             csv.writer(stream).writerows(table)
-        _mark(folder, "offline", source)
     return load_bundle(target)
 
 
@@ -143,29 +142,24 @@ def copy_bundle(origin: Path, target: Path) -> Bundle:
     if target.exists() and origin.samefile(target):
         return bundle
     entries = yaml.safe_load((origin / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-    with _replacing(target) as folder:
+    with _replacing(target, bundle.kind, bundle.source or str(origin)) as folder:
         for name in ("core.yaml", "eval_meta_data.csv", *(f"eval_data/{entry['dataset_uri']}" for entry in entries)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(origin / name, folder / name)
-        _mark(folder, bundle.kind, bundle.source or str(origin))
     return load_bundle(target)
 
 
 @contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place in the end."""
+def _replacing(target: Path, kind: str, source: str) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place in the end: read back, and with what it is written down."""
     folder, old = (target.with_name(f"{target.name}{suffix}") for suffix in (".tmp", ".old"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
+    marker = {"kind": kind, "source": source, "tasks": [task.label for task in load_bundle(folder).tasks]}
+    atomic_write_text(folder / MARKER, json.dumps(marker, indent=1) + "\n")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.replace(target, old)
     os.replace(folder, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _mark(folder: Path, kind: str, source: str) -> None:
-    """Read the bundle back and write down what it is."""
-    marker = {"kind": kind, "source": source, "tasks": [task.label for task in load_bundle(folder).tasks]}
-    atomic_write_text(folder / MARKER, json.dumps(marker, indent=1) + "\n")

@@ -7,17 +7,29 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 
+from nanochat.cli import int_flag
 from nanochat.files import atomic_write_text
-from nanochat.runtime import gather
+from nanochat.runtime import DeviceFlags, gather
 
 _WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
 
 Record = dict[str, Any]  # the outcome of one item, JSON-able
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFlags(DeviceFlags):
+    """Which checkpoint is evaluated."""
+
+    stage: Literal["base", "mid", "sft", "rl"] = "base"
+    """Training stage of the checkpoint."""
+    model_tag: str | None = None
+    """Name of the run among the stage's checkpoints; default: the newest."""
+    model_step: Annotated[int | None, int_flag(gte=0)] = None
+    """Optimizer step of the checkpoint; default: the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +90,6 @@ class Composite:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.value:.4f} ± {self.stderr:.4f}"
-
-
-def rank_and_world() -> tuple[int, int]:
-    """(rank, world size) of the process group; (0, 1) without one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather_records(records: dict[int, Record]) -> list[Record]:

@@ -129,8 +129,8 @@ def answered(question: str, answer: str | list[dict[str, str]]) -> Conversation:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """A multiple-choice question as the user asks it.
+def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> Conversation:
+    """A categorical item: the question as the user asks it, and the right letter as its answer.
 
     The letter stands after its choice: a small model can then bind the letter to what it has just read, instead of
     having to carry it over the whole choice. And `=A` without a space makes the letter the same token as in the answer.
@@ -138,12 +138,8 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
     if len(letters) != len(choices):
         raise UserError(f"multiple choice with {len(letters)} letters for {len(choices)} choices: {question[:60]!r}")
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
-    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-
-
-def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> Conversation:
-    """A categorical item: the question, and the right letter as its answer."""
-    return {**answered(render_mc(question, letters, choices), answer), "letters": list(letters)}
+    asked = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    return {**answered(asked, answer), "letters": list(letters)}
 
 
 # ---- calculations

@@ -295,10 +295,7 @@ def _record(task: str, split: str, entries: parquet.Manifest) -> None:
     target = folder(task)
     others = {name: entry for name, entry in parquet.load_manifest(target)["files"].items() if entry["split"] != split}
     about = {"repo": HUB_TASKS[task].repo, "revision": HUB_TASKS[task].revision}
-    parquet.update_manifest(target, about, {**others, **entries}, replace=True)
-    for path in target.glob(f"{split}-*.parquet"):
-        if path.name not in entries:
-            path.unlink()
+    parquet.replace_shards(target, about, {**others, **entries}, f"{split}-*.parquet")
 
 
 def _describe(task: str, split: str, path: Path, name: str) -> parquet.Manifest:
