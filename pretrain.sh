@@ -80,10 +80,11 @@ for name in DEPTH TOTAL_BATCH WAIT_SECONDS; do
   [[ ${!name} =~ ^[1-9][0-9]*$ ]] || stop "$name=${!name}: expected a whole number above 0"
 done
 source profiles/pretrain.sh
-if [ "$SOURCE" = fineweb-edu ] && [ "$SHARDS" -gt "$FINEWEB_SHARDS" ]; then
-  echo "d$DEPTH asks for $SHARDS shards and fineweb-edu has $FINEWEB_SHARDS: text is repeated then" \
-    "(SOURCE=climbmix has 6542)"
-  SHARDS=$FINEWEB_SHARDS
+there=$(python -c 'import sys; from nanochat.data.sources import SOURCES
+print(getattr(SOURCES.get(sys.argv[1]), "last", ""))' "$SOURCE") # train shards of a source that has numbered ones
+if [ -n "$there" ] && [ "$SHARDS" -gt "$there" ]; then
+  echo "d$DEPTH asks for $SHARDS shards and $SOURCE has $there: text is repeated then (climbmix has the most)"
+  SHARDS=$there
 fi
 PROFILE=pretrain
 name_run

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat import cli
+from nanochat.cluster.stragglers import marks
 from nanochat.hardware import device_name
 from nanochat.runtime import synchronize
 
@@ -56,19 +57,3 @@ def keep_busy(device: torch.device) -> None:
         square = torch.ones((8192, 8192), device=device, dtype=torch.bfloat16)
         for _ in range(40):
             torch.mm(square, square)
-
-
-class HostMark:
-    """A torch.cuda.Event where there is only the host's clock."""
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, later: "HostMark") -> float:
-        return 1000 * (later.at - self.at)
-
-
-def marks(device: torch.device, count: int) -> list[Any]:
-    return [torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostMark() for _ in range(count)]

@@ -18,10 +18,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import about, marks, milliseconds
+from benchmarks.measure import about, milliseconds
 from benchmarks.output import Output, write_json
 from nanochat import cli
 from nanochat.cli import int_flag
+from nanochat.cluster.stragglers import marks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import DeviceFlags, compute_dtype, compute_init

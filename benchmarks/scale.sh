@@ -35,10 +35,8 @@ esac
 
 failed=()
 run_row() { # DEPTH GPUS STRATEGY USE_MUON
-  local depth=$1 gpus=$2 name rows=1 most=$((TOTAL_BATCH / 2048 / $2)) command
-  # rows a pass on a GPU of 80 GB, as in pretrain.sh, and no more than the batch has for each
-  if [ "$depth" -le 16 ]; then rows=32; elif [ "$depth" -le 22 ]; then rows=16; elif [ "$depth" -le 26 ]; then rows=8
-  elif [ "$depth" -le 32 ]; then rows=4; fi
+  local depth=$1 gpus=$2 name rows most=$((TOTAL_BATCH / 2048 / $2)) command
+  rows=$(DEPTH=$depth && source profiles/pretrain.sh && echo "$ROWS") # but no more than the batch has for each GPU
   if [ "$most" -ge 1 ] && [ "$most" -lt "$rows" ]; then rows=$most; fi
   name=scale_d${depth}_${gpus}gpu_$3_$([ "$4" = True ] && echo muon || echo adamw)
   command=(python -m nanochat.launch -- -m benchmarks.train_speed --depth="$depth" --parallel="$3" --use-muon="$4"

@@ -20,7 +20,6 @@ while read -r depth shards ROWS; do
   if [ -n "$depth" ] && { [ "$depth" -ge "$DEPTH" ] || [ "$depth" -eq 64 ]; }; then break; fi
 done <<<"$TABLE"
 : "${SHARDS:=$shards}"
-FINEWEB_SHARDS=1822 # that there are; climbmix has 6542
 
 GPUS= # nanochat.launch counts them, on every node
 source profiles/full.sh

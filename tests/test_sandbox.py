@@ -485,7 +485,7 @@ def test_a_layer_that_fails_to_come_up_stops_the_program(monkeypatch, tmp_path):
 
 
 def test_elsewhere_than_on_linux_it_refuses(monkeypatch):
-    sandbox._probed.cache_clear()
+    isolation_level.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match="only on Linux, this is darwin"):
         execute_code("print(1)")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import mean, median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,21 +41,16 @@ class StragglerReport:
     def _clear(self) -> None:
         self.times: list[tuple[float, float]] = []
         self.ends: list[float] = []
-        self.forwards: list[float | tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.forwards: list[tuple[Any, Any]] = []
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Times the forward pass of the first micro-batch of a step."""
-        if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self.forwards.append((start, end))
-        else:
-            begun = time.perf_counter()
-            yield
-            self.forwards.append(time.perf_counter() - begun)
+        start, end = marks(self.device, 2)
+        start.record()
+        yield
+        end.record()
+        self.forwards.append((start, end))
 
     def record(self, step_seconds: float, data_seconds: float) -> None:
         """Once a step: see Observer.before_collective."""
@@ -70,7 +66,10 @@ class StragglerReport:
         if step % self.every or len(self.times) < 2:
             return {}
         steps = [later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False)]
-        local = [*map(mean, zip(*self.times, strict=True)), mean(map(_seconds, self.forwards or [0.0])), median(steps)]
+        if self.forwards:
+            self.forwards[-1][1].synchronize()  # waits for the device: once in `every` steps
+        forwards = [start.elapsed_time(end) / 1000 for start, end in self.forwards]
+        local = [*map(mean, zip(*self.times, strict=True)), mean(forwards or [0.0]), median(steps)]
         self._clear()
         if self.world == 1:
             return {}
@@ -87,12 +86,21 @@ class StragglerReport:
         return {f"Stragglers/{name.replace(' ', '_')}_max_over_median": ratio for name, ratio in ratios.items()}
 
 
-def _seconds(forward: float | tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
-    if isinstance(forward, float):
-        return forward
-    start, end = forward
-    end.synchronize()  # waits for the device: once in `every` steps
-    return start.elapsed_time(end) / 1000
+class HostMark:
+    """A torch.cuda.Event where there is only the host's clock."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, later: "HostMark") -> float:
+        return 1000 * (later.at - self.at)
+
+
+def marks(device: torch.device, count: int) -> list[Any]:
+    """To be recorded on the device's stream; the time between two is in milliseconds."""
+    return [torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostMark() for _ in range(count)]
 
 
 def slowest(table: dict[str, list[float]], step_seconds: float, hosts: list[str]) -> str | None:

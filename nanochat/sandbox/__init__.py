@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ MAX_TIMEOUT = 3600
 READY = b"ready\n"  # what a program's process says once it is locked in
 GRACE = 30.0  # seconds that the supervisor gets on top of the program's time before it is killed itself
 LOST = {"lost": True, "message": READY, "status": 0}  # outcome where the supervisor was killed
-_probe_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -59,14 +57,9 @@ class Isolation(NamedTuple):
         return ", ".join(name for name, granted in layers.items() if granted)
 
 
+@functools.cache
 def isolation_level() -> Isolation:
     """The layers in force here. Each is tried once, in a process that is thrown away. Raises UserError off Linux."""
-    with _probe_lock:  # two first callers at once: one probe
-        return _probed()
-
-
-@functools.cache
-def _probed() -> Isolation:
     if not sys.platform.startswith("linux"):
         raise UserError(f"model-written code runs only on Linux, this is {sys.platform}: evaluate on a Linux machine")
     return Isolation(**_supervised({"probe": True}, GRACE)[0])

@@ -252,6 +252,7 @@ def test_a_row_that_fails_does_not_stop_the_others_and_results_are_kept(tmp_path
     for folder in ("bin", "dev", "benchmarks"):
         (tmp_path / folder).mkdir()
     shutil.copy(ROOT / "benchmarks/scale.sh", tmp_path / "benchmarks")
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     (tmp_path / "dev/setup.sh").touch()
     (tmp_path / "bin/python").write_text(STAND_IN)
     (tmp_path / "bin/python").chmod(0o755)

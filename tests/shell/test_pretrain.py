@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 # Logs what it is called with. Where this runs, who joins in and what tasks read are the real thing; with RUN set, so is
 # the launcher of a stage, up to a torchrun that only logs.
 PYTHON = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then exec "$REAL" "$@"; fi
 case $2 in nanochat.launch | nanochat.cluster.nodes | scripts.chat_data) exec "$REAL" "$@" ;; esac
 printf ' %q' "$@" >>"$CALLS" && echo >>"$CALLS"
 if [ -n "${RUN:-}" ] && [ "$2" = nanochat.pipeline ]; then
