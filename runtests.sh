@@ -43,7 +43,8 @@ component() {
 rust_checks() {
   cd rustbpe
   check "cargo fmt" component fmt rustfmt --check
-  check "cargo clippy" component clippy clippy --locked --quiet --all-targets --all-features -- -D warnings
+  # in the release profile, whose dependencies (zstd in C) setup has built: 20 s of CPU instead of 136
+  check "cargo clippy" component clippy clippy --release --locked --quiet --all-targets --all-features -- -D warnings
   check "cargo test" cargo test --locked --quiet ${rust[@]+"${rust[@]}"}
 }
 
@@ -52,7 +53,7 @@ check "ruff format" ruff format --check .
 check "ruff" ruff check .
 check "mypy" mypy nanochat
 check "import-linter" lint-imports
-check "pytest" python -m pytest -q -n "${TEST_WORKERS:-2}" --dist loadfile -m "$marker"
+check "pytest" python -m pytest -q -n "${TEST_WORKERS:-3}" --dist loadfile -m "$marker"
 wait
 cat "$results.log"
 rm -f "$results.log"

@@ -16,8 +16,10 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
+from scripts import base_train
 from scripts.base_train import Settings, build_config, main, plan_horizon, resolve
 from tests.data.test_text_rows import write_source
+from tests.processes import run_processes
 
 SMALL = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 32, "device_batch_size": 4,
          "total_batch_size": 256, "num_iterations": 6, "eval_tokens": 512, "core_metric_every": -1,
@@ -118,12 +120,20 @@ def command(**changes):
     return [sys.executable, "-m", "scripts.base_train", *flags]
 
 
-def test_sigterm_saves_exits_0_and_the_rest_is_bit_for_bit(prepared):
+@pytest.fixture
+def one_thread():
+    """Sums as a process with OMP_NUM_THREADS=1 makes them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_sigterm_saves_exits_0_and_the_rest_is_bit_for_bit(prepared, one_thread, capsys):
     many = {"num_iterations": 150, "eval_every": -1, "save_every": -1}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    subprocess.run(command(**many, model_tag="whole"), env=environment, check=True, capture_output=True)
-    parts = command(**many, model_tag="parts", resume="auto")
-    process = subprocess.Popen(parts, env=environment, stdout=subprocess.PIPE, text=True)
+    parts = {**many, "model_tag": "parts", "resume": "auto"}
+    process = subprocess.Popen(command(**parts), env=environment, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 00003"):
             process.send_signal(signal.SIGTERM)
@@ -133,8 +143,9 @@ def test_sigterm_saves_exits_0_and_the_rest_is_bit_for_bit(prepared):
     folder = checkpoint_dir("base", "parts")
     (stopped_at,) = checkpoint.committed_steps(folder)
     assert 3 <= stopped_at < 150 and not (folder / "COMPLETE").exists()
-    done = subprocess.run(parts, env=environment, check=True, capture_output=True, text=True)
-    assert f"resumed from step {stopped_at}" in done.stdout
+    main(Settings(**{**SMALL, **parts}))
+    assert f"resumed from step {stopped_at}" in capsys.readouterr().out
+    main(Settings(**{**SMALL, **many, "model_tag": "whole"}))
     whole, again = (
         load_file(checkpoint_dir("base", tag) / "step_000150" / "model.safetensors") for tag in ("whole", "parts")
     )
@@ -151,9 +162,21 @@ def test_two_processes_under_torchrun(prepared):
     assert double["val_bpb"] == pytest.approx(single["val_bpb"], rel=1e-4)
     assert double["world_size"] == 2 and len(double["rng"]) == 2
     assert double["loader"] == single["loader"]
-    longer = [word.replace("--num-iterations=4", "--num-iterations=5") for word in two]
-    done = subprocess.run([*longer, "--resume=auto"], env=environment, check=True, capture_output=True, text=True)
-    assert done.stdout.count("differs in num_iterations: kept as two.1") == 1
+
+
+def on_each_rank(settings):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_train, "compute_cleanup", lambda: None)  # the process group is the test's
+        main(settings)
+
+
+def test_two_ranks_set_a_run_of_other_settings_aside_once(prepared, capfd):
+    main(Settings(**{**SMALL, "num_iterations": 2, "model_tag": "two"}))
+    capfd.readouterr()
+    longer = Settings(**{**SMALL, "num_iterations": 3, "model_tag": "two", "resume": "auto"})
+    run_processes(2, on_each_rank, longer, heard=True)
+    assert capfd.readouterr().out.count("differs in num_iterations: kept as two.1") == 1
+    assert checkpoint.committed_steps(checkpoint_dir("base", "two")) == [3]
 
 
 @pytest.mark.parametrize(
