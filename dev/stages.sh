@@ -124,12 +124,22 @@ chat_stage() {
   stage "chat_eval_$3" --in "$to" "${CHAT_DATA[@]}" -- "${launch[@]}" scripts.chat_eval -i "$3" -g "$TAG" "${CHAT_EVAL[@]}"
 }
 
+# The run is ours from the first stage to the end of this script: the runner of each stage locks what we have open.
+hold_run() {
+  local folder=$NANOCHAT_BASE_DIR/runs/$TAG
+  if mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ]; then # where it cannot be, the runner says why
+    exec 8>>"$folder/lock"
+    export RUN_LOCK=8
+  fi
+}
+
 # Runs one stage unless it is done (see nanochat/pipeline.py). In the background, because bash answers signals only
 # between commands: the runner hands them to the stage, which saves its state before it leaves. Slurm sends USR1 to all
 # of us at once; the runner does not know it, so it is kept from it and told TERM. After a signal the script ends with
 # STOPPED_CODE, where that is set.
 stage() {
   local runner code=0 stopped=
+  [ -n "${RUN_LOCK:-}" ] || hold_run
   (
     trap '' USR1
     exec python -m nanochat.pipeline run "$@"

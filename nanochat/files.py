@@ -4,9 +4,18 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from nanochat import paths
+
+LARGE_BYTES = 16 * 2**20  # files above this are hashed once (at about 1 GB/s) and remembered
+_hashes: dict[Path, dict[str, dict[str, Any]]] = {}  # store -> file -> newest line of hashes.jsonl
+_remembering = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -31,6 +40,48 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of the content of `path`."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """As sha256_file. That of a large file is kept in hashes.jsonl of the store, and the file read again only when it
+    is another (inode, size) or its time of change, which no program can set back, is another."""
+    stat = path.stat()
+    if stat.st_size <= LARGE_BYTES:
+        return sha256_file(path)
+    base = paths.get_base_dir()
+    with _remembering:
+        if base not in _hashes:
+            _hashes[base] = {str(known.get("file")): known for known in read_jsonl(base / "hashes.jsonl")}
+    mark = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    name = os.path.relpath(path, base)
+    if (known := _hashes[base].get(name, {})).get("mark") == mark and isinstance(known.get("sha256"), str):
+        return str(known["sha256"])
+    record = {"file": name, "mark": mark, "sha256": sha256_file(path)}
+    if time.time() - stat.st_ctime > 1:  # one that is being written may change without a later time
+        with _remembering, contextlib.suppress(OSError):  # where the store cannot be written, it is read again
+            _hashes[base][name] = record
+            append_jsonl(base / "hashes.jsonl", record)
+    return str(record["sha256"])
+
+
+def link_files(source: Path, target: Path, replace: bool = True, prune: bool = False) -> None:
+    """All files below `source` also below `target`, as hard links (copies where the disk has none): those that are
+    replaced or deleted in one later stay as they are in the other. replace: also where `target` has another of that
+    name; prune: remove what only `target` has."""
+    wanted = {file.relative_to(source) for file in source.rglob("*") if file.is_file() and file.suffix != ".tmp"}
+    target.mkdir(parents=True, exist_ok=True)
+    for name in sorted(wanted):
+        if not replace and (target / name).exists():
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target / name) as temporary:
+            try:
+                os.link((source / name).resolve(), temporary)
+            except OSError:
+                shutil.copyfile(source / name, temporary)
+    for file in [*target.rglob("*")] if prune else []:
+        if file.is_file() and file.relative_to(target) not in wanted:
+            file.unlink()
 
 
 def append_jsonl(path: Path, record: dict[str, Any], sync: bool = False) -> None:
@@ -60,7 +111,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict):
                 records.append(record)

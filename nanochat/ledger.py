@@ -10,12 +10,13 @@ import itertools
 import re
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat import paths
-from nanochat.files import append_jsonl, read_jsonl
+from nanochat.files import append_jsonl, content_hash, read_jsonl
 from nanochat.paths import REPO
 
 
@@ -46,15 +47,12 @@ STAGES = {
     "chat_eval_rl": Stage(("chat_rl",), "RL"),
 }
 
-# Files up to this size are told apart by content, so that a stage that rewrites the same tokenizer does not cause a
-# new training; larger ones (shards, weights) by size and time of change. Hashing runs at about 1 GB/s.
-HASHED_BYTES = 16 * 2**20
-
 # These describe a run and cannot change what a stage writes: editing the report must not retrain a model.
 DESCRIBING_MODULES = frozenset(f"nanochat.{name}" for name in ("hardware", "ledger", "pipeline", "report", "sections"))
 
 Record = dict[str, Any]
-Fingerprint = dict[str, str]  # path as a reader would write it -> size and content hash, or size and time of change
+Fingerprint = dict[str, str]  # path as a reader would write it -> size and content hash
+STATUSES = frozenset({"started", "finished", "failed", "unfinished", "interrupted", "skipped"})
 
 
 def ledger_path(run_dir: Path) -> Path:
@@ -67,14 +65,20 @@ def append(run_dir: Path, record: Record) -> None:
 
 
 def read(run_dir: Path) -> list[Record]:
-    """All records, oldest first. A line that a kill cut short is passed over: its stage counts as not finished."""
-    records = read_jsonl(ledger_path(run_dir))
-    return [record for record in records if {"stage", "status", "time"} <= record.keys()]
+    """All records, oldest first. A line that a kill cut short, or that is no record at all, is passed over."""
+    return [record for record in read_jsonl(ledger_path(run_dir)) if _is_record(record)]
+
+
+def _is_record(record: Record) -> bool:
+    stage, status, *numbers = (record.get(name) for name in ("stage", "status", "time"))
+    numbers.append(record.get("seconds", 0))
+    are_numbers = all(isinstance(number, int | float) for number in numbers)
+    return are_numbers and isinstance(stage, str) and str(status) in STATUSES
 
 
 def last_run(records: Sequence[Record], stage: str) -> Record | None:
     """The newest record of `stage` that does not just say that it was skipped."""
-    own = (record for record in reversed(records) if record["stage"] == stage)
+    own = (record for record in reversed(records) if record["stage"] == stage and isinstance(record.get("key"), str))
     return next((record for record in own if record["status"] != "skipped"), None)
 
 
@@ -136,9 +140,10 @@ def fingerprint(patterns: Iterable[str]) -> Fingerprint:
     A pattern that matches nothing adds nothing; `missing` finds those.
     """
     base = paths.get_base_dir()
-    files = {file for pattern in patterns for file in _files(pattern)}
-    names = {file: str(file.relative_to(base) if file.is_relative_to(base) else file) for file in sorted(files)}
-    return {name: _fingerprint_file(file) for file, name in names.items()}
+    files = sorted({file for pattern in patterns for file in _files(pattern)})
+    names = [str(file.relative_to(base) if file.is_relative_to(base) else file) for file in files]
+    with ThreadPoolExecutor() as pool:  # hashing leaves other threads alone
+        return dict(zip(names, pool.map(_fingerprint_file, files), strict=True))
 
 
 def missing(patterns: Iterable[str]) -> list[str]:
@@ -146,25 +151,25 @@ def missing(patterns: Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns if not _files(pattern)]
 
 
-def unchanged(outputs: Fingerprint) -> bool:
+def unchanged(outputs: object) -> bool:
     """True when every file of `outputs` is there as it was; what was added beside it does not matter."""
     base = paths.get_base_dir()
-    return all((base / name).is_file() and _fingerprint_file(base / name) == mark for name, mark in outputs.items())
+    marks = outputs.items() if isinstance(outputs, dict) else [("", "")]  # a damaged record: run again
+    return all((base / name).is_file() and _fingerprint_file(base / name) == mark for name, mark in marks)
 
 
 def _files(pattern: str) -> list[Path]:
     """Every file that `pattern` matches; files that are being written (.tmp) do not count."""
-    path = paths.get_base_dir() / Path(pattern).expanduser()
-    tops = [Path(name) for name in glob.glob(str(path))] if glob.has_magic(str(path)) else [path]
+    path = Path(pattern).expanduser()
+    root = Path("/") if path.is_absolute() else paths.artifact(path.parts[0]).parent
+    path = path.relative_to(root) if path.is_absolute() else path
+    tops = [root / name for name in ([path] if (root / path).exists() else glob.glob(str(path), root_dir=root))]
     below = [file for top in tops for file in (top.rglob("*") if top.is_dir() else [top])]
     return sorted(file for file in below if file.is_file() and file.suffix != ".tmp")
 
 
 def _fingerprint_file(path: Path) -> str:
-    stat = path.stat()
-    if stat.st_size > HASHED_BYTES:
-        return f"{stat.st_size} {stat.st_mtime_ns}"
-    return f"{stat.st_size} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    return f"{path.stat().st_size} {content_hash(path)[:16]}"
 
 
 def stage_module(command: Sequence[str], root: Path = REPO) -> str | None:

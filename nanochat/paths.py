@@ -9,14 +9,28 @@ import re
 import unicodedata
 from pathlib import Path
 
+from nanochat.errors import UserError
+
 LONGEST_NAME = 200  # bytes of a folder name: file systems take 255, and `.1` or a step may come behind it
 REPO = Path(__file__).resolve().parent.parent  # this program's own folder
 
 
+# What another run may replace while this one reads it: each run of the pipeline has its own copy (nanochat.pipeline
+# makes it), and the store has the newest, for commands typed by hand.
+OWN = ("tokenizer", "eval_bundle", "task_data")
+
+
 def get_base_dir() -> Path:
-    """Root of the artifact store, created on first use."""
-    base = Path(os.environ.get("NANOCHAT_BASE_DIR", "~/.cache/nanochat")).expanduser()
-    base.mkdir(parents=True, exist_ok=True)
+    """Root of the artifact store, created on first use. Raises UserError where that cannot be."""
+    name = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    try:
+        base = Path(name).expanduser()
+        base.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where HOME is
+        reason = (
+            "is no folder" if isinstance(error, FileExistsError | NotADirectoryError) else f"cannot be made: {error}"
+        )
+        raise UserError(f"NANOCHAT_BASE_DIR={name} {reason}; set it to a folder that you can write") from None
     return base
 
 
@@ -37,13 +51,20 @@ def data_dir(source: str) -> Path:
     return get_base_dir() / "base_data" / slug(source)
 
 
+def artifact(name: str) -> Path:
+    """A folder of the store; of those in OWN the copy of the run that NANOCHAT_RUN_ID names, once it has one."""
+    own = run_dir() / name
+    is_own = name in OWN and os.environ.get("NANOCHAT_RUN_ID") and own.is_dir()
+    return own if is_own else get_base_dir() / name
+
+
 def tokenizer_dir() -> Path:
-    return get_base_dir() / "tokenizer"
+    return artifact("tokenizer")
 
 
 def eval_bundle_dir() -> Path:
     """CORE data in the published layout: core.yaml, eval_meta_data.csv, eval_data/."""
-    return get_base_dir() / "eval_bundle"
+    return artifact("eval_bundle")
 
 
 def checkpoint_dir(stage: str, tag: str) -> Path:
@@ -68,4 +89,4 @@ def report_dir() -> Path:
 
 def task_data_dir() -> Path:
     """Items of chat tasks: hub/ as downloaded, and a folder for each text source that tasks were made from."""
-    return get_base_dir() / "task_data"
+    return artifact("task_data")

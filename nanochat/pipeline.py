@@ -14,8 +14,10 @@ import hashlib
 import json
 import math
 import os
+import select
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,11 +32,14 @@ from typing import IO, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from nanochat import cli, hardware, ledger, paths
-from nanochat.errors import UserError
+from nanochat.errors import UserError, end_with_parent
+from nanochat.files import link_files
 from nanochat.sections import duration
 
 UNFINISHED = 75  # EX_TEMPFAIL: the stage saved its state and left early; run it again to continue
 TAIL_LINES = 15
+SECONDS_TO_SAVE = 30.0  # that a stage is left when its runner was killed
+CHAIN_LOCKS = ("RUN_LOCK",)  # in which dev/stages.sh says what it has open
 SAME_SIGNAL_SECONDS = 0.5
 
 # Settings that say where a run is kept or what it may do, not what it computes. Code of a model that may not be run
@@ -99,9 +104,12 @@ def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Se
         if ledger.status_of(records, stage) != "finished":  # skipped since, or stale until it was looked at here
             ledger.append(run_dir, {**before, "copy": True})
         done = time.strftime("%Y-%m-%d %H:%M", time.localtime(before["time"]))
-        _say(f"{stage}: done on {done} in {duration(before['seconds'])}")
+        _say(f"{stage}: done on {done} in {duration(before.get('seconds'))}")
         return 0
 
+    own = [name for name in outputs if name in paths.OWN and os.environ.get("NANOCHAT_RUN_ID")]
+    for name in own:
+        exchange(name, into_run=True)
     log = run_dir / "logs" / f"{stage}.log"
     _say(f"{stage}: {reason}; {shlex.join(command)}")
     record = {
@@ -122,11 +130,24 @@ def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Se
         # it was told to stop and did so in good order: training saves and exits with 0
         status, code = "unfinished", UNFINISHED
         _say(f"{stage}: ended well but did not write {', '.join(not_written)} yet")
+    for name in own if status == "finished" else []:
+        exchange(name, into_run=False)
     written = ledger.fingerprint(outputs) if status == "finished" else {}
     seconds = time.perf_counter() - started
     ledger.append(run_dir, {**record, "status": status, "exit_code": code, "seconds": seconds, "outputs": written})
     _say_end(stage, status, code, seconds, tail, log)
     return code
+
+
+def exchange(name: str, into_run: bool) -> None:
+    """Give this run its own copy of a folder of the store, or the store what the run has made of it, whole, while no
+    other run does. Of task_data, which holds data of many sources, each keeps what it has and the other lacks."""
+    store, own = paths.get_base_dir() / name, paths.run_dir() / name
+    source, target = (store, own) if into_run else (own, store)
+    whole = name != "task_data"
+    with (paths.get_base_dir() / "lock").open("a") as file:
+        _lock(file, fcntl.LOCK_EX)
+        link_files(source, target, replace=whole or not into_run, prune=whole)
 
 
 def describe(command: Sequence[str], inputs: Sequence[str]) -> dict[str, Any]:
@@ -147,11 +168,12 @@ def _why_again(before: ledger.Record | None, basis: dict[str, Any], key: str) ->
     if before is None:
         return "first run"
     if before.get("key") != key:
-        changed = [part for part in basis if before.get("basis", {}).get(part) != basis[part]]
+        known = before["basis"] if isinstance(before.get("basis"), dict) else {}
+        changed = [part for part in basis if known.get(part) != basis[part]]
         return f"{' and '.join(changed)} changed since it ran"
     if before["status"] != "finished":
         return "continues" if before["status"] in ("unfinished", "interrupted", "started") else "failed before"
-    return None if ledger.unchanged(before["outputs"]) else "what it wrote is gone or changed"
+    return None if ledger.unchanged(before.get("outputs")) else "what it wrote is gone or changed"
 
 
 class ForwardedSignals:
@@ -214,13 +236,15 @@ def _execute(command: list[str], log: Path) -> tuple[int, deque[str], int | None
     Returns the exit code as a shell has it, the last lines of output, and the first signal we were sent.
     """
     environment = {**os.environ, "NANOCHAT_RUN_ID": paths.run_id(), "PYTHONUNBUFFERED": "1"}
-    environment.pop("FORCE_COLOR", None)  # logs stay plain text
+    for name in ("FORCE_COLOR", *CHAIN_LOCKS):  # logs stay plain text; the files are ours
+        environment.pop(name, None)
     arguments = [sys.executable, *command[1:]] if command[0] == "python" else command
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     log.parent.mkdir(parents=True, exist_ok=True)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with log.open("ab") as file, ForwardedSignals(numbers, kill=True) as signals:
         file.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
+        file.flush()
         try:
             child = subprocess.Popen(
                 arguments,
@@ -232,13 +256,47 @@ def _execute(command: list[str], log: Path) -> tuple[int, deque[str], int | None
             )
         except OSError as error:
             raise UserError(f"cannot start {command[0]}: {error.strerror}") from error
-        signals.attach(child.pid)
-        reader = threading.Thread(target=_tee, args=(child.stdout, file, tail), daemon=True)
-        reader.start()
-        code = child.wait()
-        kill_group(child.pid, signal.SIGKILL)  # a stage leaves no process behind that would hold the pipe open
-        reader.join()
+        assert child.stdout is not None
+        with _ended_with_us(child.pid, child.stdout.fileno(), file.fileno()):
+            signals.attach(child.pid)
+            reader = threading.Thread(target=_tee, args=(child.stdout, file, tail), daemon=True)
+            reader.start()
+            code = child.wait()
+            kill_group(child.pid, signal.SIGKILL)  # a stage leaves no process behind that would hold the pipe open
+            reader.join()
     return exit_code(code), tail, signals.received[0] if signals.received else None
+
+
+@contextmanager
+def _ended_with_us(group: int, output: int, log: int) -> Iterator[None]:
+    """While open, a second process waits for our end. Where it comes by SIGKILL, that process ends the group, which may
+    save its state before, holds our locks until then, and brings its last output to the log."""
+    alive, end = os.pipe()
+    watcher = os.fork()
+    if watcher == 0:
+        try:
+            os.setsid()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            os.close(end)
+            os.read(alive, 1)  # returns once nobody has `end` open
+            kill_group(group, signal.SIGTERM)
+            deadline = time.monotonic() + SECONDS_TO_SAVE
+            while (left := deadline - time.monotonic()) > 0:
+                if select.select([output], [], [], left)[0]:
+                    if not (line := os.read(output, 65536)):
+                        break
+                    os.write(log, line)
+        finally:
+            kill_group(group, signal.SIGKILL)
+            os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(watcher, signal.SIGKILL)
+        os.waitpid(watcher, 0)
+        os.close(alive)
+        os.close(end)
 
 
 def _tee(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:
@@ -279,29 +337,56 @@ def _say_end(stage: str, status: str, code: int, seconds: float, tail: Sequence[
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run, so that two pipelines cannot write the same artifacts. Freed by the system if we are killed."""
+    """Hold the run, so that two pipelines cannot write the same artifacts. Freed by the system if we are killed.
+
+    The chain of stages opens the file (dev/stages.sh) and hands it to each of us: it holds the run from its first stage
+    to its end, and we end with it.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "lock").open("a+") as file:
+    path = run_dir / "lock"
+    inherited, holder = _inherited("RUN_LOCK", path), os.getpid()
+    if inherited is not None:
+        end_with_parent(signal.SIGTERM)
+        holder = os.getppid()
+    with open(inherited if inherited is not None else path, "a+", closefd=inherited is None) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = (run_dir / "lock").read_text().strip()
+            pid, _, host = path.read_text(encoding="utf-8", errors="replace").strip().partition(" on ")
+            where = "" if host in ("", socket.gethostname()) else f" on {host}, which shares this store"
             raise UserError(
-                f"run {run_dir.name} is being worked on by process {holder}: wait for it, or set another RUN_ID"
+                f"run {run_dir.name} is being worked on by process {pid}{where}: wait for it, or set another RUN_ID"
             ) from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{holder} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _inherited(name: str, path: Path) -> int | None:
+    """The file descriptor in the variable `name`, if it is that of `path`."""
+    with suppress(OSError, ValueError):
+        descriptor = int(os.environ.get(name, ""))
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    return None
+
+
+def _lock(file: IO[str] | int, how: int) -> None:
+    """flock. Raises BlockingIOError where another holds it; says so where the file system has no locks."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        _say(f"warning: this file system has no locks ({error.strerror}): let no other pipeline work on the same run")
 
 
 def is_locked(run_dir: Path) -> bool:
     """True while a pipeline works on this run."""
     try:
-        with (run_dir / "lock").open() as file:
+        with suppress(FileNotFoundError), (run_dir / "lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
     return False

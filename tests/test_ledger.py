@@ -1,12 +1,14 @@
 import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import ledger
+from nanochat import files, ledger
 from nanochat.paths import REPO
 
 
@@ -59,13 +61,74 @@ def test_a_small_file_rewritten_with_the_same_content_is_unchanged(store):
     assert ledger.fingerprint(["tokenizer.json"]) == before
 
 
-def test_a_large_file_is_told_by_size_and_time(store, monkeypatch):
-    monkeypatch.setattr(ledger, "HASHED_BYTES", 3)
-    (store / "shard").write_text("12345")
+def test_a_large_file_is_told_by_content_and_read_once(store, monkeypatch):
+    monkeypatch.setattr(files, "LARGE_BYTES", 3)
+    shard = store / "shard"
+    shard.write_text("12345")
     before = ledger.fingerprint(["shard"])
+    os.utime(shard, (1, 1))
     assert ledger.unchanged(before)
-    os.utime(store / "shard", (1, 1))
+    shutil.copy(shard, store / "copy")
+    os.replace(store / "copy", shard)
+    assert ledger.unchanged(before)
+    monkeypatch.setattr(time, "time", lambda: shard.stat().st_ctime + 2)  # it has not been written just now
+    assert ledger.unchanged(before)
+    monkeypatch.setattr(files, "sha256_file", None)
+    monkeypatch.setattr(files, "_hashes", {})  # as in another process
+    assert ledger.unchanged(before)
+
+
+def test_a_flipped_byte_of_a_large_file_is_seen_though_size_and_time_are_as_before(store, monkeypatch):
+    monkeypatch.setattr(files, "LARGE_BYTES", 3)
+    shard = store / "shard"
+    shard.write_text("12345")
+    monkeypatch.setattr(time, "time", lambda: shard.stat().st_ctime + 2)
+    before, stat = ledger.fingerprint(["shard"]), shard.stat()
+    time.sleep(0.02)
+    with shard.open("r+") as file:
+        file.write("2")
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert not ledger.unchanged(before)
+
+
+@pytest.mark.parametrize("junk", ["", "not json", "[1]", '{"file": 3}', '{"file": "shard", "mark": "x", "sha256": 1}'])
+def test_what_is_remembered_of_large_files_may_be_damaged(store, monkeypatch, junk):
+    monkeypatch.setattr(files, "LARGE_BYTES", 3)
+    monkeypatch.setattr(files, "_hashes", {})
+    (store / "shard").write_text("12345")
+    (store / "hashes.jsonl").write_text(junk + "\n")
+    assert ledger.fingerprint(["shard"])["shard"] == f"5 {files.sha256_file(store / 'shard')[:16]}"
+
+
+JUNK = [
+    "junk",
+    "null",
+    "[" * 100_000,
+    "\x00\x00",
+    '{"stage": "dataset"}',
+    '{"stage": "dataset", "status": "junk", "time": 1}',
+    '{"stage": "dataset", "status": "finished", "time": "noon"}',
+    '{"stage": ["dataset"], "status": "finished", "time": 1}',
+    '{"stage": "dataset", "status": ["finished"], "time": 1}',
+    '{"stage": "dataset", "status": "finished", "time": 1, "seconds": "long"}',
+]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_a_junk_line_is_passed_over(tmp_path, junk):
+    before = {"stage": "dataset", "status": "finished", "key": "k", "seconds": 1}
+    ledger.append(tmp_path, before)
+    with ledger.ledger_path(tmp_path).open("a") as file:
+        file.write(junk + "\n")
+    assert without_time([ledger.last_run(ledger.read(tmp_path), "dataset")]) == [before]
+    assert ledger.status_of(ledger.read(tmp_path), "dataset") == "finished"
+
+
+def test_the_name_of_a_folder_is_no_pattern(store):
+    for folder in (store / "my [text]", store.parent / "own [text]"):
+        folder.mkdir()
+        (folder / "a").write_text("1")
+    assert ledger.missing(["my [text]", str(store.parent / "own [text]")]) == []
 
 
 def test_outputs_are_unchanged_until_one_is_gone(store):

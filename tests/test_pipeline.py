@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -313,6 +314,145 @@ def test_two_pipelines_cannot_work_on_one_run(store):
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=30)
     assert not pipeline.is_locked(paths.run_dir())
+
+
+def test_the_holder_of_a_run_may_be_another_host(store, monkeypatch, tmp_path):
+    run_dir = paths.run_dir()
+    with pipeline.locked(run_dir):
+        assert (run_dir / "lock").read_text() == f"{os.getpid()} on {socket.gethostname()}"
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .*, which shares this store: wait for it"):
+            pipeline.reset(run_dir)
+
+
+CHAIN = """
+cd {root}
+source dev/stages.sh
+NANOCHAT_BASE_DIR={store} TAG=adhoc
+export NANOCHAT_BASE_DIR
+stage a -- true
+touch {store}/between
+until [ -e {store}/go ]; do sleep 0.05; done
+stage b -- true
+"""
+
+
+def test_the_run_is_held_between_stages_and_to_the_end_of_the_script(store):
+    script = CHAIN.format(root=ROOT, store=store)
+    chain = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(store / "between")
+    assert pipeline.is_locked(paths.run_dir())
+    assert (paths.run_dir() / "lock").read_text().split()[0] == str(chain.pid)
+    second = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
+    assert second.returncode == 1
+    assert second.stderr.startswith(f"error: run adhoc is being worked on by process {chain.pid}: wait for it")
+    assert second.stderr.count("\n") == 1
+    (store / "go").touch()
+    _, error = chain.communicate(timeout=30)
+    assert chain.returncode == 0, error
+    assert statuses("b") == ["started", "finished"]
+    assert not pipeline.is_locked(paths.run_dir())
+
+
+def ended(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+LEAVES_A_WORD = """
+import os, pathlib, signal, subprocess, sys, time
+store = pathlib.Path(os.environ["NANOCHAT_BASE_DIR"])
+child = subprocess.Popen(["sleep", "60"])
+def save(number, frame):
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+(store / "pids").write_text(f"{os.getpid()} {child.pid}")
+(store / "ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_stage_ends_with_its_runner_even_by_sigkill_and_saves_before(store):
+    runner = start("a", "--", "python", "-c", LEAVES_A_WORD)
+    wait_for(store / "ready")
+    pids = (store / "pids").read_text().split()
+    runner.kill()
+    runner.communicate()
+    wait_until(lambda: all(map(ended, pids)))
+    wait_until(lambda: not pipeline.is_locked(paths.run_dir()))
+    assert "saved\n" in (paths.run_dir() / "logs" / "a.log").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells of a parent's end")
+def test_a_stage_ends_with_the_script_that_walks_the_chain(store):
+    script = f"cd {ROOT}; source dev/stages.sh; NANOCHAT_BASE_DIR={store} TAG=adhoc; stage a -- python {store}/stage.py"
+    (store / "stage.py").write_text(LEAVES_A_WORD)
+    chain = subprocess.Popen(["bash", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(store / "ready")
+    pids = (store / "pids").read_text().split()
+    chain.kill()
+    chain.wait()
+    wait_until(lambda: all(map(ended, pids)))
+    wait_until(lambda: not pipeline.is_locked(paths.run_dir()))
+    assert statuses("a")[-1] == "unfinished"
+
+
+def write_words(name, word):
+    """A stage that writes `word` where the program of today finds the folder `name`, and no other file."""
+    code = f"from nanochat import paths; d = paths.artifact({name!r}); d.mkdir(exist_ok=True); "
+    return ["python", "-c", code + f"[f.unlink() for f in d.iterdir()]; (d / {word!r}).write_text({word!r})"]
+
+
+def as_run(monkeypatch, name):
+    monkeypatch.setenv("NANOCHAT_RUN_ID", name)
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "eval_bundle"])
+def test_what_a_run_reads_is_its_own_and_the_store_has_the_newest(store, monkeypatch, name):
+    for run_id in ("a", "b"):
+        as_run(monkeypatch, run_id)
+        pipeline.main(pipeline.Settings("run", "make", outputs=(name,)), write_words(name, run_id))
+    assert content(store / name) == {"b": "b"}
+    for run_id in ("a", "b"):
+        as_run(monkeypatch, run_id)
+        assert content(paths.artifact(name)) == {run_id: run_id}
+        assert list(ledger.fingerprint([name])) == [f"runs/{run_id}/{name}/{run_id}"]
+        pipeline.main(pipeline.Settings("run", "make", outputs=(name,)), write_words(name, run_id))
+        assert statuses("make") == ["started", "finished"]  # the other run has not made it stale
+    as_run(monkeypatch, "new")
+    assert paths.artifact(name) == store / name
+    monkeypatch.delenv("NANOCHAT_RUN_ID")
+    assert paths.artifact(name) == store / name
+
+
+def test_data_of_tasks_are_handed_from_run_to_run_but_not_replaced(store, monkeypatch):
+    for run_id, folder in (("a", "one"), ("b", "two")):
+        as_run(monkeypatch, run_id)
+        write = f'd="$NANOCHAT_BASE_DIR/runs/{run_id}/task_data/hub"; mkdir -p "$d/{folder}" "$d/both"; '
+        write += f'for f in {folder} both; do echo {run_id} >"$d/$f/x.new"; mv "$d/$f/x.new" "$d/$f/x"; done'
+        assert run("chat_data", write, outputs=("task_data",)) == 0
+    assert content(store / "task_data") == {"hub/one/x": "a\n", "hub/two/x": "b\n", "hub/both/x": "b\n"}
+    assert content(store / "runs/a/task_data") == {"hub/one/x": "a\n", "hub/both/x": "a\n"}
+    assert content(store / "runs/b/task_data") == {"hub/one/x": "a\n", "hub/two/x": "b\n", "hub/both/x": "b\n"}
+    as_run(monkeypatch, "a")
+    run("chat_data", "true", outputs=("task_data",))
+    assert (paths.artifact("task_data") / "hub/both/x").read_text() == "a\n"
 
 
 @pytest.mark.parametrize(
