@@ -6,6 +6,7 @@
                                           model.safetensors   the weights in one file: of a run's last step, or exported
                                           meta.json           settings, model config, loop, loader and RNG state
                                           COMMITTED           written last; readers ignore folders without it
+    checkpoints/<stage>/<tag>/tokenizer/                      that the run was trained with
     checkpoints/<stage>/<tag>/COMPLETE                        the run that writes here has reached its last step
 
 Tensors are stored by name and offset in the unsharded tensor: any number of ranks reads them in any layout, each its
@@ -21,7 +22,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,9 +39,10 @@ from nanochat.errors import UserError
 from nanochat.files import atomic_write, atomic_write_text, sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.paths import checkpoint_dir, slug
+from nanochat.paths import checkpoint_dir, get_base_dir, slug, tokenizer_dir
 from nanochat.runtime import compute_dtype, get_dist_info, print0
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer_io import read_meta as read_tokenizer_meta
 
 STAGE_SCRIPTS = {  # which writes the checkpoints of each training stage
     "base": "scripts.base_train",
@@ -144,21 +146,31 @@ def find_model(
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
     """(model on the meta device, to be sharded or not and then filled; its tokenizer; meta) of a checkpoint: without a
     tag of the stage's newest run, without a step its last. Raises UserError when there is none, when files are damaged,
-    or when the tokenizer in the store is not the one the model was trained with."""
+    or when the tokenizer that it was trained with is nowhere in the store."""
     folder = find_run(stage, tag)
     step = step if step is not None else committed_steps(folder)[-1]
     meta = read_meta(folder, step)
-    tokenizer = get_tokenizer()
-    if meta["tokenizer_hash"] != tokenizer.hash:
-        raise UserError(
-            f"{step_dir(folder, step)} was trained with tokenizer {meta['tokenizer_hash']}, the store holds "
-            f"{tokenizer.hash}: train again, or put that tokenizer back"
-        )
+    tokenizer = _find_tokenizer(folder, step, meta["tokenizer_hash"])
     with torch.device("meta"):
         model = GPT(GPTConfig(**meta["model_config"]), compute_dtype(device))
     # a hash of meta.json, timings and all, tells this checkpoint from one that another run left at the same place
     identity = sha256_file(step_dir(folder, step) / "meta.json")[:16]
     return model, tokenizer, {**meta, "stage": stage, "step": step, "tag": folder.name, "identity": identity}
+
+
+def _find_tokenizer(folder: Path, step: int, wanted: str) -> RustBPETokenizer:
+    """That of this hash: beside the checkpoint, where it was trained by this version; else the store's, or any other
+    run's. Raises UserError where none is."""
+    base = get_base_dir()
+    others = [*base.glob("checkpoints/*/*/tokenizer"), *base.glob("runs/*/tokenizer")]
+    for place in (folder / "tokenizer", tokenizer_dir(), base / "tokenizer", *others):
+        with suppress(UserError):  # one that is absent or damaged
+            if read_tokenizer_meta(place)["hash"] == wanted:
+                return RustBPETokenizer.from_directory(place)
+    raise UserError(
+        f"{step_dir(folder, step)} was trained with tokenizer {wanted}, the store holds {get_tokenizer().hash}: train "
+        f"again, or put that tokenizer into {folder / 'tokenizer'}"
+    )
 
 
 def fill_model(model: GPT, device: torch.device, meta: dict[str, Any]) -> None:

@@ -303,10 +303,11 @@ def get_tokenizer() -> RustBPETokenizer:
     return RustBPETokenizer.from_directory(tokenizer_dir())
 
 
-def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
-    """int32 (vocab,): bytes of text that each id stands for, 0 for specials. Raises UserError as get_tokenizer."""
+def get_token_bytes(device: str | torch.device = "cpu", tokenizer: RustBPETokenizer | None = None) -> torch.Tensor:
+    """int32 (vocab,): bytes of text that each id of `tokenizer` (None: the store's) stands for, 0 for specials. Raises
+    UserError as get_tokenizer."""
     # from the ranks, whose hash was checked, rather than from token_bytes.safetensors: bits per byte hang on it
-    return torch.tensor(get_tokenizer().token_byte_lengths(), dtype=torch.int32, device=device)
+    return torch.tensor((tokenizer or get_tokenizer()).token_byte_lengths(), dtype=torch.int32, device=device)
 
 
 def repaired(text: str) -> str:

@@ -43,7 +43,7 @@ def main(settings: Settings) -> None:
     source = settings.source or meta["settings"].get("source")
     if source is None:
         raise UserError("this checkpoint does not say what text it was trained on; name it with --source")
-    token_bytes = get_token_bytes(device)
+    token_bytes = get_token_bytes(device, tokenizer)
     length = model.config.sequence_len
     results, rows, metrics = {}, {}, {}
     for split in ("train", "val"):

@@ -162,7 +162,7 @@ def val_loss(
 ) -> Callable[[int], dict[str, float]]:
     """Measures bits per byte, or loss per token where the tokenizer of the data is not at hand."""
     ranks = get_dist_info()
-    token_bytes = get_token_bytes(device) if data.tokenizer is not None else None
+    token_bytes = get_token_bytes(device, data.tokenizer) if data.tokenizer is not None else None
 
     def measure(step: int) -> dict[str, float]:
         batches = row_batches(rows, settings.device_batch_size, device, ranks.rank, ranks.world_size)
@@ -298,6 +298,7 @@ def main(settings: Settings) -> None:
         earlier=earlier,
         model=model,
         forward=forward,
+        tokenizer=data.tokenizer,
         policy=policy,
         optimizer=optimizer,
         loader=loader,

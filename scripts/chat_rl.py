@@ -167,6 +167,7 @@ def main(settings: Settings) -> None:
         earlier=earlier,
         model=model,
         forward=model,
+        tokenizer=tokenizer,
         policy=policy,
         optimizer=optimizer,
         loader=loader,

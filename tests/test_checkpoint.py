@@ -196,6 +196,19 @@ def test_other_tokenizer_is_refused(tokenizer):
         checkpoint.load_model("base", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("place", ["checkpoints/base/a/tokenizer", "checkpoints/mid/b/tokenizer", "runs/r/tokenizer"])
+def test_a_model_is_read_with_the_tokenizer_that_it_was_trained_with(tokenizer, store, place):
+    save("a", 3, small(), tokenizer)
+    tokenizer.save(store / place)
+    RustBPETokenizer.train_from_iterator(["completely different words and letters " * 9], 270).save(tokenizer_dir())
+    assert checkpoint.load_model("base", torch.device("cpu"))[1].hash == tokenizer.hash
+    damaged = store / "checkpoints/base/a/tokenizer/meta.json"
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_text("{")
+    tokenizer.save(store / "runs/other/tokenizer")
+    assert checkpoint.load_model("base", torch.device("cpu"))[1].hash == tokenizer.hash
+
+
 @pytest.mark.parametrize(
     ("tag", "step", "message"),
     [(None, None, "run `python -m scripts.base_train` first"), ("zz", None, "tagged zz.*there are none at all")],

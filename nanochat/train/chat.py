@@ -182,6 +182,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
         earlier=earlier,
         model=model,
         forward=forward,
+        tokenizer=tokenizer,
         policy=policy,
         optimizer=optimizer,
         loader=loader,
@@ -226,7 +227,7 @@ def held_out_bpb(
         return []
     packer = ChatPacker(tokenizer, task, recipe["max_seq_len"], settings.packing, settings.loss_on)
     inputs, targets = evaluation_rows(packer, settings.eval_tokens)
-    token_bytes = get_token_bytes(device)
+    token_bytes = get_token_bytes(device, tokenizer)
     if not token_bytes.cpu().numpy()[targets[targets != IGNORE_INDEX]].any():
         print0("nothing is measured on the way: no held-out answer lies within a row")
         return []

@@ -176,6 +176,8 @@ class TrainingRun:
     grad_clip: float
     """Largest global gradient norm; 0 = no clipping."""
     evaluations: list[Evaluation]
+    tokenizer: RustBPETokenizer | None = None
+    """Kept beside the checkpoints; None: not known."""
     policy: Policy = field(default_factory=lambda: Policy("ddp", torch.float32))
     """How the model is spread over the ranks."""
     prepare: Callable[[int], None] = lambda step: None

@@ -1,6 +1,7 @@
 """mid_train and chat_sft from the outside: what they inherit, write, repeat, and say to bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -212,10 +213,17 @@ def test_bad_lines_of_a_file_are_named(store, tmp_path, line, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_checkpoint_of_another_tokenizer(store):
+def test_a_model_is_trained_on_with_its_own_tokenizer_and_only_with_that(store, capsys):
+    own = checkpoint_dir("base", "m") / "tokenizer"
+    wanted = json.loads((own / "meta.json").read_text())["hash"]
     RustBPETokenizer.train_from_iterator(["something else altogether"], 300).save(tokenizer_dir())
-    with pytest.raises(UserError, match="was trained with tokenizer"):
-        mid()
+    mid()
+    assert checkpoint.read_meta(checkpoint_dir("mid", "m"), 4)["tokenizer_hash"] == wanted
+    assert json.loads((checkpoint_dir("mid", "m") / "tokenizer" / "meta.json").read_text())["hash"] == wanted
+    for folder in (own, checkpoint_dir("mid", "m") / "tokenizer"):
+        shutil.rmtree(folder)
+    with pytest.raises(UserError, match=f"was trained with tokenizer {wanted}, .* put that tokenizer into {own}"):
+        mid(out_tag="other")
 
 
 def test_no_parent(store):
