@@ -23,9 +23,10 @@ from benchmarks.output import Output, write_json
 from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.cluster.stragglers import marks
+from nanochat.flags import DeviceFlags
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import DeviceFlags, compute_dtype, compute_init
+from nanochat.runtime import compute_dtype, compute_init
 from nanochat.train.monitor import Monitor, MonitorSettings, Snapshot
 from nanochat.train.spectral import TINY, spectral_norms, stacks
 

@@ -15,6 +15,33 @@ own rows in place, without communication.
     python -m nanochat.checkpoint export --stage=base --tag=d12 --out=d12.safetensors
 """
 
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from nanochat import cli
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Write the weights of a checkpoint as one safetensors file, for other programs."""
+
+    action: Literal["export"] = "export"
+    """export: the only one"""
+    _: KW_ONLY
+    stage: Literal["base", "mid", "sft", "rl"] = "base"
+    """training stage that made the checkpoint"""
+    tag: str | None = None
+    """run of that stage; by default the newest"""
+    step: Annotated[int, cli.int_flag(gte=-1)] = -1
+    """step of the checkpoint; -1: the last"""
+    out: Path | None = None
+    """file to write; by default model.safetensors in the folder of the checkpoint"""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
 import itertools
 import json
 import os
@@ -23,9 +50,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -33,7 +58,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nanochat import cli
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, atomic_write_text, sha256_file
@@ -317,23 +341,6 @@ def set_aside(folder: Path) -> Path:
 
 
 # ---- python -m nanochat.checkpoint
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Write the weights of a checkpoint as one safetensors file, for other programs."""
-
-    action: Literal["export"] = "export"
-    """export: the only one"""
-    _: KW_ONLY
-    stage: Literal["base", "mid", "sft", "rl"] = "base"
-    """training stage that made the checkpoint"""
-    tag: str | None = None
-    """run of that stage; by default the newest"""
-    step: Annotated[int, cli.int_flag(gte=-1)] = -1
-    """step of the checkpoint; -1: the last"""
-    out: Path | None = None
-    """file to write; by default model.safetensors in the folder of the checkpoint"""
 
 
 def main(settings: Settings) -> None:

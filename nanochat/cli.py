@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter, Token, validators
+from cyclopts.help import DefaultFormatter
 
-from nanochat.errors import exit_on_user_error
+from nanochat import errors
 
 T = TypeVar("T")
 
@@ -52,7 +53,14 @@ def alias(*names: str) -> Parameter:
 
 def parse(cls: type[T], argv: Sequence[str]) -> T:
     """Build `cls` from command-line words. Ends the process with one line (exit 2) when they do not fit."""
-    app = App(name=_program_name(), help=cls.__doc__, version_flags=[], result_action="return_value")
+    app = App(
+        name=_program_name(),
+        help=cls.__doc__,
+        help_format="plaintext",  # markdown would take 0.3 s to import
+        help_formatter=_Panels(),
+        version_flags=[],
+        result_action="return_value",
+    )
 
     def collect(settings: T) -> T:
         return settings
@@ -68,28 +76,52 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     collect.__annotations__ = {"settings": flags, "return": cls}
     collect_any.__annotations__ = {"settings": flags | None, "return": cls}
     app.default(collect if required else collect_any)
+    if strange := [word for word in argv if any("\ud800" <= character <= "\udfff" for character in word)]:
+        errors.end(f"{strange[0]!a}: these bytes are no text in the encoding of this locale", code=2)
+    if os.environ.get("RANK", "0") != "0" and not {"--help", "-h"}.isdisjoint(argv):
+        sys.exit(0)  # rank 0 shows it
     try:
         result = app(list(argv), exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        print(f"error: {' '.join(str(error).split())} (see --help)", file=sys.stderr, flush=True)
-        sys.exit(2)
+        errors.end(f"{error} (see --help)", code=2)
     if not isinstance(result, cls):  # --help was asked for and has been printed
         sys.exit(0)
     return result
 
 
+class _Panels(DefaultFormatter):
+    """Shows docstrings without the line breaks that the source has."""
+
+    def __call__(self, console: Any, options: Any, panel: Any) -> None:
+        for entry in panel.entries:
+            text = getattr(entry.description, "primary_renderable", None)
+            if text is not None:
+                text.plain = " ".join(text.plain.split())
+        super().__call__(console, options, panel)
+
+
+_started: dict[type, Any] = {}  # class -> what `start` has made of the command line
+
+
+def start(cls: type[T]) -> None:
+    """Parse sys.argv for the `run` that follows. A script calls this before it imports what takes seconds, so that
+    `--help` and mistakes are answered at once."""
+    errors.exit_on_user_error(lambda: _started.update({cls: parse(cls, sys.argv[1:])}))
+
+
 def run(main: Callable[[T], object], cls: type[T]) -> None:
     """Entry point of every script: parse sys.argv into `cls`, call `main`, end on a user's mistake with one line."""
-    settings = parse(cls, sys.argv[1:])
-    exit_on_user_error(lambda: main(settings))
+    if cls not in _started:
+        start(cls)
+    settings = _started.pop(cls)
+    errors.exit_on_user_error(lambda: main(settings))
 
 
 def run_with_command(main: Callable[[T, Sequence[str]], int | None], cls: type[T]) -> None:
     """As `run`, for a program that is given a command after `--`; main returns the exit code."""
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
-    settings = parse(cls, words[:end])
-    exit_on_user_error(lambda: sys.exit(main(settings, words[end + 1 :])))
+    errors.exit_on_user_error(lambda: sys.exit(main(parse(cls, words[:end]), words[end + 1 :])))
 
 
 def replace(settings: T, **changes: Any) -> T:

@@ -9,13 +9,13 @@ import dataclasses
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Arch = Literal["nanochat", "speedrun"]
 Init = Literal["uniform", "spectral"]
@@ -186,7 +186,7 @@ def init_std(name: str, fan_out: int, fan_in: int, config: GPTConfig, spec: Init
     return spec.gain * (1 / math.sqrt(fan_in) * aspect)
 
 
-def init_parameter(name: str, values: Tensor, config: GPTConfig, spec: InitSpec) -> None:
+def init_parameter(name: str, values: "Tensor", config: GPTConfig, spec: InitSpec) -> None:
     """Fill the full (unsharded) values of the parameter called `name`. They depend on nothing but seed, name and shape,
     whatever else exists and in whatever order parameters are drawn.
 
@@ -205,6 +205,8 @@ def init_parameter(name: str, values: Tensor, config: GPTConfig, spec: InitSpec)
     if std == 0:
         values.zero_()
         return
+    import torch
+
     generator = torch.Generator(device=values.device).manual_seed(spec.seed ^ zlib.crc32(name.encode()))
     if spec.init == "uniform" and name.split(".")[-2].startswith("c_"):
         bound = math.sqrt(3.0) * std

@@ -1,15 +1,32 @@
-"""The one exception for a user's mistake, and how every program ends on it."""
+"""The one exception for a user's mistake, how every program ends on it, and text that no terminal chokes on."""
 
 import contextlib
 import ctypes
 import errno
+import io
+import json
+import os
 import re
+import select
 import sys
+import time
 from collections.abc import Callable
+from typing import Any, NoReturn
+
+LONGEST = 1000  # characters of a message: what a user gave may be megabytes
+RANK_0_SECONDS = 3.0  # torchrun ends all ranks once one has: rank 0, which met the same, is to say so first
+CLOSED_PIPE = 128 + 13  # as a shell has it for a program that SIGPIPE ends
+# Control characters but tab and newline, and those that turn the direction of what follows
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what was wrong, the value, what to do."""
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as U+FFFD: what a model or a file says must not steer the terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def masked(text: str) -> str:
@@ -20,20 +37,53 @@ def masked(text: str) -> str:
 def exit_on_user_error(program: Callable[[], object]) -> None:
     """Run `program`; end the process with one line on stderr for errors that are the user's to mend.
 
-    Exit codes: 1 for a UserError or a file that cannot be read or written, 130 for Ctrl-C. Everything else is a defect
-    of ours and keeps its stack trace.
+    Exit codes: 1 for a UserError, a file that cannot be used and JSON nested too deep, 130 for Ctrl-C, 141 without a
+    word where nobody reads what is printed any more. Everything else is a defect of ours and keeps its stack trace.
     """
+    _prepare_streams()
     try:
-        program()
+        try:
+            program()
+        finally:
+            sys.stdout.flush()  # here rather than as the interpreter ends, where it could not be caught
     except UserError as error:
-        _die(str(error), code=1)
+        end(str(error))
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and (error.filename is None or isinstance(error, FileNotFoundError)):
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            _drop_output()
+            sys.exit(CLOSED_PIPE)
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _die(explained(error), code=1)
+        end(explained(error))
+    except RecursionError as error:
+        if "JSON" not in str(error):
+            raise
+        end("JSON that is nested too deep to be read: look for a damaged file among those that were brought along")
     except KeyboardInterrupt:
-        _die("interrupted", code=130)
+        end("interrupted", code=130)
+
+
+def end(message: str, code: int = 1) -> NoReturn:
+    """End the process with one line on stderr. Under torchrun the line is rank 0's, and what only another rank met is
+    left for torchrun to say."""
+    line = visible(masked(" ".join(message.split())))
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST * 3 // 4]} … {line[-LONGEST // 4 :]}"
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        with contextlib.suppress(OSError, ValueError):
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"message": f"error: {line}", "errorCode": code, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": about}, file)
+    if rank != "0":
+        time.sleep(RANK_0_SECONDS)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+    sys.exit(code)
 
 
 def explained(error: OSError) -> str:
@@ -50,6 +100,31 @@ def end_with_parent(number: int) -> None:
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
-def _die(message: str, code: int) -> None:
-    print(f"error: {masked(' '.join(message.split()))}", file=sys.stderr, flush=True)
-    sys.exit(code)
+def _prepare_streams() -> None:
+    """Printing never ends a program: a stream that is closed goes nowhere, a terminal shows ? for what its locale has
+    no letter for, and files and pipes (logs) get UTF-8 whatever the locale."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            with contextlib.suppress(OSError):  # lest a file that is opened later becomes the output of a child
+                os.fstat(number)
+                continue
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+        elif number and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+
+
+def _nobody_reads() -> bool:
+    """True where stdout or stderr is a pipe whose reader has gone; other pipes that break are defects."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)  # POLLERR and POLLHUP are always told
+    return bool(poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Send what is still to be flushed nowhere, so that the interpreter does not stumble over it as it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)

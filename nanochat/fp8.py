@@ -11,16 +11,16 @@ Only training is done in 8 bits (see Linear). On a CPU the same numbers are comp
 which is slow, and there for tests.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.errors import UserError
+from nanochat.flags import Fp8
 from nanochat.runtime import kernel
 
-Fp8 = Literal["none", "head", "all"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the hardware takes both dimensions of a weight in steps of 16
 CAPABILITY = (8, 9)  # the first with 8-bit matmuls (Ada; Hopper is 9.0)

@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanochat.attention import load_flex_attention
 from nanochat.errors import UserError
+from nanochat.flags import Parallel
 from nanochat.gpt import GPT
 from nanochat.runtime import allow_variants, get_dist_info, print0, ranks_per_node
 
 Strategy = Literal["ddp", "fsdp", "hsdp"]
-Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 
 # Up to this many parameters the weights of a full model and their gradients are small beside a GPU of 80 GB (24 GB in
 # fp32): there is nothing to gain by sharding them, and nothing is gathered twice.

@@ -6,26 +6,16 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
+from nanochat.flags import DeviceType
 
 IGNORE_INDEX = -1  # target of a position without a loss
-
-DeviceType = Literal["auto", "cpu", "cuda", "mps"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceFlags:
-    """What every script that computes is asked."""
-
-    device_type: DeviceType = "auto"
-    """auto, cpu, cuda or mps."""
 
 
 class DistInfo(NamedTuple):

@@ -19,11 +19,10 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
-import safetensors.torch
-import torch
+import safetensors.numpy
 
 import rustbpe
 from nanochat.chat_format import Piece, completion_pieces, conversation_pieces, tokenizer_config
@@ -38,6 +37,9 @@ from nanochat.tokenizer_io import (
     unusable,
     write_files,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 SPECIAL_TOKENS = [
     "<|bos|>",  # starts every document
@@ -119,12 +121,12 @@ class RustBPETokenizer:
             "hash": self.hash,
         }
         ranks = dict(self.get_mergeable_ranks())
-        sizes = {"token_bytes": torch.tensor(self.token_byte_lengths(), dtype=torch.int32)}
+        sizes = {"token_bytes": np.array(self.token_byte_lengths(), dtype=np.int32)}
         files = {
             "meta.json": (json.dumps(meta, indent=2) + "\n").encode(),
             "tokenizer.json": huggingface_json(ranks, self.get_pattern(), self.get_special_tokens()).encode(),
             "tokenizer_config.json": tokenizer_config(self.get_special_tokens()).encode(),
-            "token_bytes.safetensors": safetensors.torch.save(sizes, {"tokenizer_hash": self.hash}),
+            "token_bytes.safetensors": safetensors.numpy.save(sizes, {"tokenizer_hash": self.hash}),
             "tiktoken.bpe": rank_lines(self._token_bytes),
         }
         write_files(Path(directory), files)
@@ -303,9 +305,11 @@ def get_tokenizer() -> RustBPETokenizer:
     return RustBPETokenizer.from_directory(tokenizer_dir())
 
 
-def get_token_bytes(device: str | torch.device = "cpu", tokenizer: RustBPETokenizer | None = None) -> torch.Tensor:
+def get_token_bytes(device: "str | torch.device" = "cpu", tokenizer: RustBPETokenizer | None = None) -> "torch.Tensor":
     """int32 (vocab,): bytes of text that each id of `tokenizer` (None: the store's) stands for, 0 for specials. Raises
     UserError as get_tokenizer."""
+    import torch
+
     # from the ranks, whose hash was checked, rather than from token_bytes.safetensors: bits per byte hang on it
     return torch.tensor((tokenizer or get_tokenizer()).token_byte_lengths(), dtype=torch.int32, device=device)
 

@@ -10,14 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat import cli
-from nanochat.checkpoint import load_model
 from nanochat.cli import int_flag
-from nanochat.eval.bundle import load_bundle
-from nanochat.eval.core import evaluate_core, report_data, write_results
-from nanochat.eval.scores import CheckpointFlags
-from nanochat.paths import eval_bundle_dir, get_base_dir, slug
-from nanochat.runtime import compute_cleanup, compute_init, print0
-from nanochat.sections import write_section
+from nanochat.flags import CheckpointFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +22,17 @@ class Settings(CheckpointFlags):
     """Items per task; -1 for all."""
     device_batch_size: Annotated[int, int_flag(gte=1)] = 8
     """Rows of full length per forward pass on each device; shorter prompts go more to a pass."""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+from nanochat.checkpoint import load_model
+from nanochat.eval.bundle import load_bundle
+from nanochat.eval.core import evaluate_core, report_data, write_results
+from nanochat.paths import eval_bundle_dir, get_base_dir, slug
+from nanochat.runtime import compute_cleanup, compute_init, print0
+from nanochat.sections import write_section
 
 
 def main(settings: Settings) -> None:

@@ -7,23 +7,12 @@ The text is that which the model was trained on (--source names another); every 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from nanochat import cli
-from nanochat.checkpoint import load_model
 from nanochat.cli import int_flag
 from nanochat.data.sources import source_flag
-from nanochat.data.text_rows import TextData
-from nanochat.dataloader import row_batches
-from nanochat.errors import UserError
-from nanochat.eval.bpb import BpbResult, baselines, measure_bpb, scored_bytes, train_text
-from nanochat.eval.samples import make_samples
-from nanochat.eval.scores import CheckpointFlags
-from nanochat.runtime import compute_cleanup, compute_init, print0
-from nanochat.sections import write_section
-from nanochat.tokenizer import get_token_bytes
-
-BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s for the 3-gram
+from nanochat.flags import CheckpointFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +24,24 @@ class Settings(CheckpointFlags):
     split_tokens: Annotated[int, int_flag(gte=1)] = 1_048_576
     """Tokens measured on each of train and validation, over all devices."""
     source: Annotated[str | None, source_flag("Text; by default what the model was trained on")] = None
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+from typing import Any
+
+from nanochat.checkpoint import load_model
+from nanochat.data.text_rows import TextData
+from nanochat.dataloader import row_batches
+from nanochat.errors import UserError
+from nanochat.eval.bpb import BpbResult, baselines, measure_bpb, scored_bytes, train_text
+from nanochat.eval.samples import make_samples
+from nanochat.runtime import compute_cleanup, compute_init, print0
+from nanochat.sections import write_section
+from nanochat.tokenizer import get_token_bytes
+
+BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s for the 3-gram
 
 
 def main(settings: Settings) -> None:

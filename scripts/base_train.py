@@ -6,52 +6,14 @@
 One dial, --depth, sizes the model; width, heads, horizon and learning rates follow from it and are printed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
-import torch
-
-from nanochat import cli, mup, parallel
+from nanochat import cli
 from nanochat.cli import alias, float_flag, int_flag
-from nanochat.cluster.observer import ClusterObserver
-from nanochat.config import LEARNING_RATES, TUNED_AT, ArchFlags, build_config, init_spec, resolve
-from nanochat.data.rows import TrainData
+from nanochat.config import ArchFlags
 from nanochat.data.sources import source_flag
-from nanochat.dataloader import BatchPlan, RowLoader, open_data, plan_batch, row_batches
-from nanochat.errors import UserError
-from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
-from nanochat.eval.bundle import load_bundle
-from nanochat.eval.core import evaluate_core
-from nanochat.eval.samples import make_samples
-from nanochat.fp8 import Fp8, apply_fp8
-from nanochat.gpt import GPT
-from nanochat.hardware import device_name
-from nanochat.optim.schedule import batch_lr_scale, make_schedule, window_length
-from nanochat.parallel import Policy
-from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir
-from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, get_dist_info, print0
-from nanochat.tokenizer import get_token_bytes
-from nanochat.train.console import wandb_name, wandb_project
-from nanochat.train.coordinates import CoordRecorder
-from nanochat.train.loop import train
-from nanochat.train.monitor import Monitor, monitor_settings
-from nanochat.train.observer import Observer
-from nanochat.train.run import (
-    NO_WANDB,
-    Evaluation,
-    RunFlags,
-    TrainingRun,
-    compiled,
-    compiles,
-    describe_run,
-    earlier_run,
-    finish,
-    parallelize_model,
-)
-from nanochat.train.warmup import warm_kernels
+from nanochat.flags import NO_WANDB, Fp8, RunFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +68,51 @@ class Settings(ArchFlags, RunFlags):
     compile: bool | None = None
     """torch.compile; default: on CUDA only (on a CPU compiling takes longer than a small run)."""
 
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanochat import mup, parallel
+from nanochat.cluster.observer import ClusterObserver
+from nanochat.config import LEARNING_RATES, TUNED_AT, build_config, init_spec, resolve
+from nanochat.data.rows import TrainData
+from nanochat.dataloader import BatchPlan, RowLoader, open_data, plan_batch, row_batches
+from nanochat.errors import UserError
+from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
+from nanochat.eval.bundle import load_bundle
+from nanochat.eval.core import evaluate_core
+from nanochat.eval.samples import make_samples
+from nanochat.fp8 import apply_fp8
+from nanochat.gpt import GPT
+from nanochat.hardware import device_name
+from nanochat.optim.schedule import batch_lr_scale, make_schedule, window_length
+from nanochat.parallel import Policy
+from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir
+from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, get_dist_info, print0
+from nanochat.tokenizer import get_token_bytes
+from nanochat.train.console import wandb_name, wandb_project
+from nanochat.train.coordinates import CoordRecorder
+from nanochat.train.loop import train
+from nanochat.train.monitor import Monitor, monitor_settings
+from nanochat.train.observer import Observer
+from nanochat.train.run import (
+    Evaluation,
+    TrainingRun,
+    compiled,
+    compiles,
+    describe_run,
+    earlier_run,
+    finish,
+    parallelize_model,
+)
+from nanochat.train.warmup import warm_kernels
 
 # Of a row that coordinates are recorded on: attention is not compiled there, and takes T x T memory.
 COORD_TOKENS = 1024

@@ -7,21 +7,12 @@
 Answers go to stdout, everything else to stderr. A call of the calculator is shown as [2+3 → 5].
 """
 
-import contextlib
-import io
-import itertools
-import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nanochat import cli
-from nanochat.checkpoint import load_model
 from nanochat.cli import alias, float_flag, int_flag
-from nanochat.engine import Engine, Sampling
-from nanochat.errors import UserError
-from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init
-from nanochat.tokenizer import RustBPETokenizer, repaired
+from nanochat.flags import DeviceFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +35,22 @@ class Settings(DeviceFlags):
     """Length of an answer in tokens, at most; never more than half of the model's context."""
     seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of the first answer; each further one takes the next."""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+import contextlib
+import io
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+
+from nanochat.checkpoint import load_model
+from nanochat.engine import Engine, Sampling
+from nanochat.errors import UserError
+from nanochat.runtime import compute_cleanup, compute_init
+from nanochat.tokenizer import RustBPETokenizer, repaired
 
 
 def main(settings: Settings) -> None:

@@ -8,21 +8,12 @@ Scores go to chat_eval/<stage>_<tag>_<step>.csv, the answer to every item to the
 items or sampling of its own has `_` and 8 hex digits of them behind the step, so that it overwrites no other.
 """
 
-import time
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from nanochat import cli
-from nanochat.checkpoint import load_model
 from nanochat.cli import alias, float_flag, int_flag
-from nanochat.engine import Engine, Sampling
-from nanochat.errors import UserError
-from nanochat.eval.chat import chat_core, evaluate, pick_tasks, report_data, write_results
-from nanochat.paths import get_base_dir, slug
-from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init, print0
-from nanochat.sandbox import isolation_level
-from nanochat.sections import duration, write_section
-from nanochat.tasks.common import Task, stable_hash
+from nanochat.flags import DeviceFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +42,23 @@ class Settings(DeviceFlags):
     """Items per task, spread over it; -1 for all."""
     seed: Annotated[int, int_flag(gte=0)] = 42
     """Seed of sampling; each answer to each item has one of its own."""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+import time
+from typing import Any
+
+from nanochat.checkpoint import load_model
+from nanochat.engine import Engine, Sampling
+from nanochat.errors import UserError
+from nanochat.eval.chat import chat_core, evaluate, pick_tasks, report_data, write_results
+from nanochat.paths import get_base_dir, slug
+from nanochat.runtime import compute_cleanup, compute_init, print0
+from nanochat.sandbox import isolation_level
+from nanochat.sections import duration, write_section
+from nanochat.tasks.common import Task, stable_hash
 
 
 def main(settings: Settings) -> None:

@@ -6,39 +6,12 @@
 The method is in nanochat/train/rollouts.py; learning rates are those of the SFT run times --init-lr-frac.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from nanochat import cli, parallel
+from nanochat import cli
 from nanochat.cli import float_flag, int_flag
-from nanochat.cluster.observer import ClusterObserver
-from nanochat.config import LEARNING_RATES
-from nanochat.engine import Engine, Sampling
-from nanochat.errors import UserError
-from nanochat.eval.chat import evaluate_generative
-from nanochat.hardware import device_name
-from nanochat.optim.schedule import make_schedule
-from nanochat.paths import checkpoint_dir
-from nanochat.runtime import compute_cleanup, compute_init, out_of_memory_is_one_line, print0
-from nanochat.sections import STDERR_SUFFIXES, metric_text
-from nanochat.tasks.common import Task
-from nanochat.tasks.registry import make_task
-from nanochat.train.chat import plan_steps
-from nanochat.train.loop import train
-from nanochat.train.rollouts import REWARD, RolloutLoader, questions_at_once, row_width
-from nanochat.train.run import (
-    Evaluation,
-    ParentFlags,
-    TrainingRun,
-    chat_samples,
-    describe_run,
-    earlier_run,
-    finish,
-    load_parent,
-)
-
-MEMORY_ADVICE = "halve --device-batch-size (but for rounding the result stays the same), or lower --max-new-tokens"
+from nanochat.flags import ParentFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +51,33 @@ class Settings(ParentFlags):
     eval_samples: Annotated[int, int_flag(gte=1)] = 8
     """Answers to each."""
     save_every: Annotated[int, int_flag(gte=-1)] = 60
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+from collections.abc import Callable
+from typing import Any
+
+from nanochat import parallel
+from nanochat.cluster.observer import ClusterObserver
+from nanochat.config import LEARNING_RATES
+from nanochat.engine import Engine, Sampling
+from nanochat.errors import UserError
+from nanochat.eval.chat import evaluate_generative
+from nanochat.hardware import device_name
+from nanochat.optim.schedule import make_schedule
+from nanochat.paths import checkpoint_dir
+from nanochat.runtime import compute_cleanup, compute_init, out_of_memory_is_one_line, print0
+from nanochat.sections import STDERR_SUFFIXES, metric_text
+from nanochat.tasks.common import Task
+from nanochat.tasks.registry import make_task
+from nanochat.train.chat import plan_steps
+from nanochat.train.loop import train
+from nanochat.train.rollouts import REWARD, RolloutLoader, questions_at_once, row_width
+from nanochat.train.run import Evaluation, TrainingRun, chat_samples, describe_run, earlier_run, finish, load_parent
+
+MEMORY_ADVICE = "halve --device-batch-size (but for rounding the result stays the same), or lower --max-new-tokens"
 
 
 def question_task(name: str, split: Literal["train", "test"], source: str | None) -> Task:

@@ -11,8 +11,7 @@ from typing import Annotated, Literal
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
-from nanochat.cluster.observer import ClusterObserver
-from nanochat.train.chat import ChatTrainSettings, train_on_chats
+from nanochat.flags import ChatTrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +24,13 @@ class Settings(ChatTrainSettings):
     init_lr_frac: Annotated[float, float_flag(gte=0)] = 0.5
     warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 1.0
     eval_every: Annotated[int, int_flag(gte=-1)] = 100
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+from nanochat.cluster.observer import ClusterObserver
+from nanochat.train.chat import train_on_chats
 
 
 def main(settings: Settings) -> None:

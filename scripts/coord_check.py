@@ -10,7 +10,12 @@ base_train --coord-check left.
 """
 
 from nanochat import cli
-from nanochat.studies.coord_check import Settings, main
+from nanochat.studies.flags import CoordCheckSettings as Settings
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+from nanochat.studies.coord_check import main
 
 if __name__ == "__main__":
     cli.run(main, Settings)

@@ -11,9 +11,7 @@ from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import float_flag
-from nanochat.cluster.observer import ClusterObserver
-from nanochat.data.chat_rows import LossOn, Packing
-from nanochat.train.chat import ChatTrainSettings, train_on_chats
+from nanochat.flags import ChatTrainSettings, LossOn, Packing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +22,13 @@ class Settings(ChatTrainSettings):
     packing: Packing = "stream"
     loss_on: LossOn = "all"
     warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.2
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+from nanochat.cluster.observer import ClusterObserver
+from nanochat.train.chat import train_on_chats
 
 
 def main(settings: Settings) -> None:

@@ -15,7 +15,12 @@ several on one, which narrow models leave idle.
 """
 
 from nanochat import cli
-from nanochat.studies.mup_transfer import Settings, main
+from nanochat.studies.flags import TransferSettings as Settings
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+from nanochat.studies.mup_transfer import main
 
 if __name__ == "__main__":
     cli.run(main, Settings)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -82,6 +81,8 @@ def main(settings: Settings) -> None:
 
 def token_byte_statistics(tokenizer: RustBPETokenizer) -> dict[str, float]:
     """Minimum, maximum, mean and standard deviation of bytes per token; special tokens do not count."""
+    import torch
+
     lengths = torch.tensor([length for length in tokenizer.token_byte_lengths() if length > 0], dtype=torch.float64)
     return {
         "token_bytes_min": int(lengths.min()),

@@ -20,9 +20,9 @@ ANNEXES = (
     "nanochat.studies",
     "nanochat.cluster",
     "nanochat.serve",
-    *(f"nanochat.tasks.{name}" for name in ("arithmetic", "customjson", "reasoning_gym", "text_choice")),
+    *(f"nanochat.tasks.{name}" for name in ("arithmetic", "customjson", "passages", "reasoning_gym", "text_choice")),
     *(f"nanochat.data.{name}" for name in ("bins", "local", "pydocs")),
-    *(f"nanochat.train.{name}" for name in ("coordinates", "monitor", "spectral", "warmup")),
+    *(f"nanochat.train.{name}" for name in ("coordinates", "monitor", "spectral", "tracking", "warmup")),
     "nanochat.eval.offline_bundle",
 )
 

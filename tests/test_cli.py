@@ -1,6 +1,8 @@
 import dataclasses
+import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -10,6 +12,14 @@ from hypothesis import strategies as st
 from nanochat import cli
 from nanochat.cli import alias, float_flag, int_flag
 from nanochat.errors import UserError, exit_on_user_error
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = [
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+    for folder in ("scripts", "nanochat")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,3 +172,28 @@ def test_a_program_that_ends_well_just_ends():
     seen = []
     exit_on_user_error(lambda: seen.append(1))
     assert seen == [1]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--nonsense=1"]], ids=["help", "mistake"])
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_help_and_mistakes_are_answered_before_torch_is_imported(module, words):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", module, *words], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == (0 if words == ["--help"] else 2), said
+    assert len(said) == (0 if words == ["--help"] else 1)
+    imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not imported & {"torch", "wandb", "transformers", "matplotlib"}
+    assert seconds < 1.2  # 0.2 to 0.5 s of an idle core; this one has other tests to run, and torch alone takes 1.8
+
+
+def test_settings_that_torch_would_slow_down_are_parsed_once(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", "--name=first"])
+    cli.start(Example)
+    monkeypatch.setattr(sys, "argv", ["program", "--name=second"])
+    found = []
+    cli.run(found.append, Example)
+    cli.run(found.append, Example)
+    assert [settings.name for settings in found] == ["first", "second"]

@@ -6,20 +6,58 @@
 To sharpen it, measure (benchmarks/scale.sh) and add rows to MEASURED. The model is the classic one of that depth.
 """
 
-import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
-
-import torch
+from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
+from nanochat.flags import Parallel
+
+NETWORK_GBPS = 200.0  # of each GPU's share of its node's network cards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Predict memory, traffic and time of a training step on a cluster that need not exist."""
+
+    depth: Annotated[int, int_flag(gte=1, lte=128)] = 20
+    """Transformer layers."""
+    nodes: Annotated[int, int_flag(gte=1)] = 1
+    """Nodes."""
+    gpus_per_node: Annotated[int, int_flag(gte=1)] = 8
+    """GPUs of each node."""
+    parallel: Parallel = "auto"
+    """auto, ddp, fsdp (shards over all GPUs) or hsdp (shards inside each node)."""
+    use_muon: bool = True
+    """Muon on the matrices; otherwise AdamW on everything."""
+    device_batch_size: Annotated[int | None, int_flag(gte=1)] = None
+    """Rows per forward pass on each GPU; default: the largest power of two that fits, 32 at most."""
+    total_batch_size: Annotated[int, int_flag(gte=1)] = 524_288
+    """Tokens per optimizer step over all GPUs."""
+    max_seq_len: Annotated[int, int_flag(gte=1)] = 2048
+    """Tokens in a row."""
+    vocab_size: Annotated[int, int_flag(gte=1)] = 65_536
+    """Entries of the vocabulary."""
+    gpu_memory_gb: Annotated[float, float_flag(gte=1)] = 80.0
+    """Memory of a GPU, 1e9 bytes."""
+    network_gbps: Annotated[float, float_flag(gte=0.001)] = NETWORK_GBPS
+    """Network of each GPU, 1e9 bits per second: that of a node's cards together over its GPUs. Assumed."""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
 from nanochat.config import ArchFlags, build_config, resolve
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import GPUS
-from nanochat.parallel import Parallel, make_policy
+from nanochat.parallel import make_policy
 from nanochat.sections import duration
 
 GB = 1e9
@@ -63,37 +101,8 @@ OPTIMIZER_EFFICIENCY = 0.41
 ACTIVATION_BYTES = 38.7
 
 # Assumptions, none of them measured here
-NETWORK_GBPS = 200.0  # of each GPU's share of its node's network cards
 NETWORK_EFFICIENCY = 0.8  # of that, what collectives reach
 OVERLAP = 0.9  # of the computing time, what traffic of FSDP and HSDP can hide behind
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Predict memory, traffic and time of a training step on a cluster that need not exist."""
-
-    depth: Annotated[int, int_flag(gte=1, lte=128)] = 20
-    """Transformer layers."""
-    nodes: Annotated[int, int_flag(gte=1)] = 1
-    """Nodes."""
-    gpus_per_node: Annotated[int, int_flag(gte=1)] = 8
-    """GPUs of each node."""
-    parallel: Parallel = "auto"
-    """auto, ddp, fsdp (shards over all GPUs) or hsdp (shards inside each node)."""
-    use_muon: bool = True
-    """Muon on the matrices; otherwise AdamW on everything."""
-    device_batch_size: Annotated[int | None, int_flag(gte=1)] = None
-    """Rows per forward pass on each GPU; default: the largest power of two that fits, 32 at most."""
-    total_batch_size: Annotated[int, int_flag(gte=1)] = 524_288
-    """Tokens per optimizer step over all GPUs."""
-    max_seq_len: Annotated[int, int_flag(gte=1)] = 2048
-    """Tokens in a row."""
-    vocab_size: Annotated[int, int_flag(gte=1)] = 65_536
-    """Entries of the vocabulary."""
-    gpu_memory_gb: Annotated[float, float_flag(gte=1)] = 80.0
-    """Memory of a GPU, 1e9 bytes."""
-    network_gbps: Annotated[float, float_flag(gte=0.001)] = NETWORK_GBPS
-    """Network of each GPU, 1e9 bits per second: that of a node's cards together over its GPUs. Assumed."""
 
 
 class Shapes(NamedTuple):

@@ -6,11 +6,24 @@
 It warns and does not stop a run. Only a disk that cannot be written is an error.
 """
 
+from dataclasses import dataclass
+
+from nanochat import cli
+from nanochat.flags import DeviceFlags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DeviceFlags):
+    """Measure every rank's matmuls, all-reduce, disk, memory and clock, and name what is slow."""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
 import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -18,7 +31,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from nanochat import cli, paths, runtime
+from nanochat import paths, runtime
 from nanochat.errors import UserError
 from nanochat.runtime import gather, print0, synchronize
 
@@ -204,11 +217,6 @@ def _known(measurements: list[Measurement], label: str) -> list[tuple[float, int
 
 def _median(known: list[tuple[float, int, str]]) -> float:
     return median(value for value, *_ in known)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(runtime.DeviceFlags):
-    """Measure every rank's matmuls, all-reduce, disk, memory and clock, and name what is slow."""
 
 
 def main(settings: Settings) -> None:

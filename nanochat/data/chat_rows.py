@@ -10,18 +10,17 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from nanochat.data.packing import pack_conversations, stream_rows
 from nanochat.data.rows import Row, RowSource
 from nanochat.errors import UserError
+from nanochat.flags import LossOn, Packing
 from nanochat.runtime import IGNORE_INDEX
 from nanochat.tokenizer import RustBPETokenizer
 
-Packing = Literal["bestfit", "stream"]
-LossOn = Literal["assistant", "all"]
 CHUNK = 512  # conversations packed at a time
 FINGERPRINTED = 200  # conversations hashed to know the data again
 SAMPLED_CHUNKS = 32  # packed to find out how many rows an epoch has; up to as many, the count is exact

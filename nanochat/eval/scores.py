@@ -7,29 +7,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
-from nanochat.cli import int_flag
 from nanochat.files import atomic_write_text
-from nanochat.runtime import DeviceFlags, gather
+from nanochat.runtime import gather
 
 _WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
 
 Record = dict[str, Any]  # the outcome of one item, JSON-able
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointFlags(DeviceFlags):
-    """Which checkpoint is evaluated."""
-
-    stage: Literal["base", "mid", "sft", "rl"] = "base"
-    """Training stage of the checkpoint."""
-    model_tag: str | None = None
-    """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, int_flag(gte=0)] = None
-    """Optimizer step of the checkpoint; default: the last."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,26 +10,25 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, linear_regression, stdev
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from cyclopts import Parameter
 from torch import Tensor
 
 from nanochat import cli, mup
-from nanochat.cli import float_flag, int_flag
-from nanochat.config import LEARNING_RATES, Arch, ArchFlags, GPTConfig, Init, InitSpec, build_config, resolve
+from nanochat.config import LEARNING_RATES, ArchFlags, GPTConfig, InitSpec, build_config, resolve
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.paths import run_dir
-from nanochat.runtime import DeviceFlags, compute_cleanup, compute_init, print0
+from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.studies.figures import line_panels
+from nanochat.studies.flags import SYMBOLS
+from nanochat.studies.flags import CoordCheckSettings as Settings
 from nanochat.train.coordinates import LOGITS, measure
 
 Record = dict[str, Any]  # width, seed, module, t, l1, l2, mean, std
@@ -39,45 +38,9 @@ HIDDEN_AT_INIT, HIDDEN, LOGITS_AT_END = 0.05, 0.10, 0.25  # largest absolute slo
 JUDGED = 11  # up to this t: ten updates
 SP_AT_LEAST = 0.2  # slope that the standard parametrisation shows somewhere, if the check sees anything at all
 
-VOCAB_SIZE, SEQUENCE_LEN, HEAD_DIM = 256, 64, 64
+VOCAB_SIZE, SEQUENCE_LEN, HEAD_DIM = SYMBOLS, 64, 64
 RECORDS = "coord_check.jsonl"  # what base_train --coord-check writes into the folder of its run
 SHOWN = (1, 2, 4, 8, 11)  # values of t in the table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(DeviceFlags):
-    """Check that activations keep their size at every width."""
-
-    widths: str = "128,256,512,1024"
-    """Widths to compare, multiples of 64."""
-    steps: Annotated[int, int_flag(gte=0)] = 10
-    """Updates of each model."""
-    seeds: Annotated[int, int_flag(gte=1)] = 5
-    """Models of each width."""
-    mup: bool = True
-    """False: the standard parametrisation, the negative control: it should miss the bars."""
-    base_width: Annotated[int, int_flag(gte=64)] = 128
-    """Width at which muP is the standard parametrisation."""
-    arch: Arch = "nanochat"
-    """Architecture, as in base_train; document masks are left out."""
-    depth: Annotated[int, int_flag(gte=1)] = 2
-    """Transformer layers."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """Of the hidden matrices."""
-    init: Init = "uniform"
-    """How hidden matrices are drawn."""
-    head_std: Annotated[float, float_flag(gte=0)] = 0.02
-    """Standard deviation of the head."""
-    lr_scale: Annotated[float, float_flag(gte=0)] = 1.0
-    """Factor on all learning rates of the architecture; higher ones show more, noise too."""
-    symbols: Annotated[int, int_flag(gte=4, lte=VOCAB_SIZE)] = 32
-    """Different tokens in the text; when there are as many as the narrowest width, they disturb each other there."""
-    rows: Annotated[int, int_flag(gte=1)] = 8
-    """Rows of 64 tokens in a step."""
-    from_: Annotated[str | None, Parameter(name="--from")] = None
-    """Compare these runs of base_train --coord-check instead: folders with a coord_check.jsonl, or run ids."""
-    out: Path = Path("coord_check")
-    """Folder for the results."""
 
 
 # ---- measuring

@@ -4,48 +4,24 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from nanochat import cli
-from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.hardware import device_name
 from nanochat.paths import run_dir
-from nanochat.runtime import DeviceFlags, compute_init, print0
+from nanochat.runtime import compute_init, print0
 from nanochat.studies import sweep, transfer
-from nanochat.studies.sweep import Run, SweepSettings, finished_runs
+from nanochat.studies.flags import SweepSettings
+from nanochat.studies.flags import TransferSettings as Settings
+from nanochat.studies.sweep import Run, finished_runs
 
 RUN_NOISE = 0.004  # nats; two standard deviations of the final loss between seeds of the 124M-class speedrun (n = 1261)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(SweepSettings, DeviceFlags):
-    """Sweep learning rates over widths and judge whether the optimum stays where it is."""
-
-    # ---- the sweep
-    widths: str = "128,256,512,1024"
-    """Widths to train, multiples of head_dim."""
-    multipliers: str = "0.125,0.25,0.5,1,2,4,8"
-    """Factors on the rates of --arch (scaled to batch and horizon as in base_train)."""
-    seeds: Annotated[int, int_flag(gte=1)] = 3
-    """Runs of each, which differ in their first weights and their text."""
-    control: bool = False
-    """Train the standard parametrisation as well, with the base width's rates at every width."""
-
-    # ---- the session
-    out: str | None = None
-    """Folder of runs, tables and plots; default: transfer/ of the current run."""
-    report_only: bool = False
-    """Train nothing; show what is there of --widths, --multipliers and --control. The rest is as the runs had it."""
-    time_budget_minutes: Annotated[float, float_flag(gte=0)] = 0.0
-    """Start no run that would end after so many minutes; 0: no limit."""
-    compare_runs: str = ""
-    """Instead of a sweep: tags of finished runs of base_train, one for each of --widths; is wider better?"""
 
 
 class Plan(NamedTuple):

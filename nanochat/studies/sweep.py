@@ -10,69 +10,37 @@ import math
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from nanochat import cli, parallel
-from nanochat.cli import int_flag
-from nanochat.config import LEARNING_RATES, TUNED_AT, Arch, ArchFlags, GPTConfig, build_config, init_spec, resolve
-from nanochat.data.sources import source_flag, text_hash
+from nanochat.config import LEARNING_RATES, TUNED_AT, ArchFlags, GPTConfig, build_config, init_spec, resolve
+from nanochat.data.sources import text_hash
 from nanochat.dataloader import RowLoader, open_data, plan_batch, row_batches
 from nanochat.errors import UserError
 from nanochat.files import append_jsonl, atomic_write_text, read_jsonl
+from nanochat.flags import RunFlags
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum
 from nanochat.runtime import compute_dtype
 from nanochat.studies import transfer
+from nanochat.studies.flags import Sweep, SweepSettings
 from nanochat.train.loop import train_step
-from nanochat.train.run import RunFlags, TrainingRun
+from nanochat.train.run import TrainingRun
 
-Sweep = Literal["all", "matrix", "embedding", "head"]
 SWEPT: dict[Sweep, tuple[str, ...]] = {
     "all": tuple(LEARNING_RATES),
     "matrix": ("matrix_lr",),
     "embedding": ("embedding_lr", "value_embedding_lr"),
     "head": ("unembedding_lr",),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepSettings:
-    """What runs must have in common to be compared."""
-
-    # ---- what is swept
-    base_width: Annotated[int, int_flag(gte=1)] = 128
-    """Width whose best rate is carried over to the others; one of them."""
-    sweep: Sweep = "all"
-    """Which rates the factors go to: all, or those of the matrices, the embeddings or the head alone."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """Of the matrices."""
-
-    # ---- each run
-    arch: Arch = "nanochat"
-    """Architecture: nanochat or speedrun."""
-    depth: Annotated[int, int_flag(gte=1, lte=128)] = 6
-    """Transformer layers."""
-    head_dim: Annotated[int, int_flag(gte=2)] = 64
-    """Width of one attention head."""
-    max_seq_len: Annotated[int, int_flag(gte=1)] = 512
-    """Tokens in a row."""
-    steps: Annotated[int, int_flag(gte=1)] = 500
-    """Optimizer steps."""
-    total_batch_size: Annotated[int, int_flag(gte=1)] = 32_768
-    """Tokens per step, a multiple of max_seq_len."""
-    device_batch_size: Annotated[int, int_flag(gte=1)] = 64
-    """Rows per forward pass, at most."""
-    eval_tokens: Annotated[int, int_flag(gte=1)] = 524_288
-    """Validation tokens that the loss is measured on."""
-    source: Annotated[str, source_flag("bin:DIR, token files, or text as fetched by nanochat.dataset")] = "fineweb-edu"
 
 
 class Run(NamedTuple):

@@ -7,17 +7,16 @@ from its checkpoint unless a flag says otherwise.
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from nanochat.cli import float_flag, int_flag
 from nanochat.config import LEARNING_RATES
-from nanochat.data.chat_rows import ChatPacker, ChatRows, LossOn, Packing, evaluation_rows
+from nanochat.data.chat_rows import ChatPacker, ChatRows, evaluation_rows
 from nanochat.dataloader import RowLoader, plan_batch, target_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
+from nanochat.flags import ChatTrainSettings, ParentFlags
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
 from nanochat.paths import checkpoint_dir
@@ -29,7 +28,6 @@ from nanochat.train.loop import train
 from nanochat.train.observer import Observer
 from nanochat.train.run import (
     Evaluation,
-    ParentFlags,
     TrainingRun,
     chat_samples,
     compiled,
@@ -38,51 +36,6 @@ from nanochat.train.run import (
     finish,
     load_parent,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatTrainSettings(ParentFlags):
-    """Train a model further on conversations."""
-
-    # ---- the data
-    tasks: str = "SmolTalk"
-    """Tasks to train on: Name[:first items][*repeats], joined by commas; a file.jsonl is a task of its own."""
-    packing: Packing = "bestfit"
-    """bestfit: whole conversations, rows padded; stream: one flat stream, cut anywhere."""
-    loss_on: LossOn = "assistant"
-    """assistant: train on what the assistant says; all: on every token."""
-
-    # ---- the batch; None: as in the stage before
-    max_seq_len: Annotated[int | None, int_flag(gte=2)] = None
-    """Tokens in a row."""
-    device_batch_size: Annotated[int | None, int_flag(gte=1)] = None
-    """Rows per forward pass on each device."""
-    total_batch_size: Annotated[int | None, int_flag(gte=1)] = None
-    """Tokens per optimizer step over all devices; learning rates follow it by its square root."""
-
-    # ---- the optimizer; None: as in the stage before
-    matrix_lr: Annotated[float | None, float_flag(gte=0)] = None
-    """Muon learning rate of the matrices."""
-    embedding_lr: Annotated[float | None, float_flag(gte=0)] = None
-    """AdamW learning rate of the embedding at width 768."""
-    unembedding_lr: Annotated[float | None, float_flag(gte=0)] = None
-    """AdamW learning rate of the head at width 768."""
-    weight_decay: Annotated[float | None, float_flag(gte=0)] = None
-    """Cautious weight decay of the matrices, times their learning rate."""
-    warmup_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
-    """Share of the steps over which the learning rates rise at the start."""
-    final_lr_frac: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
-    """What the learning rates fall to, as a share of the full ones."""
-
-    # ---- watching it
-    eval_every: Annotated[int, int_flag(gte=-1)] = 150
-    """Steps between measurements of bits per byte on held-out conversations; -1: only at the end."""
-    eval_tokens: Annotated[int, int_flag(gte=1)] = 2_097_152
-    """Positions measured, at most."""
-
-    # ---- the machines
-    compile: bool | None = None
-    """torch.compile; default: on CUDA only."""
 
 
 def inherit(settings: ChatTrainSettings, parent: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ final figures. The tensors of a step are read late: reading at once would leave 
 import json
 import math
 import os
+import pkgutil
 import time
 from collections.abc import Iterable
 from datetime import datetime
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from nanochat.files import atomic_write_text, read_jsonl
+from nanochat.flags import NO_WANDB
 from nanochat.hardware import device_name, memory_metrics, peak_flops, peak_memory_bytes, unlisted
 from nanochat.paths import run_dir
 from nanochat.runtime import get_dist_info, print0, synchronize
 from nanochat.train.observer import LateMetrics
-from nanochat.train.run import NO_WANDB, PROJECT, TrainingRun
+from nanochat.train.run import PROJECT, TrainingRun
 
 WARMUP_STEPS = 5  # left out of tokens/s and MFU: they compile, tune kernels and fill the allocator
 SMOOTHING = 0.9  # of the printed loss
@@ -199,22 +201,11 @@ class Tracker:
         earlier = earlier or {}
         self.path = run_dir() / "metrics.jsonl"
         self._drop_after(earlier.get("step"))
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the length of the run
+        self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open for the length of the run
         if name != NO_WANDB:
-            import wandb  # 0.7 s to import: only for those who use it
-
-            known = earlier.get("wandb_id")
-            self.wandb = wandb.init(
-                project=project,
-                name=None if known else name,
-                group=self.stage,
-                config=meta,
-                id=known,
-                resume="allow" if known else None,
-            )
+            connect = pkgutil.resolve_name("nanochat.train.tracking:connect")  # an annex, which takes 1 s to import
+            self.wandb = connect(project, name, self.stage, meta, earlier.get("wandb_id"), [f"{g}/*" for g in GROUPS])
             self.wandb_id = self.wandb.id
-            for group in GROUPS:
-                self.wandb.define_metric(f"{group}/*", step_metric="step")
 
     def _drop_after(self, step: int | None) -> None:
         """A run that starts again, or resumes, repeats steps: its earlier records of them go (None: all of them). So do

@@ -1,6 +1,6 @@
 """A training run: what base, mid, sft and rl share before the loop starts and after it ends.
 
-Flags of every run, the types that the loop works with, and who may write into a checkpoint folder: a new run, or the
+The types that the loop works with, and who may write into a checkpoint folder: a new run, or the
 one that was stopped there. Two runs never share a folder.
 """
 
@@ -10,75 +10,25 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nanochat import checkpoint, cli, parallel
-from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.eval.samples import make_chat_samples
+from nanochat.flags import ParentFlags, Resume, RunFlags
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.parallel import Parallel, Policy
-from nanochat.runtime import DeviceFlags, gather, get_dist_info, print0
+from nanochat.parallel import Policy
+from nanochat.runtime import gather, get_dist_info, print0
 from nanochat.sections import write_section
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.observer import Observer
 
-# ---- flags
-
-
-Resume = Literal["never", "auto"]
-NO_WANDB = "dummy"
 PROJECT = "nanochat"  # in Weights & Biases
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFlags(DeviceFlags):
-    """Flags of every training run."""
-
-    run: str = NO_WANDB
-    """Name of the run in Weights & Biases; dummy: no W&B."""
-    save_every: Annotated[int, int_flag(gte=-1)] = 1000
-    """Steps between checkpoints; -1: only the last."""
-    keep_last: Annotated[int, int_flag(gte=1)] = 2
-    """Newest checkpoints to keep."""
-    keep_every: Annotated[int, int_flag(gte=-1)] = -1
-    """Keep also the checkpoints of steps that are multiples of this; -1: none."""
-    resume: Resume = "never"
-    """auto: continue the run of this tag where it stopped, if its settings are the same."""
-    parallel: Parallel = "auto"
-    """ddp: all weights on every GPU; fsdp: sharded over all GPUs; hsdp: sharded within each node; auto: by size and
-    nodes."""
-    use_fsdp: bool = False
-    """The same as --parallel=fsdp."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParentFlags(RunFlags):
-    """Flags of runs that start from the model of an earlier stage."""
-
-    model_tag: str | None = None
-    """Run to start from, and to write to; default: the newest run of the stage before."""
-    model_step: Annotated[int | None, int_flag(gte=0)] = None
-    """Step of its checkpoint; default: the last."""
-    out_tag: str | None = None
-    """Another name for what is written."""
-    num_epochs: Annotated[float, float_flag(gte=0)] = 1.0
-    """Passes over the conversations or questions."""
-    num_iterations: Annotated[int, int_flag(gte=-1)] = -1
-    """Optimizer steps; -1: from num_epochs."""
-    init_lr_frac: Annotated[float, float_flag(gte=0)] = 1.0
-    """Factor on all learning rates."""
-    grad_clip: Annotated[float, float_flag(gte=0)] = 1.0
-    """Largest global gradient norm; 0: no clipping."""
-    warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.5
-    """Share of the steps over which the learning rates fall at the end."""
-    seed: Annotated[int, int_flag(gte=0)] = 42
-    """Seed of the order of the data, and of answers that are sampled."""
 
 
 # Flags that change what is measured or where, but not (except for rounding) what the weights become; the tags are the

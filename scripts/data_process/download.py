@@ -8,11 +8,32 @@ always comes along.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from nanochat import cli
 from nanochat.cli import alias, int_flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Download tokenized text; what is here already is kept."""
+
+    dataset: Literal["fineweb10B", "finewebedu10B"] = "fineweb10B"
+    """fineweb10B or finewebedu10B."""
+
+    shards: Annotated[int, int_flag(gte=1), alias("-n")] = 9
+    """Train files to have, of 10⁸ tokens and 200 MB each; the validation file comes on top."""
+
+    num_workers: Annotated[int, int_flag(gte=1, lte=64), alias("-w")] = 4
+    """Files fetched at the same time."""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
 from nanochat.data.bins import describe_folder, read_header, tokenized_dir
 from nanochat.dataset import fetch_files
 from nanochat.errors import UserError
@@ -30,20 +51,6 @@ DATASETS = {
     "fineweb10B": TokenDataset("kjj0/fineweb10B-gpt2", "fineweb", 103),
     "finewebedu10B": TokenDataset("kjj0/finewebedu10B-gpt2", "finewebedu", 99),  # the last one is half as long
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Download tokenized text; what is here already is kept."""
-
-    dataset: Literal["fineweb10B", "finewebedu10B"] = "fineweb10B"
-    """fineweb10B or finewebedu10B."""
-
-    shards: Annotated[int, int_flag(gte=1), alias("-n")] = 9
-    """Train files to have, of 10⁸ tokens and 200 MB each; the validation file comes on top."""
-
-    num_workers: Annotated[int, int_flag(gte=1, lte=64), alias("-w")] = 4
-    """Files fetched at the same time."""
 
 
 def main(settings: Settings) -> None:

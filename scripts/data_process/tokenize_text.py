@@ -7,28 +7,12 @@ nanochat/data/bins.py) and, last, their meta.json to tokenized_data/<source>-<to
 for `scripts.base_train --source=bin:<source>-<tokenizer hash>`. <|bos|> starts every document.
 """
 
-import json
-import os
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
-
-import numpy as np
+from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import int_flag
-from nanochat.data import parquet
-from nanochat.data.bins import HEADER_BYTES, MOST_IDS, tokenized_dir, write_tokens
-from nanochat.data.sources import Split, canonical, dataset_bytes, iter_documents, source_flag, text_hash
-from nanochat.dataset import progress_bar
-from nanochat.errors import UserError
-from nanochat.files import atomic_write_text
-from nanochat.paths import slug
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-
-BATCH_CHARS = 1 << 23  # encoded at a time: keeps all threads busy and takes some 100 MB
+from nanochat.data.sources import source_flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +23,30 @@ class Settings:
 
     shard_tokens: Annotated[int, int_flag(gte=1, lte=2_000_000_000)] = 100_000_000
     """Tokens in a file; the document that reaches it is still written whole."""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanochat.data import parquet
+from nanochat.data.bins import HEADER_BYTES, MOST_IDS, tokenized_dir, write_tokens
+from nanochat.data.sources import Split, canonical, dataset_bytes, iter_documents, text_hash
+from nanochat.dataset import progress_bar
+from nanochat.errors import UserError
+from nanochat.files import atomic_write_text
+from nanochat.paths import slug
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+
+BATCH_CHARS = 1 << 23  # encoded at a time: keeps all threads busy and takes some 100 MB
 
 
 def main(settings: Settings) -> None:

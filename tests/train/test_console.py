@@ -1,9 +1,11 @@
 import json
+import time
 from datetime import datetime
 from typing import ClassVar
 
 import pytest
 
+from nanochat.files import read_jsonl
 from nanochat.paths import run_dir
 from nanochat.train.console import GROUPS, Tracker, check_names, wandb_name, wandb_project
 
@@ -118,3 +120,94 @@ def test_names_without_a_known_group_are_refused():
     for name in ("loss", "Losses/train_loss", "Loss/", "/x", "loss/x"):
         with pytest.raises(ValueError, match="expected Group/name"):
             check_names([name])
+
+
+class BrokenRun:
+    id, dir = "x", "/somewhere/offline-run/files"
+
+    def define_metric(self, name, step_metric):
+        pass
+
+    def log(self, record):
+        raise OSError("the service has died")
+
+    finish = log
+
+
+@pytest.fixture
+def wandb_of_a_terminal(monkeypatch):
+    """W&B as it is on a terminal, where it would ask; what was asked of it."""
+    import wandb
+    from wandb.errors import term
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    wandb.teardown()  # or it goes on with the settings of another test
+    monkeypatch.setattr(term, "can_use_terminput", lambda: True)
+    monkeypatch.setattr(term, "terminput", lambda *_, **__: pytest.fail("waits for an answer"))
+    opened = []
+    monkeypatch.setattr(wandb, "init", lambda **options: opened.append(options) or BrokenRun())
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    return opened
+
+
+def refuse(**_):
+    raise ValueError("no\nsuch key")
+
+
+@pytest.mark.parametrize(
+    ("login", "needle"),
+    [
+        (lambda **_: False, "wandb login"),
+        (refuse, "no such key"),
+        (lambda **_: time.sleep(5), "no answer"),
+    ],
+    ids=["no key", "bad key", "no network"],
+)
+def test_without_wandb_a_run_says_so_once_and_goes_on(login, needle, wandb_of_a_terminal, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat.train.tracking.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("wandb.login", login)
+    tracker = Tracker({"stage": "base"}, "name")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert needle in line and "wandb sync /somewhere/offline-run" in line and "Training goes on" in line
+    assert [options.get("mode") for options in wandb_of_a_terminal] == ["offline"]
+    tracker.log(1, 10, {"Loss/train_loss": 1.0})
+    tracker.log(2, 20, {"Loss/train_loss": 1.0})
+    tracker.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "the service has died" in line
+    assert len(read_jsonl(run_dir() / "metrics.jsonl")) == 2
+
+
+def test_no_key_is_found_out_without_asking(monkeypatch, tmp_path):
+    import wandb
+
+    wandb.teardown()
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("wandb.errors.term.can_use_terminput", lambda: True)
+    monkeypatch.setattr("wandb.errors.term.terminput", lambda *_, **__: pytest.fail("waits for an answer"))
+    from nanochat.train.tracking import _refusal
+
+    assert "no API key" in _refusal()
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    assert "cannot log in" in _refusal()
+
+
+@pytest.mark.parametrize("failures", [1, 9], ids=["online", "everywhere"])
+def test_a_tracker_that_does_not_start_ends_no_run(failures, wandb_of_a_terminal, monkeypatch, capsys):
+    modes = []
+
+    def init(**options):
+        modes.append(options.get("mode"))
+        if len(modes) <= failures:
+            raise RuntimeError("cannot start")
+        return BrokenRun()
+
+    monkeypatch.setattr("wandb.init", init)
+    tracker = Tracker({"stage": "base"}, "name")
+    tracker.log(1, 10, {"Loss/train_loss": 1.0})
+    tracker.close()
+    assert modes == [None, "offline"]
+    assert "cannot start" in capsys.readouterr().out

@@ -1,0 +1,92 @@
+"""Weights & Biases beside metrics.jsonl, for runs with --run. It may be absent, slow or broken: training goes on."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from nanochat.paths import run_dir
+from nanochat.runtime import print0
+
+ANSWER_SECONDS = 20.0  # that W&B has to say whether it takes our key
+START_SECONDS, END_SECONDS = 30.0, 120.0  # that opening a run, and sending what is left of it, may take
+
+
+class Mirror:
+    """A run in W&B, or nothing once W&B has failed."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self.id: str | None = run.id if run is not None else None
+
+    def log(self, record: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._try("takes no records any more", lambda: self._run.log(record))
+
+    def finish(self) -> None:
+        if self._run is not None:
+            self._try("did not end the run", self._run.finish)
+
+    def _try(self, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever goes wrong in there, it is no reason to lose a run
+            self._run = None
+            print0(f"warning: W&B {what} ({_line(error)}); metrics.jsonl has them all")
+
+
+def connect(project: str, name: str, group: str, config: dict[str, Any], known: str | None, axes: Iterable[str]) -> Any:
+    """Open the run, or go on with the one of id `known`; where W&B cannot be had, record it on this machine. axes:
+    names of metrics that are drawn over `step`."""
+    asked: dict[str, Any] = {"project": project, "group": group, "config": config, "id": known}
+    asked["name"] = None if known else name
+    try:
+        settings = wandb.Settings(init_timeout=START_SECONDS, finish_timeout=END_SECONDS)
+        if why := _refusal():
+            run = _offline(why, asked)
+        else:
+            try:
+                run = wandb.init(**asked, resume="allow" if known else None, settings=settings)
+            except Exception as error:  # as above
+                run = _offline(f"{_line(error)}; see `wandb status`", asked)
+        for axis in axes:
+            run.define_metric(axis, step_metric="step")
+    except Exception as error:  # not even on this machine
+        print0(f"warning: no W&B: {_line(error)}; mend it, or drop --run; metrics.jsonl has all records")
+        run = None
+    return Mirror(run)
+
+
+def _refusal() -> str | None:
+    """Why W&B would not take a run, and what to do; None where it would, or is not asked. Never waits for an answer of
+    the user, and never for long for one of the network."""
+    settings = wandb.setup().settings
+    if settings.mode in ("offline", "disabled", "shared", "dryrun"):
+        return None
+    outcome: list[str | None] = [f"no answer from {settings.base_url} in {ANSWER_SECONDS:.0f} s; mend the network"]
+
+    def ask() -> None:
+        try:
+            known = wandb.login(prompt=False, verify=True)
+            outcome[0] = None if known else "there is no API key; set WANDB_API_KEY, or run `wandb login`"
+        except Exception as error:  # as above
+            outcome[0] = f"cannot log in ({_line(error)}); mend the network, or the key by `wandb login --relogin`"
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER_SECONDS)
+    return outcome[0]
+
+
+def _offline(why: str, asked: dict[str, Any]) -> Any:
+    run = wandb.init(**asked, mode="offline", dir=os.environ.get("WANDB_DIR") or run_dir())
+    folder = Path(run.dir).parent
+    print0(f"warning: W&B is not reached: {why}. Training goes on; `wandb sync {folder}` sends its records later")
+    return run
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
