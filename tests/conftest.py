@@ -9,8 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# Before torch is imported. Tests run side by side, and OpenMP threads that wait for a core spin: 166 s of CPU instead of
-# 30 for the same tests of muP on two busy cores.
+# Before torch is imported. Tests run side by side, and OpenMP threads that wait for a core spin: 166 s of CPU
+# instead of 30 for the same tests of muP on two busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _store = tempfile.mkdtemp(prefix="nanochat-tests-")
 os.environ["NANOCHAT_BASE_DIR"] = _store
