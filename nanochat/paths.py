@@ -34,6 +34,18 @@ def get_base_dir() -> Path:
     return base
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, or in the one where it would be made."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError where nothing can be written into `folder`: before the work, rather than after it."""
+    if not is_writable(folder):
+        raise UserError(f"{folder} cannot be written: set NANOCHAT_BASE_DIR to a folder that you can write")
+
+
 def slug(name: str) -> str:
     """`name` as the name of one folder, which no other name has: letters and digits of any script, `.`, `_` and `-` are
     kept. Where anything else was replaced, or the name is empty, hidden or too long, a hash of it comes behind."""

@@ -71,7 +71,7 @@ def generate(run_dir: Path, copy_to: Path) -> Path:
     report["curve"] = CURVE if curve else None
 
     environment = _templates()
-    for section in sections:
+    for section in sections if paths.is_writable(sections_dir(run_dir)) else []:
         text = environment.get_template("section.md.j2").render(section=section)
         atomic_write_text(sections_dir(run_dir) / f"{section['stage']}.md", text)
     files = {
@@ -79,10 +79,13 @@ def generate(run_dir: Path, copy_to: Path) -> Path:
         "report.json": json.dumps(plain(report), indent=1) + "\n",
         **({CURVE: curve} if curve else {}),
     }
-    for folder in (paths.report_dir(), copy_to):
+    folders = [folder for folder in (paths.report_dir(), copy_to) if paths.is_writable(folder)]
+    if not folders:
+        raise UserError(f"neither {paths.report_dir()} nor {copy_to} can be written: call this from another folder")
+    for folder in folders:
         for name, text in files.items():
             atomic_write_text(folder / name, text)
-    return copy_to / "report.md"
+    return folders[-1] / "report.md"
 
 
 def read_sections(run_dir: Path) -> list[dict[str, Any]]:

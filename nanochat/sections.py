@@ -32,6 +32,16 @@ def write_section(stage: str, title: str, data: Mapping[str, Any]) -> None:
     atomic_write_text(sections_dir(paths.run_dir()) / f"{stage}.json", json.dumps(plain(section), indent=1) + "\n")
 
 
+def keeps_results(*folders: str) -> bool:
+    """Whether what an evaluation finds can be written into these folders of the store and into the run's. Where it
+    cannot, as in the store of somebody else, this says so before the work: it is printed all the same."""
+    places = (paths.run_dir(), *(paths.get_base_dir() / folder for folder in folders))
+    closed = next((place for place in places if not paths.is_writable(place)), None)
+    if closed is not None and os.environ.get("RANK", "0") == "0":
+        print(f"note: {closed} cannot be written: results are printed and not kept", flush=True)
+    return closed is None
+
+
 def sections_dir(run_dir: Path) -> Path:
     return run_dir / "report"
 

@@ -32,18 +32,19 @@ from nanochat.eval.bundle import load_bundle
 from nanochat.eval.core import evaluate_core, report_data, write_results
 from nanochat.paths import eval_bundle_dir, get_base_dir, slug
 from nanochat.runtime import compute_cleanup, compute_init, print0
-from nanochat.sections import write_section
+from nanochat.sections import keeps_results, write_section
 
 
 def main(settings: Settings) -> None:
     _, rank, _, _, device = compute_init(settings.device_type)
+    kept = keeps_results("base_eval")
     bundle = load_bundle(eval_bundle_dir())
     model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.model_step)
     limits = {"device_batch_size": settings.device_batch_size, "max_per_task": settings.max_per_task}
     length = model.config.sequence_len
     result = evaluate_core(model, tokenizer, bundle, device, sequence_len=length, log=print0, **limits)
     print0(str(result))
-    if rank == 0:
+    if rank == 0 and kept:
         prefix = "" if settings.stage == "base" else f"{settings.stage}_"
         name = f"{prefix}{slug(str(meta['tag']))}_{meta['step']:06d}"
         path = write_results(result, get_base_dir() / "base_eval", name)

@@ -38,7 +38,7 @@ from nanochat.errors import UserError
 from nanochat.eval.bpb import BpbResult, baselines, measure_bpb, scored_bytes, train_text
 from nanochat.eval.samples import make_samples
 from nanochat.runtime import compute_cleanup, compute_init, print0
-from nanochat.sections import write_section
+from nanochat.sections import keeps_results, write_section
 from nanochat.tokenizer import get_token_bytes
 
 BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s for the 3-gram
@@ -46,6 +46,7 @@ BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s fo
 
 def main(settings: Settings) -> None:
     _, rank, _, world_size, device = compute_init(settings.device_type)
+    kept = keeps_results()
     model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.model_step)
     source = settings.source or meta["settings"].get("source")
     if source is None:
@@ -75,7 +76,8 @@ def main(settings: Settings) -> None:
             "samples": samples,
             "facts": {"baseline_bytes": len(train)},
         }
-        write_section("base_loss", "Base model loss", data)
+        if kept:
+            write_section("base_loss", "Base model loss", data)
     compute_cleanup()
 
 

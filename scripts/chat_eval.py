@@ -57,7 +57,7 @@ from nanochat.eval.chat import chat_core, evaluate, pick_tasks, report_data, wri
 from nanochat.paths import get_base_dir, slug
 from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.sandbox import isolation_level
-from nanochat.sections import duration, write_section
+from nanochat.sections import duration, keeps_results, write_section
 from nanochat.tasks.common import Task, stable_hash
 
 
@@ -68,6 +68,7 @@ def main(settings: Settings) -> None:
             "set a temperature such as 1.0, or one sample"
         )
     _, rank, _, _, device = compute_init(settings.device_type)
+    kept = keeps_results("chat_eval")
     model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.step)
     tasks, left_out = pick_tasks(settings.task_name, meta["settings"].get("source"))
     if left_out:
@@ -91,7 +92,7 @@ def main(settings: Settings) -> None:
     composites = chat_core(scores)
     for group in composites:
         print0(str(group))
-    if rank == 0:
+    if rank == 0 and kept:
         path = write_results(scores, composites, get_base_dir() / "chat_eval", result_name(settings, meta, tasks))
         print0(f"wrote {path}")
         data = report_data(tasks, scores, composites)

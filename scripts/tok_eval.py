@@ -40,6 +40,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    kept = sections.keeps_results()
     tokenizer = get_tokenizer()
     texts = {name: [text] for name, text in TEXTS.items()}
     for split in ("train", "val"):
@@ -73,7 +74,8 @@ def main(settings: Settings) -> None:
     tables = [own, compared, histogram(tokenizer.token_byte_lengths())]
     metrics = {f"bytes_per_token_{name}": value for name, value in ours.items()} | {"hash": tokenizer.hash}
     data = {"settings": asdict(settings), "metrics": metrics, "tables": tables, "notes": notes}
-    sections.write_section("tok_eval", "Tokenizer evaluation", data)
+    if kept:
+        sections.write_section("tok_eval", "Tokenizer evaluation", data)
     for table in tables:
         print_table(table)
     for note in notes:

@@ -19,7 +19,7 @@ from nanochat import cli, sections
 from nanochat.cli import int_flag
 from nanochat.data.sources import list_shards, source_flag
 from nanochat.errors import UserError
-from nanochat.paths import tokenizer_dir
+from nanochat.paths import check_writable, tokenizer_dir
 from nanochat.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, RustBPETokenizer
 
 
@@ -40,6 +40,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    check_writable(tokenizer_dir())
     started = time.perf_counter()
     with shown_progress(settings.vocab_size) as (_, update):
         tokenizer, documents, characters = RustBPETokenizer.train_from_parquet(

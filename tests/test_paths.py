@@ -1,3 +1,4 @@
+import os
 import unicodedata
 
 import pytest
@@ -5,6 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanochat import paths
+from nanochat.errors import UserError
+from nanochat.sections import keeps_results
 
 anything = st.text(max_size=400) | st.text(st.characters(codec=None), max_size=40)
 
@@ -48,3 +51,33 @@ def test_folders_of_runs_and_models_lie_within_theirs(store, monkeypatch, name):
     assert paths.checkpoint_dir("base", name).resolve().parent == store / "checkpoints" / "base"
     monkeypatch.setenv("NANOCHAT_RUN_ID", name)
     assert paths.run_dir().resolve().parent == store / "runs"
+
+
+@pytest.mark.parametrize("below", ["", "/x", "/x/y"])
+def test_a_store_that_is_a_file_is_one_line(tmp_path, monkeypatch, below):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", f"{tmp_path}/file{below}")
+    with pytest.raises(UserError, match=f"NANOCHAT_BASE_DIR={tmp_path}/file{below} is no folder"):
+        paths.get_base_dir()
+
+
+def test_no_store_without_a_home_is_one_line(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~nobody-of-that-name/store")
+    with pytest.raises(UserError, match="NANOCHAT_BASE_DIR=~nobody-of-that-name/store cannot be made"):
+        paths.get_base_dir()
+
+
+def test_a_store_that_cannot_be_written_can_be_read(store, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(store)))
+    assert paths.get_base_dir() == store
+    assert not paths.is_writable(store / "runs" / "new")
+    with pytest.raises(UserError, match="tokenizer cannot be written"):
+        paths.check_writable(paths.tokenizer_dir())
+    assert not keeps_results("chat_eval")
+    assert capsys.readouterr().out == f"note: {store}/runs/adhoc cannot be written: results are printed and not kept\n"
+
+
+def test_a_folder_below_a_file_cannot_be_written(store):
+    (store / "chat_eval").touch()
+    assert paths.is_writable(store / "base_eval") and not paths.is_writable(store / "chat_eval")
+    assert keeps_results("base_eval") and not keeps_results("chat_eval")

@@ -253,3 +253,13 @@ def test_fence_is_never_closed_from_inside():
 def test_plain_is_json_whatever_came_in():
     value = {"a": np.float32(0.5), 1: (np.int64(2), math.nan), "p": paths.run_dir()}
     assert plain(value) == {"a": 0.5, "1": [2, None], "p": str(paths.run_dir())}
+
+
+def test_a_report_whose_copy_cannot_be_written_is_in_the_store(store):
+    write_run()
+    (store / "file").touch()
+    assert report.generate(paths.run_dir(), copy_to=store / "file" / "cwd") == store / "report" / "report.md"
+    (store / "report").rename(store / "moved")
+    (store / "report").touch()
+    with pytest.raises(UserError, match="neither .* can be written"):
+        report.generate(paths.run_dir(), copy_to=store / "file" / "cwd")

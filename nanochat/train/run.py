@@ -23,6 +23,7 @@ from nanochat.flags import ParentFlags, Resume, RunFlags
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Policy
+from nanochat.paths import check_writable
 from nanochat.runtime import gather, get_dist_info, print0
 from nanochat.sections import write_section
 from nanochat.tokenizer import RustBPETokenizer
@@ -251,6 +252,7 @@ def _await_everywhere(path: Path) -> None:
 
 
 def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again: bool) -> dict[str, Any] | None:
+    check_writable(folder)
     steps = checkpoint.committed_steps(folder)
     if not steps:
         return {}
