@@ -5,7 +5,8 @@
                                                               optimizer.<name>.<kind>
                                           model.safetensors   the weights in one file: of a run's last step, or exported
                                           meta.json           settings, model config, loop, loader and RNG state
-                                          COMMITTED           written last; readers ignore folders without it
+                                          COMMITTED           written last; readers ignore folders without it. SHA-256
+                                                              of each file, as `sha256sum -c COMMITTED` reads it
     checkpoints/<stage>/<tag>/tokenizer/                      that the run was trained with
     checkpoints/<stage>/<tag>/COMPLETE                        the run that writes here has reached its last step
 
@@ -15,9 +16,9 @@ own rows in place, without communication.
     python -m nanochat.checkpoint export --stage=base --tag=d12 --out=d12.safetensors
 """
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from nanochat import cli
 
@@ -42,15 +43,16 @@ class Settings:
 if __name__ == "__main__":
     cli.start(Settings)  # before torch is imported, which takes seconds
 
+import hashlib
 import itertools
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -58,15 +60,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nanochat import dcp
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, atomic_write_text, sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, get_base_dir, slug, tokenizer_dir
-from nanochat.runtime import compute_dtype, get_dist_info, print0
+from nanochat.runtime import compute_dtype, get_dist_info, on_first_rank, print0
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.tokenizer_io import read_meta as read_tokenizer_meta
+
+T = TypeVar("T")
 
 STAGE_SCRIPTS = {  # which writes the checkpoints of each training stage
     "base": "scripts.base_train",
@@ -76,6 +81,14 @@ STAGE_SCRIPTS = {  # which writes the checkpoints of each training stage
 }
 COMPLETE = "COMPLETE"  # file beside the steps of a run that has reached its last one
 FORMAT = 2  # of meta.json and the layout
+META_TYPES = {"stage": str, "tokenizer_hash": str, "step": int, "optimizer_steps": int, "num_iterations": int,
+              "world_size": int, "settings": dict, "model_config": dict, "recipe": dict, "loop": dict, "loader": dict,
+              "parent": dict, "before": dict, "rng": list}  # fmt: skip
+HASHING_THREADS = 16
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was saved, or was never one of ours."""
 
 
 def step_dir(folder: Path, step: int) -> Path:
@@ -140,17 +153,146 @@ def find_run(stage: str, tag: str | None = None) -> Path:
 
 
 def read_meta(folder: Path, step: int) -> dict[str, Any]:
-    """meta.json of one checkpoint. Raises UserError when it is absent, damaged or of another format."""
+    """meta.json of one checkpoint. Raises UserError when it is absent or of another format, Damaged when it is no JSON
+    or holds values of other types than are written."""
     path = step_dir(folder, step) / "meta.json"
     if not (path.parent / "COMMITTED").exists():
         steps = ", ".join(f"step {step}" for step in committed_steps(folder))
         raise UserError(f"no checkpoint {path.parent}; there are: {steps or 'none'}")
-    with _damage_reported(path, OSError, ValueError, KeyError, TypeError):
-        meta = json.loads(path.read_text())
+    with damage_reported(path, OSError, ValueError, KeyError, TypeError, RecursionError):
+        meta: dict[str, Any] = json.loads(path.read_text())
         written = meta["format"]
+        for name, kind in META_TYPES.items():
+            if name in meta and type(meta[name]) is not kind:
+                raise TypeError(f"{name} is {meta[name]!r:.50}, no {kind.__name__}")
+        for name, value in meta.get("recipe", {}).items():
+            number = type(value) in (int, float) and name.endswith(("_size", "_len")) <= value < 2**31  # those from 1
+            if not (number or type(value) is {"source": str, "use_muon": bool}.get(name)):
+                raise TypeError(f"recipe: {name} is {value!r:.50}")
     if written != FORMAT:
-        raise UserError(f"{path} has format {written}, this program reads {FORMAT}: use the program that wrote it")
+        raise UserError(
+            f"{path} has format {written!r:.50}, this program reads {FORMAT}: use the program that wrote it"
+        )
     return meta
+
+
+def from_json(cls: type[T], values: dict[str, Any]) -> T:
+    """A dataclass whose fields all have defaults, from what a file says. Raises TypeError for names that it does not
+    have, other types than the defaults', and numbers that no size or count of ours comes near."""
+    for field in fields(cls):  # type: ignore[arg-type]
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = values.get(field.name, default)
+        fits = type(value) is type(default) or (type(default) is float and type(value) is int)
+        if isinstance(value, dict):  # of metrics, which may be NaN
+            fits &= all(type(number) in (int, float) for number in value.values())
+        elif type(default) in (int, float):
+            fits = fits and abs(value) < 2**31
+        if not fits:
+            raise TypeError(f"{field.name} is {value!r:.50}")
+    return cls(**values)
+
+
+# ---- is it whole
+
+
+def newest(folder: Path, resume: bool = False) -> dict[str, Any]:
+    """meta.json of the newest checkpoint of `folder` that is whole (see check); damaged ones after it are set aside,
+    saying so. Raises Damaged, and touches nothing, where none is whole. For one process; `on_first_rank` of several."""
+    damaged: list[tuple[Path, Damaged]] = []
+    for step in reversed(committed_steps(folder)):
+        path = step_dir(folder, step)
+        before = _committed(path)
+        try:
+            meta = check(folder, step, resume)
+        except UserError as error:
+            if _committed(path) != before:  # a training run has deleted or amended it meanwhile
+                return newest(folder, resume)
+            if not isinstance(error, Damaged):
+                raise
+            damaged.append((path, error))
+            continue
+        for path, reason in damaged:
+            try:
+                (folder / COMPLETE).unlink(missing_ok=True)  # the run has lost its last step, and can make it again
+                kept = f"kept as {set_aside(path, '.damaged').name}"
+            except OSError as denied:  # somebody else's
+                kept = f"left where it is ({denied.strerror})"
+            print0(f"{reason}; {kept}, step {step} is used")
+        return meta
+    raise damaged[0][1] if damaged else UserError(f"there is no checkpoint in {folder} any more")
+
+
+def check(folder: Path, step: int, resume: bool = False) -> dict[str, Any]:
+    """meta.json of a checkpoint whose files are as they were saved; without `resume` only those that a model is read
+    from, which also have to fit its config. Raises Damaged, or UserError where there is none."""
+    meta, path = read_meta(folder, step), step_dir(folder, step)
+    weights = path / "model.safetensors"
+    shapes = {} if resume else _file_shapes(weights) if weights.exists() else _state_shapes(path / "state")
+    with damage_reported(path / "meta.json", ValueError, KeyError, TypeError, UserError):
+        if meta.setdefault("step", step) != step:
+            raise ValueError(f"it is of step {meta['step']}")
+        if not resume:
+            if lacking := {"model_config", "tokenizer_hash", "settings"} - meta.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+            _check_config(path, from_json(GPTConfig, meta["model_config"]), shapes)
+    _verify(path, ["meta.json", weights.name if weights.exists() else "state/"] if not resume else [""])
+    return meta
+
+
+def _check_config(path: Path, config: GPTConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise UserError before a billion layers are built."""
+    wte = "transformer.wte.weight"
+    wanted = {wte: torch.empty(config.vocab_size, config.n_embd, device="meta")}
+    _check_shapes(path, {name: shape for name, shape in shapes.items() if name == wte}, wanted)
+    layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
+    if layers != config.n_layer:
+        raise UserError(f"n_layer is {config.n_layer}, the weights have {layers} layers")
+
+
+def _committed(path: Path) -> bytes | None:
+    try:
+        return (path / "COMMITTED").read_bytes()
+    except OSError:
+        return None
+
+
+def sums(path: Path) -> list[tuple[str, str]]:
+    """(SHA-256, name) of the files of the checkpoint `path`; none where it is older than these. A file has two while
+    it is replaced."""
+    with damage_reported(path / "COMMITTED", ValueError, OSError):
+        lines = (path / "COMMITTED").read_text().splitlines()
+        found = [re.fullmatch(r"([0-9a-f]{64})  ((?:state/)?[.\w]+)", line) for line in lines]
+        pairs = [(match[1], match[2]) for match in found if match]
+        if len(pairs) < len(lines) or (pairs and "meta.json" not in {name for _, name in pairs}):
+            raise ValueError("it has other lines than `sha256sum` writes of a checkpoint's files")
+    return pairs
+
+
+def write_sums(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    with atomic_write(path / "COMMITTED") as temporary:
+        temporary.write_text("".join(f"{digest}  {name}\n" for digest, name in pairs))
+
+
+def _record(path: Path, name: str, *digests: str) -> None:
+    """Have COMMITTED say that the file `name` has one of these; a checkpoint without any stays so."""
+    if pairs := sums(path):
+        write_sums(path, [pair for pair in pairs if pair[1] != name] + [(digest, name) for digest in digests])
+
+
+def _verify(path: Path, prefixes: list[str]) -> None:
+    """Raise Damaged where a file whose name begins with one of these is not as COMMITTED says. model.safetensors may
+    be missing: state/ has the weights too."""
+    listed = [(digest, name) for digest, name in sums(path) if name.startswith(tuple(prefixes))]
+    names = sorted({name for _, name in listed if (path / name).is_file()})
+    with damage_reported(path, OSError), ThreadPoolExecutor(HASHING_THREADS) as pool:
+        found = dict(zip(names, pool.map(sha256_file, [path / name for name in names]), strict=True))
+    for name in dict.fromkeys(name for _, name in listed):
+        shown = path / "state" if name.startswith("state/") else path / name
+        with damage_reported(shown, ValueError):
+            if name not in found and name != "model.safetensors":
+                raise ValueError(f"{Path(name).name} is missing")
+            if name in found and (found[name], name) not in listed:
+                raise ValueError(f"the content of {Path(name).name} is not what was saved")
 
 
 # ---- reading
@@ -169,17 +311,21 @@ def find_model(
     stage: str, device: torch.device, tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
     """(model on the meta device, to be sharded or not and then filled; its tokenizer; meta) of a checkpoint: without a
-    tag of the stage's newest run, without a step its last. Raises UserError when there is none, when files are damaged,
-    or when the tokenizer that it was trained with is nowhere in the store."""
-    folder = find_run(stage, tag)
-    step = step if step is not None else committed_steps(folder)[-1]
-    meta = read_meta(folder, step)
+    tag of the stage's newest run, without a step the last that is whole; all ranks get the same. Raises UserError when
+    there is none, when files are damaged, or when the tokenizer that it was trained with is nowhere in the store."""
+    folder, meta = on_first_rank(lambda: _choose(stage, tag, step))
+    step = meta["step"]
     tokenizer = _find_tokenizer(folder, step, meta["tokenizer_hash"])
     with torch.device("meta"):
         model = GPT(GPTConfig(**meta["model_config"]), compute_dtype(device))
     # a hash of meta.json, timings and all, tells this checkpoint from one that another run left at the same place
     identity = sha256_file(step_dir(folder, step) / "meta.json")[:16]
-    return model, tokenizer, {**meta, "stage": stage, "step": step, "tag": folder.name, "identity": identity}
+    return model, tokenizer, {**meta, "stage": stage, "tag": folder.name, "identity": identity}
+
+
+def _choose(stage: str, tag: str | None, step: int | None) -> tuple[Path, dict[str, Any]]:
+    folder = find_run(stage, tag)
+    return folder, newest(folder) if step is None else check(folder, step)
 
 
 def _find_tokenizer(folder: Path, step: int, wanted: str) -> RustBPETokenizer:
@@ -226,9 +372,8 @@ def load_optimizer(folder: Path, step: int, optimizer: MuonAdamW, num_steps: int
 @torch.no_grad()
 def _read_file(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill all `tensors` from a safetensors file, one at a time."""
-    with _damage_reported(path, OSError, SafetensorError), safe_open(path, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        _check_shapes(path, shapes, tensors)
+    _check_shapes(path, _file_shapes(path), tensors)
+    with damage_reported(path, OSError, SafetensorError), safe_open(path, framework="pt") as file:
         for name, tensor in tensors.items():
             if is_sharded(tensor):
                 first, end = row_range(tensor)
@@ -237,33 +382,26 @@ def _read_file(path: Path, tensors: dict[str, Tensor]) -> None:
                 tensor.copy_(file.get_tensor(name))
 
 
+def _file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with damage_reported(path, OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
 def _read_state(path: Path, tensors: dict[str, Tensor], complete: str | None = None) -> None:
     """Fill all `tensors` from the folder `path`; complete: which has none but these whose names begin so."""
-    shapes = _state_shapes(path)
-    checked = (name for name in shapes if name in tensors or (complete is not None and name.startswith(complete)))
-    _check_shapes(path, {name: shapes[name] for name in checked}, tensors)
-    _fill(path, tensors)
+    with damage_reported(path, Exception):  # a damaged pickle or archive can raise anything
+        index = dcp.read_index(path)
+    checked = (name for name in index if name in tensors or (complete is not None and name.startswith(complete)))
+    _check_shapes(path, {name: index[name].shape for name in checked}, tensors)
+    with damage_reported(path, Exception):
+        dcp.read_tensors(path, index, tensors)
 
 
 def _state_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from torch.distributed.checkpoint import FileSystemReader  # takes 3 s: only where a file of weights does not do
-
-    with _damage_reported(path, Exception):  # a damaged pickle can raise anything
-        entries: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in entries.items()}
-
-
-def _fill(path: Path, tensors: dict[str, Tensor]) -> None:
-    """What dcp.load does, without its collectives: a rank that has nothing to read need not take part."""
-    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-
-    reader = FileSystemReader(path)
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _damage_reported(path, Exception):  # nor is there a limit to what a damaged archive raises
-        metadata = reader.read_metadata()
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
-        planner.set_up_planner(tensors, metadata, is_coordinator=True)
-        reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
+    """Of the weights in the folder `path`."""
+    with damage_reported(path, Exception):
+        index = dcp.read_index(path)
+    return {name.removeprefix("model."): index[name].shape for name in sorted(index) if name.startswith("model.")}
 
 
 def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
@@ -276,13 +414,13 @@ def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], tensors: dict[s
 
 
 @contextmanager
-def _damage_reported(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+def damage_reported(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise Damaged, which names the file, in place of these."""
     try:
         yield
     except kinds as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        message = f"{path} is damaged ({reason}); delete the folder {path.parent} and use an earlier step"
-        raise UserError(message) from None
+        raise Damaged(f"{path} is damaged ({reason}); take another step, or put a copy of this one back") from None
 
 
 # ---- writing
@@ -290,12 +428,10 @@ def _damage_reported(path: Path, *kinds: type[Exception]) -> Iterator[None]:
 
 def write_weights(state: Path, out: Path) -> None:
     """Weights from the folder `state` into the safetensors file `out`; holds them all on the CPU."""
-    shapes = _state_shapes(state)
-    weights = {name: torch.empty(shape) for name, shape in sorted(shapes.items()) if name.startswith("model.")}
-    _fill(state, weights)
+    weights = {name: torch.empty(shape) for name, shape in _state_shapes(state).items()}
+    _read_state(state, {f"model.{name}": tensor for name, tensor in weights.items()})
     with atomic_write(out) as temporary:
-        named = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        safetensors.torch.save_file(named, temporary, metadata={"format": "pt"})
+        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -303,15 +439,22 @@ def write_weights(state: Path, out: Path) -> None:
 def export(folder: Path, step: int, out: Path | None = None) -> Path:
     """Write the weights of one checkpoint as a single safetensors file (default: into its folder); returns its path."""
     read_meta(folder, step)
-    out = out or step_dir(folder, step) / "model.safetensors"
-    write_weights(step_dir(folder, step) / "state", out)
-    return out
+    path = step_dir(folder, step)
+    _verify(path, ["meta.json", "state/"])
+    write_weights(path / "state", out or path / "model.safetensors")
+    if out is None:
+        _record(path, "model.safetensors", sha256_file(path / "model.safetensors"))
+    return out or path / "model.safetensors"
 
 
 def update_meta(folder: Path, step: int, known: dict[str, Any]) -> None:
     """Add to meta.json what came to be known after the checkpoint was saved (rank 0)."""
-    path = step_dir(folder, step) / "meta.json"
-    atomic_write_text(path, json.dumps({**json.loads(path.read_text()), **known}, indent=1) + "\n")
+    path = step_dir(folder, step)
+    text = json.dumps({**json.loads((path / "meta.json").read_text()), **known}, indent=1) + "\n"
+    old, new = sha256_file(path / "meta.json"), hashlib.sha256(text.encode()).hexdigest()
+    _record(path, "meta.json", old, new)  # a kill between the two leaves a checkpoint that is whole
+    atomic_write_text(path / "meta.json", text)
+    _record(path, "meta.json", new)
 
 
 def mark_complete(folder: Path) -> None:
@@ -334,9 +477,9 @@ def discard(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a folder of earlier checkpoints to the first free `<name>.<n>`: another run is about to take its name."""
-    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+def set_aside(folder: Path, mark: str = "") -> Path:
+    """Rename a folder to the first free `<name><mark>.<n>`: another is about to take its name."""
+    names = (folder.with_name(f"{folder.name}{mark}.{number}") for number in itertools.count(1))
     return folder.rename(next(name for name in names if not name.exists()))
 
 
@@ -345,7 +488,7 @@ def set_aside(folder: Path) -> Path:
 
 def main(settings: Settings) -> None:
     folder = find_run(settings.stage, settings.tag)
-    step = settings.step if settings.step >= 0 else committed_steps(folder)[-1]
+    step = settings.step if settings.step >= 0 else newest(folder)["step"]
     out = export(folder, step, settings.out)
     print(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
 

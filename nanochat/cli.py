@@ -41,6 +41,11 @@ def int_flag(gte: int | None = None, lte: int | None = None) -> Parameter:
     return Parameter(converter=_whole_number, validator=validators.Number(gte=gte, lte=lte))
 
 
+def seed_flag() -> Parameter:
+    """A seed: as many bits as torch's generators take."""
+    return int_flag(gte=0, lte=2**64 - 1)
+
+
 def float_flag(gte: float | None = None, lte: float | None = None) -> Parameter:
     """A float flag with its valid range, both ends included."""
     return Parameter(validator=validators.Number(gte=gte, lte=lte))

@@ -9,9 +9,9 @@ import dataclasses
 import math
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_args
 
-from nanochat.cli import float_flag, int_flag
+from nanochat.cli import float_flag, int_flag, seed_flag
 from nanochat.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ Init = Literal["uniform", "spectral"]
 ValueEmbeds = Literal["none", "ends", "gated"]
 F = TypeVar("F", bound="ArchFlags")
 
+MOST_POSITIONS = 2**20  # in a row: ten times as many get rotary tables
 GATE_CHANNELS = 12  # of the stream that gates look at: enough, and next to nothing to compute
 
 
@@ -72,10 +73,18 @@ class GPTConfig:
     """Depth at which residual branches have weight 1 (CompleteP, arXiv 2505.01618); 0 = at every depth."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # what comes from a file may be anything
+            value, default = getattr(self, field.name), cast(Any, field.default)
+            least = min(default, 0) if default in (-1, 0) or field.name in ("n_layer", "logit_scale") else 1
+            most = MOST_POSITIONS if field.name == "sequence_len" else 2**31 - 1
+            if type(value) in (int, float) and not least <= value <= most:  # nor is NaN
+                raise UserError(f"{field.name}={value} is not between {least} and {most}")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise UserError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if self.value_embeds not in get_args(ValueEmbeds):
+            raise UserError(f"value_embeds={self.value_embeds!r}: use one of {', '.join(get_args(ValueEmbeds))}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(
                 f"window_pattern={self.window_pattern!r}: use the letters S (short) and L (long), as in SSSL"
@@ -343,7 +352,7 @@ class ArchFlags:
     """Standard deviation of the head, the same at every width; 0: the first loss is ln(vocabulary)."""
     zero_proj: bool = True
     """Projections back into the stream begin at zero; False: like other hidden matrices."""
-    seed: Annotated[int, int_flag(gte=0)] = 42
+    seed: Annotated[int, seed_flag()] = 42
     """Seed of the initial weights and the order of the data."""
 
     # ---- rates, at the batch and horizon that they were tuned with

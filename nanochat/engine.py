@@ -239,7 +239,7 @@ class Engine:
         count, device = sampling.num_samples, self.model.get_device()
         rows = [RowState(self.tokenizer, self.specials, self.stops) for _ in range(len(prompts) * count)]
         # drawn on the CPU, so that every device gets the same numbers, each row from a generator of its own
-        generators = [torch.Generator().manual_seed(seed + i) for seed in seeds for i in range(count)]
+        generators = [torch.Generator().manual_seed((seed + i) % 2**64) for seed in seeds for i in range(count)]
         uniforms = torch.stack([torch.rand(sampling.max_new_tokens, generator=g) for g in generators]).to(device)
 
         # 1) prefill: every prompt goes through the model once

@@ -4,7 +4,7 @@ line are answered before that (see cli.start)."""
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nanochat.cli import float_flag, int_flag
+from nanochat.cli import float_flag, int_flag, seed_flag
 
 DeviceType = Literal["auto", "cpu", "cuda", "mps"]
 Fp8 = Literal["none", "head", "all"]
@@ -76,7 +76,7 @@ class ParentFlags(RunFlags):
     """Largest global gradient norm; 0: no clipping."""
     warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.5
     """Share of the steps over which the learning rates fall at the end."""
-    seed: Annotated[int, int_flag(gte=0)] = 42
+    seed: Annotated[int, seed_flag()] = 42
     """Seed of the order of the data, and of answers that are sampled."""
 
 

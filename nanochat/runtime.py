@@ -7,13 +7,15 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
 from nanochat.flags import DeviceType
+
+T = TypeVar("T")
 
 IGNORE_INDEX = -1  # target of a position without a loss
 
@@ -130,6 +132,25 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank, and so is its UserError: a collective call. For what ranks that
+    look at a shared disk at different times might see differently."""
+    if not dist.is_initialized():
+        return action()
+    answer: list[Any] = [None, None]  # the result, the user's mistake
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = action()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    result, mistake = answer
+    if mistake is not None:
+        raise UserError(mistake)
+    found: T = result
+    return found
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -28,9 +28,10 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from nanochat.checkpoint import FORMAT, discard, prune, rng_state, step_dir, write_weights
+from nanochat.checkpoint import FORMAT, discard, prune, rng_state, step_dir, write_sums, write_weights
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
+from nanochat.files import sha256_file
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import gather, heartbeat, print0
 
@@ -177,22 +178,28 @@ class Saver:
                 process_group=self.group,
                 no_dist=self.group is None,
             )
+            hashed = self._gather(_hashes(partial, f"state/__{self.rank}_*"), only_first=True)
             if self.rank == 0:
                 if last:
                     write_weights(partial / "state", partial / "model.safetensors")
-                self._commit(partial, step, document)
+                self._commit(partial, step, document, hashed)
         except (Exception, CheckpointException) as error:
             self.failure = _explained(error, partial)
         finally:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _commit(self, partial: Path, step: int, document: str) -> None:
+    def _commit(self, partial: Path, step: int, document: str, hashed: list[dict[str, str] | OSError]) -> None:
         with (partial / "meta.json").open("w") as file:
             file.write(document)
             file.flush()
             os.fsync(file.fileno())
-        (partial / "COMMITTED").touch()
+        sums: dict[str, str] = {}
+        for part in [*hashed, *(_hashes(partial, name) for name in ("state/.metadata", "*.*"))]:
+            if isinstance(part, OSError):
+                raise part
+            sums |= part
+        write_sums(partial, ((digest, name) for name, digest in sums.items()))
         target = step_dir(self.folder, step)
         discard(target)
         partial.rename(target)
@@ -252,6 +259,15 @@ def _write_item(name: str, tensor: Tensor) -> WriteItem:
     chunk = ChunkStorageMetadata(offsets=offsets, sizes=rows.shape)
     about = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=rows.dtype), size=tensor.shape)
     return WriteItem(index=MetadataIndex(name, offsets), type=WriteItemType.SHARD, tensor_data=about)
+
+
+def _hashes(partial: Path, pattern: str) -> dict[str, str] | OSError:
+    """Name -> SHA-256 of these files. Each rank hashes what it has just written, which its host still has in memory;
+    an error is returned, for the others wait for the answer."""
+    try:
+        return {path.relative_to(partial).as_posix(): sha256_file(path) for path in partial.glob(pattern)}
+    except OSError as error:
+        return error
 
 
 def _explained(error: BaseException, path: Path) -> BaseException:

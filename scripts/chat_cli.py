@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nanochat import cli
-from nanochat.cli import alias, float_flag, int_flag
+from nanochat.cli import alias, float_flag, int_flag, seed_flag
 from nanochat.flags import DeviceFlags
 
 
@@ -33,7 +33,7 @@ class Settings(DeviceFlags):
     """Sample from this many likeliest tokens; 0 for all."""
     max_tokens: Annotated[int, int_flag(gte=1), alias("-m")] = 512
     """Length of an answer in tokens, at most; never more than half of the model's context."""
-    seed: Annotated[int, int_flag(gte=0)] = 42
+    seed: Annotated[int, seed_flag()] = 42
     """Seed of the first answer; each further one takes the next."""
 
 

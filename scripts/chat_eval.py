@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nanochat import cli
-from nanochat.cli import alias, float_flag, int_flag
+from nanochat.cli import alias, float_flag, int_flag, seed_flag
 from nanochat.flags import DeviceFlags
 
 
@@ -40,7 +40,7 @@ class Settings(DeviceFlags):
     """Optimizer step of the checkpoint; default: the last."""
     max_problems: Annotated[int, int_flag(gte=-1), alias("-x")] = -1
     """Items per task, spread over it; -1 for all."""
-    seed: Annotated[int, int_flag(gte=0)] = 42
+    seed: Annotated[int, seed_flag()] = 42
     """Seed of sampling; each answer to each item has one of its own."""
 
 

@@ -1,6 +1,11 @@
 import json
+import math
 import runpy
+import subprocess
 import sys
+import time
+from dataclasses import asdict
+from unittest import mock
 
 import pytest
 import torch
@@ -83,6 +88,167 @@ def test_damaged_files_are_one_line_errors(tokenizer, name, content):
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match=f"{name} is damaged"):
         checkpoint.load_model("base", torch.device("cpu"))
+
+
+def flip(path, place=-20):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def load(**which):
+    return checkpoint.load_model("base", torch.device("cpu"), **which)[2]["step"]
+
+
+@pytest.mark.parametrize("name", ["meta.json", "model.safetensors", "state/.metadata", "state/__0_0.distcp"])
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(tokenizer, capsys, name):
+    save("a", 3, small(), tokenizer)
+    path = save("a", 5, small(), tokenizer)
+    if name.startswith("state/"):
+        (path / "model.safetensors").unlink()
+    (path.parent / checkpoint.COMPLETE).touch()
+    flip(path / name)
+    with pytest.raises(UserError, match=rf"{name.partition('/')[0]} is damaged .*take another step"):
+        load(step=5)
+    assert path.exists()  # a step that is asked for stays where it is
+    capsys.readouterr()
+    assert load() == 3
+    out = capsys.readouterr().out
+    assert f"{path}" in out and "kept as step_000005.damaged.1, step 3 is used" in out
+    assert sorted(p.name for p in path.parent.iterdir()) == ["step_000003", "step_000005.damaged.1"]
+    assert (path.parent / "step_000005.damaged.1" / name).exists()
+    assert load() == 3 and "damaged" not in capsys.readouterr().out
+
+
+def test_where_nothing_is_whole_nothing_is_moved(tokenizer):
+    folders = [save("a", step, small(), tokenizer) for step in (3, 5)]
+    for path in folders:
+        flip(path / "model.safetensors")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"step_000005/model\.safetensors is damaged"):
+            load()
+    assert all(path.exists() for path in folders)
+
+
+def test_in_a_store_that_may_only_be_read_the_damaged_one_is_passed_over(tokenizer, monkeypatch, capsys):
+    save("a", 3, small(), tokenizer)
+    flip(save("a", 5, small(), tokenizer) / "model.safetensors")
+    monkeypatch.setattr(checkpoint, "set_aside", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert load() == 3
+    assert "left where it is (Permission denied), step 3 is used" in capsys.readouterr().out
+
+
+def test_what_training_changes_while_it_is_read_is_no_damage(tokenizer, monkeypatch):
+    save("a", 3, small(), tokenizer)
+    path = save("a", 5, small(), tokenizer)
+    real = checkpoint.sha256_file
+
+    def amended_meanwhile(file):
+        monkeypatch.setattr(checkpoint, "sha256_file", real)
+        checkpoint.update_meta(path.parent, 5, {"val_bpb": 1.5})
+        return real(file)
+
+    monkeypatch.setattr(checkpoint, "sha256_file", amended_meanwhile)
+    assert load() == 5
+
+    def deleted_meanwhile(file):
+        checkpoint.discard(path)
+        return real(file)
+
+    monkeypatch.setattr(checkpoint, "sha256_file", deleted_meanwhile)
+    with pytest.raises(UserError):  # the mock deletes whatever is read next, too
+        load(step=5)
+    assert load() == 3 and sorted(p.name for p in path.parent.iterdir()) == ["step_000003"]
+
+
+def test_committed_is_what_sha256sum_reads_and_follows_later_changes(tokenizer):
+    path = save("a", 3, small(), tokenizer)
+    (path / "model.safetensors").unlink()
+    checkpoint.export(path.parent, 3)
+    checkpoint.update_meta(path.parent, 3, {"val_bpb": 1.5})
+    run = subprocess.run(["sha256sum", "-c", "COMMITTED"], cwd=path, capture_output=True, text=True, check=True)
+    names = ["meta.json", "model.safetensors", "state/.metadata", "state/__0_0.distcp"]
+    assert sorted(run.stdout.splitlines()) == [f"{name}: OK" for name in names]
+
+
+def test_killed_while_meta_is_amended(tokenizer, monkeypatch):
+    path = save("a", 3, small(), tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "atomic_write_text", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.update_meta(path.parent, 3, {"val_bpb": 1.5})
+    assert load() == 3
+    checkpoint.update_meta(path.parent, 3, {"val_bpb": 1.5})
+    assert load() == 3
+
+
+def test_a_checkpoint_from_before_there_were_checksums(tokenizer, capsys):
+    save("a", 3, small(), tokenizer)
+    path = save("a", 5, small(), tokenizer)
+    (path / "COMMITTED").write_bytes(b"")
+    checkpoint.update_meta(path.parent, 5, {"val_bpb": 1.5})
+    checkpoint.export(path.parent, 5)
+    assert (path / "COMMITTED").read_bytes() == b"" and load() == 5
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-50])  # what shows without
+    assert load() == 3 and "kept as step_000005.damaged.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"x", b"0" * 64 + b"  ../../../secret\n", b"0" * 64 + b"  x\n", b"00  meta.json\n"]
+)
+def test_committed_that_is_garbage(tokenizer, content):
+    (save("a", 3, small(), tokenizer) / "COMMITTED").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        load()
+
+
+ODD = [10**9, 10**30, -1, 0, -(10**30), 1.5, math.nan, math.inf, True, None, "x", "", [], [[]], {}, {"x": 1}]
+CONFIG = tuple(asdict(GPTConfig()))
+
+
+def one_line(document, tokenizer_hash=None):
+    """meta.json without checksums, as a stranger would write it: what loading says, at once."""
+    path = checkpoint_dir("base", "a") / "step_000003"
+    (path / "COMMITTED").write_bytes(b"")
+    (path / "meta.json").write_text(document if isinstance(document, str) else json.dumps(document))
+    started = time.monotonic()
+    try:
+        load()
+        said = ""
+    except UserError as error:
+        said = str(error)
+    assert time.monotonic() - started < 10 and "\n" not in said and len(said) < 600
+    return said
+
+
+def test_any_value_anywhere_in_meta_is_one_line_and_no_hang(tokenizer):
+    document = json.loads((save("a", 3, small(), tokenizer) / "meta.json").read_text())
+    for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern"):
+        for value in ODD:
+            changed = {**document, "model_config": {**document["model_config"], name: value}}
+            assert one_line(changed), (name, value)
+    for name in CONFIG:
+        for value in ODD:
+            one_line({**document, "model_config": {**document["model_config"], name: value}})
+    for name in ("format", "step", "model_config", "tokenizer_hash", "settings"):
+        assert one_line({key: value for key, value in document.items() if key != name}) or name == "step"
+        for value in ODD:
+            said = one_line({**document, name: value})
+            assert said or (name, value) in (("settings", {}), ("settings", {"x": 1})), (name, value)
+    assert "n_layer is 1000000000, the weights have 1 layers" in one_line(
+        {**document, "model_config": {**document["model_config"], "n_layer": 10**9}}
+    )
+    assert "unexpected keyword argument 'n_moe'" in one_line(
+        {**document, "model_config": {**document["model_config"], "n_moe": 1}}
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "", "null", '"x"', "\x00", '{"format": ' + "[" * 5000]
+)
+def test_meta_that_is_nested_without_end_or_no_object(tokenizer, text):
+    save("a", 3, small(), tokenizer)
+    assert "meta.json is damaged" in one_line(text)
 
 
 def test_truncated_weights_and_state(tokenizer, tmp_path):

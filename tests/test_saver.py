@@ -155,6 +155,10 @@ def save_and_reshard(folder):
 
 def test_what_is_saved_in_any_layout_comes_back_in_any_other_on_any_number_of_ranks(tmp_path):
     assert run_processes(4, save_and_reshard, tmp_path) == [[], [], [], []]
+    for committed in tmp_path.glob("*/step_*/COMMITTED"):
+        path, names = committed.parent, {name for _, name in checkpoint.sums(committed.parent)}
+        assert names == {file.relative_to(path).as_posix() for file in path.rglob("*.*") if file.is_file()}
+        checkpoint._verify(path, [""])
     files = list(tmp_path.glob("*/step_*/model.safetensors"))
     assert len(files) == 3  # seed 1, wherever there is a second layout
     for file in files:
@@ -196,6 +200,7 @@ def fail_on_one_rank(folder):
         patches = {
             "part": (1, mock.patch.object(saver.dcp, "FileSystemWriter", FullDisk)),
             "file": (0, mock.patch.object(saver, "write_weights", no_space)),
+            "hash": (1, mock.patch.object(saver, "sha256_file", no_space)),
             "defect": (0, mock.patch.object(saver, "write_weights", defect)),
         }
         for step, (name, (victim, patch)) in enumerate(patches.items(), start=2):
@@ -220,13 +225,13 @@ def fail_on_one_rank(folder):
 def test_a_failure_on_one_rank_is_everyones_and_leaves_the_earlier_checkpoints(tmp_path):
     ranks = run_processes(4, fail_on_one_rank, tmp_path / "x")
     for rank, seen in enumerate(ranks):
-        for name in ("part", "file", "next"):
+        for name in ("part", "file", "hash", "next"):
             kind, text = seen[name]
             assert kind == "UserError" and "No space left on device; free some space" in text and "\n" not in text
         assert seen["defect"][0] == ("TypeError" if rank == 0 else "RuntimeError")
         assert "a defect of ours" in seen["defect"][1]
         assert seen["small"][0] == "UserError" and "disk full: the checkpoint needs" in seen["small"][1]
-        assert all(seen[f"{name} left"] == ["step_000001"] for name in ("part", "file", "defect"))
+        assert all(seen[f"{name} left"] == ["step_000001"] for name in ("part", "file", "hash", "defect"))
         assert seen["steps"] == [1, 11]
         assert len(set(seen["rng"])) == 4
 

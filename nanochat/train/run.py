@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat import checkpoint, cli, parallel
+from nanochat.config import LEARNING_RATES
 from nanochat.errors import UserError
 from nanochat.eval.samples import make_chat_samples
 from nanochat.flags import ParentFlags, Resume, RunFlags
@@ -24,7 +25,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Policy
 from nanochat.paths import check_writable
-from nanochat.runtime import gather, get_dist_info, print0
+from nanochat.runtime import gather, get_dist_info, on_first_rank, print0
 from nanochat.sections import write_section
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.observer import Observer
@@ -173,6 +174,10 @@ def load_parent(
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any], Policy]:
     """(model of an earlier stage, spread over ranks; its tokenizer; its meta; how it is spread)."""
     model, tokenizer, parent = checkpoint.find_model(stage, device, flags.model_tag, flags.model_step)
+    inherited = {*LEARNING_RATES, "source", "max_seq_len", "device_batch_size", "total_batch_size", "use_muon"}
+    if lacking := sorted(inherited - parent.get("recipe", {}).keys()):
+        raise UserError(f"{stage} {parent['tag']}, step {parent['step']}: its recipe lacks {', '.join(lacking)}; train "
+                        "it again, or take another")  # fmt: skip
     policy = parallelize_model(model, flags, device)
     checkpoint.fill_model(model, device, parent)
     return model.train(), tokenizer, parent, policy
@@ -223,17 +228,8 @@ def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[
         return _look(folder, resume, meta_now, started_again)
     # torchrun counts on each node for itself, and only where a process died
     anyone_started_again = any(gather(started_again))
-    # Rank 0 alone looks: on a shared disk the others may see the newest checkpoint only a minute later.
-    answer: list[Any] = [None, None]  # meta, the user's mistake
-    if get_dist_info().rank == 0:
-        try:
-            answer[0] = _look(folder, resume, meta_now, anyone_started_again)
-        except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer)
-    meta, mistake = answer
-    if mistake is not None:
-        raise UserError(mistake)
+    # on a shared disk the others may see the newest checkpoint only a minute later
+    meta = on_first_rank(lambda: _look(folder, resume, meta_now, anyone_started_again))
     if meta:
         _await_everywhere(checkpoint.step_dir(folder, meta["step"]) / "COMMITTED")
     return meta
@@ -256,17 +252,20 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
     steps = checkpoint.committed_steps(folder)
     if not steps:
         return {}
-    complete = (folder / checkpoint.COMPLETE).exists()
     if started_again:
         resume = "auto"  # torchrun started all ranks again (--max-restarts): what is there is this run's own
-        complete = False
+    complete = (folder / checkpoint.COMPLETE).exists() and not started_again
     if resume == "never":
         tag = "--model-tag" if meta_now["stage"] == "base" else "--out-tag"
         how, auto = (", complete", "leaves it as it is") if complete else ("", "continues it")
         raise UserError(
             f"{folder} holds a run already (step {steps[-1]}{how}): {tag}=NAME writes elsewhere, --resume=auto {auto}"
         )
-    meta = checkpoint.read_meta(folder, steps[-1])
+    try:
+        meta = checkpoint.newest(folder, resume=True)
+    except checkpoint.Damaged as error:
+        print0(f"{error}; there is none before it: kept as {checkpoint.set_aside(folder).name}, starting anew")
+        return {}
     before, now = meta["settings"], meta_now["settings"]
     changed = [key for key, value in now.items() if key not in OBSERVERS and before.get(key) != value]
     changed += [key.removesuffix("_hash") for key in ORIGINS if meta.get(key) != meta_now.get(key)]
@@ -274,7 +273,7 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
         kept = checkpoint.set_aside(folder).name
         print0(f"the run in {folder} differs in {', '.join(changed)}: kept as {kept}, starting anew")
         return {}
-    if complete:
+    if complete and meta["step"] == steps[-1]:
         print0(f"the run in {folder} is complete: nothing to do")
         return None
     return meta
@@ -284,13 +283,14 @@ def resume(run: TrainingRun) -> None:
     """Put model, optimizer, random generators and counters where run.earlier left them (not the loader, whose state is
     given to its constructor)."""
     meta = run.earlier
-    step = meta["step"]
+    step, rank = meta["step"], get_dist_info().rank
+    path = checkpoint.step_dir(run.folder, step) / "meta.json"
+    with checkpoint.damage_reported(path, KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+        steps, run.state = meta["optimizer_steps"], checkpoint.from_json(LoopState, meta["loop"])
+        if rank < len(meta["rng"]):
+            checkpoint.set_rng_state(meta["rng"][rank])
     checkpoint.load_weights(run.folder, step, run.model)
-    checkpoint.load_optimizer(run.folder, step, run.optimizer, meta["optimizer_steps"])
-    rank = get_dist_info().rank
-    if rank < len(meta["rng"]):
-        checkpoint.set_rng_state(meta["rng"][rank])
-    run.state = LoopState(**meta["loop"])
+    checkpoint.load_optimizer(run.folder, step, run.optimizer, steps)
     print0(f"resumed from step {step:,} in {run.folder}")
 
 

@@ -214,14 +214,27 @@ def test_no_tokenizer(prepared):
         main(Settings(**SMALL))
 
 
-def test_damaged_checkpoint_stops_a_resume_with_one_line(prepared):
+@pytest.mark.parametrize("name", ["model.safetensors", "state/__0_0.distcp", "meta.json"])
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(prepared, capsys, name):
     settings = Settings(**{**SMALL, "num_iterations": 4, "save_every": 2, "resume": "auto"})
     main(settings)
     folder = checkpoint_dir("base", "d1")
-    (folder / "COMPLETE").unlink()
-    (folder / "step_000004" / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        main(settings)
+    # cloned: the file is mapped, and written to
+    before = {key: value.clone() for key, value in load_file(folder / "step_000004" / "model.safetensors").items()}
+    (folder / "step_000004" / name).write_bytes(b"x")
+    capsys.readouterr()
+    main(settings)  # which was complete
+    out = capsys.readouterr().out
+    assert (
+        "is damaged" in out and "kept as step_000004.damaged.1, step 2 is used" in out and "resumed from step 2" in out
+    )
+    after = load_file(folder / "step_000004" / "model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items()) and (folder / "COMPLETE").exists()
+    for step in (2, 4):
+        (folder / f"step_00000{step}" / "meta.json").write_bytes(b"x")
+    main(settings)
+    out = capsys.readouterr().out
+    assert "there is none before it: kept as d1.1, starting anew" in out and (folder / "COMPLETE").exists()
 
 
 def test_too_little_data_is_said_before_training(prepared, capsys):

@@ -1,12 +1,14 @@
 """Who may write into a checkpoint folder, seen from several ranks and after a restart by torchrun."""
 
 import json
+import math
 import os
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from nanochat import checkpoint
+from nanochat import checkpoint, runtime
 from nanochat.errors import UserError
 from nanochat.train import run
 from tests.processes import run_processes
@@ -52,6 +54,47 @@ def test_another_run_is_set_aside(tmp_path, capsys):
     assert "differs in depth: kept as a.1, starting anew" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["a.1"]
     assert run.earlier_run(tmp_path / "a", "auto", NOW) == {}
+
+
+def choose_on_ranks(base):
+    """All ranks go on from the same step, whoever looks first; what they load too."""
+    meta = run.earlier_run(base / "a", "auto", NOW)
+    try:
+        wanted = runtime.on_first_rank(lambda: checkpoint.check(base / "a", 30))
+    except UserError as error:
+        wanted = str(error)
+    return meta["step"], wanted
+
+
+def test_all_ranks_pass_over_a_damaged_checkpoint(tmp_path):
+    for step in (10, 20, 30):
+        put(tmp_path / "a", step)
+    (checkpoint.step_dir(tmp_path / "a", 20) / "COMMITTED").write_text(f"{'0' * 64}  meta.json\n")
+    (checkpoint.step_dir(tmp_path / "a", 30) / "meta.json").write_text("[" * 100_000)
+    results = run_processes(2, choose_on_ranks, tmp_path)
+    assert [step for step, _ in results] == [10, 10] and all("no checkpoint" in said for _, said in results)
+    assert sorted(os.listdir(tmp_path / "a")) == ["step_000010", "step_000020.damaged.1", "step_000030.damaged.1"]
+
+
+def test_counters_of_other_types_are_one_line(tmp_path):
+    about = {"optimizer_steps": 1, "rng": [], "loop": {}}
+    for name, value in (
+        ("loop", {"step": "1"}),
+        ("loop", {"step": 10**30}),
+        ("loop", {"seconds": math.nan}),
+        ("loop", {"latest": {"Loss/x": "low"}}),
+        ("loop", {"other": 1}),
+        ("rng", [{"torch": "zz"}]),
+        ("rng", [{"torch": "00", "python": [3, [], None], "numpy": []}]),
+        ("rng", [None]),
+        ("optimizer_steps", None),
+    ):
+        earlier = {"step": 10, **about, name: value}
+        if value is None:
+            del earlier[name]
+        with pytest.raises(UserError, match=r"meta\.json is damaged") as error:
+            run.resume(mock.Mock(folder=tmp_path, earlier=earlier))
+        assert "\n" not in str(error.value)
 
 
 def look_from_two_hosts(base):
