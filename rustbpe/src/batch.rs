@@ -5,32 +5,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::encode::Worker;
-use crate::split::{SplitError, Splitter};
+use crate::split::Splitter;
 use crate::vocab::Vocab;
 
 /// Text that a thread takes at once: one to two milliseconds of work, against some 20 µs to start a thread.
 const BLOCK_BYTES: usize = 64 * 1024;
-
-/// A token id as it is kept.
-pub trait Id: Copy + Send {
-    /// The id itself, which must fit.
-    fn of(id: u32) -> Self;
-}
-
-impl Id for u32 {
-    #[inline(always)]
-    fn of(id: u32) -> Self {
-        id
-    }
-}
-
-/// For vocabularies of at most 65,536 tokens.
-impl Id for u16 {
-    #[inline(always)]
-    fn of(id: u32) -> Self {
-        id as u16
-    }
-}
 
 /// Token ids of several documents, one after the other.
 #[derive(Debug, PartialEq, Eq)]
@@ -67,21 +46,22 @@ impl Model {
     }
 
     /// The tokens of one text.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, SplitError> {
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
         let mut ids = Vec::with_capacity(text.len() / 3 + 1);
         self.with_worker(|worker| worker.encode(&self.vocab, text, &mut ids))?;
         Ok(ids)
     }
 
-    /// The tokens of many texts, in their order: a list of blocks, each with the tokens of consecutive texts.
+    /// The tokens of many texts, in their order, as `kept` makes them of ids: a list of blocks, each of consecutive texts.
     ///
     /// At most `threads` threads (None: one a core). They are started for the call and end with it: a standing
     /// pool would leave a process that forks (as data loaders do) with a pool whose threads are gone, and hang.
-    pub fn encode_batch<T: AsRef<str> + Sync, I: Id>(
+    pub fn encode_batch<T: AsRef<str> + Sync, I: Send>(
         &self,
         texts: &[T],
         threads: Option<usize>,
-    ) -> Result<Vec<Encoded<I>>, SplitError> {
+        kept: impl Fn(u32) -> I + Sync,
+    ) -> Result<Vec<Encoded<I>>, String> {
         let blocks = blocks(texts);
         let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
         let threads = threads.unwrap_or_else(cores).clamp(1, blocks.len().max(1));
@@ -98,9 +78,9 @@ impl Model {
                         worker.encode(&self.vocab, text.as_ref(), &mut ids)?;
                         ends.push(ids.len());
                     }
-                    done.push((block.start, Encoded { ids: ids.iter().map(|&id| I::of(id)).collect(), ends }));
+                    done.push((block.start, Encoded { ids: ids.iter().map(|&id| kept(id)).collect(), ends }));
                 }
-                Ok::<_, SplitError>(done)
+                Ok::<_, String>(done)
             })
         };
         let parts: Vec<_> = std::thread::scope(|scope| {

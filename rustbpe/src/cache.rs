@@ -8,7 +8,7 @@ use crate::hash::{SHORT, ShortKey, prefetch};
 use crate::pages;
 pub use crate::place::MOST;
 use crate::place::{DEAREST, FREE, Place, Tokens, is_wide};
-use crate::simd::{BASELINE, Simd};
+use crate::simd::{Baseline, Simd};
 
 /// Places at first, and at most: 16 KB, which is nothing to set up, and 16 MB. 20 MB of English have 210,000 distinct chunks;
 /// encoding them again, 0.7 % of 4.6 million look-ups miss their first place. With half as many places it is 1.6 % and takes
@@ -100,7 +100,7 @@ impl Cache {
         out.reserve(MOST);
         let room = out.spare_capacity_mut().first_chunk_mut().expect("room for them");
         let place = self.second(key);
-        let count = self.places[place].write(BASELINE, key, room);
+        let count = self.places[place].write(Baseline, key, room);
         // SAFETY: the first `count` ids are written, to where there is room.
         unsafe { out.set_len(out.len() + count) };
         count > 0

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::borders::{BLOCK, Chunks};
 use crate::hash::{Fast, SHORT, ShortKey};
-use crate::split::{SplitError, Splitter};
+use crate::split::Splitter;
 use crate::word_table::WordTable;
 
 /// Documents laid end to end: one allocation for a buffer, not one for each document.
@@ -29,12 +29,8 @@ impl Documents {
     }
 
     /// Number of documents.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.ends.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.ends.is_empty()
     }
 
     /// Bytes of text.
@@ -46,7 +42,7 @@ impl Documents {
     fn runs(&self, parts: usize) -> Vec<Range<usize>> {
         let border = |part: usize| match part {
             0 => 0,
-            _ if part == parts => self.len(),
+            _ if part == parts => self.count(),
             _ => self.ends.partition_point(|&end| end <= self.text.len() * part / parts),
         };
         (0..parts).map(|part| border(part)..border(part + 1)).collect()
@@ -110,9 +106,9 @@ impl WordCounter {
     }
 
     /// Adds the chunks of these documents.
-    pub fn count(&mut self, documents: &Documents) -> Result<(), SplitError> {
+    pub fn count(&mut self, documents: &Documents) -> Result<(), String> {
         if let [Lane { splitter, .. }] = self.lanes.as_mut_slice() {
-            return count_into(splitter, &mut self.total, documents, 0..documents.len());
+            return count_into(splitter, &mut self.total, documents, 0..documents.count());
         }
         let runs = documents.runs(self.lanes.len());
         self.lanes
@@ -132,10 +128,10 @@ impl WordCounter {
     /// If there are more than `most` distinct chunks, drops the rarest until at most three quarters of that are left: all
     /// with the same count go or stay together, so the result does not depend on the number of threads.
     pub fn prune(&mut self, most: usize) {
-        if self.len() <= most {
+        if self.distinct() <= most {
             return;
         }
-        let mut counts = Vec::with_capacity(self.len());
+        let mut counts = Vec::with_capacity(self.distinct());
         self.each(|_, count| counts.push(count));
         let kept = most / 4 * 3;
         let place = counts.len() - kept - 1; // of the highest count that must go
@@ -149,12 +145,8 @@ impl WordCounter {
     }
 
     /// Number of distinct chunks.
-    pub fn len(&self) -> usize {
+    pub fn distinct(&self) -> usize {
         self.total.iter().map(WordTable::len).sum()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }
 
@@ -194,7 +186,7 @@ fn count_into(
     tables: &mut [WordTable],
     documents: &Documents,
     run: Range<usize>,
-) -> Result<(), SplitError> {
+) -> Result<(), String> {
     let mut counting = Counting { tables, waiting: Box::new([(ShortKey::NONE, 0); BLOCK]) };
     for index in run {
         splitter.split(documents.get(index), &mut counting)?;

@@ -7,7 +7,7 @@ use crate::cache::{Cache, LongCache, MOST, Wanted};
 use crate::hash::{Fast, SHORT, ShortKey};
 use crate::merge::Merger;
 use crate::simd::{self, Job, Simd};
-use crate::split::{SplitError, Splitter};
+use crate::split::Splitter;
 use crate::vocab::Vocab;
 
 /// As many ids as the short chunks of a block may have, and as are written at once.
@@ -35,7 +35,7 @@ impl Worker {
     }
 
     /// Appends the tokens of `text`.
-    pub fn encode(&mut self, vocab: &Vocab, text: &str, out: &mut Vec<u32>) -> Result<(), SplitError> {
+    pub fn encode(&mut self, vocab: &Vocab, text: &str, out: &mut Vec<u32>) -> Result<(), String> {
         let Worker { splitter, merger, cache, long, waiting } = self;
         splitter.split(text, Encoding { vocab, merger, cache, long, waiting, out })
     }
@@ -107,7 +107,7 @@ impl Encoding<'_> {
 
     fn encode_chunk(&mut self, chunk: &[u8], hash: u64) {
         // A chunk that is a token by itself is that token, even if no merges lead to it.
-        if self.vocab.has_unreachable()
+        if self.vocab.has_unreachable
             && let Some(id) = self.vocab.find(chunk)
         {
             self.out.push(id);
@@ -117,7 +117,7 @@ impl Encoding<'_> {
             return;
         }
         let before = self.out.len();
-        self.merger.merge(self.vocab.rules(), chunk, self.out);
+        self.merger.merge(&self.vocab.rules, chunk, self.out);
         let ids = &self.out[before..];
         if ids.len() > MOST || chunk.len() > SHORT {
             self.long.put(chunk, hash, ids);

@@ -3,8 +3,8 @@
 
 use std::hash::{BuildHasherDefault, Hasher};
 
-const K0: u64 = 0x9e37_79b9_7f4a_7c15;
-const K1: u64 = 0xd1b5_4a32_d192_ed03;
+pub const K0: u64 = 0x9e37_79b9_7f4a_7c15;
+pub const K1: u64 = 0xd1b5_4a32_d192_ed03;
 
 /// Mixes two words into one: the two halves of their 128-bit product, folded.
 #[inline(always)]

@@ -4,13 +4,10 @@
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
-use crate::hash::Fast;
+use crate::hash::{Fast, K0, K1};
 
 /// No such token.
 pub const NONE: u32 = u32::MAX;
-
-const K0: u64 = 0x9e37_79b9_7f4a_7c15;
-const K1: u64 = 0xd1b5_4a32_d192_ed03;
 
 /// Bits of an id in an entry. Three ids in 64 bits make the table small enough to stay in a core's own cache beside
 /// all else: a look-up that has to wait for memory takes several times as long.

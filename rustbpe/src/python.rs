@@ -11,24 +11,21 @@ use pyo3::pybacked::PyBackedStr;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyByteArray, PyBytes, PyInt, PyList, PyString};
 
-use crate::batch::{Encoded, Id, Model};
-use crate::learning::{self, Plan, at_least};
+use crate::batch::{Encoded, Model};
+use crate::learning::{Learner, at_least};
 use crate::pack;
-use crate::split::{SPLIT_PATTERN, SplitError, Splitter};
+use crate::split::{SPLIT_PATTERN, Splitter};
 use crate::vocab::Vocab;
-
-impl From<SplitError> for PyErr {
-    fn from(error: SplitError) -> Self {
-        PyValueError::new_err(error.to_string())
-    }
-}
 
 /// Byte-level BPE. A new tokenizer knows the 256 single bytes; train it, or load one with `from_ranks`.
 #[pyclass(frozen, module = "rustbpe")]
 struct Tokenizer {
     /// Replaced as a whole when training ends, so that other threads may encode meanwhile.
-    model: RwLock<Arc<Shared>>,
+    shared: RwLock<Arc<Shared>>,
 }
+
+/// Tokens and offsets, as bytes.
+type Buffers<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 /// What encoding shares.
 struct Shared {
@@ -38,59 +35,87 @@ struct Shared {
     numbers: PyOnceLock<Vec<Py<PyInt>>>,
 }
 
-impl std::ops::Deref for Shared {
-    type Target = Model;
-
-    fn deref(&self) -> &Model {
-        &self.model
-    }
-}
-
 impl Shared {
     fn new(model: Model) -> Arc<Self> {
         Arc::new(Shared { model, numbers: PyOnceLock::new() })
     }
 
     fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
-        let make = || (0..self.vocab.len()).map(|id| PyInt::new(py, id).unbind()).collect();
+        let make = || (0..self.model.vocab.size()).map(|id| PyInt::new(py, id).unbind()).collect();
         let numbers = self.numbers.get_or_init(py, make);
         PyList::new(py, ids.iter().map(|&id| numbers[id as usize].bind_borrowed(py)))
     }
-}
 
-impl Tokenizer {
-    fn with_model(model: Model) -> Self {
-        Tokenizer { model: RwLock::new(Shared::new(model)) }
-    }
-
-    fn replace(&self, model: Model) {
-        *self.model.write().unwrap_or_else(PoisonError::into_inner) = Shared::new(model);
-    }
-
-    fn model(&self) -> Arc<Shared> {
-        self.model.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn batch<I: Id>(
-        py: Python<'_>,
-        model: &Model,
+    fn batch<I: Send>(
+        &self,
         texts: &Bound<'_, PyAny>,
         num_threads: Option<i64>,
+        kept: impl Fn(u32) -> I + Sync + Send,
     ) -> PyResult<Vec<Encoded<I>>> {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts is one str; pass a list of str, or use encode"));
         }
         let threads = num_threads.map(|threads| at_least("num_threads", threads, 1)).transpose()?;
+        let py = texts.py();
         let texts = texts.try_iter()?.map(|text| text?.extract::<PyBackedStr>()).collect::<PyResult<Vec<_>>>()?;
-        Ok(py.detach(|| model.encode_batch(&texts, threads))?)
+        py.detach(|| self.model.encode_batch(&texts, threads, kept)).map_err(PyValueError::new_err)
+    }
+
+    /// As `batch`: (tokens of `WIDTH` bytes, where each text begins, as u64, and the last one ends).
+    fn batch_bytes<'py, const WIDTH: usize>(
+        &self,
+        texts: &Bound<'py, PyAny>,
+        num_threads: Option<i64>,
+        to_bytes: impl Fn(u32) -> [u8; WIDTH] + Sync + Send,
+    ) -> PyResult<Buffers<'py>> {
+        let py = texts.py();
+        let blocks = self.batch(texts, num_threads, to_bytes)?;
+        let tokens: usize = blocks.iter().map(|block| block.ids.len()).sum();
+        let count: usize = blocks.iter().map(|block| block.ends.len()).sum();
+        let token_bytes = bytes_with(py, tokens * WIDTH, |mut out| {
+            for block in &blocks {
+                let (own, rest) = out.split_at_mut(block.ids.len() * WIDTH);
+                for (place, id) in own.chunks_exact_mut(WIDTH).zip(&block.ids) {
+                    place.copy_from_slice(&id.map(MaybeUninit::new));
+                }
+                out = rest;
+            }
+        })?;
+        let offset_bytes = PyBytes::new_with(py, (count + 1) * 8, |out| {
+            let mut places = out.chunks_exact_mut(8).skip(1);
+            let mut base = 0;
+            for block in &blocks {
+                for (end, out) in block.ends.iter().zip(places.by_ref()) {
+                    out.copy_from_slice(&((base + end) as u64).to_le_bytes());
+                }
+                base += block.ids.len();
+            }
+            Ok(())
+        })?;
+        Ok((token_bytes, offset_bytes))
+    }
+}
+
+impl Tokenizer {
+    fn with_model(model: Model) -> Self {
+        Tokenizer { shared: RwLock::new(Shared::new(model)) }
+    }
+
+    fn replace(&self, model: Model) {
+        *self.shared.write().unwrap_or_else(PoisonError::into_inner) = Shared::new(model);
+    }
+
+    fn shared(&self) -> Arc<Shared> {
+        self.shared.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 #[pymethods]
 impl Tokenizer {
     #[new]
-    fn new() -> PyResult<Self> {
-        Ok(Self::with_model(Model::new(Vocab::from_merges(&[]), Splitter::new(SPLIT_PATTERN)?)))
+    fn new() -> Self {
+        let splitter = Splitter::new(SPLIT_PATTERN).expect("one that is written by hand");
+        Self::with_model(Model::new(Vocab::from_merges(&[]), splitter))
     }
 
     /// A tokenizer with a saved vocabulary: (bytes, id) pairs in any order, as `get_mergeable_ranks` gives them.
@@ -103,7 +128,7 @@ impl Tokenizer {
             Ok((bytes.as_bytes().to_vec(), id))
         };
         let ranks = ranks.iter().map(rank).collect::<PyResult<Vec<_>>>()?;
-        let splitter = Splitter::new(pattern)?;
+        let splitter = Splitter::new(pattern).map_err(PyValueError::new_err)?;
         let vocab = py.detach(|| Vocab::from_ranks(&ranks)).map_err(PyValueError::new_err)?;
         Ok(Self::with_model(Model::new(vocab, splitter)))
     }
@@ -132,9 +157,8 @@ impl Tokenizer {
         max_distinct_words: Option<i64>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let plan = Plan::new(vocab_size, pattern, max_distinct_words, progress)?;
-        let model = learning::from_iterator(py, plan, iterator, at_least("buffer_size", buffer_size, 1)?)?;
-        self.replace(model);
+        let learner = Learner::new(vocab_size, pattern, max_distinct_words, progress)?;
+        self.replace(learner.learn_iterator(py, iterator, at_least("buffer_size", buffer_size, 1)?)?);
         Ok(())
     }
 
@@ -157,19 +181,19 @@ impl Tokenizer {
         max_distinct_words: Option<i64>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<(usize, usize)> {
-        let plan = Plan::new(vocab_size, pattern, max_distinct_words, progress)?;
+        let learner = Learner::new(vocab_size, pattern, max_distinct_words, progress)?;
         let max_chars = max_chars.map(|most| at_least("max_chars", most, 1)).transpose()?;
         let doc_cap = doc_cap.map(|most| at_least("doc_cap", most, 1)).transpose()?;
-        let (model, taken) = learning::from_parquet(py, plan, &paths, column, max_chars, doc_cap)?;
+        let (model, documents, characters) = learner.learn_parquet(py, &paths, column, max_chars, doc_cap)?;
         self.replace(model);
-        Ok((taken.documents, taken.characters))
+        Ok((documents, characters))
     }
 
     /// The token ids of a text, which is taken as ordinary text throughout: special tokens are not known here.
     fn encode<'py>(&self, py: Python<'py>, text: &str) -> PyResult<Bound<'py, PyList>> {
-        let model = self.model();
-        let ids = py.detach(|| model.encode(text))?;
-        model.list(py, &ids)
+        let shared = self.shared();
+        let ids = py.detach(|| shared.model.encode(text)).map_err(PyValueError::new_err)?;
+        shared.list(py, &ids)
     }
 
     /// The token ids of each text, on `num_threads` threads (None: one a core).
@@ -180,12 +204,12 @@ impl Tokenizer {
         texts: &Bound<'py, PyAny>,
         num_threads: Option<i64>,
     ) -> PyResult<Vec<Bound<'py, PyList>>> {
-        let model = self.model();
+        let shared = self.shared();
         let mut all = Vec::new();
-        for block in Self::batch(py, &model, texts, num_threads)? {
+        for block in shared.batch(texts, num_threads, |id| id)? {
             let mut start = 0;
             for end in block.ends {
-                all.push(model.list(py, &block.ids[start..end])?);
+                all.push(shared.list(py, &block.ids[start..end])?);
                 start = end;
             }
         }
@@ -195,31 +219,20 @@ impl Tokenizer {
     /// As `batch_encode`, without making Python ints: (tokens, offsets), little-endian u32 and u64. The tokens of
     /// text i are `np.frombuffer(tokens, "<u4")[offsets[i]:offsets[i + 1]]`, `offsets = np.frombuffer(_, "<u8")`.
     #[pyo3(signature = (texts, num_threads=None))]
-    fn batch_encode_u32<'py>(
-        &self,
-        py: Python<'py>,
-        texts: &Bound<'py, PyAny>,
-        num_threads: Option<i64>,
-    ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
-        join(py, &Self::batch(py, &self.model(), texts, num_threads)?, u32::to_le_bytes)
+    fn batch_encode_u32<'py>(&self, texts: &Bound<'py, PyAny>, num_threads: Option<i64>) -> PyResult<Buffers<'py>> {
+        self.shared().batch_bytes(texts, num_threads, u32::to_le_bytes)
     }
 
     /// As `batch_encode_u32`, with tokens of 16 bits ("<u2"): half the memory, for at most 65,536 tokens.
     #[pyo3(signature = (texts, num_threads=None))]
-    fn batch_encode_u16<'py>(
-        &self,
-        py: Python<'py>,
-        texts: &Bound<'py, PyAny>,
-        num_threads: Option<i64>,
-    ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
-        let model = self.model();
-        if model.vocab.len() > 1 << 16 {
-            let size = model.vocab.len();
-            return Err(PyValueError::new_err(format!(
-                "{size} tokens do not fit 16 bits, which hold 65536; use batch_encode_u32"
-            )));
+    fn batch_encode_u16<'py>(&self, texts: &Bound<'py, PyAny>, num_threads: Option<i64>) -> PyResult<Buffers<'py>> {
+        let shared = self.shared();
+        let size = shared.model.vocab.size();
+        if size > 1 << 16 {
+            let message = format!("{size} tokens do not fit 16 bits, which hold 65536; use batch_encode_u32");
+            return Err(PyValueError::new_err(message));
         }
-        join(py, &Self::batch(py, &model, texts, num_threads)?, u16::to_le_bytes)
+        shared.batch_bytes(texts, num_threads, |id| (id as u16).to_le_bytes())
     }
 
     /// The text of these ids. Bytes that are not UTF-8 become U+FFFD, as with `bytes.decode(errors="replace")`.
@@ -236,18 +249,18 @@ impl Tokenizer {
     /// Number of tokens.
     #[getter]
     fn vocab_size(&self) -> usize {
-        self.model().vocab.len()
+        self.shared().model.vocab.size()
     }
 
     /// The split pattern.
     fn get_pattern(&self) -> String {
-        self.model().pattern().to_owned()
+        self.shared().model.pattern().to_owned()
     }
 
     /// All tokens as (bytes, id), by id.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
-        let model = self.model();
-        let token = |id| model.vocab.token(id).map(|bytes| (PyBytes::new(py, bytes), id));
+        let shared = self.shared();
+        let token = |id| shared.model.vocab.token(id).map(|bytes| (PyBytes::new(py, bytes), id));
         (0..).map_while(token).collect()
     }
 
@@ -258,9 +271,10 @@ impl Tokenizer {
 
 impl Tokenizer {
     fn bytes_of(&self, py: Python<'_>, ids: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
-        let model = self.model();
+        let shared = self.shared();
+        let vocab = &shared.model.vocab;
         let unknown = |id: &dyn std::fmt::Display| {
-            PyValueError::new_err(format!("token id {id} is unknown; ids must be 0..={}", model.vocab.len() - 1))
+            PyValueError::new_err(format!("token id {id} is unknown; ids must be 0..={}", vocab.size() - 1))
         };
         let mut numbers = Vec::with_capacity(ids.len().unwrap_or(0));
         for id in ids.try_iter()? {
@@ -274,7 +288,7 @@ impl Tokenizer {
                 Err(error) => return Err(error),
             }
         }
-        py.detach(|| model.vocab.decode(&numbers)).map_err(|id| unknown(&id))
+        py.detach(|| vocab.decode(&numbers)).map_err(|id| unknown(&id))
     }
 }
 
@@ -288,37 +302,6 @@ fn bytes_with(py: Python<'_>, size: usize, fill: impl FnOnce(&mut [MaybeUninit<u
         fill(std::slice::from_raw_parts_mut(start, size));
         Ok(object.cast_into_unchecked())
     }
-}
-
-/// The tokens of all blocks as bytes, and where each text begins, as u64, and the last one ends.
-fn join<'py, I: Id, const WIDTH: usize>(
-    py: Python<'py>,
-    blocks: &[Encoded<I>],
-    to_bytes: fn(I) -> [u8; WIDTH],
-) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
-    let tokens: usize = blocks.iter().map(|block| block.ids.len()).sum();
-    let count: usize = blocks.iter().map(|block| block.ends.len()).sum();
-    let token_bytes = bytes_with(py, tokens * WIDTH, |mut out| {
-        for block in blocks {
-            let (own, rest) = out.split_at_mut(block.ids.len() * WIDTH);
-            for (place, &id) in own.chunks_exact_mut(WIDTH).zip(&block.ids) {
-                place.copy_from_slice(&to_bytes(id).map(MaybeUninit::new));
-            }
-            out = rest;
-        }
-    })?;
-    let offset_bytes = PyBytes::new_with(py, (count + 1) * 8, |out| {
-        let mut places = out.chunks_exact_mut(8).skip(1);
-        let mut base = 0;
-        for block in blocks {
-            for (end, out) in block.ends.iter().zip(places.by_ref()) {
-                out.copy_from_slice(&((base + end) as u64).to_le_bytes());
-            }
-            base += block.ids.len();
-        }
-        Ok(())
-    })?;
-    Ok((token_bytes, offset_bytes))
 }
 
 /// Documents packed into rows of `row_len` tokens: (rows, how many tokens were cropped).
@@ -337,19 +320,16 @@ fn pack_rows<'py>(
     row_len: usize,
 ) -> PyResult<(Bound<'py, PyByteArray>, usize)> {
     if !matches!(width, 2 | 4) || tokens.len() % width > 0 {
-        return Err(PyValueError::new_err(format!(
-            "width is {width}, for {} bytes of tokens; it must be 2 or 4, and divide them",
-            tokens.len()
-        )));
+        let length = tokens.len();
+        let message = format!("width is {width}, for {length} bytes of tokens; it must be 2 or 4, and divide them");
+        return Err(PyValueError::new_err(message));
     }
     if row_len < 2 {
         return Err(PyValueError::new_err(format!("row_len is {row_len}; a row of less than 2 tokens holds no text")));
     }
-    if !ends.is_sorted() || ends.last().copied().unwrap_or(0) != tokens.len() / width {
-        return Err(PyValueError::new_err(format!(
-            "ends must rise up to {}, the number of tokens",
-            tokens.len() / width
-        )));
+    let count = tokens.len() / width;
+    if !ends.is_sorted() || ends.last().copied().unwrap_or(0) != count {
+        return Err(PyValueError::new_err(format!("ends must rise up to {count}, the number of tokens")));
     }
     let bos = bos.to_le_bytes();
     if bos[width..].iter().any(|&byte| byte > 0) {

@@ -9,52 +9,23 @@ use parquet::data_type::ByteArray;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::count::{Documents, first_chars};
+use crate::split::one_line;
 
 /// Values of a column that are decoded at a time.
 const RECORDS: usize = 1024;
 
-/// Open shards with a text column of one name.
-pub struct Shards {
-    files: Vec<Shard>,
-}
-
-struct Shard {
+/// A parquet file with a text column.
+pub struct Shard {
     path: PathBuf,
     /// Number of the text column.
     column: usize,
-    groups: usize,
-}
-
-/// One row group of one shard.
-#[derive(Clone, Copy, Debug)]
-pub struct Group {
-    file: usize,
-    group: usize,
-}
-
-impl Shards {
-    /// Opens all of them, so that one that cannot be used is found before any work is done. The error is one line
-    /// that names the file.
-    pub fn open(paths: &[PathBuf], column: &str) -> Result<Self, String> {
-        let files = paths.iter().map(|path| Shard::open(path, column)).collect::<Result<_, _>>()?;
-        Ok(Shards { files })
-    }
-
-    /// All row groups, in order.
-    pub fn groups(&self) -> Vec<Group> {
-        let of = |(file, shard): (usize, &Shard)| (0..shard.groups).map(move |group| Group { file, group });
-        self.files.iter().enumerate().flat_map(of).collect()
-    }
-
-    /// The documents of a row group, each cut after `doc_cap` characters; empty ones and nulls are left out.
-    pub fn read(&self, Group { file, group }: Group, doc_cap: usize) -> Result<Documents, String> {
-        let shard = &self.files[file];
-        shard.read(group, doc_cap).map_err(|error| format!("{}, row group {group}: {error}", shard.path.display()))
-    }
+    /// How many row groups there are.
+    pub groups: usize,
 }
 
 impl Shard {
-    fn open(path: &Path, column: &str) -> Result<Self, String> {
+    /// The error is one line that names the file.
+    pub fn open(path: &Path, column: &str) -> Result<Self, String> {
         let name = path.display();
         let reader = open(path).map_err(|error| format!("{name}{error}"))?;
         let schema = reader.metadata().file_metadata().schema_descr();
@@ -72,7 +43,12 @@ impl Shard {
         Ok(Shard { path: path.to_owned(), column: found, groups: reader.num_row_groups() })
     }
 
-    fn read(&self, group: usize, doc_cap: usize) -> Result<Documents, String> {
+    /// The documents of a row group, each cut after `doc_cap` characters; empty ones and nulls are left out.
+    pub fn read(&self, group: usize, doc_cap: usize) -> Result<Documents, String> {
+        self.documents(group, doc_cap).map_err(|error| format!("{}, row group {group}: {error}", self.path.display()))
+    }
+
+    fn documents(&self, group: usize, doc_cap: usize) -> Result<Documents, String> {
         let say = |error: parquet::errors::ParquetError| one_line(&error);
         // A reader of its own: clones of a file share one position, and threads would move it under each other. The
         // footer that is read again is some 50 KB for a shard of 50 row groups.
@@ -105,8 +81,4 @@ impl Shard {
 fn open(path: &Path) -> Result<SerializedFileReader<File>, String> {
     let file = File::open(path).map_err(|error| format!(": {}", one_line(&error)))?;
     SerializedFileReader::new(file).map_err(|error| format!(" is not a parquet file: {}", one_line(&error)))
-}
-
-fn one_line(error: &dyn std::fmt::Display) -> String {
-    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }

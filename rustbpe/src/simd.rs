@@ -8,9 +8,7 @@ pub trait Simd: Copy {
 }
 
 #[derive(Clone, Copy)]
-pub struct Baseline(());
-
-pub const BASELINE: Baseline = Baseline(());
+pub struct Baseline;
 
 impl Simd for Baseline {
     #[cfg(target_arch = "x86_64")]
@@ -40,7 +38,7 @@ pub fn run(job: impl Job) {
         // SAFETY: they are there.
         return unsafe { run_with_avx2(job) };
     }
-    job.run(BASELINE);
+    job.run(Baseline);
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -5,8 +5,8 @@ use std::fmt;
 use crate::borders::{Borders, Chunks};
 use crate::scan;
 use crate::split_default::Style;
-use crate::split_gpt2::Gpt2;
-use crate::split_o200k::O200k;
+use crate::split_gpt2::{self, Gpt2};
+use crate::split_o200k::{self, O200k};
 
 /// The default split pattern: GPT-4's, but with runs of at most two digits, which spends fewer of a small
 /// vocabulary's entries on numbers.
@@ -16,18 +16,6 @@ pub const SPLIT_PATTERN: &str =
 /// How often the regex engine may step back within one chunk. The engine's own default, one million, makes
 /// an ordinary pattern fail on a run of a million spaces; this allows a hundred million (seconds).
 const BACKTRACK_LIMIT: usize = 100_000_000;
-
-/// Why text could not be split: a pattern that does not compile, or one that gave up.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SplitError(String);
-
-impl fmt::Display for SplitError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for SplitError {}
 
 /// A compiled split pattern. Clone it for each thread: clones of a regex do not contend for scratch memory.
 #[derive(Clone, Debug)]
@@ -40,37 +28,31 @@ pub struct Splitter {
 enum Engine {
     /// Hand-written splitters: that of [`SPLIT_PATTERN`] and its kin, and others.
     Default(Style),
-    Gpt2(Gpt2),
-    O200k(O200k),
+    Gpt2,
+    O200k,
     Regex(Box<fancy_regex::Regex>),
 }
 
-impl Engine {
-    fn by_hand(pattern: &str) -> Option<Self> {
-        let default = || Style::of(pattern).map(Engine::Default);
-        let gpt2 = || Gpt2::of(pattern).map(Engine::Gpt2);
-        let o200k = || O200k::of(pattern).map(Engine::O200k);
-        default().or_else(gpt2).or_else(o200k)
-    }
-}
-
 impl Splitter {
-    /// Compiles a pattern. [`SPLIT_PATTERN`] and its kin (see [`Style::of`]), GPT-2's and GPT-4o's take a hand-written splitter,
-    /// which gives the same chunks in linear time on any input (0.06 s for 100 MB of English on one thread; the
-    /// engine takes seconds); every other pattern takes the regex engine.
-    pub fn new(pattern: &str) -> Result<Self, SplitError> {
-        match Engine::by_hand(pattern) {
-            Some(engine) => Ok(Splitter { pattern: pattern.to_owned(), engine }),
-            None => Self::with_regex(pattern),
-        }
+    /// Compiles a pattern. [`SPLIT_PATTERN`] and its kin (see [`Style::of`]), GPT-2's and GPT-4o's take a hand-written
+    /// splitter, which gives the same chunks in linear time on any input (0.06 s for 100 MB of English on one thread;
+    /// the engine takes seconds).
+    pub fn new(pattern: &str) -> Result<Self, String> {
+        let engine = match Style::of(pattern) {
+            Some(style) => Engine::Default(style),
+            None if split_gpt2::PATTERNS.contains(&pattern) => Engine::Gpt2,
+            None if pattern == split_o200k::PATTERN => Engine::O200k,
+            None => return Self::with_regex(pattern),
+        };
+        Ok(Splitter { pattern: pattern.to_owned(), engine })
     }
 
     /// Compiles a pattern for the regex engine even if a hand-written splitter exists (tests compare the two).
-    pub fn with_regex(pattern: &str) -> Result<Self, SplitError> {
-        let regex =
-            fancy_regex::RegexBuilder::new(pattern).backtrack_limit(BACKTRACK_LIMIT).build().map_err(|error| {
-                SplitError(format!("cannot compile the split pattern {pattern:?}: {}", one_line(&error)))
-            })?;
+    pub fn with_regex(pattern: &str) -> Result<Self, String> {
+        let regex = fancy_regex::RegexBuilder::new(pattern)
+            .backtrack_limit(BACKTRACK_LIMIT)
+            .build()
+            .map_err(|error| format!("cannot compile the split pattern {pattern:?}: {}", one_line(&error)))?;
         Ok(Splitter { pattern: pattern.to_owned(), engine: Engine::Regex(Box::new(regex)) })
     }
 
@@ -79,27 +61,27 @@ impl Splitter {
         &self.pattern
     }
 
-    /// Hands every chunk of the text to `chunks`, as byte offsets, in order.
-    ///
-    /// Text that a custom pattern does not match is left out, and empty matches are ignored, as tiktoken does
-    /// with the former; the default pattern matches every character.
+    /// Hands every chunk of the text to `chunks`, as byte offsets, in order. Text that a custom pattern does not match
+    /// is left out, as tiktoken does, and empty matches are ignored.
     #[inline(always)]
-    pub fn split(&self, text: &str, mut chunks: impl Chunks) -> Result<(), SplitError> {
+    pub fn split(&self, text: &str, mut chunks: impl Chunks) -> Result<(), String> {
         match &self.engine {
             Engine::Default(style) => scan::split(*style, text.as_bytes(), chunks),
-            Engine::Gpt2(gpt2) => scan::split(*gpt2, text.as_bytes(), chunks),
-            Engine::O200k(o200k) => scan::split(*o200k, text.as_bytes(), chunks),
+            Engine::Gpt2 => scan::split(Gpt2, text.as_bytes(), chunks),
+            Engine::O200k => scan::split(O200k, text.as_bytes(), chunks),
             Engine::Regex(regex) => self.split_with(regex, text, &mut chunks)?,
         }
         Ok(())
     }
 
-    fn split_with(&self, regex: &fancy_regex::Regex, text: &str, chunks: &mut impl Chunks) -> Result<(), SplitError> {
+    fn split_with(&self, regex: &fancy_regex::Regex, text: &str, chunks: &mut impl Chunks) -> Result<(), String> {
         let mut borders = Borders::from(0);
         for found in regex.find_iter(text) {
             let found = found.map_err(|error| {
                 let (pattern, length, error) = (&self.pattern, text.len(), one_line(&error));
-                SplitError(format!("the split pattern {pattern:?} gave up on a text of {length} bytes ({error}); use a simpler pattern or shorter texts"))
+                format!(
+                    "the split pattern {pattern:?} gave up on a text of {length} bytes ({error}); use a simpler pattern or shorter texts"
+                )
             })?;
             if found.end() == found.start() {
                 continue;
@@ -115,8 +97,8 @@ impl Splitter {
     }
 }
 
-/// Regex errors draw a picture of the pattern over several lines; users get the words on one.
-fn one_line(error: &dyn fmt::Display) -> String {
+/// The words of an error on one line: that of a regex draws a picture of the pattern over several.
+pub fn one_line(error: &dyn fmt::Display) -> String {
     error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 

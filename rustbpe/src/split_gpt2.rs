@@ -10,22 +10,15 @@ use crate::window::{Masks, WINDOW};
 /// Spellings of one and the same pattern: the original release's, with the contractions drawn together, and
 /// tiktoken's. (`\s++$` there says nothing new: `\s+(?!\S)` takes all of the white space at the end, too. And where `\s`
 /// is tried, one character of white space is left.)
-const PATTERNS: [&str; 4] = [
+pub const PATTERNS: [&str; 4] = [
     r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
 ];
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub struct Gpt2;
-
-impl Gpt2 {
-    /// The rules of GPT-2's pattern, in any of its spellings.
-    pub fn of(pattern: &str) -> Option<Self> {
-        PATTERNS.contains(&pattern).then_some(Gpt2)
-    }
-}
 
 impl Rules for Gpt2 {
     #[inline(always)]
@@ -69,7 +62,3 @@ impl Rules for Gpt2 {
         }
     }
 }
-
-#[cfg(test)]
-#[path = "tests/split_gpt2.rs"]
-mod tests;

@@ -9,7 +9,7 @@ use crate::split_default::{self, Style};
 use crate::window::{Masks, WINDOW};
 
 /// As tiktoken has it.
-const PATTERN: &str = concat!(
+pub const PATTERN: &str = concat!(
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -23,15 +23,8 @@ const SECOND_HALF: Class = Class::LOWER.or(EITHER);
 /// Numbers and white space are those of the default's kin.
 const LIKE: Style = Style { digits: 3, whole_tail: false };
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub struct O200k;
-
-impl O200k {
-    /// The rules of GPT-4o's pattern.
-    pub fn of(pattern: &str) -> Option<Self> {
-        (pattern == PATTERN).then_some(O200k)
-    }
-}
 
 impl Rules for O200k {
     #[inline(always)]
@@ -137,7 +130,3 @@ fn punctuation_end(text: &Text, at: usize) -> usize {
     }
     end
 }
-
-#[cfg(test)]
-#[path = "tests/split_o200k.rs"]
-mod tests;

@@ -5,7 +5,7 @@ use crate::tests::support::Random;
 fn known(cache: &mut Cache, key: ShortKey) -> Option<Vec<u32>> {
     let place = cache.first(key) as u32;
     let mut room = [MaybeUninit::new(0); MOST];
-    let (_, count) = cache.write(BASELINE, &[Wanted { key, place }], &mut room);
+    let (_, count) = cache.write(Baseline, &[Wanted { key, place }], &mut room);
     // SAFETY: all were initialised to begin with.
     let mut ids = room[..count].iter().map(|id| unsafe { id.assume_init() }).collect();
     (count > 0 || cache.write_second(key, &mut ids)).then_some(ids)

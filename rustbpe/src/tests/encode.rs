@@ -6,7 +6,7 @@ use crate::tests::support::{Random, naive_encode, naive_train};
 
 fn check(vocab: &Vocab, worker: &mut Worker, text: &str) {
     let ranks: HashMap<Vec<u8>, u32> =
-        (0..vocab.len() as u32).map(|id| (vocab.token(id).unwrap().to_vec(), id)).collect();
+        (0..vocab.size() as u32).map(|id| (vocab.token(id).unwrap().to_vec(), id)).collect();
     let mut want = Vec::new();
     Splitter::new(SPLIT_PATTERN)
         .unwrap()

@@ -1,5 +1,5 @@
 use super::*;
-use crate::simd::{BASELINE, Job};
+use crate::simd::{Baseline, Job};
 use crate::tests::support::{Random, run_each};
 
 #[test]
@@ -12,14 +12,14 @@ fn a_full_place_keeps_what_was_seen_again() {
         let kept = random.word(12, 3);
         place.put(0, key(&kept), tokens(1 + random.below(MOST)));
         let mut room = [MaybeUninit::new(0); MOST];
-        assert!(place.write(BASELINE, key(&kept), &mut room) > 0);
+        assert!(place.write(Baseline, key(&kept), &mut room) > 0);
         // Others, never looked up, only drive out each other.
         for _ in 0..20 {
             let (other, count) = ([b"x", random.word(12, 2).as_slice()].concat(), 1 + random.below(2));
             let (price, at) = place.cheapest(is_wide(key(&other), tokens(count)));
             assert!(price < DEAREST);
             place.put(at, key(&other), tokens(count));
-            let found = [&other, &kept].map(|word| place.find(BASELINE, key(word)));
+            let found = [&other, &kept].map(|word| place.find(Baseline, key(word)));
             assert!(!found.contains(&NOWHERE), "{kept:?} {other:?}");
         }
     }
@@ -47,12 +47,12 @@ fn slots_are_found_alike_with_and_without_intrinsics() {
         let words: Vec<_> = (0..6).map(|_| random.word(10, 1)).collect();
         let keys = words.iter().map(|word| ShortKey::of(word, 0, word.len()));
         for key in keys.clone() {
-            if place.find(BASELINE, key) == NOWHERE {
+            if place.find(Baseline, key) == NOWHERE {
                 let tokens = Tokens::of(&[3, 1, 4, 1, 5][..1 + random.below(MOST)]).unwrap();
                 let (_, at) = place.cheapest(is_wide(key, tokens));
                 place.put(at, key, tokens);
             }
-            assert!(place.find(BASELINE, key) < NOWHERE);
+            assert!(place.find(Baseline, key) < NOWHERE);
             for key in keys.clone().chain([ShortKey::NONE]) {
                 let want = place.find_portable(key, &MASKS[key.tag()]);
                 run_each(Check { place: &place, key, want });

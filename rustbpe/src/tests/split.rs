@@ -1,14 +1,15 @@
 use super::*;
 use crate::classes::CLASSES;
 use crate::scan::{Rules, Text};
+use crate::tests::split_families::{GPT2, O200K, R50K};
 
 impl Splitter {
     /// [`Splitter::split`] of a hand-written splitter, by its scan alone.
     pub fn split_without_windows(&self, text: &str, chunks: impl Chunks) {
         match &self.engine {
             Engine::Default(style) => scan_all(*style, text.as_bytes(), chunks),
-            Engine::Gpt2(gpt2) => scan_all(*gpt2, text.as_bytes(), chunks),
-            Engine::O200k(o200k) => scan_all(*o200k, text.as_bytes(), chunks),
+            Engine::Gpt2 => scan_all(Gpt2, text.as_bytes(), chunks),
+            Engine::O200k => scan_all(O200k, text.as_bytes(), chunks),
             Engine::Regex(_) => unreachable!("{:?} has no hand-written splitter", self.pattern),
         }
     }
@@ -52,13 +53,24 @@ fn custom_patterns_drop_what_they_do_not_match() {
 
 #[test]
 fn a_broken_pattern_is_a_one_line_error() {
-    let error = Splitter::new("(unclosed").unwrap_err().to_string();
+    let error = Splitter::new("(unclosed").unwrap_err();
     assert!(error.contains("\"(unclosed\"") && !error.contains('\n'), "{error}");
 }
 
 #[test]
 fn a_pattern_that_gives_up_is_an_error() {
     let splitter = Splitter::with_regex(r"(?:a|aa)+(?!\S)b").unwrap();
-    let error = splitter.split(&"a".repeat(200), |_, _| {}).unwrap_err().to_string();
+    let error = splitter.split(&"a".repeat(200), |_, _| {}).unwrap_err();
     assert!(error.contains("gave up on a text of 200 bytes") && !error.contains('\n'), "{error}");
+}
+
+#[test]
+fn patterns_are_recognised() {
+    let engine = |pattern: &str| Splitter::new(pattern).unwrap().engine;
+    let near_miss = |pattern: &str| matches!(engine(&format!("{pattern} ")), Engine::Regex(_));
+    assert!(matches!(engine(SPLIT_PATTERN), Engine::Default(_)) && near_miss(SPLIT_PATTERN));
+    for pattern in [GPT2, R50K, &GPT2.replace(r"\p{L}+", r"[\p{L}]+").replace(r"\p{N}+", r"[\p{N}]+")] {
+        assert!(matches!(engine(pattern), Engine::Gpt2) && near_miss(pattern), "{pattern}");
+    }
+    assert!(matches!(engine(O200K), Engine::O200k) && near_miss(O200K));
 }

@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use crate::simd::{self, BASELINE, Job};
+use crate::simd::{self, Baseline, Job};
 
 /// Does a job once in every way that this processor knows.
 pub fn run_each(job: impl Job + Copy) {
-    job.run(BASELINE);
+    job.run(Baseline);
     simd::run(job);
 }
 
