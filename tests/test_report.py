@@ -261,5 +261,5 @@ def test_a_report_whose_copy_cannot_be_written_is_in_the_store(store):
     assert report.generate(paths.run_dir(), copy_to=store / "file" / "cwd") == store / "report" / "report.md"
     (store / "report").rename(store / "moved")
     (store / "report").touch()
-    with pytest.raises(UserError, match="neither .* can be written"):
+    with pytest.raises(UserError, match=r"neither .* can be written"):
         report.generate(paths.run_dir(), copy_to=store / "file" / "cwd")

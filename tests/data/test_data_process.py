@@ -12,7 +12,7 @@ from nanochat.data import hub, sources
 from nanochat.data.bins import describe_folder, open_tokens, tokenized_dir, write_tokens
 from nanochat.dataloader import RowLoader
 from nanochat.errors import UserError
-from nanochat.paths import tokenizer_dir
+from nanochat.paths import slug, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts.data_process import download, tokenize_text
 from tests.standin_hub import COMMIT, StandInHub, serving
@@ -171,7 +171,8 @@ def test_meta_says_whose_tokens_they_are(source):
     found = tokenize(source)
     tokenizer = get_tokenizer()
     assert (found.vocab_size, found.document_token) == (tokenizer.get_vocab_size(), tokenizer.get_bos_token_id())
-    assert found.tokenizer_hash == tokenizer.hash and found.path.name.endswith(f"-texts-{tokenizer.hash}")
+    assert found.tokenizer_hash == tokenizer.hash
+    assert found.path.name == f"{slug(sources.canonical(source))}-{tokenizer.hash}"
     meta = json.loads((found.path / "meta.json").read_text())
     assert meta["splits"]["train"] == {"train_000000.bin": len(open_tokens(found.train[0]))}
     assert meta["source"] == sources.canonical(source)

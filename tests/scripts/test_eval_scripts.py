@@ -110,6 +110,7 @@ def test_base_eval_on_a_generated_bundle(trained, capsys):
 
 def test_a_published_bundle_is_never_replaced_by_a_generated_one(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_eval_bundle, "eval_bundle_dir", lambda: tmp_path / "eval_bundle")
+    (tmp_path / "eval_bundle").mkdir()  # a run of the pipeline starts with an empty folder of its own
     make_eval_bundle.main(make_eval_bundle.Settings(source=trained))
     assert load_bundle(tmp_path / "eval_bundle").kind == "offline"
     origin = tmp_path / "origin"
