@@ -5,7 +5,7 @@
 #   bash pretrain.sh --depth=32                  or MODEL_DEPTH=32
 #   bash pretrain.sh --depth=26 --posttrain      mid-training and SFT of a base model that is there
 #   bash pretrain.sh --depth=26 --fullrun        both, and the report
-#   bash pretrain.sh --shards=100 --device-batch-size=4 --save-every=250     these, and any flag of base_train
+#   bash pretrain.sh --shards=100 --mup --save-every=250     and any flag of base_train (python -m scripts.base_train --help)
 #
 # Several nodes: the same command on every node, as volc/, slurm/ and sky/ do it (see `python -m nanochat.launch`). The
 # store must be one folder that all nodes share, because all of them write the checkpoints. Node 0 alone walks through
@@ -16,54 +16,20 @@
 # Call it again to continue: stages that are done are skipped, training goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+source dev/settings.sh
 source dev/stages.sh
 
-# ---- Overrides: set any of these in the environment, or use the flag
+# ---- Overrides: these and those of dev/settings.sh, in the environment as SHARDS=100 or as a flag, --shards=100
 
-remember_command "bash pretrain.sh$([ $# -eq 0 ] || printf ' %q' "$@")" MODEL_DEPTH SOURCE VOCAB_SIZE SHARDS PARALLEL \
-  MAX_RESTARTS NPROC_PER_NODE WANDB_RUN RUN_ID EVAL_BUNDLE TASK_DATA WAIT_SECONDS NANOCHAT_BASE_DIR
-
-DEPTH=${MODEL_DEPTH:-20}           # layers; the one dial of size (--depth)
-SHARDS=${SHARDS:-}                 # train shards to download, about 100 MB each (--shards; default by depth)
-PARALLEL=${PARALLEL:-auto}         # auto, ddp, fsdp, hsdp (--parallel)
-MAX_RESTARTS=${MAX_RESTARTS:-0}    # times that torchrun starts training again after a process died
-WAIT_SECONDS=${WAIT_SECONDS:-900}  # after which other nodes take a silent node 0 for dead
-SOURCE=${SOURCE:-} VOCAB_SIZE=${VOCAB_SIZE:-} NPROC_PER_NODE=${NPROC_PER_NODE:-} # these as in speedrun.sh
-WANDB_RUN=${WANDB_RUN:-dummy} RUN_ID=${RUN_ID:-} EVAL_BUNDLE=${EVAL_BUNDLE:-} TASK_DATA=${TASK_DATA:-}
-export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
-
-WHAT=pretrain DEVICE_BATCH='' TOTAL_BATCH=524288
-EXTRA=() # flags handed on to base_train
-
-read_flags() {
-  local flag value
-  while [ $# -gt 0 ]; do
-    flag=$1
-    shift
-    case $flag in
-      --posttrain | --fullrun) WHAT=${flag#--} && continue ;;
-      --depth | --source | --shards | --parallel | --run | --model[-_]tag | --*[-_]batch[-_]size)
-        [ $# -gt 0 ] || stop "$flag: expected a value after it"
-        flag=$flag=$1
-        shift
-        ;;
-    esac
-    value=${flag#*=}
-    case ${flag//_/-} in
-      --depth=*) DEPTH=$value ;;
-      --source=*) SOURCE=$value ;;
-      --shards=*) SHARDS=$value ;;
-      --parallel=*) PARALLEL=$value ;;
-      --use-fsdp | --use-fsdp=[Tt]rue) PARALLEL=fsdp ;;
-      --run=*) WANDB_RUN=$value ;;
-      --model-tag=*) RUN_ID=$value ;;
-      --device-batch-size=*) DEVICE_BATCH=$value ;;
-      --total-batch-size=*) TOTAL_BATCH=$value ;;
-      --*=* | --no-* | --compile) EXTRA+=("$flag") ;;
-      *) stop "$flag: expected --depth=N, --posttrain, --fullrun, or a flag of scripts.base_train as --name=value" ;;
-    esac
-  done
-}
+OVERRIDES="POSTTRAIN=0          1: mid-training and SFT of a base model that is there
+FULLRUN=0            1: pretraining, mid-training and SFT, and the report
+MAX_RESTARTS=0       times that torchrun starts training again after a process died
+WAIT_SECONDS=900     after which other nodes take a silent node 0 for dead
+$OVERRIDES"
+take_settings "$@"
+WHAT=pretrain
+if [ "$POSTTRAIN" = 1 ]; then WHAT=posttrain; fi
+if [ "$FULLRUN" = 1 ]; then WHAT=fullrun; fi
 
 # ---- Set-up, one node after the other where they share this folder. Then the profile's numbers.
 
@@ -75,10 +41,9 @@ if command -v flock >/dev/null; then
 else
   source dev/setup.sh
 fi
-read_flags "$@"
-for name in DEPTH TOTAL_BATCH WAIT_SECONDS; do
-  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || stop "$name=${!name}: expected a whole number above 0"
-done
+if [ -n "$NPROC_PER_NODE" ]; then
+  check_processes "$(python -c 'from nanochat.launch import visible_gpus; print(visible_gpus())')"
+fi
 source profiles/pretrain.sh
 there=$(python -c 'import sys; from nanochat.data.sources import SOURCES
 print(getattr(SOURCES.get(sys.argv[1]), "last", ""))' "$SOURCE") # train shards of a source that has numbered ones
@@ -102,13 +67,8 @@ fi
 PROCESSES=$(cluster processes)
 
 # With many GPUs, no more rows than the batch has for each of them.
-if [ -z "$DEVICE_BATCH" ]; then
-  most=$((TOTAL_BATCH / 2048 / (NODES * PROCESSES)))
-  DEVICE_BATCH=$((most >= 1 && most < ROWS ? most : ROWS))
-fi
-BASE_TRAIN=(--device-batch-size="$DEVICE_BATCH" --total-batch-size="$TOTAL_BATCH" --parallel="$PARALLEL"
-  ${EXTRA[@]+"${EXTRA[@]}"})
-BASE_LOSS+=(--device-batch-size="$DEVICE_BATCH")
+most=$((TOTAL_BATCH_SIZE / 2048 / (NODES * PROCESSES)))
+: "${DEVICE_BATCH_SIZE:=$((most >= 1 && most < ROWS ? most : ROWS))}"
 
 # What starts a stage that runs as one process a GPU, on all nodes.
 launch=(python -m nanochat.launch)
@@ -120,16 +80,15 @@ STOPPED_CODE=75 # what this script ends with after a signal, whatever torchrun m
 
 # ---- The stages, as dev/stages.sh writes them
 
-echo "$WHAT d$DEPTH: run $TAG, $NODES x $PROCESSES processes, $SHARDS shards of $SOURCE, $DEVICE_BATCH rows a pass"
-if [ "$WHAT" != posttrain ]; then base_stages; fi
-if [ "$WHAT" != pretrain ]; then
-  if [ ! -e "$NANOCHAT_BASE_DIR/checkpoints/base/$TAG/COMPLETE" ]; then
-    stop "--posttrain: no finished base model in $NANOCHAT_BASE_DIR/checkpoints/base/$TAG: train d$DEPTH first, or" \
-      "set RUN_ID"
-  fi
-  chat_stages
+walk() {
+  if [ "$WHAT" != posttrain ]; then base_stages; fi
+  if [ "$WHAT" != pretrain ]; then chat_stages; fi
+  if [ "$WHAT" = fullrun ]; then skip_rl "speedrun.sh has it"; fi
+}
+if [ "$WHAT" = posttrain ] && [ ! -e "$NANOCHAT_BASE_DIR/checkpoints/base/$TAG/COMPLETE" ]; then
+  stop "--posttrain: no finished base model in $NANOCHAT_BASE_DIR/checkpoints/base/$TAG: train d$DEPTH first, or set RUN_ID"
 fi
-if [ "$WHAT" = fullrun ]; then
-  skip_rl "speedrun.sh has it"
-  python -m nanochat.report generate
-fi
+check_stages
+echo "$WHAT d$DEPTH: run $TAG, $NODES x $PROCESSES processes, $SHARDS shards of $SOURCE, $DEVICE_BATCH_SIZE rows a pass"
+walk
+if [ "$WHAT" = fullrun ]; then python -m nanochat.report generate; fi

@@ -2,19 +2,8 @@
 # and the settings of the caller), and walk the chain. nanochat/ledger.py says what each stage builds on.
 # shellcheck disable=SC2154 # what the callers set
 set -euo pipefail
-shopt -s extglob
 
 # ---- Names
-
-# remember_command COMMAND SETTING...: what a stage that fails tells you to type, with those settings that are set.
-remember_command() {
-  local name
-  NANOCHAT_CONTINUE=$1
-  for name in "${@:2}"; do
-    if [ -n "${!name:-}" ]; then NANOCHAT_CONTINUE="$name=$(printf %q "${!name}") $NANOCHAT_CONTINUE"; fi
-  done
-  export NANOCHAT_CONTINUE
-}
 
 # The name of a folder: a plain name is its own, for others nanochat/paths.py says it.
 slug() {
@@ -25,18 +14,8 @@ slug() {
   fi
 }
 
-# folder_of SETTING VALUE: the full path of the folder that VALUE (DIR or local:DIR) names.
-folder_of() {
-  (cd "${2#local:}" 2>/dev/null && pwd -P) || stop "$1=$2: no such folder"
-}
-
 # What the run and its folders are called, from PROFILE, DEPTH, SOURCE and RUN_ID.
 name_run() {
-  local folder
-  if [[ $SOURCE == local:* ]]; then
-    folder=$(folder_of SOURCE "$SOURCE")
-    SOURCE=local:$folder
-  fi
   DATA=base_data/$(slug "$SOURCE")
   TAG=$(slug "${RUN_ID:-$PROFILE-d$DEPTH-$SOURCE}")
   export PROFILE NANOCHAT_RUN_ID=$TAG
@@ -46,7 +25,7 @@ name_run() {
 # what runs as one process a GPU.
 
 base_stages() {
-  local first_data=$DATA first=$SHARDS count=() folder
+  local first_data=$DATA first=$SHARDS count=()
 
   # Text. Of a large source, the first shards are enough for the tokenizer; the rest comes after it. What is made on
   # this machine is one piece; every other source in nanochat.dataset.SOURCES is a repository of numbered shards.
@@ -69,36 +48,51 @@ base_stages() {
     stage dataset_rest --out "$DATA" -- python -m nanochat.dataset --source="$SOURCE" -n "$SHARDS"
   fi
   if [ -n "$EVAL_BUNDLE" ]; then
-    folder=$(folder_of EVAL_BUNDLE "$EVAL_BUNDLE")
-    stage eval_bundle --in "$folder" --out eval_bundle -- python -m scripts.make_eval_bundle --from-dir="$folder"
+    stage eval_bundle --in "$EVAL_BUNDLE" --out eval_bundle \
+      -- python -m scripts.make_eval_bundle --from-dir="$EVAL_BUNDLE"
   else
     stage eval_bundle --in "$DATA" --out eval_bundle -- python -m scripts.make_eval_bundle --source="$SOURCE"
   fi
 
   # Pretraining, and how good it is
-  local model=checkpoints/base/$TAG
+  local model=checkpoints/base/$TAG rows=${DEVICE_BATCH_SIZE:+--device-batch-size="$DEVICE_BATCH_SIZE"}
+  base_train_flags
   stage base_train --in "$DATA" --in tokenizer --out "$model" --out "$model/COMPLETE" \
     -- "${launch[@]}" scripts.base_train --depth="$DEPTH" --source="$SOURCE" --model-tag="$TAG" --resume=auto \
-    --run="$WANDB_RUN" ${BASE_TRAIN[@]+"${BASE_TRAIN[@]}"}
+    --run="$WANDB_RUN" ${rows:+"$rows"} ${FLAGS[@]+"${FLAGS[@]}"}
   stage base_loss --in "$DATA" --in "$model" \
-    -- "${launch[@]}" scripts.base_loss --model-tag="$TAG" ${BASE_LOSS[@]+"${BASE_LOSS[@]}"}
+    -- "${launch[@]}" scripts.base_loss --model-tag="$TAG" ${rows:+"$rows"} ${BASE_LOSS[@]+"${BASE_LOSS[@]}"}
   stage base_eval --in eval_bundle --in "$model" \
     -- "${launch[@]}" scripts.base_eval --model-tag="$TAG" ${BASE_EVAL[@]+"${BASE_EVAL[@]}"}
 }
 
+# FLAGS of base_train: those of the user, and of the profile's those that they leave standing.
+base_train_flags() {
+  local word flag
+  FLAGS=()
+  for word in ${BASE_TRAIN[@]+"${BASE_TRAIN[@]}"}; do
+    for flag in ${EXTRA[@]+"${EXTRA[@]//_/-}"}; do
+      case ${flag%%=*} in "${word%%=*}") continue 2 ;; esac
+      case $word$flag in --num-iterations=*--iterations* | --num-iterations=*--target-*) continue 2 ;; esac # another horizon
+    done
+    FLAGS+=("$word")
+  done
+  FLAGS+=(${TOTAL_BATCH_SIZE:+--total-batch-size="$TOTAL_BATCH_SIZE"} ${PARALLEL:+--parallel="$PARALLEL"}
+    ${EXTRA[@]+"${EXTRA[@]}"})
+}
+
 chat_stages() {
-  local folder='' from_dir=() inputs path
+  local inputs path
 
   # Conversations: data sets from TASK_DATA or the hub, and what is made from the run's own text
-  if [ -n "$TASK_DATA" ]; then
-    folder=$(folder_of TASK_DATA "$TASK_DATA")
-    from_dir=(--from-dir="$folder")
-  fi
-  stage chat_data --in "$DATA" ${folder:+--in "$folder"} --out task_data \
-    -- python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" ${from_dir[@]+"${from_dir[@]}"}
+  stage chat_data --in "$DATA" ${TASK_DATA:+--in "$TASK_DATA"} --out task_data \
+    -- python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" ${TASK_DATA:+--from-dir="$TASK_DATA"}
 
   # What the tasks read, and no more: data that another run gets later must not train this one anew.
-  inputs=$(python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" --print-inputs)
+  inputs=unknown
+  if [ -z "${CHECKING:-}" ]; then
+    inputs=$(python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" --print-inputs)
+  fi
   CHAT_DATA=()
   while read -r path; do CHAT_DATA+=(--in "$path"); done <<<"$inputs"
 
@@ -131,6 +125,15 @@ hold_run() {
     exec 8>>"$folder/lock"
     export RUN_LOCK=8
   fi
+}
+
+# Walks the chain of the caller without running it, and has all flags checked before the first stage begins.
+check_stages() {
+  (
+    CHECKING=1
+    stage() { printf '%s\0' "$@" ''; }
+    walk
+  ) | python -m nanochat.check ${WRITTEN[@]+"${WRITTEN[@]}"}
 }
 
 # Runs one stage unless it is done (see nanochat/pipeline.py). In the background, because bash answers signals only

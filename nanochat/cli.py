@@ -56,8 +56,8 @@ def alias(*names: str) -> Parameter:
     return Parameter(alias=names)
 
 
-def parse(cls: type[T], argv: Sequence[str]) -> T:
-    """Build `cls` from command-line words. Ends the process with one line (exit 2) when they do not fit."""
+def read(cls: type[T], argv: Sequence[str]) -> T | None:
+    """Build `cls` from command-line words; None: --help was asked for and has been printed. Raises CycloptsError."""
     app = App(
         name=_program_name(),
         help=cls.__doc__,
@@ -81,17 +81,23 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     collect.__annotations__ = {"settings": flags, "return": cls}
     collect_any.__annotations__ = {"settings": flags | None, "return": cls}
     app.default(collect if required else collect_any)
+    result = app(list(argv), exit_on_error=False, print_error=False)
+    return result if isinstance(result, cls) else None
+
+
+def parse(cls: type[T], argv: Sequence[str]) -> T:
+    """As `read`; ends the process after --help, and with one line (exit 2) when the words do not fit."""
     if strange := [word for word in argv if any("\ud800" <= character <= "\udfff" for character in word)]:
         errors.end(f"{strange[0]!a}: these bytes are no text in the encoding of this locale", code=2)
     if os.environ.get("RANK", "0") != "0" and not {"--help", "-h"}.isdisjoint(argv):
         sys.exit(0)  # rank 0 shows it
     try:
-        result = app(list(argv), exit_on_error=False, print_error=False)
+        settings = read(cls, argv)
     except CycloptsError as error:
         errors.end(f"{error} (see --help)", code=2)
-    if not isinstance(result, cls):  # --help was asked for and has been printed
+    if settings is None:
         sys.exit(0)
-    return result
+    return settings
 
 
 class _Panels(DefaultFormatter):

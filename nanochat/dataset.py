@@ -40,6 +40,16 @@ class Settings:
     source: Annotated[str, source_flag("Where the text comes from")] = "fineweb-edu"
 
 
+def check(settings: Settings) -> None:
+    """Raises UserError where the source cannot be, without asking the network for it."""
+    source = find_source(settings.source)
+    if isinstance(source, HubSource):
+        from nanochat.data.hub import check_connection  # as below
+
+        _train_shards(settings.source, source, settings.num_files)
+        check_connection()
+
+
 def main(settings: Settings) -> None:
     """Get what `settings` ask for. Raises UserError for an unknown source, and whatever the source raises."""
     source = canonical(settings.source)
@@ -67,11 +77,7 @@ def main(settings: Settings) -> None:
 
 def fetch(source: str, spec: HubSource, num_files: int, num_workers: int = 4) -> None:
     """Download train shards 0 … num_files-1 (-1: all) and the validation shard; those that are here are kept."""
-    train = spec.last if num_files == -1 else num_files
-    if train > spec.last:
-        raise UserError(
-            f"-n {num_files}: {source} has {spec.last} train shards; choose 0 to {spec.last}, or -1 for all"
-        )
+    train = _train_shards(source, spec, num_files)
     fetch_files(
         {"source": source, "kind": "hub", "synthetic": False, "repo": spec.repo, "revision": spec.revision},
         data_dir(source),
@@ -82,6 +88,14 @@ def fetch(source: str, spec: HubSource, num_files: int, num_workers: int = 4) ->
         num_workers=num_workers,
         called="shards",
     )
+
+
+def _train_shards(source: str, spec: HubSource, num_files: int) -> int:
+    if num_files > spec.last:
+        raise UserError(
+            f"-n {num_files}: {source} has {spec.last} train shards; choose 0 to {spec.last}, or -1 for all"
+        )
+    return spec.last if num_files == -1 else num_files
 
 
 def fetch_files(

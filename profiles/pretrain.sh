@@ -1,5 +1,6 @@
 # Pretraining by size (pretrain.sh): the full recipe, with what depends on depth.
 # shellcheck disable=SC2034 # dev/stages.sh reads these
+: "${DEPTH:=20}" "${TOTAL_BATCH_SIZE:=524288}" "${PARALLEL:=auto}"
 
 # Shards of text for 20 tokens a parameter, and rows on a GPU of 80 GB. A depth between two rows takes the one above it:
 # text enough, and memory that surely suffices. d12 and d16 were added by the rule of the others: 12 % more shards than

@@ -257,6 +257,15 @@ def build_model(settings: Settings, data: TrainData, device: torch.device) -> tu
     return model, policy, num_iterations, why
 
 
+def check(settings: Settings) -> None:
+    """Raises UserError for flags that contradict each other, whatever the data."""
+    settings = resolve(settings)
+    monitor_settings(settings.monitor_interval)
+    plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size=1)
+    build_config(settings, vocab_size=65_536, document_token=0)
+    plan_horizon(settings, num_params=10**15, flops_per_token=1)  # that there is one
+
+
 def main(settings: Settings) -> None:
     settings = resolve(settings)
     _, rank, _, world_size, device = compute_init(settings.device_type)

@@ -35,6 +35,18 @@ class Settings:
     """Only print the files, folders and globs that the tasks read, relative to the store, one a line."""
 
 
+def check(settings: Settings) -> None:
+    """Raises UserError for unknown tasks, a folder that holds nothing for them, and settings of the network."""
+    from nanochat.data.hub import check_connection  # these two bring huggingface_hub and pyarrow
+    from nanochat.tasks.hub import HUB_TASKS, not_in
+
+    wanted = [item.name for item in parse_spec(settings.tasks) if item.name in HUB_TASKS]
+    if settings.from_dir is not None:
+        wanted = not_in(settings.from_dir.expanduser(), wanted)
+    if wanted:
+        check_connection()
+
+
 def main(settings: Settings) -> None:
     if settings.print_inputs:
         for path in task_inputs(settings.tasks, settings.source):

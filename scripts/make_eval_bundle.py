@@ -28,6 +28,12 @@ class Settings:
     """Copy the bundle in this folder (core.yaml, eval_meta_data.csv, eval_data/) instead of making one."""
 
 
+def check(settings: Settings) -> None:
+    """Raises UserError where there is no whole bundle in from_dir."""
+    if settings.from_dir is not None:
+        load_bundle(settings.from_dir.expanduser())
+
+
 def main(settings: Settings) -> None:
     target = eval_bundle_dir()
     if settings.from_dir is not None:

@@ -254,6 +254,18 @@ def take_local(task: str, origin: Path) -> list[str]:
     return [split for split, paths in found.items() if paths]
 
 
+def not_in(origin: Path, tasks: Sequence[str]) -> list[str]:
+    """Those of `tasks` that take_local would not find in the folder `origin`. Raises UserError as it does, and where it
+    would find none of them: then another folder was meant."""
+    if not origin.is_dir():
+        raise UserError(f"--from-dir={origin}: no such folder")
+    absent = [task for task in tasks if not any(_find(task, split, origin) for split in HUB_TASKS[task].files)]
+    if tasks and absent == list(tasks):
+        example = f"{tasks[0].lower()}/train-*.parquet"
+        raise UserError(f"--from-dir={origin}: none of {', '.join(tasks)} is there; expected folders as in {example}")
+    return absent
+
+
 def _find(task: str, split: str, origin: Path) -> list[Path]:
     data = HUB_TASKS[task]
     names = {task.casefold(), data.repo.rpartition("/")[2].casefold()}

@@ -14,9 +14,12 @@ from nanochat import ledger
 ROOT = Path(__file__).parents[2]
 
 # Logs what it is called with. Where this runs, who joins in and what tasks read are the real thing; with RUN set, so is
-# the launcher of a stage, up to a torchrun that only logs.
+# the launcher of a stage, up to a torchrun that only logs, and with CHECKS the check of all flags.
 PYTHON = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then exec "$REAL" "$@"; fi
+if [ "$2" = nanochat.check ]; then
+  if [ -n "${CHECKS:-}" ]; then exec "$REAL" "$@"; else exec cat >/dev/null; fi
+fi
 case $2 in nanochat.launch | nanochat.cluster.nodes | scripts.chat_data) exec "$REAL" "$@" ;; esac
 printf ' %q' "$@" >>"$CALLS" && echo >>"$CALLS"
 if [ -n "${RUN:-}" ] && [ "$2" = nanochat.pipeline ]; then
@@ -43,8 +46,9 @@ def tree(tmp_path):
     shutil.copy(ROOT / "pretrain.sh", tmp_path)
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     (tmp_path / "dev").mkdir()
-    shutil.copy(ROOT / "dev/stages.sh", tmp_path / "dev")
-    (tmp_path / "dev" / "setup.sh").write_text('stop() { echo "error: $*" >&2; exit 1; }\nPATH=$PWD/bin:$PATH\n')
+    for name in ("dev/settings.sh", "dev/stages.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "dev" / "setup.sh").write_text("PATH=$PWD/bin:$PATH\n")
     (tmp_path / "bin").mkdir()
     for name, text in (("python", PYTHON), ("torchrun", TORCHRUN)):
         (tmp_path / "bin" / name).write_text(text)
@@ -61,6 +65,7 @@ def start(tree, *words, **environment):
         "CALLS": str(tree / "calls"),
         "NANOCHAT_BASE_DIR": str(tree / "store"),
         "NPROC_PER_NODE": "8",
+        "CUDA_VISIBLE_DEVICES": "",
         **environment,
     }
     return subprocess.Popen(
@@ -171,8 +176,82 @@ def test_posttrain_needs_a_base_model_and_fullrun_makes_it(tree):
 
 @pytest.mark.parametrize("words", [["--depth=x"], ["d20"], ["--depth"], ["--postrain"], ["--total-batch-size=0"]])
 def test_mistakes_are_one_line(tree, words):
-    code, _, err = finish(start(tree, *words))
-    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+    code, _, err = finish(start(tree, *words, CHECKS="1"))
+    assert code == 1 and err.startswith(f"error: {words[0]}") and err.count("\n") == 1
+    assert not (tree / "calls").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--mup"],
+        ["--mup", "--width=1024"],
+        ["--width", "1024", "--mup"],
+        ["--no-mup"],
+        ["--core-metric-every", "-1"],
+        ["--Depth=4"],
+        ["--window_pattern=SL", "--compile"],
+        ["--use-fsdp"],
+        ["--target-flops=1e15"],
+    ],
+)
+def test_flags_of_base_train_pass_however_they_are_typed(tree, words):
+    code, _, err = finish(start(tree, "--depth=26", *words, CHECKS="1"))
+    assert code == 0, err
+    train = stages(tree)["base_train"]
+    if words[0] == "--mup":
+        assert "--mup" in train
+    if words[0] == "--width":
+        assert "--width=1024" in train
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (["--dept=26"], "--dept=26: Unknown option: --dept. Did you mean --depth?"),
+        (["--mup=5"], "--mup=5: "),
+        (["--mup", "d20"], "--mup=d20: "),
+        (["--width=abc"], "--width=abc: "),
+        (["--width"], "--width: Parameter --width requires an argument"),
+        (["--mup", "--width=100"], "--width=100 is no multiple of --head-dim=128: use 128"),
+        (["--base-width=256"], "--base-width=256 does nothing without --mup"),
+        (["--monitor-interval=often"], "--monitor-interval=often: "),
+        (["--total-batch-size=1000"], "--total-batch-size=1000 is no multiple"),
+        (["--window-pattern=XY"], "window_pattern='XY'"),
+        (["--source=c4"], "--source=c4: expected fineweb-edu, climbmix, pydocs or local:DIR"),
+        (["--run-rl"], "--run-rl=1: Unknown option"),
+        (["-x"], "-x: expected flags such as --depth=8"),
+        (["--num-iterations=1", "--num-iterations=2"], "--num-iterations=2: "),
+    ],
+)
+def test_a_flag_that_base_train_would_refuse_is_refused_before_the_first_stage(tree, words, needle):
+    code, _, err = finish(start(tree, "--depth=12", *words, CHECKS="1"))
+    assert code == 1 and needle in err and err.startswith("error: ") and err.count("\n") == 1, err
+    assert not (tree / "calls").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "needle"),
+    [
+        ({"MODEL_DEPTH": "x"}, "MODEL_DEPTH=x: expected a whole number above 0"),
+        ({"DEPTH": "-4"}, "DEPTH=-4: expected"),
+        ({"PARALLEL": "dp"}, "PARALLEL=dp: expected auto, ddp, fsdp or hsdp"),
+        ({"MAX_RESTARTS": "often"}, "MAX_RESTARTS=often: expected a whole number"),
+        ({"WAIT_SECONDS": "0"}, "WAIT_SECONDS=0: expected"),
+        ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE=0: expected"),
+        ({"SHARDS": "1e3"}, "SHARDS=1e3: expected"),
+        ({"VOCAB_SIZE": "10"}, "VOCAB_SIZE=10: "),
+        ({"EVAL_BUNDLE": "profiles"}, "EVAL_BUNDLE=profiles: no evaluation bundle: "),
+        ({"TASK_DATA": "nowhere"}, "TASK_DATA=nowhere: no such folder"),
+        ({"TASK_DATA": "profiles", "FULLRUN": "1"}, "TASK_DATA=profiles: none of SmolTalk, MMLU, GSM8K, "),
+        ({"HF_ENDPOINT": "mirror"}, "HF_ENDPOINT=mirror: expected"),
+        ({"ALL_PROXY": "socks5h://u:s3cret@h:1", "http_proxy": ""}, "ALL_PROXY=socks5h://***@h:1: "),
+    ],
+)
+def test_settings_that_cannot_be_are_named_as_written_before_the_first_stage(tree, environment, needle):
+    code, _, err = finish(start(tree, CHECKS="1", **environment))
+    assert code == 1 and err.startswith(f"error: {needle}") and err.count("\n") == 1, err
+    assert not (tree / "calls").exists()
 
 
 def test_it_says_how_to_continue(tree):

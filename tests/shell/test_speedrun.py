@@ -1,6 +1,7 @@
 """speedrun.sh: the stages that it walks through, with a python that only logs; and the whole tiny chain, as a newcomer
 runs it, which takes minutes on two cores and so runs only with `bash runtests.sh --all`."""
 
+import getpass
 import json
 import os
 import re
@@ -30,6 +31,108 @@ def test_speedrun_refuses_what_cannot_work(tree, bare_path, environment, message
     assert done.returncode == 1
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
     assert not (tree / "calls").exists()
+
+
+BEFORE_SETUP = [
+    *[({"PROFILE": "huge"}, "PROFILE=huge: expected auto"), ({"RUN_RL": "yes"}, "RUN_RL=yes: expected 0 or 1")],
+    *[({name: "abc"}, f"{name}=abc: expected a whole number above 0") for name in ("DEPTH", "SHARDS", "VOCAB_SIZE")],
+    *[({"NPROC_PER_NODE": value}, f"NPROC_PER_NODE={value}: expected") for value in ("0", "abc", "-1", "1.5", "08")],
+    *[({"DEPTH": value}, f"DEPTH={value}: expected") for value in ("0", "-4", " 4", "4 ", "0x4", "9" * 20, "4;ls")],
+    ({"NANOCHAT_DTYPE": "fp16"}, "NANOCHAT_DTYPE=fp16: expected bfloat16 or float32"),
+    ({"PARALLEL": "zero"}, "PARALLEL=zero: expected auto, ddp, fsdp or hsdp"),
+    ({"SOURCE": "local:"}, "SOURCE=local:: expected a folder"),
+    ({"SOURCE": "local:requirements.lock"}, "SOURCE=local:requirements.lock: a file: name the folder"),
+    ({"TASK_DATA": "/no/where"}, "TASK_DATA=/no/where: no such folder"),
+    ({"EVAL_BUNDLE": "no\nwhere"}, "EVAL_BUNDLE=no where: no such folder"),
+    (["--depth=abc"], "--depth=abc: expected a whole number above 0"),
+    (["--depth", "abc"], "--depth=abc: expected a whole number above 0"),
+    (["--depth"], "--depth: expected a value after it"),
+    (["--depth="], "--depth=: expected a value after it"),
+    (["--source=local:"], "--source=local:: expected a folder"),
+    (["--task_data=nowhere"], "--task_data=nowhere: no such folder"),
+    (["--profile=large"], "--profile=large: expected auto"),
+    (["--run-rl=2"], "--run-rl=2: expected 0 or 1"),
+    (["help"], "help: expected flags such as --depth=8"),
+    (["DEPTH=8"], "DEPTH=8: expected flags such as --depth=8"),
+    (["-d", "8"], "-d: expected flags"),
+    (["--"], "--: expected flags"),
+    ([""], ": expected flags"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BEFORE_SETUP, ids=str)
+def test_a_mistake_that_needs_no_environment_is_named_before_anything_is_installed(tree, bare_path, given, message):
+    (tree / "dev/setup.sh").write_text('echo set up >>"$CALLS"\n')
+    words, environment = (given, {}) if isinstance(given, list) else ([], given)
+    done = shell(tree, "speedrun.sh", *words, path=str(bare_path), **environment)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert not (tree / "calls").exists()
+
+
+@pytest.mark.parametrize("script", ["speedrun.sh", "pretrain.sh"])
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--depth=8", "--help"], ["--mup", "-h"]])
+def test_help_shows_how_it_is_used_and_all_overrides_and_runs_nothing(tree, bare_path, script, words):
+    (tree / "dev/setup.sh").write_text('echo set up >>"$CALLS"\n')
+    done = shell(tree, script, *words, path=str(bare_path))
+    assert (done.returncode, done.stderr) == (0, "") and not (tree / "calls").exists()
+    assert f"bash {script} " in done.stdout and "#" not in done.stdout.replace("python -m", "")
+    for name in ("DEPTH", "SOURCE", "NPROC_PER_NODE", "WANDB_RUN", "TASK_DATA", "NANOCHAT_BASE_DIR"):
+        assert re.search(rf"^{name}\b.* \w", done.stdout, re.M)
+    assert ("RUN_RL" in done.stdout) == (script == "speedrun.sh")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--dept=8"], "--dept=8: Unknown option: --dept. Did you mean --depth?"),
+        (["--posttrain"], "--posttrain=1: Unknown option"),
+        (["--hep"], "--hep: Unknown option"),
+        ({"SOURCE": "fineweb"}, "SOURCE=fineweb: expected fineweb-edu, climbmix, pydocs or local:DIR"),
+        ({"VOCAB_SIZE": "3"}, "VOCAB_SIZE=3: "),
+        ({"SOURCE": "climbmix", "SHARDS": "7000"}, "SHARDS=7000: climbmix has 6542 train shards"),
+        ({"EVAL_BUNDLE": "profiles"}, "EVAL_BUNDLE=profiles: no evaluation bundle: "),
+        (["--eval-every=0.5"], "--eval-every=0.5: "),
+    ],
+    ids=str,
+)
+def test_what_the_stages_would_refuse_is_refused_before_the_first_one(tree, bare_path, given, message):
+    words, environment = (given, {}) if isinstance(given, list) else ([], given)
+    done = shell(tree, "speedrun.sh", *words, path=str(bare_path), CHECKS="1", **environment)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert not (tree / "calls").exists()
+
+
+def test_flags_set_what_the_environment_sets_and_reach_base_train(tree, bare_path):
+    words = ["--depth", "6", "--source=pydocs", "--vocab_size=600", "--run=w", "--model-tag=a-b", "--nproc-per-node=2"]
+    extra = ["--num-iterations=7", "--save_every", "9", "--mup", "--device-batch-size=4"]
+    done = shell(tree, "speedrun.sh", *words, *extra, path=str(bare_path), DEPTH="5", CHECKS="1")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[3]: line.split() for line in (tree / "calls").read_text().splitlines() if " run " in line}
+    train = lines["base_train"]
+    assert {"--depth=6", "--run=w", "--model-tag=a-b", "--nproc-per-node=2", "--mup", "--save_every=9"} <= set(train)
+    assert [word for word in train if word.startswith("--num-it")] == ["--num-iterations=7"]  # not the profile's
+    assert not any(word.startswith("--save-every") for word in train)
+    assert "--vocab-size=600" in lines["tok_train"]
+    for stage in ("base_train", "base_loss"):
+        assert [word for word in lines[stage] if word.startswith("--device-batch")] == ["--device-batch-size=4"]
+
+
+def test_another_horizon_takes_the_place_of_the_profiles(tree, bare_path):
+    done = shell(tree, "speedrun.sh", "--target-flops=1e15", path=str(bare_path), CHECKS="1")
+    assert done.returncode == 0, done.stderr
+    train = next(line for line in (tree / "calls").read_text().splitlines() if "run base_train" in line)
+    assert "--target-flops=1e15" in train and "--num-iterations" not in train
+
+
+def test_without_a_home_the_store_is_where_the_system_says(tree, bare_path):
+    (tree / "dev/setup.sh").write_text('PATH=$PWD/.venv/bin:$PATH; echo "store: $NANOCHAT_BASE_DIR"\n')
+    done = shell(tree, "speedrun.sh", path=str(bare_path), HOME="")
+    home = os.path.expanduser("~" + getpass.getuser())
+    assert done.returncode == 0, done.stderr
+    assert f"store: {home}/.cache/nanochat\n" in done.stdout
+    done = shell(tree, "speedrun.sh", "--nanochat-base-dir=~/x y", path=str(bare_path), HOME="/h m")
+    assert "store: /h m/x y\n" in done.stdout
 
 
 def calls(tree, bare_path, **environment):
@@ -98,7 +201,7 @@ def gpu(bare_path):
     driver.chmod(0o755)
 
 
-@pytest.mark.parametrize("environment", [{}, {"TASK_DATA": "my tasks"}, {"TASK_DATA": "nowhere"}])
+@pytest.mark.parametrize("environment", [{}, {"TASK_DATA": "my tasks"}])
 def test_the_chat_stages_of_tiny_find_what_chat_data_makes(tree, bare_path, store, environment):
     from scripts import chat_data
     from tests.tasks.test_words import documents, put_text

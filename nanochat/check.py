@@ -1,0 +1,61 @@
+"""What the user set, checked before the first stage runs: the flags of every stage, and what their values name.
+
+    printf '%s\\0' STAGE --in P -- COMMAND "" | python -m nanochat.check DEPTH=8 --width=1024
+
+stdin: the words of each `nanochat.pipeline run`, an empty one after each. Arguments: the user's own words, by which a
+mistake is named. A stage's module may have `check(settings)`, which raises UserError for what can be known beforehand.
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+
+from cyclopts import CycloptsError
+
+from nanochat import cli, ledger
+from nanochat.errors import UserError, exit_on_user_error
+
+# Settings of dev/settings.sh whose flag has another name, and those that are all that a stage is about.
+FLAGS = {"SHARDS": "-n", "WANDB_RUN": "--run", "RUN_ID": "--model-tag", "MODEL_DEPTH": "--depth"}
+STAGES = {"EVAL_BUNDLE": "eval_bundle", "TASK_DATA": "chat_data"}
+
+
+def check_stage(stage: str, command: Sequence[str], written: Sequence[str]) -> None:
+    """Raises UserError where the flags of `command` are not what it takes."""
+    name = ledger.stage_module(command)
+    if name is None:
+        return
+    module = importlib.import_module(name)
+    words = command[command.index(name) + 1 :]
+    try:
+        settings = cli.read(module.Settings, words)
+        if settings is not None and hasattr(module, "check"):
+            module.check(settings)
+    except (CycloptsError, UserError) as error:
+        raise UserError(as_written(stage, " ".join(str(error).split()), written)) from None
+
+
+def as_written(stage: str, message: str, written: Sequence[str]) -> str:
+    """`message` with what the user wrote in the place of the flag that it is about."""
+    for words in reversed(written):
+        name = words.partition("=")[0].lstrip("-").upper().replace("-", "_")
+        flag = "--from-dir" if name in STAGES else FLAGS.get(name, "--" + name.lower().replace("_", "-"))
+        if STAGES.get(name) == stage or re.search(rf"(?<![\w-]){flag}(?![\w-])", message):
+            if message.startswith(words):
+                return message
+            value = r"\S*" if name not in STAGES else ".*?"  # a folder's name may have spaces
+            return f"{words}: {re.sub(rf'^{flag}([= ]{value})?: ', '', message)}"
+    return message
+
+
+def main(written: Sequence[str], stages: str) -> None:
+    """Check every stage; the first mistake ends it. Raises UserError."""
+    for one in filter(None, stages.split("\0\0")):
+        stage, *words = one.strip("\0").split("\0")
+        if "--" in words:
+            check_stage(stage, words[words.index("--") + 1 :], written)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(sys.argv[1:], sys.stdin.read()))
