@@ -40,12 +40,13 @@ def as_written(stage: str, message: str, written: Sequence[str]) -> str:
     """`message` with what the user wrote in the place of the flag that it is about."""
     for words in reversed(written):
         name = words.partition("=")[0].lstrip("-").upper().replace("-", "_")
-        flag = "--from-dir" if name in STAGES else FLAGS.get(name, "--" + name.lower().replace("_", "-"))
-        if STAGES.get(name) == stage or re.search(rf"(?<![\w-]){flag}(?![\w-])", message):
-            if message.startswith(words):
-                return message
-            value = r"\S*" if name not in STAGES else ".*?"  # a folder's name may have spaces
-            return f"{words}: {re.sub(rf'^{flag}([= ]{value})?: ', '', message)}"
+        flag = FLAGS.get(name, "--" + re.escape(name.lower()).replace("_", "[_-]"))
+        about = re.search(rf"(?<![\w-]){flag}(?![\w-])", message) is not None
+        if name in STAGES:  # what such a stage says is about it, and no flag of another stage
+            about, flag = STAGES[name] == stage, "--from-dir=.*?"
+        if about:
+            rest = re.sub(rf"^{flag}([= ]\S*)?: ", "", message)
+            return message if message.startswith(words) else f"{words}: {rest}"
     return message
 
 

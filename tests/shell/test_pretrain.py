@@ -174,60 +174,23 @@ def test_posttrain_needs_a_base_model_and_fullrun_makes_it(tree):
     assert (tree / "calls").read_text().splitlines()[-1] == " -m nanochat.report generate"
 
 
-@pytest.mark.parametrize("words", [["--depth=x"], ["d20"], ["--depth"], ["--postrain"], ["--total-batch-size=0"]])
-def test_mistakes_are_one_line(tree, words):
-    code, _, err = finish(start(tree, *words, CHECKS="1"))
-    assert code == 1 and err.startswith(f"error: {words[0]}") and err.count("\n") == 1
-    assert not (tree / "calls").exists()
-
-
 @pytest.mark.parametrize(
     "words",
-    [
-        ["--mup"],
-        ["--mup", "--width=1024"],
-        ["--width", "1024", "--mup"],
-        ["--no-mup"],
-        ["--core-metric-every", "-1"],
-        ["--Depth=4"],
-        ["--window_pattern=SL", "--compile"],
-        ["--use-fsdp"],
-        ["--target-flops=1e15"],
-    ],
+    [["--depth=x"], ["d20"], ["--depth"], ["--postrain"], ["--total-batch-size=0"], ["-x"], ["--mup", "--width=100"]],
 )
-def test_flags_of_base_train_pass_however_they_are_typed(tree, words):
-    code, _, err = finish(start(tree, "--depth=26", *words, CHECKS="1"))
-    assert code == 0, err
-    train = stages(tree)["base_train"]
-    if words[0] == "--mup":
-        assert "--mup" in train
-    if words[0] == "--width":
-        assert "--width=1024" in train
+def test_mistakes_are_one_line_before_the_first_stage(tree, words):
+    code, _, err = finish(start(tree, *words, CHECKS="1"))
+    assert code == 1 and err.startswith(f"error: {words[-1]}") and err.count("\n") == 1
+    assert not (tree / "calls").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "needle"),
-    [
-        (["--dept=26"], "--dept=26: Unknown option: --dept. Did you mean --depth?"),
-        (["--mup=5"], "--mup=5: "),
-        (["--mup", "d20"], "--mup=d20: "),
-        (["--width=abc"], "--width=abc: "),
-        (["--width"], "--width: Parameter --width requires an argument"),
-        (["--mup", "--width=100"], "--width=100 is no multiple of --head-dim=128: use 128"),
-        (["--base-width=256"], "--base-width=256 does nothing without --mup"),
-        (["--monitor-interval=often"], "--monitor-interval=often: "),
-        (["--total-batch-size=1000"], "--total-batch-size=1000 is no multiple"),
-        (["--window-pattern=XY"], "window_pattern='XY'"),
-        (["--source=c4"], "--source=c4: expected fineweb-edu, climbmix, pydocs or local:DIR"),
-        (["--run-rl"], "--run-rl=1: Unknown option"),
-        (["-x"], "-x: expected flags such as --depth=8"),
-        (["--num-iterations=1", "--num-iterations=2"], "--num-iterations=2: "),
-    ],
+    "words", ["--mup", "--width 1024 --mup", "--core-metric-every -1", "--no-compile", "--Depth=4"]
 )
-def test_a_flag_that_base_train_would_refuse_is_refused_before_the_first_stage(tree, words, needle):
-    code, _, err = finish(start(tree, "--depth=12", *words, CHECKS="1"))
-    assert code == 1 and needle in err and err.startswith("error: ") and err.count("\n") == 1, err
-    assert not (tree / "calls").exists()
+def test_flags_of_base_train_pass_however_they_are_typed(tree, words):
+    code, _, err = finish(start(tree, "--depth=26", *words.split()))
+    assert code == 0, err
+    assert words.replace(" 1024", "=1024").replace(" -1", "=-1").lower().split()[0] in stages(tree)["base_train"]
 
 
 @pytest.mark.parametrize(
@@ -240,12 +203,8 @@ def test_a_flag_that_base_train_would_refuse_is_refused_before_the_first_stage(t
         ({"WAIT_SECONDS": "0"}, "WAIT_SECONDS=0: expected"),
         ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE=0: expected"),
         ({"SHARDS": "1e3"}, "SHARDS=1e3: expected"),
-        ({"VOCAB_SIZE": "10"}, "VOCAB_SIZE=10: "),
-        ({"EVAL_BUNDLE": "profiles"}, "EVAL_BUNDLE=profiles: no evaluation bundle: "),
         ({"TASK_DATA": "nowhere"}, "TASK_DATA=nowhere: no such folder"),
         ({"TASK_DATA": "profiles", "FULLRUN": "1"}, "TASK_DATA=profiles: none of SmolTalk, MMLU, GSM8K, "),
-        ({"HF_ENDPOINT": "mirror"}, "HF_ENDPOINT=mirror: expected"),
-        ({"ALL_PROXY": "socks5h://u:s3cret@h:1", "http_proxy": ""}, "ALL_PROXY=socks5h://***@h:1: "),
     ],
 )
 def test_settings_that_cannot_be_are_named_as_written_before_the_first_stage(tree, environment, needle):

@@ -1,0 +1,102 @@
+import pytest
+
+from nanochat import check
+from nanochat.errors import UserError
+
+
+def said(written, stage, *command):
+    """What is wrong with a stage, in the user's words; None: nothing."""
+    words = [stage, "--in", "x", "--", *command]
+    try:
+        check.main(written, "\0".join(["first", "--skip=why", "", *words, "", ""]))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def base_train(*written):
+    """Flags as pretrain.sh hands them on."""
+    launch = ["python", "-m", "nanochat.launch", "--nproc-per-node=2", "--", "-m", "scripts.base_train"]
+    return said(written, "base_train", *launch, "--depth=12", "--resume=auto", *written)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--mup"], ["--width=1024", "--mup"], ["--no-mup"], ["--core-metric-every=-1"], ["--window_pattern=SL"],
+     ["--compile"], ["--target-flops=1e15"], ["--arch=speedrun"], ["--monitor-interval=research"]],
+)  # fmt: skip
+def test_flags_that_base_train_takes(words):
+    assert base_train(*words) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dept=26"], "--dept=26: Unknown option: --dept. Did you mean --depth?"),
+        (["--posttrain=1"], "--posttrain=1: Unknown option"),
+        (["--mup=5"], "--mup=5: "),
+        (["--width=abc"], "--width=abc: "),
+        (["--width"], "--width: Parameter --width requires an argument"),
+        (["--save-every=0.5"], "--save-every=0.5: "),
+        (["--save_every=x"], "--save_every=x: "),
+        (["--no-such"], "--no-such: "),
+        (["--a(b[=*"], "--a(b[=*: Unknown option"),
+        (["--num-iterations=1", "--num-iterations=2"], "--num-iterations=2: "),
+        (["--resume=never"], "--resume=never: Parameter --resume specified multiple times"),
+        (["--mup", "--width=100"], "--width=100 is no multiple of --head-dim=128"),
+        (["--base-width=256"], "--base-width=256 does nothing without --mup"),
+        (["--monitor-interval=often"], "--monitor-interval=often"),
+        (["--total-batch-size=1000"], "--total-batch-size=1000 is no multiple of --max-seq-len"),
+        (["--window-pattern=XY"], "window_pattern='XY'"),
+        (["--target-param-data-ratio=0"], "--target-param-data-ratio=0: no horizon"),
+    ],
+)
+def test_flags_that_it_would_refuse_are_named_as_they_were_written(words, message):
+    assert base_train(*words).startswith(message)
+
+
+def test_settings_are_named_as_they_were_written():
+    train = ["base_train", "python", "-m", "scripts.base_train", "--depth=0"]
+    assert said(["DEPTH=0"], *train).startswith("DEPTH=0: ")
+    assert said(["MODEL_DEPTH=0"], *train).startswith("MODEL_DEPTH=0: ")
+    assert said(["DEPTH=3", "--depth=0"], *train).startswith("--depth=0: ")  # the flag goes before the environment
+    shards = ["dataset", "python", "-m", "nanochat.dataset", "--source=climbmix", "-n", "7000"]
+    assert said(["SHARDS=7000"], *shards).startswith("SHARDS=7000: climbmix has 6542 train shards")
+    tokenizer = ["tok_train", "python", "-m", "scripts.tok_train", "--vocab-size=3"]
+    assert said(["--vocab_size=3"], *tokenizer).startswith("--vocab_size=3: ")
+    source = ["dataset", "python", "-m", "nanochat.dataset", "--source=c4"]
+    assert said(["SOURCE=c4"], *source) == "SOURCE=c4: expected fineweb-edu, climbmix, pydocs or local:DIR"
+
+
+def test_folders_must_hold_what_the_stages_need(tmp_path):
+    bundle = ["eval_bundle", "python", "-m", "scripts.make_eval_bundle", f"--from-dir={tmp_path}"]
+    assert said(["TASK_DATA=b", "EVAL_BUNDLE=a"], *bundle).startswith("EVAL_BUNDLE=a: no evaluation bundle")
+    chat = ["chat_data", "python", "-m", "scripts.chat_data", f"--from-dir={tmp_path}", "--source=pydocs"]
+    assert said(["TASK_DATA=b", "EVAL_BUNDLE=a"], *chat, "--tasks=GSM8K,Identity").startswith(
+        "TASK_DATA=b: none of GSM8K"
+    )
+    assert said(["TASK_DATA=b"], *chat, "--tasks=Identity") is None
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("test-00000-of-00002.parquet", "train-00000-of-00001.parquet"):
+        (tmp_path / "gsm8k" / name).touch()
+    assert (
+        said(["TASK_DATA=b"], *chat, "--tasks=GSM8K")
+        == f"TASK_DATA=b: GSM8K: 1 of 2 test files are in {tmp_path}/gsm8k"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("HF_ENDPOINT", "mirror"), ("ALL_PROXY", "socks5h://u:s3cret@h:1"), ("SSL_CERT_FILE", "/nope")]
+)
+def test_the_network_must_be_usable_where_it_is_needed(monkeypatch, name, value):
+    from huggingface_hub import close_session
+
+    close_session()
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    monkeypatch.setenv(name, value)
+    for source, stage in (("climbmix", "nanochat.dataset"), ("pydocs", "scripts.chat_data")):
+        message = said([], "some", "python", "-m", stage, f"--source={source}")
+        assert message.startswith(f"{name}=") and "s3cret" not in message
+    assert said([], "dataset", "python", "-m", "nanochat.dataset", "--source=pydocs") is None
+    assert said([], "chat_data", "python", "-m", "scripts.chat_data", "--tasks=Identity") is None
