@@ -21,21 +21,6 @@ FLAGS = {"SHARDS": "-n", "WANDB_RUN": "--run", "RUN_ID": "--model-tag", "MODEL_D
 STAGES = {"EVAL_BUNDLE": "eval_bundle", "TASK_DATA": "chat_data"}
 
 
-def check_stage(stage: str, command: Sequence[str], written: Sequence[str]) -> None:
-    """Raises UserError where the flags of `command` are not what it takes."""
-    name = ledger.stage_module(command)
-    if name is None:
-        return
-    module = importlib.import_module(name)
-    words = command[command.index(name) + 1 :]
-    try:
-        settings = cli.read(module.Settings, words)
-        if settings is not None and hasattr(module, "check"):
-            module.check(settings)
-    except (CycloptsError, UserError) as error:
-        raise UserError(as_written(stage, " ".join(str(error).split()), written)) from None
-
-
 def as_written(stage: str, message: str, written: Sequence[str]) -> str:
     """`message` with what the user wrote in the place of the flag that it is about."""
     for words in reversed(written):
@@ -54,8 +39,15 @@ def main(written: Sequence[str], stages: str) -> None:
     """Check every stage; the first mistake ends it. Raises UserError."""
     for one in filter(None, stages.split("\0\0")):
         stage, *words = one.strip("\0").split("\0")
-        if "--" in words:
-            check_stage(stage, words[words.index("--") + 1 :], written)
+        if "--" not in words or (name := ledger.stage_module(words)) is None:
+            continue
+        module = importlib.import_module(name)
+        try:
+            settings = cli.read(module.Settings, words[words.index(name) + 1 :])
+            if settings is not None and hasattr(module, "check"):
+                module.check(settings)
+        except (CycloptsError, UserError) as error:
+            raise UserError(as_written(stage, " ".join(str(error).split()), written)) from None
 
 
 if __name__ == "__main__":

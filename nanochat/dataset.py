@@ -42,16 +42,20 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Raises UserError where the source cannot be, without asking the network for it."""
-    source = find_source(settings.source)
+    name, count, source = settings.source, settings.num_files, find_source(settings.source)
     if isinstance(source, HubSource):
-        from nanochat.data.hub import check_connection  # as below
+        from nanochat.data import hub  # as below
 
-        _train_shards(settings.source, source, settings.num_files)
-        check_connection()
+        if count > source.last:
+            raise UserError(
+                f"-n {count}: {name} has {source.last} train shards; choose 0 to {source.last}, or -1 for all"
+            )
+        hub.check_connection()
 
 
 def main(settings: Settings) -> None:
     """Get what `settings` ask for. Raises UserError for an unknown source, and whatever the source raises."""
+    check(settings)
     source = canonical(settings.source)
     known = find_source(source)
     if isinstance(known, HubSource):
@@ -77,7 +81,7 @@ def main(settings: Settings) -> None:
 
 def fetch(source: str, spec: HubSource, num_files: int, num_workers: int = 4) -> None:
     """Download train shards 0 … num_files-1 (-1: all) and the validation shard; those that are here are kept."""
-    train = _train_shards(source, spec, num_files)
+    train = spec.last if num_files == -1 else num_files
     fetch_files(
         {"source": source, "kind": "hub", "synthetic": False, "repo": spec.repo, "revision": spec.revision},
         data_dir(source),
@@ -88,14 +92,6 @@ def fetch(source: str, spec: HubSource, num_files: int, num_workers: int = 4) ->
         num_workers=num_workers,
         called="shards",
     )
-
-
-def _train_shards(source: str, spec: HubSource, num_files: int) -> int:
-    if num_files > spec.last:
-        raise UserError(
-            f"-n {num_files}: {source} has {spec.last} train shards; choose 0 to {spec.last}, or -1 for all"
-        )
-    return spec.last if num_files == -1 else num_files
 
 
 def fetch_files(

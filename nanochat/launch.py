@@ -7,26 +7,20 @@ Where no scheduler says otherwise it is this machine alone. To say it by hand, s
 MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE on every node.
 """
 
-import ipaddress
-import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
 import shutil
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.errors import UserError
-from nanochat.files import atomic_write_text
 
 DEFAULT_PORT = 29500  # torchrun's own
 MAX_THREADS = 16  # a process of ours has no use for more
@@ -47,6 +41,8 @@ class Platform:
     address: tuple[str, ...]
     port: tuple[str, ...]
     gpus: tuple[str, ...]
+    check: str = ""  # module:function that is called with the environment and the number of nodes
+    hosts: str = ""  # module:function for a list of nodes that is not their names
 
 
 # From the surest sign to the weakest: Volcengine and Kubeflow also set RANK and WORLD_SIZE, SkyPilot may run on Slurm.
@@ -61,7 +57,8 @@ PLATFORMS = (
         ("SKYPILOT_NODE_IPS",), ("MASTER_PORT",), ("SKYPILOT_NUM_GPUS_PER_NODE",)),
     Platform(
         "Slurm", ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"), ("SLURM_NODEID",),
-        ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"), ("MASTER_PORT",), ("SLURM_GPUS_ON_NODE",)),
+        ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"), ("MASTER_PORT",), ("SLURM_GPUS_ON_NODE",),
+        "nanochat.cluster.slurm:check", "nanochat.cluster.slurm:hosts"),
     Platform(
         "Kubeflow Trainer", ("PET_NNODES",), ("PET_NODE_RANK",),
         ("PET_MASTER_ADDR", "MASTER_ADDR"), ("PET_MASTER_PORT", "MASTER_PORT"), ("PET_NPROC_PER_NODE",)),
@@ -117,8 +114,8 @@ def detect(environment: Mapping[str, str], count_gpus: Callable[[], int] = visib
             f"{_shown(platform.node_rank, environment)} does not fit {_shown(platform.nodes, environment, '1')}: "
             f"nodes are numbered 0 to {nodes - 1}; correct one of the two"
         )
-    if platform.name == "Slurm":
-        _check_slurm(environment, nodes)
+    if platform.check:
+        pkgutil.resolve_name(platform.check)(environment, nodes)
     address = _address(platform, environment) if nodes > 1 else "127.0.0.1"
     # Slurm may put two jobs on one node, so that each needs its own; below where systems pick ports for clients
     job = environment.get("SLURM_JOB_ID", "")
@@ -158,69 +155,8 @@ def _address(platform: Platform, environment: Mapping[str, str]) -> str:
     found = _find(platform.address, environment)
     if found is None:
         raise UserError(f"{platform.address[0]} is not set: set it to the address of node 0, the same on every node")
-    if platform.name == "Slurm":
-        return slurm_hosts(found[1])[0]
-    return found[1].split()[0]  # SkyPilot: one line a node
-
-
-def _check_slurm(environment: Mapping[str, str], nodes: int) -> None:
-    local = environment.get("SLURM_LOCALID", "0")
-    if local != "0":
-        raise UserError(f"SLURM_LOCALID={local}: start one launcher on each node, with --ntasks-per-node=1")
-    if nodes > 1 and "SLURM_STEP_ID" not in environment and "SLURM_STEPID" not in environment:
-        raise UserError(f"SLURM_NNODES={nodes} and no SLURM_STEP_ID: start it with srun, so that every node takes part")
-
-
-def slurm_hosts(nodelist: str) -> list[str]:
-    """Host names of a Slurm node list, by scontrol where there is one. Raises UserError when it holds none."""
-    if hosts := _ask_scontrol(nodelist) or expand_hosts(nodelist):
-        return hosts
-    raise UserError(f"the Slurm node list {nodelist!r} names no host: set SLURM_JOB_NODELIST to a list of hosts")
-
-
-def _ask_scontrol(nodelist: str) -> list[str]:
-    try:
-        done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []  # containers often have none
-    return done.stdout.split()
-
-
-def expand_hosts(nodelist: str) -> list[str]:
-    """`gpu[01-03,07],login1` -> gpu01, gpu02, gpu03, gpu07, login1. Raises UserError when brackets do not fit."""
-    hosts: list[str] = []
-    for item in re.split(r",(?![^\[]*\])", nodelist.strip()):  # commas outside brackets
-        parts = re.split(r"\[([^\[\]]*)\]", item)  # text and bracket contents in turn
-        if any(mark in text for text in parts[::2] for mark in "[]"):
-            raise UserError(f"the Slurm node list {nodelist!r} has an open bracket: set SLURM_JOB_NODELIST again")
-        choices = [[part] if place % 2 == 0 else _expand_ranges(part, nodelist) for place, part in enumerate(parts)]
-        hosts += ["".join(pieces) for pieces in product(*choices)]
-    return [host for host in hosts if host]
-
-
-def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
-    numbers: list[str] = []
-    for one in ranges.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", one)
-        if not match:
-            raise UserError(
-                f"the Slurm node list {nodelist!r} has {one!r} in brackets, not 1-3: set SLURM_JOB_NODELIST again"
-            )
-        first, last = match[1], match[2] or match[1]
-        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return numbers
-
-
-def own_address(address: str) -> str | None:
-    """The address under which a node that reaches `address` can itself be reached; None where it cannot be told."""
-    try:
-        family, *_, target = socket.getaddrinfo(address, DEFAULT_PORT, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing: it only chooses the way
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
-    return None if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
+    hosts: list[str] = pkgutil.resolve_name(platform.hosts)(found[1]) if platform.hosts else found[1].split()
+    return hosts[0]  # SkyPilot: one line a node
 
 
 def torchrun_words(cluster: Cluster, max_restarts: int = 0, own: str | None = None) -> list[str]:
@@ -281,26 +217,20 @@ def shell_line(added: Mapping[str, str], words: Sequence[str]) -> str:
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(words)])
 
 
-def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:
-    """Tell the other nodes, which follow by nanochat.cluster.nodes, what to run: numbered from 1 in each attempt."""
-    if not environment.get("NODES_FOLDER"):
-        return
-    path, attempt = Path(environment["NODES_FOLDER"]) / "order", environment.get("NODES_ATTEMPT", "")
-    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    number = before["number"] + 1 if before.get("attempt") == attempt else 1
-    atomic_write_text(path, json.dumps({"attempt": attempt, "number": number, "words": list(words)}))
-
-
 def start(added: Mapping[str, str], words: Sequence[str]) -> None:
     """Become that command: this process is replaced. Raises UserError when torchrun is not installed."""
-    # torchrun takes its defaults from PET_ variables; what its line says is to be all there is
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
-    found = shutil.which(words[0]) or shutil.which(words[0], path=os.path.dirname(sys.executable))
-    program = sys.executable if words[0] == "python" else found
-    if program is None:
-        raise UserError(f"{words[0]} is not on PATH: activate the environment (source .venv/bin/activate)")
+    # torchrun takes its defaults from PET_ variables; what its line says is to be all there is. RANK and WORLD_SIZE count
+    # nodes on some platforms, and a lone process would take them for torchrun's.
+    unset = ("PET_", "RANK", "WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
+    arguments = words[1:]
+    if words[0] == "torchrun":
+        program = shutil.which(words[0]) or shutil.which(words[0], path=os.path.dirname(sys.executable))
+        if program is None:
+            raise UserError(f"{words[0]} is not on PATH: activate the environment (source .venv/bin/activate)")
+        arguments = ["-m", "nanochat.cluster.agent", program, *arguments]
     sys.stdout.flush()
-    os.execve(program, [program, *words[1:]], {**environment, **added})
+    os.execve(sys.executable, [sys.executable, *arguments], {**environment, **added})
 
 
 @dataclass(frozen=True)
@@ -332,14 +262,17 @@ def main(settings: Settings, command: Sequence[str]) -> None:
         print(f"node 0 at {cluster.address}, port {cluster.port}; write a command after `--` to start it")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = own_address(cluster.address) if cluster.nodes > 1 and settings.max_restarts else None
+    own = None
+    if cluster.nodes > 1 and settings.max_restarts:
+        own = pkgutil.resolve_name("nanochat.cluster.nodes:own_address")(cluster.address)
     added, words = command_line(cluster, command, settings.max_restarts, os.environ, cores, own)
     line = shell_line(added, words)
     if settings.dry_run:
         print(line)
         return
     print(f"{cluster.platform}, node {cluster.node_rank} of {cluster.nodes}: {line}", flush=True)
-    announce(os.environ, sys.argv[1:])
+    if os.environ.get("NODES_FOLDER"):
+        pkgutil.resolve_name("nanochat.cluster.nodes:announce")(os.environ, sys.argv[1:])
     start(added, words)
 
 

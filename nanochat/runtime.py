@@ -31,12 +31,16 @@ class DistInfo(NamedTuple):
 
 def get_dist_info() -> DistInfo:
     """Rank and world size from torchrun's environment; a lone process is rank 0 of 1."""
-    if "RANK" not in os.environ:
+    found = {name: value for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if (value := os.environ.get(name))}
+    if found in ({}, {"WORLD_SIZE": "1"}):
         return DistInfo(False, 0, 0, 1)
-    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
-    if missing:
-        raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
-    return DistInfo(True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    shown = ", ".join(f"{name}={value}" for name, value in found.items())
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in found]:
+        raise UserError(f"{shown} is set but {', '.join(missing)} is not: start with torchrun, or unset it")
+    numbers = [int(value) if value.isdecimal() else -1 for value in found.values()]
+    if not 0 <= numbers[1] <= numbers[0] < numbers[2]:
+        raise UserError(f"{shown}: no ranks of one group; start with torchrun, or unset all three")
+    return DistInfo(True, *numbers)
 
 
 def ranks_per_node() -> int:
@@ -97,7 +101,10 @@ def compute_init(device_type: DeviceType = "auto") -> tuple[bool, int, int, int,
     if info.ddp and not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=30)  # the first step compiles; ranks may differ by minutes there
-        dist.init_process_group(backend, timeout=timeout, device_id=device if kind == "cuda" else None)
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=device if kind == "cuda" else None)
+        except (ValueError, dist.DistNetworkError, dist.DistStoreError) as error:  # of MASTER_ADDR and MASTER_PORT
+            raise UserError(f"the ranks do not meet ({str(error).splitlines()[0]}): start with torchrun") from None
         barrier()
     return *info, device
 

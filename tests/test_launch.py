@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import launch
+from nanochat.cluster import nodes, slurm
+from nanochat.cluster.slurm import expand_hosts
 from nanochat.errors import UserError
-from nanochat.launch import Cluster, command_line, detect, expand_hosts, shell_line, torchrun_words
+from nanochat.launch import Cluster, command_line, detect, shell_line, torchrun_words
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,7 +75,7 @@ ENVIRONMENTS = {
 @pytest.fixture(autouse=True)
 def _no_slurm(monkeypatch):
     """Machines with scontrol must not change the outcome."""
-    monkeypatch.setattr(launch, "_ask_scontrol", lambda nodelist: [])
+    monkeypatch.setattr(slurm, "_ask_scontrol", lambda nodelist: [])
 
 
 @pytest.mark.parametrize("platform", ENVIRONMENTS)
@@ -179,7 +181,7 @@ def test_a_list_in_brackets_is_its_numbers(numbers):
 @pytest.mark.parametrize("nodelist", ["n[1-", "n1]", "n[a-b]", "n[]", ""])
 def test_damaged_node_lists_are_one_line(nodelist):
     with pytest.raises(UserError, match="SLURM_JOB_NODELIST"):
-        launch.slurm_hosts(nodelist)
+        slurm.hosts(nodelist)
 
 
 def test_the_line_on_one_node():
@@ -316,6 +318,68 @@ def test_processes_hear_of_the_signal_that_announces_the_end(tmp_path):
     assert seen.count("saved") == 2
 
 
+def run_two(tmp_path, script, *words, **environment):
+    """(exit code, stdout, stderr) of a script as two processes under torchrun."""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "nanochat.launch", "--nproc-per-node=2", "--", str(tmp_path / "script.py"), *words]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=100
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("sys.exit(2)", 2, ["error: it is so"]),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, ["error: it is so", "error: rank 0 was killed by SIGKILL"]),
+    ],
+)
+def test_a_mistake_is_said_by_the_processes_and_not_by_torchrun(tmp_path, end, code, said):
+    only_one = "import os, signal, sys, time\nif os.environ['RANK'] == '1': time.sleep(60)\n"
+    done = run_two(tmp_path, f"{only_one}print('error: it is so', file=sys.stderr, flush=True)\n{end}\n")
+    assert done.returncode == code
+    assert done.stderr.splitlines() == said
+
+
+@pytest.mark.parametrize(("code", "expected"), [("0", 0), ("75", 75)])
+def test_processes_that_save_after_a_signal_decide_the_exit_code(tmp_path, code, expected):
+    (tmp_path / "worker.py").write_text(
+        WORKER.replace("SIGUSR1", "SIGTERM").replace("sys.exit(0)", f"sys.exit({code})")
+    )
+    command = [sys.executable, "-m", "nanochat.launch", "--nproc-per-node=2", "--", str(tmp_path / "worker.py")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    try:
+        while seen.count("ready") < 2 and (line := job.stdout.readline()):
+            seen += line
+        job.send_signal(signal.SIGTERM)
+        out, err = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert (job.returncode, err, out.count("saved")) == (expected, "", 2)
+
+
+def test_processes_that_do_not_save_end_it_with_the_signal(tmp_path):
+    (tmp_path / "worker.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    command = [sys.executable, "-m", "nanochat.launch", "--nproc-per-node=2", "--", str(tmp_path / "worker.py")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3):
+        job.stdout.readline()
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (128 + signal.SIGTERM, "")
+
+
+def test_a_lone_process_is_not_told_the_rank_of_its_node(tmp_path):
+    (tmp_path / "show.py").write_text(
+        "import os; print([name for name in ('RANK', 'WORLD_SIZE') if name in os.environ])"
+    )
+    plain = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "NPROC_PER_NODE": "1", "MASTER_ADDR": "here"}
+    command = [sys.executable, "-m", "nanochat.launch", "--", str(tmp_path / "show.py")]
+    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_own_address_is_one_that_others_can_use():
-    assert launch.own_address("127.0.0.1") is None  # of no use to anybody else
-    assert launch.own_address("no such host") is None
+    assert nodes.own_address("127.0.0.1") is None  # of no use to anybody else
+    assert nodes.own_address("no such host") is None

@@ -20,6 +20,43 @@ def test_half_of_torchrun_s_environment_is_a_user_error(monkeypatch):
         runtime.get_dist_info()
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set but RANK, LOCAL_RANK is not: start with torchrun, or unset it"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 is set but RANK, WORLD_SIZE is not"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ""}, "RANK=0, LOCAL_RANK=0 is set but WORLD_SIZE is not"),
+        (
+            {"RANK": "one", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+            "RANK=one, LOCAL_RANK=0, WORLD_SIZE=2: no ranks of one",
+        ),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=2, LOCAL_RANK=0, WORLD_SIZE=2: no ranks of one"),
+        ({"RANK": "0", "LOCAL_RANK": "-1", "WORLD_SIZE": "2"}, "RANK=0, LOCAL_RANK=-1, WORLD_SIZE=2: no ranks of one"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_one_line(monkeypatch, environment, message):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, environment.get(name, ""))
+    with pytest.raises(UserError, match=f"^{message}"):
+        runtime.compute_init("cpu")
+
+
+@pytest.mark.parametrize("environment", [{}, {"MASTER_ADDR": "127.0.0.1"}, {"MASTER_ADDR": "h", "MASTER_PORT": "x"}])
+def test_ranks_without_a_meeting_point_are_one_line(monkeypatch, environment):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^the ranks do not meet \(.*\): start with torchrun"):
+        runtime.compute_init("cpu")
+
+
+def test_a_lone_process_may_have_a_world_of_one(monkeypatch):
+    for name, value in {"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.get_dist_info() == (False, 0, 0, 1)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_that_is_not_there():
     with pytest.raises(UserError, match=r"--device-type=cuda: no such device here \(present: "):

@@ -4,29 +4,32 @@
     python -m nanochat.cluster.nodes FOLDER --nodes=4 --node-rank=1      the others: run what node 0 starts, to its end
 
 In a folder of the shared store node 0 leaves `beat` ("<attempt> <count>", counting while it lives), `order` (the last
-command that all nodes run together, see launch.announce) and `end` ("<attempt> <exit code>"); the others answer its
+command that all nodes run together, see announce) and `end` ("<attempt> <exit code>"); the others answer its
 beat by joined-<attempt>-<node rank>. What an earlier attempt left is known by a beat that does not change, so neither
 clocks nor times of files matter.
 """
 
 import contextlib
+import ipaddress
 import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
+from nanochat.launch import DEFAULT_PORT
 from nanochat.pipeline import ForwardedSignals, exit_code
 
 STOPPED = 128 + signal.SIGTERM
@@ -170,6 +173,28 @@ class Follower:
             self.child.terminate()
             self.child.wait()
             self.child = self.signals.group = None
+
+
+def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:
+    """On node 0, tell the others what to run as well: numbered from 1 in each attempt."""
+    if not environment.get("NODES_FOLDER"):
+        return
+    path, attempt = Path(environment["NODES_FOLDER"]) / "order", environment.get("NODES_ATTEMPT", "")
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    number = before["number"] + 1 if before.get("attempt") == attempt else 1
+    atomic_write_text(path, json.dumps({"attempt": attempt, "number": number, "words": list(words)}))
+
+
+def own_address(address: str) -> str | None:
+    """The address under which a node that reaches `address` can itself be reached; None where it cannot be told."""
+    try:
+        family, *_, target = socket.getaddrinfo(address, DEFAULT_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing: it only chooses the way
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    return None if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
 
 
 @dataclass(frozen=True)

@@ -70,14 +70,10 @@ def _is_address(text: str, schemes: Collection[str]) -> bool:
     try:
         parts = urllib.parse.urlsplit(text)
         host = (parts.hostname or "").encode("idna").decode()
-        return (
-            parts.scheme in schemes
-            and (parts.port is None or parts.port > 0)
-            and re.fullmatch(r"[\w.:-]*\w\.?", host) is not None
-            and re.search(r"[\s?#\x00-\x1f]", text) is None
-        )
+        known = parts.scheme in schemes and parts.port != 0 and re.fullmatch(r"[\w.:-]*\w\.?", host)
     except ValueError:  # also UnicodeError
         return False
+    return bool(known) and not re.search(r"[\s?#\x00-\x1f]", text)
 
 
 def check_connection() -> None:

@@ -259,7 +259,7 @@ def not_in(origin: Path, tasks: Sequence[str]) -> list[str]:
     would find none of them: then another folder was meant."""
     if not origin.is_dir():
         raise UserError(f"--from-dir={origin}: no such folder")
-    absent = [task for task in tasks if not any(_find(task, split, origin) for split in HUB_TASKS[task].files)]
+    absent = [task for task in tasks if not any([_find(task, split, origin) for split in HUB_TASKS[task].files])]
     if tasks and absent == list(tasks):
         example = f"{tasks[0].lower()}/train-*.parquet"
         raise UserError(f"--from-dir={origin}: none of {', '.join(tasks)} is there; expected folders as in {example}")

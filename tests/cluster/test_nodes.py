@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import launch
 from nanochat.cluster import nodes
 from nanochat.cluster.nodes import SIGNALS, Follower
 from nanochat.errors import UserError
@@ -33,7 +32,7 @@ def node0(tmp_path, monkeypatch):
             (tmp_path / "beat").write_text(f"{attempt} {self.count}\n")
 
         def order(self, *words, attempt="now"):
-            launch.announce({"NODES_FOLDER": str(tmp_path), "NODES_ATTEMPT": attempt}, ["--nproc-per-node=1", *words])
+            nodes.announce({"NODES_FOLDER": str(tmp_path), "NODES_ATTEMPT": attempt}, ["--nproc-per-node=1", *words])
 
         def end(self, code, attempt="now"):
             (tmp_path / "end").write_text(f"{attempt} {code}\n")
@@ -138,7 +137,7 @@ def test_a_node_0_that_starts_anew_ends_what_the_old_one_ran(node0, tmp_path):
 
 def test_without_several_nodes_nothing_is_announced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    launch.announce({}, ["--", "-m", "x"])
+    nodes.announce({}, ["--", "-m", "x"])
     assert list(tmp_path.iterdir()) == []
 
 

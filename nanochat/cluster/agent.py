@@ -1,0 +1,62 @@
+"""torchrun as nanochat.launch starts it: without a stack trace of its own, and ending as its processes did.
+
+    python -m nanochat.cluster.agent /path/to/torchrun --standalone --nproc_per_node=2 -m -- scripts.base_train
+
+A process that ends on a mistake has said why. Processes that saved after a signal and ended with 0 did as they were
+told; torchrun would end with 1 all the same. A torchrun that is not PyTorch's, but a wrapper, is run as it is.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat.errors import UserError, exit_on_user_error
+from nanochat.pipeline import exit_code
+
+
+def main(program: str, arguments: Sequence[str]) -> int:
+    """Run torchrun with these arguments; returns its exit code. Raises UserError where the nodes do not meet."""
+    if b"torch.distributed.run" not in Path(program).read_bytes():
+        os.execv(program, [program, *arguments])
+    from torch.distributed import DistError, run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher import api
+
+    codes: list[int] = []  # of the processes here, after a signal
+
+    class Agent(api.LocalElasticAgent):
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().run(*args, **kwargs)
+            except SignalException:
+                context: Any = self._pcontext
+                if context is not None:
+                    codes.extend(handler.proc.returncode for handler in context.subprocess_handlers.values())
+                raise
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
+    # Of each process that it ends or sees end it says so, whatever the reason
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda one: "forcefully" in one.msg)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
+    try:
+        run.main([*arguments])
+    except SignalException as stopped:
+        return exit_code(next(filter(None, codes), 0 if codes else -stopped.sigval))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return exit_code(failure.exitcode)
+    except (DistError, RendezvousError) as error:
+        raise UserError(f"the nodes did not meet: {str(error).splitlines()[0]}") from None
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: sys.exit(main(sys.argv[1], sys.argv[2:])))
