@@ -219,8 +219,8 @@ def shell_line(added: Mapping[str, str], words: Sequence[str]) -> str:
 
 def start(added: Mapping[str, str], words: Sequence[str]) -> None:
     """Become that command: this process is replaced. Raises UserError when torchrun is not installed."""
-    # torchrun takes its defaults from PET_ variables; what its line says is to be all there is. RANK and WORLD_SIZE count
-    # nodes on some platforms, and a lone process would take them for torchrun's.
+    # torchrun takes its defaults from PET_ variables; what its line says is to be all there is. RANK and WORLD_SIZE may
+    # count nodes, and a lone process would take them for torchrun's.
     unset = ("PET_", "RANK", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
     arguments = words[1:]
