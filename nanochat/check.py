@@ -1,20 +1,22 @@
 """What the user set, checked before the first stage runs: the flags of every stage, and what their values name.
 
-    printf '%s\\0' STAGE --in P -- COMMAND "" | python -m nanochat.check DEPTH=8 --width=1024
+    printf '%s\\0' STAGE --in P -- COMMAND "" | python -m nanochat.check -- DEPTH=8 --width=1024
 
-stdin: the words of each `nanochat.pipeline run`, an empty one after each. Arguments: the user's own words, by which a
+stdin: the words of each `nanochat.pipeline run`, an empty one after each. Behind `--`: the user's own words, by which a
 mistake is named. A stage's module may have `check(settings)`, which raises UserError for what can be known beforehand.
 """
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cyclopts import CycloptsError
 
 from nanochat import cli, ledger
-from nanochat.errors import UserError, exit_on_user_error
+from nanochat.errors import UserError
 
 # Settings of dev/settings.sh whose flag has another name, and those that are all that a stage is about.
 FLAGS = {"SHARDS": "-n", "WANDB_RUN": "--run", "RUN_ID": "--model-tag", "MODEL_DEPTH": "--depth"}
@@ -35,8 +37,19 @@ def as_written(stage: str, message: str, written: Sequence[str]) -> str:
     return message
 
 
-def main(written: Sequence[str], stages: str) -> None:
-    """Check every stage; the first mistake ends it. Raises UserError."""
+@dataclass(frozen=True)
+class Settings:
+    """Check the stages that stdin lists; what the user wrote goes after `--`."""
+
+
+def main(settings: Settings, written: Sequence[str]) -> None:
+    check(written, os.fsdecode(sys.stdin.buffer.read()))
+
+
+def check(written: Sequence[str], stages: str) -> None:
+    """Raises UserError for the first mistake."""
+    if strange := [words for words in written if not words.isprintable()]:
+        raise UserError(f"{strange[0]!a}: these are no letters in the encoding of this locale")
     for one in filter(None, stages.split("\0\0")):
         stage, *words = one.strip("\0").split("\0")
         if "--" not in words or (name := ledger.stage_module(words)) is None:
@@ -51,4 +64,4 @@ def main(written: Sequence[str], stages: str) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:], sys.stdin.read()))
+    cli.run_with_command(main, Settings)

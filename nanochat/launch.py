@@ -228,7 +228,7 @@ def start(added: Mapping[str, str], words: Sequence[str]) -> None:
         program = shutil.which(words[0]) or shutil.which(words[0], path=os.path.dirname(sys.executable))
         if program is None:
             raise UserError(f"{words[0]} is not on PATH: activate the environment (source .venv/bin/activate)")
-        arguments = ["-m", "nanochat.cluster.agent", program, *arguments]
+        arguments = ["-m", "nanochat.cluster.agent", "--", program, *arguments]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *arguments], {**environment, **added})
 

@@ -8,7 +8,7 @@ def said(written, stage, *command):
     """What is wrong with a stage, in the user's words; None: nothing."""
     words = [stage, "--in", "x", "--", *command]
     try:
-        check.main(written, "\0".join(["first", "--skip=why", "", *words, "", ""]))
+        check.check(written, "\0".join(["first", "--skip=why", "", *words, "", ""]))
     except UserError as error:
         return str(error)
     return None
@@ -66,6 +66,11 @@ def test_settings_are_named_as_they_were_written():
     assert said(["--vocab_size=3"], *tokenizer).startswith("--vocab_size=3: ")
     source = ["dataset", "python", "-m", "nanochat.dataset", "--source=c4"]
     assert said(["SOURCE=c4"], *source) == "SOURCE=c4: expected fineweb-edu, climbmix, pydocs or local:DIR"
+
+
+def test_what_is_no_text_is_refused():
+    assert said(["RUN_ID=\udcff"], "x", "true").startswith("'RUN_ID=\\udcff': ")
+    assert said(["SOURCE=local:/data/文本 2"], "x", "true") is None
 
 
 def test_folders_must_hold_what_the_stages_need(tmp_path):

@@ -341,6 +341,23 @@ def test_a_mistake_is_said_by_the_processes_and_not_by_torchrun(tmp_path, end, c
     assert done.stderr.splitlines() == said
 
 
+USER_ERROR = """
+import os, sys, time
+from nanochat.errors import UserError, exit_on_user_error
+def main():
+    if os.environ["RANK"] in sys.argv[1:]:
+        raise UserError("it is so")
+    time.sleep(60)
+exit_on_user_error(main)
+"""
+
+
+@pytest.mark.parametrize(("ranks", "said"), [("01", "error: it is so\n"), ("1", "error: it is so (rank 1)\n")])
+def test_a_users_mistake_is_one_line_whichever_ranks_met_it(tmp_path, ranks, said):
+    done = run_two(tmp_path, USER_ERROR, *ranks, PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 @pytest.mark.parametrize(("code", "expected"), [("0", 0), ("75", 75)])
 def test_processes_that_save_after_a_signal_decide_the_exit_code(tmp_path, code, expected):
     (tmp_path / "worker.py").write_text(

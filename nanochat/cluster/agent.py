@@ -1,9 +1,9 @@
 """torchrun as nanochat.launch starts it: without a stack trace of its own, and ending as its processes did.
 
-    python -m nanochat.cluster.agent /path/to/torchrun --standalone --nproc_per_node=2 -m -- scripts.base_train
+    python -m nanochat.cluster.agent -- /path/to/torchrun --standalone --nproc_per_node=2 -m -- scripts.base_train
 
-A process that ends on a mistake has said why. Processes that saved after a signal and ended with 0 did as they were
-told; torchrun would end with 1 all the same. A torchrun that is not PyTorch's, but a wrapper, is run as it is.
+A process that ends on a mistake has said why, or left it to us. Processes that saved after a signal and ended with 0
+did as they were told; torchrun would end with 1 all the same. A wrapper of torchrun is run as it is.
 """
 
 import logging
@@ -11,15 +11,25 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.errors import UserError, exit_on_user_error
+from nanochat import cli
+from nanochat.errors import UserError
 from nanochat.pipeline import exit_code
 
 
-def main(program: str, arguments: Sequence[str]) -> int:
-    """Run torchrun with these arguments; returns its exit code. Raises UserError where the nodes do not meet."""
+@dataclass(frozen=True)
+class Settings:
+    """Run torchrun; its line goes after `--`."""
+
+
+def main(settings: Settings, command: Sequence[str]) -> int:
+    """Run the command; returns its exit code. Raises UserError where the nodes do not meet."""
+    if not command:
+        raise UserError("no command; write `-- torchrun …`, or use nanochat.launch")
+    program, *arguments = command
     if b"torch.distributed.run" not in Path(program).read_bytes():
         os.execv(program, [program, *arguments])
     from torch.distributed import DistError, run
@@ -45,13 +55,15 @@ def main(program: str, arguments: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda one: "forcefully" in one.msg)
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     try:
-        run.main([*arguments])
+        run.run(run.parse_args(arguments))
     except SignalException as stopped:
         return exit_code(next(filter(None, codes), 0 if codes else -stopped.sigval))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             print(f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        elif rank > 0 and isinstance(failure.message, dict):  # nanochat.errors.end leaves that to us
+            print(f"{failure.message['message']} (rank {rank})", file=sys.stderr)
         return exit_code(failure.exitcode)
     except (DistError, RendezvousError) as error:
         raise UserError(f"the nodes did not meet: {str(error).splitlines()[0]}") from None
@@ -59,4 +71,4 @@ def main(program: str, arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: sys.exit(main(sys.argv[1], sys.argv[2:])))
+    cli.run_with_command(main, Settings)
