@@ -133,7 +133,7 @@ check_stages() {
     CHECKING=1
     stage() { printf '%s\0' "$@" ''; }
     walk
-  ) | python -m nanochat.check -- ${WRITTEN[@]+"${WRITTEN[@]}"}
+  ) | python -m nanochat.pipeline check -- ${WRITTEN[@]+"${WRITTEN[@]}"}
 }
 
 # Runs one stage unless it is done (see nanochat/pipeline.py). In the background, because bash answers signals only

@@ -1,6 +1,7 @@
 """The stage runner: skips what is done, logs, stops and explains on failure, continues on the next call.
 
     python -m nanochat.pipeline run tok_train --in base_data/pydocs --out tokenizer -- python -m scripts.tok_train
+    printf '%s\\0' tok_train --in base_data/pydocs -- … "" | python -m nanochat.pipeline check -- VOCAB_SIZE=512 --mup
     python -m nanochat.pipeline status
 
 The run is the one named by NANOCHAT_RUN_ID. A stage is done when it has finished with the same command, NANOCHAT_
@@ -11,9 +12,11 @@ settings, code and input artifacts, and all that it wrote is unchanged. How many
 import dataclasses
 import fcntl
 import hashlib
+import importlib
 import json
 import math
 import os
+import re
 import select
 import shlex
 import signal
@@ -29,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import CycloptsError, Parameter
 
 from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UserError, end_with_parent
@@ -49,12 +52,17 @@ NEUTRAL_VARIABLES = frozenset(
 )
 
 
+# Settings of dev/settings.sh whose flag has another name, and those that are all that a stage is about.
+FLAGS = {"SHARDS": "-n", "WANDB_RUN": "--run", "RUN_ID": "--model-tag", "MODEL_DEPTH": "--depth"}
+STAGES = {"EVAL_BUNDLE": "eval_bundle", "TASK_DATA": "chat_data"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Run one stage of the pipeline (its command after `--`), show where the run stands, or forget what ran."""
 
-    action: Literal["run", "status", "reset"] = "status"
-    """run one stage; status of all stages; reset: the next run starts every stage again (artifacts stay)"""
+    action: Literal["run", "check", "status", "reset"] = "status"
+    """run one stage; check the flags of those on stdin; status of all; reset: the next run starts every stage again"""
     stage: str = ""
     """name of the stage to run"""
     _: dataclasses.KW_ONLY
@@ -68,6 +76,9 @@ class Settings:
 
 def main(settings: Settings, command: Sequence[str]) -> int:
     """Do what the settings say; returns the exit code."""
+    if settings.action == "check":
+        check(command, os.fsdecode(sys.stdin.buffer.read()))
+        return 0
     run_dir, stage = paths.run_dir(), settings.stage
     if settings.action == "status":
         return show_status(run_dir)
@@ -85,6 +96,38 @@ def main(settings: Settings, command: Sequence[str]) -> int:
             _say(f"{stage}: skipped, {settings.skip}")
             return 0
         return run_stage(stage, list(command), settings.inputs, settings.outputs)
+
+
+def check(written: Sequence[str], stages: str) -> None:
+    """Raises UserError for the first mistake in the flags of `stages` (the words of `run`, an empty one after each),
+    named as the user wrote it. A stage's module may have `check(settings)`: what can be known before it runs."""
+    if strange := [words for words in written if not words.isprintable()]:
+        raise UserError(f"{strange[0]!a}: these are no letters in the encoding of this locale")
+    for listed in filter(None, stages.split("\0\0")):
+        stage, *words = listed.strip("\0").split("\0")
+        if "--" not in words or (name := ledger.stage_module(words)) is None:
+            continue
+        module = importlib.import_module(name)
+        try:
+            settings = cli.read(module.Settings, words[words.index(name) + 1 :])
+            if settings is not None and hasattr(module, "check"):
+                module.check(settings)
+        except (CycloptsError, UserError) as error:
+            raise UserError(as_written(stage, " ".join(str(error).split()), written)) from None
+
+
+def as_written(stage: str, message: str, written: Sequence[str]) -> str:
+    """`message` with what the user wrote in the place of the flag that it is about."""
+    for words in reversed(written):
+        name = words.partition("=")[0].lstrip("-").upper().replace("-", "_")
+        flag = FLAGS.get(name, "--" + re.escape(name.lower()).replace("_", "[_-]"))
+        about = re.search(rf"(?<![\w-]){flag}(?![\w-])", message) is not None
+        if name in STAGES:  # what such a stage says is about it, and no flag of another stage
+            about, flag = STAGES[name] == stage, "--from-dir=.*?"
+        if about:
+            rest = re.sub(rf"^{flag}([= ]\S*)?: ", "", message)
+            return message if message.startswith(words) else f"{words}: {rest}"
+    return message
 
 
 def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Sequence[str]) -> int:

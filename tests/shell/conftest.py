@@ -23,7 +23,7 @@ def tree(tmp_path):
         '#!/bin/sh\ncase "$*" in --version) echo Python 3.11.0;; '
         "*visible_gpus*) nvidia-smi 2>/dev/null && echo 1 || echo 0;; "
         f'*--print-inputs | *nanochat.paths*) PYTHONPATH={ROOT} exec {sys.executable} "$@";; '
-        f'*nanochat.check*) [ -z "$CHECKS" ] && cat >/dev/null || PYTHONPATH={ROOT} exec {sys.executable} "$@";; '
+        f'*pipeline\\ check*) [ -z "$CHECKS" ] && cat >/dev/null || PYTHONPATH={ROOT} exec {sys.executable} "$@";; '
         '-c*) ;; *) echo "$@" >> "$CALLS";; esac\n'
     )
     python.chmod(0o755)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # the launcher of a stage, up to a torchrun that only logs, and with CHECKS the check of all flags.
 PYTHON = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then exec "$REAL" "$@"; fi
-if [ "$2" = nanochat.check ]; then
+if [ "$2 $3" = "nanochat.pipeline check" ]; then
   if [ -n "${CHECKS:-}" ]; then exec "$REAL" "$@"; else exec cat >/dev/null; fi
 fi
 case $2 in nanochat.launch | nanochat.cluster.nodes | scripts.chat_data) exec "$REAL" "$@" ;; esac

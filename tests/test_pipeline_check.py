@@ -1,6 +1,6 @@
 import pytest
 
-from nanochat import check
+from nanochat import pipeline
 from nanochat.errors import UserError
 
 
@@ -8,7 +8,7 @@ def said(written, stage, *command):
     """What is wrong with a stage, in the user's words; None: nothing."""
     words = [stage, "--in", "x", "--", *command]
     try:
-        check.check(written, "\0".join(["first", "--skip=why", "", *words, "", ""]))
+        pipeline.check(written, "\0".join(["first", "--skip=why", "", *words, "", ""]))
     except UserError as error:
         return str(error)
     return None
