@@ -1,9 +1,11 @@
-"""Writing and reading files so that a kill, a full disk or a second process leaves nothing half done."""
+"""Files: written so that a kill, a full disk or a second process leaves nothing half done; and what comes in with those
+of other people, JSON, the fields of an item, names of files, checked where it comes in."""
 
 import contextlib
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import threading
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import paths
+from nanochat.errors import UserError
 
 LARGE_BYTES = 16 * 2**20  # files above this are hashed once (at about 1 GB/s) and remembered
 _hashes: dict[Path, dict[str, dict[str, Any]]] = {}  # store -> file -> newest line of hashes.jsonl
@@ -116,3 +119,56 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict):
                 records.append(record)
     return records
+
+
+# ---- from elsewhere
+
+DEEPEST = 64  # lists and objects within each other: what nests deeper ends in a RecursionError, here or later
+EXPECTED = {str: "text", int: "a whole number", list: "a list", dict: "an object", list[str]: "a list of texts"}
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text in UTF-8, with or without BOM. Raises ValueError where it is none."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST} levels") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        children = [list(each.values()) if isinstance(each, dict) else each for each in level]
+        level = [child for each in children if isinstance(each, list) for child in each]
+    if level:
+        raise ValueError(f"nested deeper than {DEEPEST} levels")
+    return value
+
+
+def shown(value: Any) -> str:
+    """`value` for a message, however large it is and whatever characters it has."""
+    return reprlib.repr(value)[:100]
+
+
+def fields(value: Any, **types: Any) -> list[Any]:
+    """The fields of an object by their names, each of the type given (one of EXPECTED). Raises UserError otherwise."""
+    if not isinstance(value, dict):
+        raise UserError(f"{shown(value)}, expected an object with {', '.join(types)}")
+    for name, kind in types.items():
+        if name not in value:
+            raise UserError(f"lacks {name}")
+        found = value[name]
+        fits = isinstance(found, list if kind == list[str] else kind) and not isinstance(found, bool)
+        if not fits or (kind == list[str] and not all(isinstance(each, str) for each in found)):
+            raise UserError(f"{name} is {shown(found)}, expected {EXPECTED[kind]}")
+    return [value[name] for name in types]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file that is called `name` in `folder`. Raises UserError where the name, or a link on the way, leads out of
+    it: whoever wrote the name could else have other files read and overwritten."""
+    try:
+        path = folder / name
+        leads_out = ".." in path.relative_to(folder).parts or not path.resolve().is_relative_to(folder.resolve())
+    except (ValueError, OSError, RuntimeError):  # an absolute name, a null byte, links in a circle
+        leads_out = True
+    if leads_out:
+        raise UserError(f"{shown(name)} leads out of {folder}: only files within it are read, no links out")
+    return path

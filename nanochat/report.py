@@ -11,15 +11,16 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UserError
-from nanochat.files import atomic_write_text, read_jsonl
+from nanochat.files import atomic_write_text, fields, parse_json, read_jsonl
 from nanochat.sections import STDERR_SUFFIXES, duration, metric_text, number, plain, sections_dir
 
 TEMPLATES = paths.REPO / "report"
@@ -30,6 +31,11 @@ CURVES = {
     "Loss/val_loss": "Validation loss (nats per token)",
 }
 MOST_POINTS = 800  # of a curve
+# What Markdown gives a meaning: anywhere, at the end of a word, and at the beginning of a line
+_MARKUP = re.compile(r"[\\`*~\[\]]|(?<![^\W_])_|_(?![^\W_])")
+_BEGINS = re.compile(r"^(?!-$)( ?\d*)([-+#.)])(?=[ #]|$)")  # "-" alone is how nothing is written
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 DARK_PAGE = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(0.9) hue-rotate(180deg) } }</style>"
 
 COLUMNS = tuple(dict.fromkeys(stage.column for stage in ledger.STAGES.values() if stage.column))
@@ -70,7 +76,7 @@ def generate(run_dir: Path, copy_to: Path) -> Path:
     curve = loss_curve(run_dir)
     report["curve"] = CURVE if curve else None
 
-    environment = _templates()
+    environment = _templates(escape)
     for section in sections if paths.is_writable(sections_dir(run_dir)) else []:
         text = environment.get_template("section.md.j2").render(section=section)
         atomic_write_text(sections_dir(run_dir) / f"{section['stage']}.md", text)
@@ -93,11 +99,30 @@ def read_sections(run_dir: Path) -> list[dict[str, Any]]:
     sections = []
     for path in sorted(sections_dir(run_dir).glob("*.json")):
         try:
-            sections.append({**EMPTY, "synthetic": False, **json.loads(path.read_text(encoding="utf-8"))})
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON ({error}): remove it and run that stage again") from error
+            section = {**EMPTY, "synthetic": False, **parse_json(path.read_bytes())}
+            _check(section, path.stem)
+            sections.append(section)
+        except (ValueError, TypeError, UserError) as error:
+            what = "is damaged" if isinstance(error, UserError) else "is not valid JSON"
+            raise UserError(f"{path} {what} ({error}): remove it and run that stage again") from None
     order = {name: place for place, name in enumerate(ledger.STAGES)}
     return sorted(sections, key=lambda section: (order.get(section["stage"], len(order)), section["time"]))
+
+
+def _check(section: dict[str, Any], stage: str) -> None:
+    """Raises UserError where a section is not as write_section leaves it."""
+    fields(section, stage=str, title=str, settings=dict, metrics=dict, facts=dict, tables=list, samples=list)
+    fields(section, notes=list[str])
+    if section["stage"] != stage:  # a file of that name is written
+        raise UserError(f"stage {section['stage']!r} in the file of {stage}")
+    if not isinstance(section.get("time"), int | float) or not 0 <= section["time"] < 1e11:
+        raise UserError(f"time is {section.get('time')!r}, expected seconds")
+    for table in section["tables"]:
+        _, columns, rows = fields(table, title=str, columns=list[str], rows=list)
+        if not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+            raise UserError(f"table {table['title']!r} has a row that is not one of {len(columns)} values")
+    for sample in section["samples"]:
+        fields({"prompt": "", **sample} if isinstance(sample, dict) else sample, prompt=str, text=str)
 
 
 def notes(section: Mapping[str, Any]) -> list[str]:
@@ -109,10 +134,10 @@ def notes(section: Mapping[str, Any]) -> list[str]:
     stage = section["stage"]
     names = [f"notes/{name}.md.j2" for name in (stage, stage.rpartition("_")[0])]
     try:
-        text = _templates().select_template(names).render(section)
+        text = _templates(finalize=None).select_template(names).render(section)  # escaped where they are shown
     except jinja2.TemplatesNotFound:
         text = ""
-    except jinja2.UndefinedError as error:
+    except (jinja2.UndefinedError, TypeError, ValueError) as error:
         text = f"No notes: another version of the code left this section ({error}); run the stage again."
     return [*section["notes"], *(" ".join(part.split()) for part in text.split("\n\n") if part.strip())]
 
@@ -225,7 +250,8 @@ def _draw(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     return buffer.getvalue().replace("<defs>", f"<defs>{DARK_PAGE}", 1)
 
 
-def _templates() -> Any:
+def _templates(finalize: Callable[[Any], Any] | None) -> Any:
+    """finalize: what is done with each value that a template shows."""
     import jinja2
 
     class Environment(jinja2.Environment):
@@ -240,12 +266,16 @@ def _templates() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown; `cell` and `fence` keep foreign text in its place
+        autoescape=False,  # this is Markdown, for which `finalize` is
+        finalize=finalize,
     )
     environment.filters.update(
         number=number,
         duration=duration,
         cell=cell,
+        cells=cells,
+        header=header,
+        code=code,
         fence=fence,
         gib=lambda size: f"{size / 2**30:.1f} GiB",
         date=lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)),
@@ -260,17 +290,46 @@ def shown_metrics(metrics: Mapping[str, Any]) -> list[str]:
     return [name for name in metrics if not name.endswith(STDERR_SUFFIXES)]
 
 
-def cell(value: Any) -> str:
+class Markdown(str):
+    """Text that stays as it is in a template; any other is escaped."""
+
+
+def escape(value: Any) -> Any:
+    """What a template shows, as text within a line of Markdown: prompts, names and notes from elsewhere can be neither
+    HTML nor links nor headings, nor commands to a terminal."""
+    if not isinstance(value, str) or isinstance(value, Markdown):
+        return value
+    text = _MARKUP.sub(r"\\\g<0>", _CONTROL.sub("\ufffd", re.sub(r"\s+", " ", value)))
+    text = _ENTITY.sub("&amp;", _BEGINS.sub(r"\1\\\2", text))
+    return Markdown(text.replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def cell(value: Any) -> Markdown:
     """A value as one cell of a Markdown table."""
-    return number(value).replace("|", "\\|").replace("\n", " ")
+    return Markdown(escape(number(value)).replace("|", "\\|"))
 
 
-def fence(text: str) -> str:
+def cells(row: Sequence[Any]) -> Markdown:
+    """A line of a Markdown table."""
+    return Markdown(f"| {' | '.join(map(cell, row))} |")
+
+
+def header(columns: Sequence[Any]) -> Markdown:
+    """The first two lines of a table, all of whose columns but the first are numbers."""
+    return Markdown(f"{cells(columns)}\n|---|{'---:|' * (len(columns) - 1)}")
+
+
+def code(text: str) -> Markdown:
+    """`text` as Markdown code within a line."""
+    return Markdown(f"`{_CONTROL.sub('', text).replace('`', chr(39))}`")
+
+
+def fence(text: str) -> Markdown:
     """`text` as a Markdown code block that nothing inside can close."""
     marks = "```"
     while marks in text:
         marks += "`"
-    return f"{marks}text\n{text}\n{marks}"
+    return Markdown(f"{marks}text\n{_CONTROL.sub(chr(0xFFFD), text)}\n{marks}")
 
 
 def _current_run() -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import paths
-from nanochat.files import atomic_write_text
+from nanochat.files import atomic_write_text, inside
 
 STDERR_SUFFIXES = ("_stderr", " standard error")
 
@@ -29,7 +29,9 @@ def write_section(stage: str, title: str, data: Mapping[str, Any]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     section = {"stage": stage, "title": title, "time": time.time(), **data}
-    atomic_write_text(sections_dir(paths.run_dir()) / f"{stage}.json", json.dumps(plain(section), indent=1) + "\n")
+    atomic_write_text(
+        inside(sections_dir(paths.run_dir()), f"{stage}.json"), json.dumps(plain(section), indent=1) + "\n"
+    )
 
 
 def keeps_results(*folders: str) -> bool:

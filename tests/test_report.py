@@ -4,6 +4,9 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from nanochat import hardware, ledger, paths, report, sections
 from nanochat.errors import UserError
@@ -263,3 +266,108 @@ def test_a_report_whose_copy_cannot_be_written_is_in_the_store(store):
     (store / "report").touch()
     with pytest.raises(UserError, match=r"neither .* can be written"):
         report.generate(paths.run_dir(), copy_to=store / "file" / "cwd")
+
+
+# ---- text from elsewhere: prompts, names, notes, samples
+
+HOSTILE = [
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!-- ", "</details><b>", "&lt;b&gt;", "<http://x.y>",
+    "[x](javascript:alert(1))", "![i](http://x.example/i.png)", "[a]: http://x.example", "`code`", "**a** _b_ __c__",
+    "~~gone~~ ~gone~", "# heading", "## ", "- item", "+ item", "1. item", "12) item", "> quote", "---\n# x", "a\n\n# b",
+    "| a | b |\n|---|---|\n| c | d |", "```\n<b>\n```", "    <b>indented", "\x1b[31mred\x07", "\u202eright to left",
+    "lone \ud800", "back\\slash \\<b>", "===", "a\n\n<b>",
+]  # fmt: skip
+
+
+def tokens(text):
+    """Kinds of everything in a Markdown text, and of what stands within lines."""
+    found = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text)
+    return [(token.type, token.content) for each in found for token in (each, *(each.children or []))]
+
+
+def hostile_section(text):
+    return {
+        "settings": {text: text, "list": [text]},
+        "metrics": {text: 0.5, f"{text} standard error": 0.1, "word": text},
+        "tables": [{"title": text, "columns": ["a", text], "rows": [[text, 1.0], [text, text]]}],
+        "samples": [{"prompt": text, "text": text}],
+        "notes": [text],
+    }
+
+
+def shape(text):
+    return [kind for kind, _ in tokens(text)]
+
+
+def shown(text):
+    return "".join(content for kind, content in tokens(text) if kind in ("text", "text_special", "fence"))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_from_elsewhere_is_neither_markup_nor_html(tmp_path, text):
+    def report_of(words):
+        sections.write_section("base_train", words, hostile_section(words))
+        return generate(tmp_path)
+
+    harmless, hostile = report_of("words"), report_of(text)
+    assert [kind for kind in shape(hostile) if kind not in ("text", "text_special")] == [
+        kind for kind in shape(harmless) if kind not in ("text", "text_special")
+    ]
+    assert not any(ord(character) < 32 and character not in "\n\t" for character in hostile)
+    if text.isprintable():
+        assert shown(hostile).count(text.strip()) >= 8  # it reads as it was written
+
+
+@given(st.text(max_size=40))
+def test_any_text_stays_within_its_line(text):
+    line = f"{report.escape(text)}\n"
+    assert text == "-" or set(shape(line)) <= {"paragraph_open", "inline", "text", "text_special", "paragraph_close"}
+    row = shape(f"| a | b |\n|---|---|\n| {report.cell(text)} | c |\n")
+    assert row.count("td_open") == 2 and not {"html_inline", "link_open", "image", "code_inline"} & set(row)
+
+
+@pytest.mark.parametrize("stage", ["../../outside", "/tmp/outside", "base_train", "a/b", "", 5, None])
+def test_a_section_of_another_name_than_its_file_is_refused_and_writes_nothing(tmp_path, stage):
+    write_run()
+    generate(tmp_path)
+    before = {path for path in paths.get_base_dir().rglob("*")}
+    folder = paths.run_dir() / "report"
+    text = (folder / "base_eval.json").read_text()
+    (folder / "base_eval.json").write_text(json.dumps({**json.loads(text), "stage": stage}))
+    with pytest.raises(UserError, match=r"base_eval\.json is damaged \(stage .*remove it and run that stage again"):
+        generate(tmp_path)
+    if isinstance(stage, str) and stage.startswith(("/", "..")):
+        with pytest.raises(UserError, match="leads out of"):
+            sections.write_section(stage, "Elsewhere", {})
+    assert {path for path in paths.get_base_dir().rglob("*")} == before
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ["stage", "title", "time", "settings", "metrics", "facts", "tables", "samples", "notes", "synthetic"]
+
+
+@given(st.sampled_from(FIELDS), JSON)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_in_a_section_is_shown_or_refused(tmp_path, field, value):
+    write_run()
+    path = paths.run_dir() / "report" / "chat_eval_sft.json"
+    section = {"stage": "chat_eval_sft", "title": "t", "time": 1.0, **hostile_section("x"), field: value}
+    path.write_text(json.dumps(section))
+    try:
+        generate(tmp_path)
+    except UserError as error:
+        assert "chat_eval_sft.json is" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"\xff\xfe", b"[]", b"null", b'{"a": ' * 5000 + b"1" + b"}" * 5000]
+)
+def test_a_section_that_is_no_object_is_one_line(tmp_path, content):
+    write_run()
+    (paths.run_dir() / "report" / "base_eval.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"base_eval\.json is not valid JSON"):
+        generate(tmp_path)

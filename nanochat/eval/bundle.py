@@ -7,13 +7,15 @@ A bundle is a folder with `core.yaml` (the tasks), `eval_meta_data.csv` (random 
 
 import csv
 import dataclasses
-import json
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nanochat.errors import UserError
+from nanochat.files import fields, inside, parse_json
 
 PUBLISHED_TASKS = frozenset((
     "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa", "commonsense_qa",
@@ -21,18 +23,21 @@ PUBLISHED_TASKS = frozenset((
     "agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators", "bigbench_repeat_copy_logic", "squad", "coqa",
     "boolq", "bigbench_language_identification",
 ))  # fmt: skip
+TABLES = ("core.yaml", "eval_meta_data.csv")
 MARKER = "bundle.json"  # {"kind": "published" | "offline", "source": str, "tasks": [label]}; absent in older downloads
-_FIELDS = {
-    "multiple_choice": ("query", "choices"),
-    "schema": ("context_options", "continuation"),
-    "language_modeling": ("context", "continuation"),
+_FIELDS: dict[str, dict[str, Any]] = {
+    "multiple_choice": {"query": str, "choices": list[str], "gold": int},
+    "schema": {"context_options": list[str], "continuation": str, "gold": int},
+    "language_modeling": {"context": str, "continuation": str},
 }
 _OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
+_KINDS = ("published", "offline", "custom")
+_MOST_SHOTS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task of a bundle; `baseline` is the accuracy of guessing, in percent."""
+    """One task of a bundle; `baseline` is the accuracy of guessing, in percent; `uri` names the file in eval_data/."""
 
     label: str
     kind: str
@@ -40,6 +45,7 @@ class Task:
     delimiter: str
     baseline: float
     items: list[dict[str, Any]]
+    uri: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,17 +68,20 @@ class Bundle:
 def load_bundle(path: Path) -> Bundle:
     """Read and check all of a bundle. Raises UserError, in one line, where something is missing or damaged."""
     hint = "make one with `python -m scripts.make_eval_bundle`"
-    config, meta = path / "core.yaml", path / "eval_meta_data.csv"
-    for file in (config, meta):
+    for file in (path / name for name in TABLES):
         if not file.is_file():
             raise UserError(f"no evaluation bundle: {file} is missing; {hint}")
     try:
-        entries = yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"]
-        with meta.open(encoding="utf-8", newline="") as stream:
-            baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(stream)}
-        tasks = [_load_task(entry, baselines, path / "eval_data") for entry in entries]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"evaluation bundle {path} is damaged ({type(error).__name__}: {error}); {hint}") from error
+        (entries,) = fields(yaml.safe_load(_text(path, TABLES[0])), icl_tasks=list)
+        rows = csv.DictReader(io.StringIO(_text(path, TABLES[1]), newline=""))
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
+        tasks = [_load_task(entry, baselines, inside(path, "eval_data")) for entry in entries]
+    except (UserError, yaml.YAMLError, csv.Error, LookupError, TypeError, AttributeError, ValueError) as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())
+        raise UserError(f"evaluation bundle {path} is damaged ({reason}); {hint}") from None
+    except RecursionError:
+        raise UserError(f"evaluation bundle {path} is damaged ({TABLES[0]} is nested too deeply); {hint}") from None
     if not tasks:
         raise UserError(f"evaluation bundle {path} lists no tasks; {hint}")
     labels = [task.label for task in tasks]
@@ -86,58 +95,82 @@ def load_bundle(path: Path) -> Bundle:
     return Bundle(kind=kind, source=source, tasks=tasks)
 
 
+def _text(path: Path, name: str) -> str:
+    try:
+        return inside(path, name).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8: {error}") from None
+
+
 def _read_marker(path: Path) -> tuple[str, str]:
     """(kind, source) from bundle.json; a bundle without one counts as published."""
     marker = path / MARKER
     if not marker.is_file():
         return "published", ""
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-        kind, source = str(content["kind"]), str(content["source"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{marker} is damaged; make the bundle again with scripts.make_eval_bundle") from error
+        kind, source = fields(parse_json(marker.read_bytes()), kind=str, source=str)
+    except (ValueError, UserError) as error:
+        raise UserError(f"{marker} is damaged ({error}); make the bundle again with scripts.make_eval_bundle") from None
+    if kind not in _KINDS:
+        raise UserError(f"{marker} is damaged: kind {kind!r}, expected {', '.join(_KINDS)}")
     return kind, source
 
 
-def _load_task(entry: dict[str, Any], baselines: dict[str, float], data: Path) -> Task:
-    shots = entry["num_fewshot"]
-    label, kind = str(entry["label"]), str(entry["icl_task_type"])
+def _load_task(entry: Any, baselines: dict[str, float], data: Path) -> Task:
+    label, kind, uri = fields(entry, label=str, icl_task_type=str, dataset_uri=str)
+    if not label.isprintable():  # it goes to the terminal
+        raise UserError(f"task {label!r}: its label is not printable")
     if kind not in _FIELDS:
-        raise ValueError(f"task {label}: unknown icl_task_type {kind}")
+        raise UserError(f"task {label}: unknown icl_task_type {kind!r}, expected {', '.join(_FIELDS)}")
     if label not in baselines:
-        raise ValueError(f"task {label} has no row in eval_meta_data.csv")
+        raise UserError(f"task {label} has no row in eval_meta_data.csv")
     if not 0.0 <= baselines[label] < 100.0:
-        raise ValueError(f"task {label}: random baseline {baselines[label]} is not in 0..100 %")
+        raise UserError(f"task {label}: random baseline {baselines[label]} is not in 0..100 %")
+    try:
+        # where the key stands with nothing behind it, YAML says null, which would be "None" in every prompt
+        (delimiter,) = fields({"continuation_delimiter": " ", **entry}, continuation_delimiter=str)
+        shots = entry.get("num_fewshot")
+        (count,) = fields({"num_fewshot": shots[0] if shots and isinstance(shots, list) else shots}, num_fewshot=int)
+    except UserError as error:
+        raise UserError(f"task {label}: {error}") from None
+    if not 0 <= count <= _MOST_SHOTS:
+        raise UserError(f"task {label}: num_fewshot is {count}, expected 0 to {_MOST_SHOTS}")
     return Task(
         label=label,
         kind=kind,
-        num_fewshot=int(shots[0] if isinstance(shots, list) else shots),
-        delimiter=entry.get("continuation_delimiter", " "),
+        num_fewshot=count,
+        delimiter=delimiter,
         baseline=baselines[label],
-        items=_load_items(data / entry["dataset_uri"], kind),
+        items=_load_items(inside(data, uri), kind),
+        uri=uri,
     )
 
 
 def _load_items(file: Path, kind: str) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise ValueError(f"{file.name} is missing")
-    lines = enumerate(file.read_text(encoding="utf-8").split("\n"), start=1)
+    if not os.path.isfile(file):  # a name can be too long to ask
+        raise UserError(f"{file.name[:100]} is missing")
+    lines = enumerate(file.read_bytes().split(b"\n"), start=1)
     items = [_checked_item(line, kind, f"{file.name} line {number}") for number, line in lines if line.strip()]
     if not items:
-        raise ValueError(f"{file.name} is empty")
+        raise UserError(f"{file.name} is empty")
     return items
 
 
-def _checked_item(line: str, kind: str, where: str) -> dict[str, Any]:
+def _checked_item(line: bytes, kind: str, where: str) -> dict[str, Any]:
+    """The item of one line. Raises UserError where it could not be scored, or only in a way that says nothing."""
     try:
-        item = json.loads(line)
+        item: dict[str, Any] = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON") from error
-    missing = [field for field in _FIELDS[kind] if field not in item]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
+        raise UserError(f"{where} is not JSON ({error})") from None
+    try:
+        fields(item, **_FIELDS[kind])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if kind in _OPTIONS:
-        options, gold = item[_OPTIONS[kind]], item.get("gold")
-        if not isinstance(gold, int) or not 0 <= gold < len(options):
-            raise ValueError(f"{where}: gold {gold} is not one of {len(options)} options")
+        options = item[_OPTIONS[kind]]
+        if not 0 <= item["gold"] < len(options) or len(options) < 2:
+            raise UserError(f"{where}: gold {item['gold']} is not one of {len(options)} options, of which it takes two")
+    answers = item["choices"] if kind == "multiple_choice" else [item["continuation"].strip()]
+    if not (all(answers) or (kind == "multiple_choice" and item["query"])):
+        raise UserError(f"{where}: the text to score is empty")
     return item

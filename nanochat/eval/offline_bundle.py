@@ -18,8 +18,8 @@ from pathlib import Path
 import yaml
 
 from nanochat.errors import UserError
-from nanochat.eval.bundle import MARKER, Bundle, load_bundle
-from nanochat.files import atomic_write_text
+from nanochat.eval.bundle import MARKER, TABLES, Bundle, load_bundle
+from nanochat.files import atomic_write_text, inside
 from nanochat.tasks.passages import (
     Item,
     ItemMaker,
@@ -141,11 +141,10 @@ def copy_bundle(origin: Path, target: Path) -> Bundle:
     bundle = load_bundle(origin)
     if target.exists() and origin.samefile(target):
         return bundle
-    entries = yaml.safe_load((origin / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
     with _replacing(target, bundle.kind, bundle.source or str(origin)) as folder:
-        for name in ("core.yaml", "eval_meta_data.csv", *(f"eval_data/{entry['dataset_uri']}" for entry in entries)):
+        for name in (*TABLES, *(f"eval_data/{task.uri}" for task in bundle.tasks)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(origin / name, folder / name)
+            shutil.copyfile(inside(origin, name), folder / name)
     return load_bundle(target)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanochat.chat_format import conversation_pieces
 from nanochat.errors import UserError
+from nanochat.files import parse_json
 from nanochat.tasks.common import Conversation, Split, Task, split_of
 
 TEST_SHARE = 0.05  # of the conversations
@@ -52,7 +53,7 @@ def load_conversations(path: Path) -> list[Conversation]:
 
 def _conversation(line: bytes, where: str) -> Conversation:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:  # bad JSON, or bytes that are no text
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(value, list | dict):

@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from nanochat.errors import UserError
+from nanochat.files import fields
 from nanochat.tasks.common import Conversation, answered
 from nanochat.tasks.hub import PublishedTask
 
@@ -22,15 +23,17 @@ class GSM8K(PublishedTask):
     name = "GSM8K"
     eval_type = "generative"
 
-    def conversation(self, row: dict[str, Any]) -> Conversation:
-        return answered(row["question"], answer_parts(row["answer"]))
+    @staticmethod
+    def conversation(row: dict[str, Any]) -> Conversation:
+        question, answer = fields(row, question=str, answer=str)
+        parts = answer_parts(answer)
+        if final_number(parts[-1]["text"]) is None:  # nothing could be graded against it
+            raise UserError("an answer without `#### number` at its end")
+        return answered(question, parts)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the number after the first `####` of the completion is that of the reference, 10.0 being 10."""
-        reference = final_number(conversation["messages"][-1]["content"][-1]["text"])
-        if reference is None:
-            raise UserError("GSM8K: an item without `#### number` at the end of its answer")
-        return final_number(completion) == reference
+        return final_number(completion) == final_number(conversation["messages"][-1]["content"][-1]["text"])
 
 
 def answer_parts(answer: str) -> list[dict[str, str]]:

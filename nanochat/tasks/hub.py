@@ -11,7 +11,7 @@ import functools
 import random
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from nanochat.tasks.common import Conversation, Split, Task
 
 LOCAL = "local directory"
 ORDER_SEED = 42
+
+
+Check = Callable[[dict[str, Any]], object]  # raises UserError for a row that cannot be used
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,20 @@ class PublishedTask(Task):
         return fixed_order(self._total)[index]
 
     def get_example(self, index: int) -> Conversation:
-        return self.conversation(row(self._table, self.row_number(index)))
+        number = self.row_number(index)
+        try:
+            return self.conversation(row(self._table, number))
+        except UserError as error:
+            raise UserError(f"{self.name} {self.split}, row {number}: {error}") from None
 
     @classmethod
     def prepare(cls, name: str, source: str, from_dir: Path | None) -> None:
-        provide(name, from_dir)
+        provide(name, from_dir, cls.conversation)
 
-    def conversation(self, row: dict[str, Any]) -> Conversation:
-        """An item of the task from a row of the data set."""
+    @staticmethod
+    def conversation(row: dict[str, Any]) -> Conversation:
+        """An item of the task from a row of the data set. Raises UserError for a row that cannot be used: every row is
+        tried before its file counts, so that none ends a run hours later."""
         raise NotImplementedError
 
 
@@ -172,7 +181,27 @@ def _usable(task: str, entries: parquet.Manifest) -> parquet.Manifest:
 
 @functools.lru_cache(maxsize=16)
 def _read(files: tuple[tuple[Path, str], ...], columns: tuple[str, ...]) -> pa.Table:
-    return pa.concat_tables([_read_file(path).select(list(columns)) for path, _ in files])
+    tables = [_read_file(path).select(list(columns)) for path, _ in files]
+    if any(table.schema.types != tables[0].schema.types for table in tables):
+        # files of several writers: `string`, `large_string` and dictionaries of them in one column. By way of Python's
+        # values, since pyarrow's cast of list_view to list loses items
+        schema = pa.schema([field.with_type(_wide(field.type)) for field in tables[0].schema])
+        parts = (batch.to_pylist() for table in tables for batch in table.to_batches(max_chunksize=1024))
+        return pa.Table.from_batches(pa.RecordBatch.from_pylist(part, schema) for part in parts)
+    return pa.concat_tables(tables)
+
+
+def _wide(kind: pa.DataType) -> pa.DataType:
+    """The type that holds the same values of any width and encoding."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_wide(field.type)) for field in kind])
+    if pa.types.is_dictionary(kind):
+        return _wide(kind.value_type)
+    if hasattr(kind, "value_field"):  # lists of five kinds
+        return pa.large_list(_wide(kind.value_type))
+    if pa.types.is_integer(kind):
+        return pa.int64()
+    return pa.large_string() if pa.types.is_string(kind) or pa.types.is_string_view(kind) else kind
 
 
 def _read_file(path: Path) -> pa.Table:
@@ -189,17 +218,18 @@ def _read_file(path: Path) -> pa.Table:
 # ---- getting
 
 
-def provide(task: str, from_dir: Path | None, elsewhere: bool = False) -> None:
-    """Copy the train and test split from the folder `from_dir`, and fetch what is not there. elsewhere: there are other
-    items where the store has none, so nothing need be fetched."""
-    taken = [] if from_dir is None else take_local(task, from_dir)
+def provide(task: str, from_dir: Path | None, check: Check, elsewhere: bool = False) -> None:
+    """Copy the train and test split from the folder `from_dir`, and fetch what is not there. check: tries every row.
+    elsewhere: there are other items where the store has none, so nothing need be fetched."""
+    taken = [] if from_dir is None else take_local(task, from_dir, check)
     if from_dir is not None and not taken:
         print(f"{task}: not in {from_dir}", flush=True)
     if not elsewhere or folder(task).exists():
-        fetch(task, [split for split in ("train", "test") if split in HUB_TASKS[task].files and split not in taken])
+        splits = [split for split in ("train", "test") if split in HUB_TASKS[task].files and split not in taken]
+        fetch(task, splits, check)
 
 
-def fetch(task: str, splits: Iterable[str]) -> None:
+def fetch(task: str, splits: Iterable[str], check: Check = bool) -> None:
     """Download what is not here of `splits`; local files in their place are replaced.
 
     Raises UserError like hub.download, and for files of another form; where the hub cannot be reached, local ones stay.
@@ -215,18 +245,18 @@ def fetch(task: str, splits: Iterable[str]) -> None:
                 otherwise = f"have {task}/{name} in a folder and give --from-dir=FOLDER"
                 if local:
                     otherwise = "give --from-dir=FOLDER again to go on with the local files that are in use"
-                entries[name] = _download(task, split, path, otherwise)
+                entries[name] = _download(task, split, path, otherwise, check)
                 _record(task, split, entries)
 
 
-def _download(task: str, split: str, path: str, otherwise: str) -> parquet.Manifest:
+def _download(task: str, split: str, path: str, otherwise: str, check: Check) -> parquet.Manifest:
     from nanochat.data import hub  # huggingface_hub takes 0.5 s to import: only for those who download
 
     data, target = HUB_TASKS[task], folder(task) / Path(path).name
     entry: parquet.Manifest = {}
 
     def verify(temporary: Path) -> None:
-        entry.update(_describe(task, split, temporary, path))
+        entry.update(_describe(task, split, temporary, path, check))
 
     try:
         commit = hub.download(data.repo, path, data.revision, target, verify=verify, otherwise=otherwise)
@@ -238,7 +268,7 @@ def _download(task: str, split: str, path: str, otherwise: str) -> parquet.Manif
     return {**entry, "origin": data.repo, "asked": data.revision, "served": commit}
 
 
-def take_local(task: str, origin: Path) -> list[str]:
+def take_local(task: str, origin: Path, check: Check = bool) -> list[str]:
     """Copy the splits of a task that lie in the folder `origin`; returns them. Equal files copied before are kept.
 
     They are looked for in folders named after the task or its repository, in any case: at the paths of the hub, else
@@ -250,7 +280,7 @@ def take_local(task: str, origin: Path) -> list[str]:
     found = {split: _find(task, split, origin) for split in HUB_TASKS[task].files}
     for split, paths in found.items():
         if paths:
-            _copy(task, split, paths)
+            _copy(task, split, paths, check)
     return [split for split, paths in found.items() if paths]
 
 
@@ -286,7 +316,7 @@ def _find(task: str, split: str, origin: Path) -> list[Path]:
     return found
 
 
-def _copy(task: str, split: str, found: list[Path]) -> None:
+def _copy(task: str, split: str, found: list[Path], check: Check) -> None:
     old = _entries(task, split)
     usable, entries = _usable(task, old), {}
     for index, path in enumerate(found):
@@ -296,7 +326,7 @@ def _copy(task: str, split: str, found: list[Path]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(target) as temporary:
                 shutil.copyfile(path, temporary)
-                entry = {**_describe(task, split, temporary, str(path)), "origin": LOCAL}
+                entry = {**_describe(task, split, temporary, str(path), check), "origin": LOCAL}
         entries[name] = entry
     if entries != old:
         _record(task, split, entries)
@@ -310,18 +340,26 @@ def _record(task: str, split: str, entries: parquet.Manifest) -> None:
     parquet.replace_shards(target, about, {**others, **entries}, f"{split}-*.parquet")
 
 
-def _describe(task: str, split: str, path: Path, name: str) -> parquet.Manifest:
-    """Manifest entry of a file, every row of which is read on the way.
+def _describe(task: str, split: str, path: Path, name: str, check: Check) -> parquet.Manifest:
+    """Manifest entry of a file, every row of which is read and checked on the way.
 
-    Raises UserError (under `name`) when it is not parquet, is empty or lacks columns.
+    Raises UserError (under `name`) when it is not parquet, is empty, lacks columns, or has a row that cannot be used.
     """
     try:
         table = _read_file(path)
-    except UserError:
-        raise UserError(f"{name}: expected a parquet file, found something else or half of one") from None
-    missing = [column for column in HUB_TASKS[task].columns if column not in table.column_names]
+    except UserError as error:
+        reason = str(error.__context__).splitlines()[0]
+        raise UserError(f"{name}: expected a parquet file, found something else or half of one ({reason})") from None
+    missing = [column for column in HUB_TASKS[task].columns if table.column_names.count(column) != 1]
     if missing:
         raise UserError(f"{name}: no column {', '.join(missing)}, found {', '.join(table.column_names)}")
     if not table.num_rows:
         raise UserError(f"{name}: no rows")
+    number = 0
+    try:
+        for batch in table.select(list(HUB_TASKS[task].columns)).to_batches(max_chunksize=1):
+            check(batch.to_pylist()[0])
+            number += 1
+    except (UserError, ValueError, pa.ArrowException) as error:  # ValueError: bytes that are no text
+        raise UserError(f"{name}: row {number}: {' '.join(str(error).split())}") from None
     return {"split": split, "size": path.stat().st_size, "sha256": sha256_file(path), "rows": table.num_rows}

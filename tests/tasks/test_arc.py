@@ -47,5 +47,5 @@ def test_what_the_task_says_of_itself(items):
 
 def test_an_answer_that_is_no_choice_is_named(store, tmp_path):
     put(tmp_path, "ARC-Challenge", test=[arc_row(5, "ABC", "D")])
-    with pytest.raises(UserError, match="ARC-Challenge item item_5: answer 'D' is none of A, B, C"):
+    with pytest.raises(UserError, match="ARC-Challenge test, row 0: answer 'D' is none of A, B, C"):
         ARC("ARC-Challenge", "test")[0]

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat.chat_format import conversation_pieces
 from nanochat.errors import UserError
 from nanochat.tasks.customjson import CustomJSON, load_conversations
 
@@ -110,3 +111,54 @@ def test_the_only_conversation_of_a_file_is_trained_on(tmp_path):
     for number in range(60):  # by its hash, some of these would be for test
         path = write(tmp_path, [{"role": "user", "content": str(number)}, ANSWER])
         assert (len(CustomJSON(path)), len(CustomJSON(path, "test"))) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"[" * 100_000, r"nested deeper than 64 levels"),
+        (b'{"messages": ' * 500 + b"1" + b"}" * 500, "nested deeper"),
+        (b'[{"role": "user", "content": "a", "x": ' + b"[" * 900 + b"]" * 900 + b"}]", "nested deeper"),
+        (b'[{"role": "user", "content": ' + b"9" * 5000 + b"}]", "not JSON"),
+        (b'[{"role": ["user"], "content": "a"}]', "message 0: expected"),
+        (b'{"messages": {"0": 1}}', "conversation without messages"),
+    ],
+)
+def test_hostile_lines_are_named(tmp_path, line, message):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(json.dumps([ASK, ANSWER]).encode() + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match=rf"mine\.jsonl:2: .*{message}") as caught:
+        CustomJSON(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_bom_and_very_long_lines_are_read(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    long = {"role": "assistant", "content": "x" * 5_000_000}
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([ASK, ANSWER]).encode() + b"\r\n" + json.dumps([ASK, long]).encode())
+    assert [each["messages"][1] for each in load_conversations(path)] == [ANSWER, long]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "messages"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | VALUES, "content": VALUES})
+
+
+@given(
+    VALUES | st.lists(MESSAGE, max_size=3) | st.just([ASK]).flatmap(lambda ask: MESSAGE.map(lambda each: [*ask, each]))
+)
+def test_any_json_is_refused_or_rendered(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("values") / "mine.jsonl"
+    path.write_text(json.dumps(value) + "\n")
+    try:
+        task = CustomJSON(path)
+    except UserError as error:
+        assert "mine.jsonl" in str(error) and "\n" not in str(error)
+        return
+    assert conversation_pieces(task[0])

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -5,13 +6,18 @@ import shutil
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from nanochat.chat_format import conversation_pieces
 from nanochat.data import hub as data_hub
 from nanochat.errors import UserError
-from nanochat.tasks import hub
+from nanochat.tasks import hub, humaneval
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.hub import HUB_TASKS, HubTask, fetch, fixed_order, load_rows, load_table, source_text
+from nanochat.tasks.registry import make_task, task_row
 from tests.standin_hub import COMMIT, StandInHub, serving
 from tests.tasks.hub_rows import arc_row, gsm8k_row, mmlu_row, parquet_rows, put, talk_row
 
@@ -305,3 +311,158 @@ def test_fixed_order_is_a_permutation_and_always_the_same(count):
     assert fixed_order(count) == order
     if count == 1000:
         assert 300 < sum(order[:500]) / 500 < 700  # items from everywhere among the first
+
+
+# ---- rows that cannot be used are refused at the door, before their file counts
+
+
+def provide(task, folder, rows, *more):
+    """What scripts.chat_data does with a folder: a test split of these files, each from rows or a table."""
+    for index, content in enumerate([rows, *more]):
+        path = folder / task / f"test-{index:05d}-of-{1 + len(more):05d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, pa.Table):
+            pq.write_table(content, path)
+        else:
+            path.write_bytes(parquet_rows(content))
+    hub.take_local(task, folder, CHECKS[task])
+
+
+HUMANEVAL_ROW = {
+    "prompt": "def f():\n",
+    "canonical_solution": "    pass\n",
+    "test": "def check(f): f()\n",
+    "entry_point": "f",
+}
+GOOD = {"MMLU": mmlu_row(1), "GSM8K": gsm8k_row(1), "ARC-Easy": arc_row(1), "SmolTalk": talk_row(1)}
+GOOD["HumanEval"] = {"prompt": "def f():\n", "canonical_solution": "    pass\n", "test": "", "entry_point": "f"}
+CHECKS = {name: humaneval.check_row if name == "HumanEval" else task_row(name).load().conversation for name in GOOD}
+
+
+@pytest.mark.parametrize(
+    "task, change, message",
+    [
+        ("MMLU", {"answer": -1}, "answer -1, expected 0 to 3; -1 marks rows without an answer: leave them out"),
+        ("MMLU", {"answer": 4}, "answer 4, expected 0 to 3"),
+        ("MMLU", {"answer": None}, "answer is None, expected a whole number"),
+        ("MMLU", {"answer": "B"}, "answer is 'B', expected a whole number"),
+        ("MMLU", {"answer": 2.0}, "answer is 2.0, expected a whole number"),
+        ("MMLU", {"answer": True}, "answer is True, expected a whole number"),
+        ("MMLU", {"choices": ["a", "b", "c"]}, "4 letters for 3 choices"),
+        ("MMLU", {"choices": ["a", "b", "c", None]}, "choices is .*None.*expected a list of texts"),
+        ("MMLU", {"choices": "abcd"}, "choices is 'abcd', expected a list of texts"),
+        ("MMLU", {"choices": {"text": ["a"]}}, "choices is {'text'.*expected a list of texts"),
+        ("MMLU", {"question": None}, "question is None, expected text"),
+        ("MMLU", {"subject": 5}, "subject is 5, expected text"),
+        ("GSM8K", {"answer": None}, "answer is None, expected text"),
+        ("GSM8K", {"answer": 18}, "answer is 18, expected text"),
+        ("GSM8K", {"answer": "18"}, "without `#### number`"),
+        ("GSM8K", {"question": ["q"]}, r"question is \['q'\], expected text"),
+        ("ARC-Easy", {"answerKey": None}, "answerKey is None, expected text"),
+        ("ARC-Easy", {"answerKey": 1}, "answerKey is 1, expected text"),
+        ("ARC-Easy", {"answerKey": "E"}, "answer 'E' is none of A, B, C, D"),
+        ("ARC-Easy", {"choices": None}, "choices is None, expected an object"),
+        ("ARC-Easy", {"choices": [{"text": "a", "label": "A"}]}, r"choices is \[.*expected an object"),
+        ("ARC-Easy", {"choices": {"text": ["a"], "label": ["A", "B"]}}, "labels A, B for 1 choices"),
+        ("ARC-Easy", {"choices": {"text": list("abcdef"), "label": list("ABCDEF")}}, "for 6 choices, expected up to 5"),
+        ("ARC-Easy", {"choices": {"text": ["a", "b"], "label": ["B", "B"]}}, "labels B, B"),
+        ("ARC-Easy", {"choices": {"text": [1, 2], "label": ["A", "B"]}}, r"text is \[1, 2\], expected a list of texts"),
+        ("ARC-Easy", {"choices": {"text": ["a"]}}, "label is None|lacks label"),
+        ("SmolTalk", {"messages": None}, "conversation without messages"),
+        ("SmolTalk", {"messages": [{"role": "user", "content": None}]}, "message 0: user content is NoneType"),
+        ("SmolTalk", {"messages": "[]"}, "conversation without messages"),
+        ("HumanEval", {"entry_point": "f("}, r"entry_point 'f\(' is no name"),
+        ("HumanEval", {"test": None}, "test is None, expected text"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_and_leaves_nothing(tmp_path, task, change, message):
+    rows = [{**GOOD[task], **change}]
+    with contextlib.suppress(pa.ArrowException, TypeError):  # where both can stand in one file
+        parquet_rows([GOOD[task], *rows])
+        rows = [GOOD[task], *rows]
+    with pytest.raises(UserError, match=rf"test-00000-of-00001\.parquet: row \d: .*{message}") as caught:
+        provide(task, tmp_path, rows)
+    assert "\n" not in str(caught.value)
+    assert not list(hub.folder(task).glob("*.parquet")) and not (hub.folder(task) / "manifest.json").exists()
+
+
+def test_the_row_is_counted_from_0_over_all_row_groups(tmp_path):
+    table = pa.Table.from_pylist([mmlu_row(i) for i in range(3000)] + [{**mmlu_row(1), "answer": -1}])
+    with pytest.raises(UserError, match=r"parquet: row 3000: answer -1"):
+        provide("MMLU", tmp_path, table)
+
+
+def test_columns_that_stand_twice_and_bytes_that_are_no_text_are_one_line(tmp_path):
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["#### 1"])]
+    with pytest.raises(UserError, match=r"\(.*question.*\)$"):
+        provide("GSM8K", tmp_path, pa.Table.from_arrays(columns, ["question", "question", "answer"]))
+    no_text = pa.array([b"a", b"\xff\xfe"], pa.binary()).view(pa.string())
+    with pytest.raises(UserError, match=r"parquet: row 1: .*utf-8") as caught:
+        provide("GSM8K", tmp_path, pa.table({"question": no_text, "answer": ["#### 1"] * 2}))
+    assert "\n" not in str(caught.value)
+
+
+TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+LISTS = [pa.list_, pa.large_list, pa.list_view, lambda kind: pa.list_(kind, 4)]
+
+
+@pytest.mark.parametrize("second", range(len(LISTS)))
+@pytest.mark.parametrize("first", range(len(TYPES)))
+def test_files_of_one_split_may_have_strings_and_lists_of_other_widths(tmp_path, first, second):
+    def table(number, text, lists, integer):
+        row = mmlu_row(number)
+        strings = {name: pa.array([row[name]]).cast(text) for name in ("question", "subject")}
+        choices = pa.array([row["choices"]], lists(pa.string()))
+        return pa.table({**strings, "choices": choices, "answer": pa.array([row["answer"]], integer)})
+
+    parts = [table(0, TYPES[first], LISTS[second], pa.int8()), table(1, pa.string(), pa.list_, pa.int64())]
+    provide("MMLU", tmp_path, *parts)
+    assert load_rows("MMLU", "test") == [mmlu_row(0), mmlu_row(1)]
+    assert {make_task("MMLU", "test")[index]["messages"][1]["content"] for index in range(2)} == {"C"}
+
+
+def test_downloaded_rows_are_checked_too(monkeypatch):
+    with serve(monkeypatch, "MMLU", "someone/mmlu", {"all/test-00000-of-00001.parquet": parquet_rows([BAD])}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(UserError, match=r"^MMLU: .*row 0: answer -1"):
+            task_row("MMLU").load().prepare("MMLU", "pydocs", None)
+    assert not hub.folder("MMLU").exists()
+
+
+def test_a_row_that_an_older_version_let_in_is_named_when_it_is_asked_for(tmp_path):
+    put(tmp_path, "MMLU", test=[BAD])
+    with pytest.raises(UserError, match="MMLU test, row 0: answer -1"):
+        make_task("MMLU", "test")[0]
+
+
+BAD = {**mmlu_row(0), "answer": -1}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 5) | st.floats() | st.text(max_size=6) | st.just("#### 5"),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.dictionaries(st.sampled_from(["text", "label", "role", "content", "type"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(sorted(GOOD)), st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_row_is_refused_or_rendered_and_graded(task, data):
+    names = sorted(GOOD[task])
+    row = {**GOOD[task], **data.draw(st.dictionaries(st.sampled_from(names), JSON, max_size=3))}
+    try:
+        CHECKS[task](row)
+    except UserError as error:
+        assert str(error)
+        return
+    if task == "HumanEval":
+        assert row["entry_point"] in humaneval.build_program(row["prompt"], "pass", row["entry_point"], row["test"])
+        return
+    conversation = CHECKS[task](row)
+    assert conversation_pieces(conversation)
+    instance = object.__new__(task_row(task).load())
+    if instance.eval_type == "categorical":
+        assert [instance.evaluate(conversation, letter) for letter in conversation["letters"]].count(True) == 1
+    if instance.eval_type == "generative":
+        assert instance.evaluate(conversation, row["answer"]) in (True, False)
