@@ -37,6 +37,7 @@ base_stages() {
       ;;
   esac
   stage dataset --out "$first_data" -- python -m nanochat.dataset --source="$SOURCE" ${count[@]+"${count[@]}"}
+  hold_text
 
   # Tokenizer
   stage tok_train --in "$first_data" --out tokenizer \
@@ -84,6 +85,7 @@ base_train_flags() {
 chat_stages() {
   local inputs path
 
+  hold_text
   # Conversations: data sets from TASK_DATA or the hub, and what is made from the run's own text
   stage chat_data --in "$DATA" ${TASK_DATA:+--in "$TASK_DATA"} --out task_data \
     -- python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" ${TASK_DATA:+--from-dir="$TASK_DATA"}
@@ -134,6 +136,14 @@ check_stages() {
     stage() { printf '%s\0' "$@" ''; }
     walk
   ) | python -m nanochat.pipeline check -- ${WRITTEN[@]+"${WRITTEN[@]}"}
+}
+
+# From here on no other run may replace the text that this one reads.
+hold_text() {
+  if [ -d "$NANOCHAT_BASE_DIR/$DATA" ]; then
+    exec 7<"$NANOCHAT_BASE_DIR/$DATA"
+    export TEXT_LOCK=7
+  fi
 }
 
 # Runs one stage unless it is done (see nanochat/pipeline.py). In the background, because bash answers signals only

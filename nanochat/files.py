@@ -2,6 +2,7 @@
 of other people, JSON, the fields of an item, names of files, checked where it comes in."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from nanochat.errors import UserError
 
 LARGE_BYTES = 16 * 2**20  # files above this are hashed once (at about 1 GB/s) and remembered
 _hashes: dict[Path, dict[str, dict[str, Any]]] = {}  # store -> file -> newest line of hashes.jsonl
+_held: dict[Path, int] = {}  # folder -> file descriptor
 _remembering = threading.Lock()
 
 
@@ -65,6 +67,20 @@ def content_hash(path: Path) -> str:
             _hashes[base][name] = record
             append_jsonl(base / "hashes.jsonl", record)
     return str(record["sha256"])
+
+
+def hold(folder: Path, alone: bool = False) -> bool:
+    """Until this process ends, keep others from replacing what is in `folder`; alone: to replace it oneself. False
+    where others hold it against that."""
+    if folder not in _held:
+        _held[folder] = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(_held[folder], (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        pass
+    return True
 
 
 def link_files(source: Path, target: Path, replace: bool = True, prune: bool = False) -> None:

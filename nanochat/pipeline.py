@@ -42,7 +42,7 @@ from nanochat.sections import duration
 UNFINISHED = 75  # EX_TEMPFAIL: the stage saved its state and left early; run it again to continue
 TAIL_LINES = 15
 SECONDS_TO_SAVE = 30.0  # that a stage is left when its runner was killed
-CHAIN_LOCKS = ("RUN_LOCK",)  # in which dev/stages.sh says what it has open
+CHAIN_LOCKS = ("RUN_LOCK", "TEXT_LOCK")  # in which dev/stages.sh says what it has open
 SAME_SIGNAL_SECONDS = 0.5
 
 # Settings that say where a run is kept or what it may do, not what it computes. Code of a model that may not be run
@@ -390,6 +390,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     inherited, holder = _inherited("RUN_LOCK", path), os.getpid()
     if inherited is not None:
         end_with_parent(signal.SIGTERM)
+        with suppress(OSError, ValueError):
+            fcntl.flock(int(os.environ.get("TEXT_LOCK", "")), fcntl.LOCK_SH)  # see nanochat.files.hold
         holder = os.getppid()
     with open(inherited if inherited is not None else path, "a+", closefd=inherited is None) as file:
         try:

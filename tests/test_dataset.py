@@ -457,3 +457,43 @@ def test_pydocs_of_this_machine():
     words = [word for text in train for word in text.lower().split()]
     assert sum(word in pydocs.STOP_WORDS for word in words) > 0.12 * len(words)  # prose, not tables
     assert all(pq.ParquetFile(path).num_row_groups > 1 for path in list_shards("pydocs", "train"))
+
+
+READS = """
+import sys, time
+from nanochat.data.sources import list_shards
+list_shards(sys.argv[1], "train")
+print("reads", flush=True)
+time.sleep(60)
+"""
+
+
+def test_text_that_a_run_reads_is_not_replaced_under_it(folder):
+    (folder / "a.jsonl").write_text(jsonl(["one", "two", "three"]))
+    source = f"local:{folder}"
+    get(source)
+    reader = subprocess.Popen([sys.executable, "-c", READS, source], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout.readline() == "reads\n"
+    get(source)  # unchanged
+    before = everything(source)
+    (folder / "a.jsonl").write_text(jsonl(["other", "words", "here"]))
+    with pytest.raises(UserError, match="is being read by a run and would be replaced"):
+        get(source)
+    assert everything(source) == before
+    reader.kill()
+    reader.communicate()
+    get(source)
+    assert sorted(itertools.chain(*everything(source))) == ["here", "other", "words"]
+
+
+def test_a_shard_with_a_flipped_byte_is_made_anew(folder):
+    (folder / "a.jsonl").write_text(jsonl([f"document {i}" for i in range(50)]))
+    source = f"local:{folder}"
+    get(source)
+    (shard,) = list_shards(source, "train")
+    before = shard.read_bytes()
+    damaged = bytearray(before)
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    get(source)
+    assert shard.read_bytes() == before

@@ -43,6 +43,8 @@ def take_folder(source: str, num_files: int) -> None:
     hash_ = fingerprint(origin, ready or inputs)
     about = {"source": source, "kind": "local files", "synthetic": False, "fingerprint": hash_}
     changed = any(manifest.get(key) != about[key] for key in ("source", "fingerprint"))
+    if changed:
+        parquet.about_to_replace(folder)
     if ready:
         *train, val = ready
         if not train:

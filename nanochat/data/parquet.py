@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, atomic_write_text, sha256_file
+from nanochat.files import atomic_write, atomic_write_text, content_hash, hold, sha256_file
 
 T = TypeVar("T")
 ROW_GROUP = 1024  # documents
@@ -57,9 +57,19 @@ def replace_shards(folder: Path, about: Manifest, files: Manifest, pattern: str 
             path.unlink()
 
 
+def about_to_replace(folder: Path) -> None:
+    """Raises UserError where a run reads the shards in `folder`: it must not go on with others."""
+    if folder.exists() and not hold(folder, alone=True):
+        raise UserError(
+            f"{folder} is being read by a run and would be replaced: wait for its end, or set another store"
+        )
+
+
 def is_here(path: Path, entry: Manifest | None) -> bool:
-    """Whether a file has the size that its manifest entry says."""
-    return entry is not None and path.exists() and path.stat().st_size == entry["size"]
+    """Whether a file has the size and the content that its manifest entry says."""
+    if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
+        return False
+    return entry.get("sha256") in (None, content_hash(path))
 
 
 def all_here(folder: Path, manifest: Manifest) -> bool:

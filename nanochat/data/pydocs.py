@@ -66,6 +66,7 @@ def make_shards(source: str, num_files: int) -> None:
     if manifest.get("fingerprint") == about["fingerprint"] and parquet.all_here(folder, manifest):
         print("pydocs: shards are here")
         return
+    parquet.about_to_replace(folder)
     documents = sorted(harvest(), key=parquet.text_hash)
     size = sum(len(text.encode()) for text in documents)
     val_bytes = max(MIN_VAL_BYTES, int(size * VAL_SHARE))

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from nanochat.data import parquet
 from nanochat.errors import UserError
+from nanochat.files import hold
 from nanochat.paths import data_dir
 
 Split = Literal["train", "val"]
@@ -71,6 +72,8 @@ def list_shards(source: str, split: Split) -> list[Path]:
     the command that gets them when there are none or one is damaged."""
     source = canonical(source)
     entries = _entries(source, split)
+    if not hold(data_dir(source)):
+        raise UserError(f"{data_dir(source)} is being replaced by another run: wait until that is done")
     for path, entry in entries.items():
         size = path.stat().st_size if path.exists() else None
         if size != entry["size"]:
