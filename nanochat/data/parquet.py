@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, atomic_write_text, content_hash, hold, sha256_file
+from nanochat.files import atomic_write, atomic_write_text, content_hash, fields, hold, parse_json, sha256_file
 
 T = TypeVar("T")
 ROW_GROUP = 1024  # documents
@@ -29,11 +29,15 @@ def load_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`; one without files where there is none. Raises UserError when it is damaged."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["files"].items()
+        manifest: Manifest = parse_json(path.read_bytes())
+        (files,) = fields(manifest, files=dict)
+        for name, entry in files.items():
+            fields(entry, split=str, size=int, sha256=str)
+            if Path(name).name != name:  # it is read, and removed, by this name
+                raise ValueError(f"{name} is not in {folder}")
     except FileNotFoundError:
         return {"files": {}}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, UserError):
         raise UserError(f"{path} is damaged: delete {folder} and get the data again") from None
     return manifest
 

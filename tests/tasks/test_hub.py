@@ -466,3 +466,23 @@ def test_any_row_is_refused_or_rendered_and_graded(task, data):
         assert [instance.evaluate(conversation, letter) for letter in conversation["letters"]].count(True) == 1
     if instance.eval_type == "generative":
         assert instance.evaluate(conversation, row["answer"]) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b"\xff",
+        b"[]",
+        b'{"files": []}',
+        b'{"files": {"a": 5}}',
+        b'{"files": {"a": {"split": "test", "size": null, "sha256": ""}}}',
+        b'{"files": {"../../../a": {"split": "test", "size": 1, "sha256": ""}}}',
+    ],
+)
+def test_a_damaged_manifest_is_one_line(tmp_path, content):
+    put(tmp_path, "MMLU", test=[mmlu_row(1)])
+    (hub.folder("MMLU") / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: delete") as caught:
+        make_task("MMLU", "test")
+    assert "\n" not in str(caught.value)

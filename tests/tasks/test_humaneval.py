@@ -162,6 +162,23 @@ def test_a_damaged_package(store, tmp_path, monkeypatch):
         HumanEval("test")
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (json.dumps({**CLAMP, "entry_point": "f("}), r"entry_point 'f\(' is no name"),
+        (json.dumps({**CLAMP, "test": None}), "test is None, expected text"),
+        ("[" * 100_000, "nested deeper"),
+        ("[1]", r"\[1\], expected an object"),
+    ],
+)
+def test_a_line_of_the_package_that_cannot_be_graded_is_named(store, tmp_path, monkeypatch, line, message):
+    package(tmp_path / "site", gzip.compress(f"{json.dumps(TWICE)}\n{line}\n".encode()), within=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(UserError, match=rf"is damaged \(after 1 items: .*{message}") as caught:
+        HumanEval("test")
+    assert "\n" not in str(caught.value)
+
+
 def test_items_of_the_hub_come_first(store, tmp_path, monkeypatch):
     package(tmp_path / "site", b"not gzip", within=True)
     monkeypatch.syspath_prepend(tmp_path / "site")
