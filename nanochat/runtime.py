@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from nanochat.errors import UserError
+from nanochat.errors import UserError, end_with_parent
 from nanochat.flags import DeviceType
 
 T = TypeVar("T")
@@ -98,6 +98,8 @@ def compute_init(device_type: DeviceType = "auto") -> tuple[bool, int, int, int,
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(42)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that is killed would leave us behind, with the GPU
+        end_with_parent(signal.SIGKILL)
     if info.ddp and not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=30)  # the first step compiles; ranks may differ by minutes there
