@@ -41,9 +41,8 @@ if command -v flock >/dev/null; then
 else
   source dev/setup.sh
 fi
-if [ -n "$NPROC_PER_NODE" ]; then
+[ -z "$NPROC_PER_NODE" ] ||
   check_processes "$(python -c 'from nanochat.launch import visible_gpus; print(visible_gpus())')"
-fi
 source profiles/pretrain.sh
 there=$(python -c 'import sys; from nanochat.data.sources import SOURCES
 print(getattr(SOURCES.get(sys.argv[1]), "last", ""))' "$SOURCE") # train shards of a source that has numbered ones

@@ -3,10 +3,7 @@
 # shellcheck disable=SC2034,SC2154 # what the callers set and read
 set -euo pipefail
 unset CDPATH # with it `cd` prints, and may go elsewhere
-if [ -z "${HOME:-}" ]; then
-  unset HOME # now ~ is what the system knows
-  export HOME=~
-fi
+[ -n "${HOME:-}" ] || { unset HOME && export HOME=~; } # without HOME, ~ is what the system knows
 
 # Name, default (none: by depth or profile) and meaning of what both scripts take; each adds its own.
 OVERRIDES="DEPTH                layers; the one dial of size: width, heads and horizon follow from it
@@ -72,9 +69,7 @@ read_flags() {
     if [[ $word != *=* && ${1:--x} != -[a-z-]* ]]; then word=$word=$1 && shift; fi
     name=${name#--} name=${name//-/_}
     case $name in run) name=WANDB_RUN ;; model_tag) name=RUN_ID ;; esac
-    for known in "${SETTINGS[@]}" ''; do
-      [[ $known != "$name" ]] || break
-    done
+    for known in "${SETTINGS[@]}" ''; do [[ $known != "$name" ]] || break; done
     if [ -z "$known" ]; then
       EXTRA+=("$word")
     elif [[ $word != *=?* ]]; then
@@ -109,9 +104,8 @@ refuse() {
 expect() {
   local name
   for name in "${@:3}"; do
-    if [[ " ${SETTINGS[*]} NANOCHAT_DTYPE " == *" $name "* && -n ${!name:-} ]]; then
-      [[ ${!name} =~ ^($1)$ ]] || refuse "$name" "expected $2"
-    fi
+    [[ " ${SETTINGS[*]} NANOCHAT_DTYPE " != *" $name "* || -z ${!name:-} || ${!name} =~ ^($1)$ ]] ||
+      refuse "$name" "expected $2"
   done
 }
 
@@ -120,11 +114,8 @@ find_folder() {
   local kind='' folder=${!1}
   if [[ $folder == local:* ]]; then kind=local: folder=${folder#local:}; fi
   folder=${folder/#~\//$HOME/}
-  case $folder in
-    '') refuse "$1" "expected a folder, as in local:/my/text" ;;
-    /*) ;;
-    *) folder=./$folder ;;
-  esac
+  [ -n "$folder" ] || refuse "$1" "expected a folder, as in local:/my/text"
+  [[ $folder == /* ]] || folder=./$folder
   [ ! -f "$folder" ] || refuse "$1" "a file: name the folder that it is in"
   [ -d "$folder" ] || refuse "$1" "no such folder"
   folder=$(cd "$folder" 2>/dev/null && pwd -P) || refuse "$1" "this folder may not be read"
@@ -142,14 +133,11 @@ check_settings() {
   expect 'bfloat16|float32' "bfloat16 or float32" NANOCHAT_DTYPE
   if [ -z "${NANOCHAT_DTYPE:-}" ]; then unset NANOCHAT_DTYPE; fi
   if [[ $SOURCE == local:* ]]; then find_folder SOURCE; fi
-  for name in EVAL_BUNDLE TASK_DATA; do
-    if [ -n "${!name}" ]; then find_folder "$name"; fi
-  done
+  for name in EVAL_BUNDLE TASK_DATA; do [ -z "${!name}" ] || find_folder "$name"; done
 }
 
 # check_processes GPUS: no more than there are GPUs, where there are any.
 check_processes() {
-  if [ "$1" -gt 0 ] && [ "${NPROC_PER_NODE:-1}" -gt "$1" ]; then
+  [ "$1" -eq 0 ] || [ "${NPROC_PER_NODE:-1}" -le "$1" ] ||
     refuse NPROC_PER_NODE "PyTorch sees $1 GPUs here, and each process needs one"
-  fi
 }
