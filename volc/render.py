@@ -23,8 +23,9 @@ REQUIRED = ("VOLC_FLAVOR", "VOLC_IMAGE", "VOLC_STORAGE_TYPE", "VOLC_STORAGE_ID",
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 # What pretrain.sh and speedrun.sh read, passed on where it is set here
 PASSED_ON = (
-    "MODEL_DEPTH", "SOURCE", "VOCAB_SIZE", "SHARDS", "PARALLEL", "MAX_RESTARTS", "WANDB_RUN", "RUN_ID", "EVAL_BUNDLE",
-    "TASK_DATA", "WAIT_SECONDS", "RUN_RL", "HF_ENDPOINT", "NANOCHAT_DTYPE",
+    "MODEL_DEPTH", "DEPTH", "PROFILE", "SOURCE", "VOCAB_SIZE", "SHARDS", "DEVICE_BATCH_SIZE", "TOTAL_BATCH_SIZE",
+    "PARALLEL", "MAX_RESTARTS", "WANDB_RUN", "RUN_ID", "EVAL_BUNDLE", "TASK_DATA", "WAIT_SECONDS", "RUN_RL",
+    "POSTTRAIN", "FULLRUN", "HF_ENDPOINT", "NANOCHAT_DTYPE",
 )  # fmt: skip
 # Type of storage -> the names of its id and of a folder in it
 STORAGES = {"Vepfs": ("VepfsId", "SubPath"), "Nas": ("NasId", "SubPath"), "Tos": ("Bucket", "Prefix")}
