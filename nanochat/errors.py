@@ -24,6 +24,10 @@ class UserError(Exception):
     """Something the user can put right. The message is one line: what was wrong, the value, what to do."""
 
 
+class TooLittleText(UserError):
+    """The run's own text has too little for a task that is made from it: training and grading go on with the others."""
+
+
 def visible(text: str) -> str:
     """`text` with control characters as U+FFFD: what a model or a file says must not steer the terminal."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

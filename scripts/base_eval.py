@@ -39,6 +39,13 @@ def main(settings: Settings) -> None:
     _, rank, _, _, device = compute_init(settings.device_type)
     kept = keeps_results("base_eval")
     bundle = load_bundle(eval_bundle_dir())
+    about = {"settings": cli.as_dict(settings), "notes": bundle.notes}
+    for note in bundle.notes:
+        print0(note)
+    if not bundle.tasks:
+        write_section("base_eval", f"{bundle.name}, base model", {**about, "facts": {"kind": bundle.kind}})
+        compute_cleanup()
+        return
     model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.model_step)
     limits = {"device_batch_size": settings.device_batch_size, "max_per_task": settings.max_per_task}
     length = model.config.sequence_len
@@ -51,7 +58,7 @@ def main(settings: Settings) -> None:
         print0(f"wrote {path}")
         data = report_data(result)
         data["metrics"]["step"] = meta["step"]
-        write_section("base_eval", f"{result.name}, base model", {"settings": cli.as_dict(settings), **data})
+        write_section("base_eval", f"{result.name}, base model", {**about, **data})
     compute_cleanup()
 
 

@@ -180,11 +180,14 @@ def val_loss(
     return measure
 
 
-def core(settings: Settings, model: GPT, data: TrainData) -> Callable[[int], dict[str, float]]:
-    """Measures CORE."""
+def core(settings: Settings, model: GPT, data: TrainData) -> list[Evaluation]:
+    """Measures CORE; nothing where the bundle has no task."""
     bundle = load_bundle(eval_bundle_dir())  # now, so that one that is missing shows before the end of the run
     tokenizer = data.tokenizer
     assert tokenizer is not None
+    if not bundle.tasks:
+        print0(bundle.notes[0])
+        return []
 
     def measure(step: int) -> dict[str, float]:
         with parallel.disable_compile(model):  # prompts of many shapes: not to be compiled for each
@@ -199,7 +202,7 @@ def core(settings: Settings, model: GPT, data: TrainData) -> Callable[[int], dic
             )
         return {f"Eval/{result.name}": result.value}
 
-    return measure
+    return [Evaluation(settings.core_metric_every, True, measure, optional="CORE")]
 
 
 def coordinates(model: GPT, rows: np.ndarray, anew: bool) -> Callable[[int], dict[str, float]]:
@@ -218,11 +221,12 @@ def make_evaluations(
     val = data.fixed_rows("val", settings.max_seq_len, max(settings.eval_tokens, settings.max_seq_len))
     evaluations = [Evaluation(settings.eval_every, True, val_loss(settings, forward, data, val, model.get_device()))]
     if data.tokenizer is not None and settings.core_metric_every > 0:
-        evaluations.append(Evaluation(settings.core_metric_every, True, core(settings, model, data)))
+        evaluations += core(settings, model, data)
     if data.tokenizer is not None and settings.sample_every > 0:
-        evaluations.append(Evaluation(settings.sample_every, True, samples.show))
+        evaluations.append(Evaluation(settings.sample_every, True, samples.show, optional="samples"))
     if settings.coord_check:
-        evaluations.append(Evaluation(settings.coord_check_every, True, coordinates(model, val, anew)))
+        record = coordinates(model, val, anew)
+        evaluations.append(Evaluation(settings.coord_check_every, True, record, optional="coordinates"))
     return evaluations
 
 

@@ -15,7 +15,9 @@ from typing import Annotated, Any
 
 from nanochat import cli
 from nanochat.data.sources import canonical, source_flag
+from nanochat.errors import TooLittleText
 from nanochat.sections import write_section
+from nanochat.tasks.common import Task
 from nanochat.tasks.registry import SPLITS, TASKS, make_task, parse_spec, task_inputs, task_row
 
 FULL_SET = ",".join(name for name, row in TASKS.items() if row.full_set)
@@ -54,16 +56,21 @@ def main(settings: Settings) -> None:
         return
     source = canonical(settings.source)
     from_dir = None if settings.from_dir is None else settings.from_dir.expanduser()
-    rows = []
+    rows, left_out = [], []
     for name in dict.fromkeys(item.name for item in parse_spec(settings.tasks)):
         provide(name, source, from_dir)
-        row = describe(name, source)
+        try:
+            row = describe(name, source)
+        except TooLittleText as error:
+            left_out.append(f"Left out: {name}: {error}")
+            print(left_out[-1], flush=True)
+            continue
         rows.append(row)
         counts = [f"{count:,} {split}" for split, count in zip(SPLITS, row[1:3], strict=True) if count]
         print(f"{row[0]}: {', '.join(counts)} items; {row[3]}", flush=True)
     table = {"title": "Tasks", "columns": COLUMNS, "rows": rows}
     recorded = cli.as_dict(settings, without=["print_inputs"])
-    write_section("chat_data", "Chat data", {"settings": recorded, "tables": [table]})
+    write_section("chat_data", "Chat data", {"settings": recorded, "tables": [table], "notes": left_out})
 
 
 def provide(name: str, source: str, from_dir: Path | None) -> None:
@@ -72,11 +79,21 @@ def provide(name: str, source: str, from_dir: Path | None) -> None:
 
 
 def describe(name: str, source: str) -> list[Any]:
-    """A task's row in the report: name, train items, test items (None: no such split), source, published or not."""
-    tasks = {split: make_task(name, split, source) for split in task_row(name).splits}
+    """A task's row in the report: name, train items, test items (None: no such split), source, published or not.
+    Raises TooLittleText where the text has too little for all of its splits."""
+    tasks: dict[str, Task] = {}
+    lacks: list[TooLittleText] = []
+    for split in task_row(name).splits:
+        try:
+            tasks[split] = make_task(name, split, source)
+        except TooLittleText as error:
+            lacks.append(error)
+    if not tasks:
+        raise lacks[0]
     task = next(iter(tasks.values()))
     counts = [len(tasks[split]) if split in tasks else None for split in SPLITS]
-    return [task.name, *counts, "; ".join(dict.fromkeys(each.source for each in tasks.values())), task.published]
+    origins = dict.fromkeys([*(each.source for each in tasks.values()), *map(str, lacks)])
+    return [task.name, *counts, "; ".join(origins), task.published]
 
 
 if __name__ == "__main__":

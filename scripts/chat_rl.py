@@ -57,13 +57,14 @@ if __name__ == "__main__":
     cli.start(Settings)  # before torch is imported, which takes seconds
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from nanochat import parallel
 from nanochat.cluster.observer import ClusterObserver
 from nanochat.config import LEARNING_RATES
 from nanochat.engine import Engine, Sampling
-from nanochat.errors import UserError
+from nanochat.errors import TooLittleText, UserError
 from nanochat.eval.chat import evaluate_generative
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
@@ -75,8 +76,19 @@ from nanochat.tasks.registry import make_task
 from nanochat.train.chat import plan_steps
 from nanochat.train.loop import train
 from nanochat.train.rollouts import REWARD, RolloutLoader, questions_at_once, row_width
-from nanochat.train.run import Evaluation, TrainingRun, chat_samples, describe_run, earlier_run, finish, load_parent
+from nanochat.train.run import (
+    Evaluation,
+    TrainingRun,
+    attempt,
+    chat_samples,
+    describe_run,
+    earlier_run,
+    finish,
+    load_parent,
+)
 
+FALLBACK = "Arithmetic"  # needs neither text nor data
+PASS_AT_K = "right answers to test questions"
 MEMORY_ADVICE = "halve --device-batch-size (but for rounding the result stays the same), or lower --max-new-tokens"
 
 
@@ -124,8 +136,14 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
 def main(settings: Settings) -> None:
     _, rank, _, world_size, device = compute_init(settings.device_type)
     model, tokenizer, parent, policy = load_parent(settings.source_stage, settings, device)
-    recipe = parent["recipe"]
-    questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))
+    recipe, note = parent["recipe"], ""
+    try:
+        questions, test = (question_task(settings.task, split, recipe["source"]) for split in ("train", "test"))
+    except TooLittleText as error:
+        note = f"Left out: {settings.task}: {error}; the model practises on {FALLBACK} instead"
+        print0(note)
+        settings = cli.replace(settings, task=FALLBACK)
+        questions, test = (question_task(FALLBACK, split, None) for split in ("train", "test"))
     num_iterations = plan_steps(settings, len(questions), settings.questions_per_step)
     width = row_width(tokenizer, questions, settings.max_new_tokens, model.config.sequence_len)
     rows = settings.questions_per_step * settings.num_samples
@@ -175,19 +193,20 @@ def main(settings: Settings) -> None:
         tokens_per_step=rows * width,
         schedule=make_schedule(num_iterations, 0.0, settings.warmdown_ratio, 0.0),
         grad_clip=settings.grad_clip,
-        evaluations=[Evaluation(settings.eval_every, True, measure)],
+        evaluations=[Evaluation(settings.eval_every, True, measure, optional=PASS_AT_K)],
         step_metrics=lambda: loader.metrics,
         has_gradient_signal=loader.has_gradient_signal,
         observer=ClusterObserver(),
         memory_advice=MEMORY_ADVICE,
     )
     with out_of_memory_is_one_line(device, MEMORY_ADVICE), parallel.unsharded_params(model, policy):
-        meta["before"] = earlier["before"] if earlier else measure(0)
+        meta["before"] = earlier["before"] if earlier else attempt(run.state, PASS_AT_K, partial(measure, 0), {})
     print0("before: " + " | ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
     outcome = train(run)
     if outcome.finished:  # on all ranks alike; one that was told to stop has no time for samples
         samples = chat_samples(run, tokenizer)
-        finish(run, "chat_rl", "Reinforcement learning", describe(run, outcome.metrics, questions, test, samples))
+        data = describe(run, outcome.metrics, questions, test, samples)
+        finish(run, "chat_rl", "Reinforcement learning", {**data, "notes": [note] if note else []})
     compute_cleanup()
 
 
@@ -196,8 +215,10 @@ def describe(
 ) -> dict[str, Any]:
     """The report's section."""
     before, latest, settings = run.meta["before"], run.state.latest, run.meta["settings"]
-    names = [name for name in before if not name.endswith(STDERR_SUFFIXES)]
-    rows = [[name.removeprefix("Eval/"), metric_text(before, name), metric_text(latest, name)] for name in names]
+    passed = {name: None for name in [*before, *latest] if name.startswith("Eval/pass@")}
+    names = [name for name in passed if not name.endswith(STDERR_SUFFIXES)]
+    rows = [[name.removeprefix("Eval/"), *(metric_text({**passed, **found}, name) for found in (before, latest))]
+            for name in names]  # fmt: skip
     items = min(settings["eval_questions"], len(test))
     # a "token" of these is a place in a padded row, and the time is mostly that of sampling
     speed = ("tokens", "tokens per second", "final train_loss")

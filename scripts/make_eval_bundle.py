@@ -47,6 +47,8 @@ def main(settings: Settings) -> None:
         bundle = write_offline_bundle(iter_documents(settings.source, "val"), settings.source, target)
     items = sum(len(task.items) for task in bundle.tasks)
     print(f"{bundle.name}: {items:,} items in {target}")
+    for note in bundle.notes:
+        print(note)
     rows = [[task.label, task.kind, task.num_fewshot, len(task.items), task.baseline] for task in bundle.tasks]
     table = {"title": bundle.name, "columns": ["Task", "Kind", "Shots", "Items", "Guessing %"], "rows": rows}
     recorded = cli.as_dict(settings)
@@ -56,6 +58,7 @@ def main(settings: Settings) -> None:
         "settings": recorded,
         "metrics": {"tasks": len(rows), "items": items},
         "tables": [table],
+        "notes": bundle.notes,
         "synthetic": bundle.kind != "published",
     }
     write_section("eval_bundle", "Evaluation tasks", section)

@@ -24,7 +24,7 @@ PUBLISHED_TASKS = frozenset((
     "boolq", "bigbench_language_identification",
 ))  # fmt: skip
 TABLES = ("core.yaml", "eval_meta_data.csv")
-MARKER = "bundle.json"  # {"kind": "published" | "offline", "source": str, "tasks": [label]}; absent in older downloads
+MARKER = "bundle.json"  # {"kind": "published" | "offline", "source", "tasks": [label], "left_out": [str]}
 _FIELDS: dict[str, dict[str, Any]] = {
     "multiple_choice": {"query": str, "choices": list[str], "gold": int},
     "schema": {"context_options": list[str], "continuation": str, "gold": int},
@@ -55,6 +55,14 @@ class Bundle:
     kind: str
     source: str
     tasks: list[Task]
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    """`task: why`, of those that the text has too little for. A bundle made from text may have no other ones."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the log and the report say of tasks that are left out."""
+        none = [] if self.tasks else ["No CORE task could be made from this text; everything else goes on."]
+        return none + [f"Left out: {reason}" for reason in self.left_out]
 
     @property
     def name(self) -> str:
@@ -82,17 +90,17 @@ def load_bundle(path: Path) -> Bundle:
         raise UserError(f"evaluation bundle {path} is damaged ({reason}); {hint}") from None
     except RecursionError:
         raise UserError(f"evaluation bundle {path} is damaged ({TABLES[0]} is nested too deeply); {hint}") from None
-    if not tasks:
+    kind, source, left_out = _read_marker(path)
+    if not tasks and not left_out:
         raise UserError(f"evaluation bundle {path} lists no tasks; {hint}")
     labels = [task.label for task in tasks]
     if len(set(labels)) < len(labels):
         raise UserError(f"evaluation bundle {path} lists a task twice; {hint}")
-    kind, source = _read_marker(path)
     if any(label.startswith("offline_") for label in labels):
         kind = "offline"
-    elif not set(labels) <= PUBLISHED_TASKS:
+    elif tasks and not set(labels) <= PUBLISHED_TASKS:
         kind = "custom"
-    return Bundle(kind=kind, source=source, tasks=tasks)
+    return Bundle(kind=kind, source=source, tasks=tasks, left_out=left_out)
 
 
 def _text(path: Path, name: str) -> str:
@@ -102,18 +110,20 @@ def _text(path: Path, name: str) -> str:
         raise UserError(f"{name} is not UTF-8: {error}") from None
 
 
-def _read_marker(path: Path) -> tuple[str, str]:
-    """(kind, source) from bundle.json; a bundle without one counts as published."""
+def _read_marker(path: Path) -> tuple[str, str, list[str]]:
+    """(kind, source, what is left out and why) from bundle.json; a bundle without one counts as published."""
     marker = path / MARKER
     if not marker.is_file():
-        return "published", ""
+        return "published", "", []
     try:
-        kind, source = fields(parse_json(marker.read_bytes()), kind=str, source=str)
+        content = parse_json(marker.read_bytes())
+        kind, source = fields(content, kind=str, source=str)
+        (left_out,) = fields({"left_out": [], **content}, left_out=list[str])
     except (ValueError, UserError) as error:
         raise UserError(f"{marker} is damaged ({error}); make the bundle again with scripts.make_eval_bundle") from None
     if kind not in _KINDS:
         raise UserError(f"{marker} is damaged: kind {kind!r}, expected {', '.join(_KINDS)}")
-    return kind, source
+    return kind, source, left_out
 
 
 def _load_task(entry: Any, baselines: dict[str, float], data: Path) -> Task:

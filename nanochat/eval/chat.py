@@ -8,7 +8,7 @@ import math
 import os
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from nanochat.errors import UserError
 from nanochat.eval.scores import Composite, Record, TaskScore, gather_records, longest_first, pad_rows, write_scores
 from nanochat.runtime import rank_and_world
 from nanochat.sandbox import require_isolation
-from nanochat.tasks.common import Conversation, Task
+from nanochat.tasks.common import Conversation, LeftOut, Task
 from nanochat.tasks.registry import CHATCORE_TASKS, GRADED_TASKS, make_task, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -101,28 +101,32 @@ def evaluate_categorical(
     <|bos|>. A forward takes `batch_size` prompts, fewer where they are long. Raises UserError where a letter is not
     one token.
     """
-    rank, world = rank_and_world()
-    local = chosen_items(task, max_problems)[rank::world]
-    conversations = [task[index] for index in local]
-    bos = tokenizer.get_bos_token_id()
-    limit = model.config.sequence_len
-    prompts = [_shortened(tokenizer.render_for_completion(each), limit) for each in conversations]
-    letter_ids = [[_letter_id(tokenizer, letter) for letter in each["letters"]] for each in conversations]
-    records: dict[int, Record] = {}
-    for numbers, width in longest_first([len(prompt) for prompt in prompts], limit, _FORWARD_TOKENS, batch_size):
-        idx = pad_rows([prompts[number] for number in numbers], width, bos)
-        last = torch.tensor([len(prompts[number]) - 1 for number in numbers])
-        logits = _logits_at(model, idx.to(device), last.to(device))
-        for row, number in enumerate(numbers):
-            conversation = conversations[number]
-            letter = conversation["letters"][int(logits[row, letter_ids[number]].argmax())]
-            records[local[number]] = {
-                "index": local[number],
-                "passed": bool(task.evaluate(conversation, letter)),
-                "chosen": letter,
-                "expected": conversation["messages"][-1]["content"],
-            }
-    return _score(task, records)
+
+    def measure() -> dict[int, Record]:
+        rank, world = rank_and_world()
+        local = chosen_items(task, max_problems)[rank::world]
+        conversations = [task[index] for index in local]
+        bos = tokenizer.get_bos_token_id()
+        limit = model.config.sequence_len
+        prompts = [_shortened(tokenizer.render_for_completion(each), limit) for each in conversations]
+        letter_ids = [[_letter_id(tokenizer, letter) for letter in each["letters"]] for each in conversations]
+        records: dict[int, Record] = {}
+        for numbers, width in longest_first([len(prompt) for prompt in prompts], limit, _FORWARD_TOKENS, batch_size):
+            idx = pad_rows([prompts[number] for number in numbers], width, bos)
+            last = torch.tensor([len(prompts[number]) - 1 for number in numbers])
+            logits = _logits_at(model, idx.to(device), last.to(device))
+            for row, number in enumerate(numbers):
+                conversation = conversations[number]
+                letter = conversation["letters"][int(logits[row, letter_ids[number]].argmax())]
+                records[local[number]] = {
+                    "index": local[number],
+                    "passed": bool(task.evaluate(conversation, letter)),
+                    "chosen": letter,
+                    "expected": conversation["messages"][-1]["content"],
+                }
+        return records
+
+    return _score(task, measure)
 
 
 def _logits_at(model: Any, idx: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -163,30 +167,34 @@ def evaluate_generative(
     An answer has at most `sampling.max_new_tokens` tokens and ends where prompt and answer fill the model's
     sequence_len. A prompt that leaves no room for a single token counts as failed.
     """
-    rank, world = rank_and_world()
-    local = chosen_items(task, max_problems)[rank::world]
-    conversations = {index: task[index] for index in local}
-    prompts = {index: engine.tokenizer.render_for_completion(conversations[index]) for index in local}
-    limit = engine.model.config.sequence_len
-    room = {index: min(sampling.max_new_tokens, limit - len(prompts[index])) for index in local}
-    records = {index: _no_room(index, len(prompts[index]), limit) for index in local if room[index] < 1}
-    # longest first, so that running out of memory shows at once; the index keeps the order fixed among equals
-    order = sorted((index for index in local if room[index] >= 1), key=lambda index: (-len(prompts[index]), index))
-    with ThreadPoolExecutor(max(1, min(_GRADERS, (os.cpu_count() or 1) // world))) as graders:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            generated = engine.generate_many(
-                [prompts[index] for index in batch],
-                replace(sampling, max_new_tokens=max(room[index] for index in batch)),
-                seeds=[seed + index * sampling.num_samples for index in batch],
-            )
-            completions = {}
-            for index, (sequences, _) in zip(batch, generated, strict=True):
-                # the batch ran as far as its roomiest item; cut, so that no answer depends on its neighbours
-                begin, end = len(prompts[index]), len(prompts[index]) + room[index]
-                completions[index] = [engine.tokenizer.decode(sequence[begin:end]) for sequence in sequences]
-            records |= _grade(task, conversations, completions, graders)
-    return _score(task, records, sampling.num_samples)
+
+    def measure() -> dict[int, Record]:
+        rank, world = rank_and_world()
+        local = chosen_items(task, max_problems)[rank::world]
+        conversations = {index: task[index] for index in local}
+        prompts = {index: engine.tokenizer.render_for_completion(conversations[index]) for index in local}
+        limit = engine.model.config.sequence_len
+        room = {index: min(sampling.max_new_tokens, limit - len(prompts[index])) for index in local}
+        records = {index: _no_room(index, len(prompts[index]), limit) for index in local if room[index] < 1}
+        # longest first, so that running out of memory shows at once; the index keeps the order fixed among equals
+        order = sorted((index for index in local if room[index] >= 1), key=lambda index: (-len(prompts[index]), index))
+        with ThreadPoolExecutor(max(1, min(_GRADERS, (os.cpu_count() or 1) // world))) as graders:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                generated = engine.generate_many(
+                    [prompts[index] for index in batch],
+                    replace(sampling, max_new_tokens=max(room[index] for index in batch)),
+                    seeds=[seed + index * sampling.num_samples for index in batch],
+                )
+                completions = {}
+                for index, (sequences, _) in zip(batch, generated, strict=True):
+                    # the batch ran as far as its roomiest item; cut, so that no answer depends on its neighbours
+                    begin, end = len(prompts[index]), len(prompts[index]) + room[index]
+                    completions[index] = [engine.tokenizer.decode(sequence[begin:end]) for sequence in sequences]
+                records |= _grade(task, conversations, completions, graders)
+        return records
+
+    return _score(task, measure, sampling.num_samples)
 
 
 def _no_room(index: int, length: int, limit: int) -> Record:
@@ -220,8 +228,8 @@ def evaluate(engine: Engine, task: Task, sampling: Sampling, seed: int, **limits
 def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[str]]:
     """(tasks to score, `name: why` of those left out for want of data or of a sandbox); names None: all graded tasks.
 
-    Raises UserError for a named task that is unknown, lacks data or a sandbox, cannot be graded or is named twice, and
-    when nothing is left.
+    A named one is left out only where the run's text has too little for it. Raises UserError for a named task that is
+    unknown, lacks data or a sandbox, cannot be graded or is named twice, and when nothing is left.
     """
     if names is None:
         tasks, left_out = [], []
@@ -233,13 +241,17 @@ def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[
         if not tasks:
             raise UserError(f"no task to score: {'; '.join(left_out)}")
         return tasks, left_out
-    tasks = parse_tasks(names, "test", source)
+    parsed = parse_tasks(names, "test", source)
+    left_out = [f"{task.name}: {task.source}" for task in parsed if isinstance(task, LeftOut)]
+    tasks = [task for task in parsed if not isinstance(task, LeftOut)]
+    if not tasks:
+        raise UserError(f"--task-name={names}: no task to score: {'; '.join(left_out)}")
     for task in tasks:
         if task.eval_type is None:
             raise UserError(f"--task-name={names}: {task.name} has no answers to grade; leave it out")
         if sum(task.name == other.name for other in tasks) > 1:
             raise UserError(f"--task-name={names}: {task.name} is there twice; name it once")
-    return [_checked(task) for task in tasks], []
+    return [_checked(task) for task in tasks], left_out
 
 
 def _checked(task: Task) -> Task:
@@ -262,12 +274,12 @@ def chosen_items(task: Task, max_problems: int = -1) -> list[int]:
     return indices
 
 
-def _score(task: Task, records: dict[int, Record], num_samples: int = 1) -> ChatScore:
-    """The score over all ranks, the same on each."""
+def _score(task: Task, measure: Callable[[], dict[int, Record]], num_samples: int = 1) -> ChatScore:
+    """The score over all ranks, the same on each, from what `measure` gives on each."""
     return ChatScore(
         name=task.name,
         baseline=task.baseline,
-        records=gather_records(records),
+        records=gather_records(measure),
         eval_type=str(task.eval_type),
         published=task.published,
         source=task.source,

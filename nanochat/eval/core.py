@@ -159,31 +159,37 @@ def evaluate_task(
     max_per_task: int = -1,
 ) -> CoreScore:
     """Score one task over all ranks. `max_per_task` items, -1 for all; of prompts the last `sequence_len` tokens."""
-    rank, world = rank_and_world()
     lines = list(range(len(task.items)))
     random.Random(1337).shuffle(lines)
     lines = lines[:max_per_task] if max_per_task > 0 else lines
     items = [task.items[line] for line in lines]
     bos = tokenizer.get_bos_token_id()
-    local = range(rank, len(items), world)
-    records: dict[int, Record] = {}
-    for chunk in (local[i : i + _CHUNK_ITEMS] for i in range(0, len(local), _CHUNK_ITEMS)):
-        prompts = [render_prompts(task, items[i], pick_shots(task, items, i)) for i in chunk]
-        flat = [repaired(prompt) for prompt in itertools.chain.from_iterable(prompts)]  # JSON spells any code point
-        encoded = iter(tokenizer.encode(flat, prepend=bos))
-        rows = [make_rows(task.kind, [list(next(encoded)) for _ in texts], sequence_len) for texts in prompts]
-        flat_rows = list(itertools.chain.from_iterable(rows))
-        budget = device_batch_size * sequence_len
-        means, exact = score_rows(model, flat_rows, device, pad=bos, max_tokens=sequence_len, tokens_per_forward=budget)
-        first = 0
-        for i, item_rows in zip(chunk, rows, strict=True):
-            outcome = _grade(task.kind, items[i], means[first : first + len(item_rows)], bool(exact[first]))
-            records[i] = {"line": lines[i], **outcome}
-            first += len(item_rows)
+
+    def measure() -> dict[int, Record]:
+        rank, world = rank_and_world()
+        local = range(rank, len(items), world)
+        records: dict[int, Record] = {}
+        for chunk in (local[i : i + _CHUNK_ITEMS] for i in range(0, len(local), _CHUNK_ITEMS)):
+            prompts = [render_prompts(task, items[i], pick_shots(task, items, i)) for i in chunk]
+            flat = [repaired(prompt) for prompt in itertools.chain.from_iterable(prompts)]  # JSON spells any code point
+            encoded = iter(tokenizer.encode(flat, prepend=bos))
+            rows = [make_rows(task.kind, [list(next(encoded)) for _ in texts], sequence_len) for texts in prompts]
+            flat_rows = list(itertools.chain.from_iterable(rows))
+            budget = device_batch_size * sequence_len
+            means, exact = score_rows(
+                model, flat_rows, device, pad=bos, max_tokens=sequence_len, tokens_per_forward=budget
+            )
+            first = 0
+            for i, item_rows in zip(chunk, rows, strict=True):
+                outcome = _grade(task.kind, items[i], means[first : first + len(item_rows)], bool(exact[first]))
+                records[i] = {"line": lines[i], **outcome}
+                first += len(item_rows)
+        return records
+
     return CoreScore(
         name=task.label,
         baseline=0.01 * task.baseline,
-        records=gather_records(records),
+        records=gather_records(measure),
         kind=task.kind,
         num_fewshot=min(task.num_fewshot, len(items) - 1),
     )

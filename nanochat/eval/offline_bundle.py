@@ -12,12 +12,13 @@ import json
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from nanochat.errors import UserError
 from nanochat.eval.bundle import MARKER, TABLES, Bundle, load_bundle
 from nanochat.files import atomic_write_text, inside
 from nanochat.tasks.passages import (
@@ -26,38 +27,40 @@ from nanochat.tasks.passages import (
     Passage,
     choice,
     draw_items,
+    ending,
     find_passages,
+    graphemes,
     long_words,
     next_sentence,
     others,
     seen_word,
     shuffled,
+    width,
     words_of,
 )
 
 ITEMS_PER_TASK = 150  # binomial standard error at most 4.1 %
 MIN_ITEMS = 50
-MIN_DOCUMENTS = 8
 
 
 def word_order(passage: Passage, passages: Sequence[Passage], rng: random.Random) -> Item | None:
     """How a sentence goes on: as written, or with its remaining words in random order."""
-    words = rng.choice(passage.sentences).split()
+    sentence = rng.choice(passage.sentences)
+    words = sentence.split() if passage.joint else graphemes(sentence)
     middle = words[3:-1]
     mixed = shuffled(middle, rng)
     if len(middle) < 4 or mixed == middle:
         return None
-    true, wrong = (" ".join([*rest, words[-1]]) for rest in (middle, mixed))
-    return choice(" ".join(words[:3]), true, [wrong], rng)
+    true, wrong = (passage.joint.join([*rest, words[-1]]) for rest in (middle, mixed))
+    return choice(passage.joint.join(words[:3]), true, [wrong], rng)
 
 
 def last_word(passage: Passage, passages: Sequence[Passage], rng: random.Random) -> Item | None:
     """The last word of a sentence, where the passage has already used it before."""
     for cut in shuffled(range(1, len(passage.sentences)), rng):
-        before, _, end = passage.sentences[cut].rpartition(" ")
-        word = end.rstrip(".!?")
-        context = " ".join([*passage.sentences[max(0, cut - 4) : cut], before])
-        if len(word) >= 4 and word.isalpha() and word in words_of(context):
+        before, word = ending(passage.sentences[cut])
+        context = passage.joint.join([*passage.sentences[max(0, cut - 4) : cut], before])
+        if before and width(word) >= 4 and word in (words_of(context) if passage.joint else context):
             return {"context": context, "continuation": word}
     return None
 
@@ -102,32 +105,35 @@ RECIPES = {
 }
 
 
-def make_items(documents: Iterable[str]) -> dict[str, list[Item]]:
-    """Items of every task; the same documents give the same items. Raises UserError where there is too little text."""
-    passages = find_passages(documents)
-    lack = "too little held-out prose for an offline bundle: "
-    if len({passage.document for passage in passages}) < MIN_DOCUMENTS:
-        raise UserError(f"{lack}fewer than {MIN_DOCUMENTS} documents have any; get more data")
+def make_items(passages: Sequence[Passage]) -> dict[str, list[Item]]:
+    """Items of every task, few or none where the text has too little for it; the same passages give the same items."""
     tasks = {}
     for label, recipe in RECIPES.items():
         rng = random.Random(label)
         items = draw_items(recipe.make, passages, rng) if recipe.make else copy_words(passages, rng)
-        if len(items) < MIN_ITEMS:
-            raise UserError(f"{lack}{len(items)} items for {label}, at least {MIN_ITEMS} are needed; get more data")
         tasks[label] = items[:ITEMS_PER_TASK]
     return tasks
 
 
 def write_offline_bundle(documents: Iterable[str], source: str, target: Path) -> Bundle:
-    """Generate a bundle from held-out `documents` and put it at `target`, complete or not at all."""
-    tasks = make_items(documents)
+    """Generate a bundle from held-out `documents` and put it at `target`, complete or not at all. A task that they have
+    too little text for is left out, all of them even: the bundle says so, and a run goes on without."""
+    passages = find_passages(documents)
+    joint = Counter(passage.joint for passage in passages).most_common(1)[0][0] if passages else " "
+    # a bundle has one delimiter a task: of a text in several scripts, what most of it is written in
+    tasks = make_items([passage for passage in passages if passage.joint == joint])
+    short = {label: len(items) for label, items in tasks.items() if len(items) < MIN_ITEMS}
+    why = f"items in the held-out text of {source}, at least {MIN_ITEMS} are needed"
+    left_out = [f"{label}: {count} {why}" for label, count in short.items()]
     entries, table = [], [["Eval Task", "Task Type", "#shots", "#datapoints", "Random baseline", "Description"]]
-    with _replacing(target, "offline", source) as folder:
-        for label, recipe in RECIPES.items():
+    with _replacing(target, "offline", source, left_out) as folder:
+        for label in (label for label in RECIPES if label not in short):
+            recipe = RECIPES[label]
             uri, shots, kind = f"offline/{label}.jsonl", recipe.num_fewshot, recipe.kind
             lines = "".join(json.dumps(item) + "\n" for item in tasks[label])
             atomic_write_text(folder / "eval_data" / uri, lines)
-            entries.append({"label": label, "dataset_uri": uri, "num_fewshot": [shots], "icl_task_type": kind})
+            entry = {"label": label, "dataset_uri": uri, "num_fewshot": [shots], "icl_task_type": kind}
+            entries.append(entry if joint else {**entry, "continuation_delimiter": ""})
             numbers = [str(number) for number in (shots, len(tasks[label]), recipe.baseline)]
             table.append([label, kind.replace("_", " "), *numbers, recipe.description])
         atomic_write_text(folder / "core.yaml", yaml.safe_dump({"icl_tasks": entries}, sort_keys=False))
@@ -141,7 +147,7 @@ def copy_bundle(origin: Path, target: Path) -> Bundle:
     bundle = load_bundle(origin)
     if target.exists() and origin.samefile(target):
         return bundle
-    with _replacing(target, bundle.kind, bundle.source or str(origin)) as folder:
+    with _replacing(target, bundle.kind, bundle.source or str(origin), bundle.left_out) as folder:
         for name in (*TABLES, *(f"eval_data/{task.uri}" for task in bundle.tasks)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inside(origin, name), folder / name)
@@ -149,14 +155,16 @@ def copy_bundle(origin: Path, target: Path) -> Bundle:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path, kind: str, source: str) -> Iterator[Path]:
+def _replacing(target: Path, kind: str, source: str, left_out: list[str]) -> Iterator[Path]:
     """A new folder beside `target` that takes its place in the end: read back, and with what it is written down."""
     folder, old = (target.with_name(f"{target.name}{suffix}") for suffix in (".tmp", ".old"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
-    marker = {"kind": kind, "source": source, "tasks": [task.label for task in load_bundle(folder).tasks]}
-    atomic_write_text(folder / MARKER, json.dumps(marker, indent=1) + "\n")
+    marker: dict[str, Any] = {"kind": kind, "source": source, "left_out": left_out}
+    atomic_write_text(folder / MARKER, json.dumps(marker) + "\n")  # what load_bundle takes an empty bundle for
+    tasks = [task.label for task in load_bundle(folder).tasks]
+    atomic_write_text(folder / MARKER, json.dumps({**marker, "tasks": tasks}, indent=1) + "\n")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.replace(target, old)

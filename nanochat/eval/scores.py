@@ -4,13 +4,14 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
 from nanochat.runtime import gather
 
@@ -79,10 +80,25 @@ class Composite:
         return f"{self.name}: {self.value:.4f} ± {self.stderr:.4f}"
 
 
-def gather_records(records: dict[int, Record]) -> list[Record]:
-    """The records of all ranks in the order of their keys, the same list on every rank."""
-    everywhere = {key: record for part in gather(records) for key, record in part.items()}
-    return [everywhere[key] for key in sorted(everywhere)]
+def gather_records(measure: Callable[[], dict[int, Record]]) -> list[Record]:
+    """The records that `measure` gives on each rank, in the order of their keys: the same list on every rank.
+
+    Where it fails on one rank, all ranks raise: none goes on to wait for others that have left.
+    """
+    failure: Exception | None = None
+    records: dict[int, Record] = {}
+    try:
+        records = measure()
+    except Exception as error:
+        failure = error
+    everywhere = gather((records, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    if failure is not None:
+        raise failure
+    for rank, (_, elsewhere) in enumerate(everywhere):
+        if elsewhere is not None:
+            raise UserError(f"rank {rank} could not go on: {elsewhere}")
+    found = {key: record for part, _ in everywhere for key, record in part.items()}
+    return [found[key] for key in sorted(found)]
 
 
 def longest_first(

@@ -84,6 +84,14 @@ class Task:
         return self.get_example(self._range()[index])
 
 
+class LeftOut(Task):
+    """Stands for a task that the run's text has too little for, so that log and report can say so: it has no items."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__()
+        self.name, self.source = name, f"left out: {why}"
+
+
 class GeneratedTask(Task):
     """Questions made by a program and graded by their answers, as many as requested."""
 

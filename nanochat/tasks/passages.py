@@ -1,14 +1,44 @@
 """Prose of a text source, and questions with one right choice made from it: for TextChoice and for offline CORE."""
 
+import itertools
 import random
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+
 MAX_CHARS = 10_000_000  # of documents read; ten times what the questions need
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-_WORD = re.compile(r"[A-Za-z]+")
+MAX_RUN = 16  # sentences of a passage: a paragraph that goes on for pages is several
+MIN_DOCUMENTS = 8  # wrong choices come from three other documents; a text of fewer has passages instead
+MIN_SENTENCES = 500  # a text with fewer, and LINES times as many lines (posts, chats, code), is read line by line
+LINES = 4  # prose broken into lines has up to twice as many
+
+# Scripts written without spaces between words, and how many letters of the Latin script one of theirs stands for: the
+# limits below are in those.
+_KANA, _SOUTHEAST = r"\p{Hiragana}\p{Katakana}", r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_DENSE = regex.compile(rf"[\p{{Han}}{_KANA}]")
+_HALF_DENSE = regex.compile(rf"[{_SOUTHEAST}\p{{Hangul}}]")
+_UNSPACED = regex.compile(rf"[\p{{Han}}{_KANA}{_SOUTHEAST}]")
+_LETTER = regex.compile(r"[\p{L}\p{M}]")
+# Words of an unspaced script cannot be told without a dictionary: two Han letters, four syllables or so, stand for one.
+_ONE_WORD = (
+    rf"(?:\p{{Han}}{{2}}|[\p{{Katakana}}\u30fc]{{2,}}|(?:(?=[{_SOUTHEAST}])\p{{L}}\p{{M}}*){{4}}"
+    rf"|[[\p{{L}}\p{{M}}]--[\p{{Han}}{_KANA}{_SOUTHEAST}]]+)"
+)
+_WORD = regex.compile(_ONE_WORD, regex.V1)
+_LAST_WORD = regex.compile(rf"(.*?)({_ONE_WORD})[.!?\p{{SB=ST}}]*", regex.V1)
+# Sentences end as in UAX #29: a full stop of the scripts that have one of their own (SB=ST) always; `. ! ? …` before
+# white space and a letter that is no small one, or a letter of a dense script; Thai and Lao have none, but spaces.
+_OPENING, _CLOSING = "[«“„—–「『]", "[»”」』]"
+_SENTENCE_END = regex.compile(
+    rf"[\p{{SB=ST}}--[!?]]+{_CLOSING}*\s*"
+    rf"|[.!?…]+{_CLOSING}*(?:\s+(?={_OPENING}?\s?[\p{{Lu}}\p{{Lt}}\p{{Lo}}\p{{Georgian}}])|(?=[\p{{Han}}{_KANA}]))"
+    r"|(?<=[\p{Thai}\p{Lao}])\s+(?=[\p{Thai}\p{Lao}])",
+    regex.V1,
+)
+_WHOLE = regex.compile(rf"{_OPENING}?\s?(?=[\p{{L}}--\p{{Ll}}]|\p{{Georgian}}).*"
+                       rf"([.!?…\p{{SB=ST}}]{_CLOSING}*|[\p{{Thai}}\p{{Lao}}])", regex.V1)  # fmt: skip
 
 Item = dict[str, Any]
 
@@ -20,47 +50,99 @@ class Passage:
     document: int
     sentences: list[str]
 
+    @property
+    def joint(self) -> str:
+        """What stands between its sentences and words: nothing where most of it is written without spaces."""
+        return "" if unspaced("".join(self.sentences)) else " "
+
 
 ItemMaker = Callable[[Passage, Sequence[Passage], random.Random], Item | None]
 
 
 def find_passages(documents: Iterable[str]) -> list[Passage]:
-    """Runs of prose sentences, no sentence twice, from the first MAX_CHARS characters of `documents`."""
-    passages: list[Passage] = []
-    seen: set[str] = set()
-    chars = 0
-    for number, document in enumerate(documents):
-        for paragraph in re.split(r"\n\s*\n", document):
-            run: list[str] = []
-            for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
-                if _is_prose(sentence) and sentence not in seen:
-                    run.append(sentence)
-                elif run:
-                    passages.append(Passage(number, run))
-                    run = []
-                seen.add(sentence)
-            if run:
-                passages.append(Passage(number, run))
-        chars += len(document)
-        if chars > MAX_CHARS:
-            break
+    """Runs of prose sentences, no sentence twice, from the first MAX_CHARS characters of `documents`; runs of lines
+    where it has few sentences. Where the passages are of fewer than MIN_DOCUMENTS documents, each counts as one."""
+    texts = list(_first(documents, MAX_CHARS))
+    passages = _runs(texts, _sentences, _is_prose)
+    sentences = sum(len(passage.sentences) for passage in passages)
+    if sentences < MIN_SENTENCES:
+        lines = _runs(texts, str.splitlines, _is_line)
+        if sum(len(passage.sentences) for passage in lines) > LINES * sentences:
+            passages = lines
+    if len({passage.document for passage in passages}) < MIN_DOCUMENTS:
+        passages = [Passage(number, passage.sentences) for number, passage in enumerate(passages)]
     return passages
 
 
+def _first(documents: Iterable[str], chars: int) -> Iterator[str]:
+    for document in documents:
+        yield document
+        chars -= len(document)
+        if chars < 0:
+            return
+
+
+def _runs(texts: Sequence[str], units: Callable[[str], list[str]], usable: Callable[[str], bool]) -> list[Passage]:
+    """Runs of usable units (sentences, lines) of a paragraph, up to MAX_RUN long, no unit twice."""
+    passages: list[Passage] = []
+    seen: set[str] = set()
+    for number, text in enumerate(texts):
+        for paragraph in regex.split(r"\n\s*\n", text):
+            run: list[str] = []
+            for unit in units(paragraph):
+                if usable(unit) and unit not in seen:
+                    run.append(unit)
+                elif run:
+                    passages += _cut(number, run)
+                    run = []
+                seen.add(unit)
+            passages += _cut(number, run)
+    return passages
+
+
+def _cut(number: int, run: list[str]) -> list[Passage]:
+    return [Passage(number, run[i : i + MAX_RUN]) for i in range(0, len(run), MAX_RUN)]
+
+
+def unspaced(text: str) -> bool:
+    """Whether most of its letters are of scripts without spaces between words."""
+    return 2 * len(_UNSPACED.findall(text)) > len(_LETTER.findall(text))
+
+
+def width(text: str) -> int:
+    """Length of a text in letters of the Latin script: one of Han says as much as three of them."""
+    return len(text) + 2 * len(_DENSE.findall(text)) + len(_HALF_DENSE.findall(text))
+
+
+def _sentences(paragraph: str) -> list[str]:
+    text = " ".join(paragraph.split())
+    ends = [found.end() for found in _SENTENCE_END.finditer(text)]
+    pieces = (text[start:end].strip() for start, end in itertools.pairwise([0, *ends, len(text)]))
+    return [piece for piece in pieces if piece]
+
+
 def _is_prose(sentence: str) -> bool:
-    letters = sum(character.isalpha() or character == " " for character in sentence)
     return (
-        40 <= len(sentence) <= 300
-        and len(sentence.split()) >= 6
-        and letters >= 0.88 * len(sentence)
+        40 <= width(sentence) <= 300
+        and (len(sentence.split()) >= 6 or unspaced(sentence))
+        and _letters(sentence) >= 0.88 * width(sentence)
         and "--" not in sentence  # an underlined heading that stood in the paragraph
-        and sentence[0].isupper()
-        and sentence[-1] in ".!?"
+        and _WHOLE.fullmatch(sentence) is not None
     )
 
 
+def _is_line(line: str) -> bool:
+    return 20 <= width(line) <= 300 and len(words_of(line)) >= 4 and _letters(line) >= 0.8 * width(line)
+
+
+def _letters(text: str) -> int:
+    return width("".join(_LETTER.findall(text))) + text.count(" ")
+
+
 def draw_items(make: ItemMaker, passages: Sequence[Passage], rng: random.Random) -> list[Item]:
-    """What `make` gives for each passage, in random order; it may give nothing. Four documents at least."""
+    """What `make` gives for each passage, in random order; it may give nothing. Needs MIN_DOCUMENTS documents."""
+    if len({passage.document for passage in passages}) < MIN_DOCUMENTS:
+        return []
     made = (make(passage, passages, rng) for passage in shuffled(passages, rng))
     return [item for item in made if item is not None]
 
@@ -71,7 +153,7 @@ def next_sentence(passage: Passage, passages: Sequence[Passage], rng: random.Ran
         return None
     cut = rng.randrange(1, len(passage.sentences))
     wrong = [other.sentences[-1] for other in others(passages, passage, 3, rng)]
-    return choice(" ".join(passage.sentences[max(0, cut - 3) : cut]), passage.sentences[cut], wrong, rng)
+    return choice(passage.joint.join(passage.sentences[max(0, cut - 3) : cut]), passage.sentences[cut], wrong, rng)
 
 
 def seen_word(passage: Passage, passages: Sequence[Passage], rng: random.Random) -> Item | None:
@@ -102,11 +184,25 @@ def others(passages: Sequence[Passage], passage: Passage, count: int, rng: rando
 
 
 def words_of(text: str) -> list[str]:
+    """The words of a text; pieces of a word's length where it is written without spaces."""
     return _WORD.findall(text)
 
 
+def ending(sentence: str) -> tuple[str, str]:
+    """(what stands before the last word, that word without the marks behind it): empty where it ends otherwise."""
+    found = _LAST_WORD.fullmatch(sentence)
+    if found is None or not (unspaced(found[2]) or found[1].endswith(" ")):
+        return "", ""
+    return found[1].strip(), found[2]
+
+
+def graphemes(text: str) -> list[str]:
+    """What a reader takes for one character each."""
+    return regex.findall(r"\X", text)
+
+
 def long_words(sentence: str) -> list[str]:
-    return [word for word in words_of(sentence) if len(word) >= 5 and word.islower()]
+    return [word for word in words_of(sentence) if width(word) >= 5 and word == word.lower()]
 
 
 def choice(query: str, true: str, wrong: list[str], rng: random.Random) -> Item:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nanochat.errors import UserError
+from nanochat.errors import TooLittleText, UserError
 from nanochat.paths import slug
-from nanochat.tasks.common import Split, Task
+from nanochat.tasks.common import LeftOut, Split, Task
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -82,12 +82,15 @@ def parse_spec(spec: str) -> list[TaskSpec]:
 def parse_tasks(spec: str, split: Split, source: str | None = None) -> list[Task]:
     """The tasks of a spec, each as often as it says. `count` beyond the end of a task takes all of it.
 
-    `source` is the run's text source, for tasks made from text. Raises UserError for a malformed spec, an unknown
-    name and data that is absent.
+    `source` is the run's text source, for tasks made from text; one that it has too little for is LeftOut. Raises
+    UserError for a malformed spec, an unknown name and data that is absent.
     """
     tasks: list[Task] = []
     for item in parse_spec(spec):
-        tasks += [make_task(item.name, split, source, item.count)] * item.repeats
+        try:
+            tasks += [make_task(item.name, split, source, item.count)] * item.repeats
+        except TooLittleText as error:
+            tasks.append(LeftOut(item.name, str(error)))
     return tasks
 
 

@@ -13,15 +13,16 @@ for some letters and not for others, as the text happens to have it, and the fir
 """
 
 import random
-import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from nanochat.data import sources
-from nanochat.errors import UserError
+from nanochat.errors import TooLittleText
 from nanochat.files import read_jsonl
 from nanochat.tasks.common import Conversation, GeneratedTask, Split, answered, call_calculator, item_rng, split_of
 from nanochat.tasks.generated import generate, require
@@ -34,9 +35,15 @@ MAX_CHARS = 30_000_000  # of the train text; the rarest words kept are then stil
 CHUNK_CHARS = 1_000_000
 MIN_COUNT = 5  # rarer ones are mostly typing errors and names
 MAX_WORDS = 20_000
-RULES = 1  # count up when the rules below change, so that words made by older ones are made again
+RULES = 2  # count up when the rules below change, so that words made by older ones are made again
+MIN_WORDS = 20  # with fewer, the tasks would be about remembering the answers
+FOREIGN_SHARE = 0.01  # of the words; where fewer have other letters than a to z, those are from other languages
+# Small letters, and those of scripts without small and large ones; a word of scripts without spaces has no end.
+_LETTER = r"(?:[[\p{Ll}\p{Lo}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]\p{M}*+)"
 # In running text: not a part of an identifier, a path, an address, a compound or a contraction (the `don` of don't)
-_WORD = re.compile(r"(?<![\w.'\u2019@/\\-])[a-z]{3,12}(?![\w'\u2019@/\\-]|\.\w)")
+_WORD = regex.compile(
+    rf"(?<![\w\p{{N}}.'\u2019@/\\\-])(?:[a-z]{{3,12}}|{_LETTER}{{3,12}})(?![\w\p{{N}}'\u2019@/\\\-]|\.\w)", regex.V1
+)  # a to z apart: twice as fast
 
 # {"spell": question about {word}} or {"count": one about {letter} too}
 _QUESTIONS = read_jsonl(Path(__file__).with_suffix(".jsonl"))
@@ -55,6 +62,8 @@ class WordTask(GeneratedTask):
         # in a fixed random order: few items are a fair sample, and no word comes twice soon
         item_rng(self.name, split, "order").shuffle(self.words)
         self.source = f"generated from words of {source}"
+        foreign = "".join(word for word in self.words if not word.isascii())
+        self.letters = sorted(set(characters(foreign)))  # the alphabet of words that have others than a to z
 
     def get_example(self, index: int) -> Conversation:
         word = self.words[index % len(self.words)]
@@ -95,7 +104,7 @@ class SpellingBee(WordTask):
     name = "SpellingBee"
 
     def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
-        letter = _letter_to_count(word, rng)
+        letter = _letter_to_count(word, ALPHABET if word.isascii() else self.letters, rng)
         question = rng.choice(COUNT_QUESTIONS)
         quoted = {name: rng.choice(QUOTES).format(text) for name, text in (("letter", letter), ("word", word))}
         return question.format(**quoted), _count(word, letter)
@@ -103,25 +112,33 @@ class SpellingBee(WordTask):
 
 def spelled(word: str) -> str:
     """`apple: a p p l e`."""
-    return f"{word}: {' '.join(word)}"
+    return f"{word}: {' '.join(characters(word))}"
 
 
-def _letter_to_count(word: str, rng: random.Random) -> str:
-    absent = sorted(set(ALPHABET) - set(word))
-    repeated = sorted({letter for letter in word if word.count(letter) > 1})
+def characters(word: str) -> list[str]:
+    """What a reader takes for one letter each, a vowel sign or an accent included."""
+    return list(word) if word.isascii() else regex.findall(r"\X", word)
+
+
+def _letter_to_count(word: str, alphabet: Iterable[str], rng: random.Random) -> str:
+    letters = characters(word)
+    # `न` occurs in `नि` for the tool, which knows nothing of vowel signs, and not for a reader: neither is asked about
+    plain = [letter for letter in letters if letters.count(letter) == word.count(letter)]
+    absent = sorted(letter for letter in set(alphabet) if letter not in word)
+    repeated = sorted({letter for letter in plain if word.count(letter) > 1})
     drawn = rng.random()
-    if drawn < ABSENT_SHARE:
+    if absent and (drawn < ABSENT_SHARE or not plain):
         return rng.choice(absent)
     if drawn < ABSENT_SHARE + REPEATED_SHARE and repeated:
         return rng.choice(repeated)
-    return rng.choice(word)
+    return rng.choice(plain or letters)
 
 
 def _count(word: str, letter: str) -> list[dict[str, str]]:
     """Spelling, then each letter with the count so far: every token follows from the few before it."""
     count = 0
     running = []
-    for one in word:
+    for one in characters(word):
         count += one == letter
         running.append(f"{one}{count}")
     by_hand = f"{spelled(word)}\nCount {letter}: {' '.join(running)}\n"
@@ -133,7 +150,7 @@ def _count(word: str, letter: str) -> list[dict[str, str]]:
 
 
 def frequent_words(documents: Iterable[str]) -> list[str]:
-    """Lower-case ASCII words of 3 to 12 letters that occur at least MIN_COUNT times, the most frequent first."""
+    """Lower-case words of 3 to 12 letters that occur at least MIN_COUNT times, the most frequent first."""
     counts: Counter[str] = Counter()
     chunk: list[str] = []
     size = total = 0
@@ -147,18 +164,22 @@ def frequent_words(documents: Iterable[str]) -> list[str]:
             if total >= MAX_CHARS:
                 break
     counts.update(_WORD.findall("\n".join(chunk)))
+    foreign = sum(count for word, count in counts.items() if not word.isascii())
+    any_letters = foreign >= FOREIGN_SHARE * counts.total()
     # words as frequent as each other in alphabetical order: the order must not hang on which came first
-    frequent = sorted((-count, word) for word, count in counts.items() if count >= MIN_COUNT)
-    return [word for _, word in frequent[:MAX_WORDS]]
+    kept = {word: count for word, count in counts.items() if count >= MIN_COUNT and (any_letters or word.isascii())}
+    return sorted(kept, key=lambda word: (-kept[word], word))[:MAX_WORDS]
 
 
 def load_words(source: str, split: Split) -> list[str]:
     """Words of one split, the most frequent first; about one in ten, by its hash, is for test.
 
-    Raises UserError when they were not made yet or are damaged, or when the text has too few.
+    Raises UserError when they were not made yet or are damaged, and TooLittleText where the text has too few.
     """
     path = require(source, "words", "SpellingBee") / "words.txt"
-    words = [word for word in path.read_text(encoding="utf-8").split() if split_of("word", word) == split]
-    if not words:
-        raise UserError(f"{path} has no words for {split}: the text of {source} is too short for tasks about words")
-    return words
+    words = path.read_text(encoding="utf-8").split()
+    chosen = [word for word in words if split_of("word", word) == split]
+    if len(words) < MIN_WORDS or not chosen:
+        found = f"{len(words)} frequent words between spaces, {len(chosen)} for {split}"
+        raise TooLittleText(f"too few words in {source}: {found}; tasks about words need at least {MIN_WORDS}")
+    return chosen

@@ -4,6 +4,7 @@ Everything that the earlier stage decided (its recipe: text source, length of a 
 from its checkpoint unless a flag says otherwise.
 """
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -14,14 +15,14 @@ import torch
 from nanochat.config import LEARNING_RATES
 from nanochat.data.chat_rows import ChatPacker, ChatRows, evaluation_rows
 from nanochat.dataloader import RowLoader, plan_batch, target_batches
-from nanochat.errors import UserError
+from nanochat.errors import TooLittleText, UserError
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
 from nanochat.flags import ChatTrainSettings, ParentFlags
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
 from nanochat.paths import checkpoint_dir
 from nanochat.runtime import IGNORE_INDEX, compute_cleanup, compute_init, get_dist_info, print0
-from nanochat.tasks.common import Task, TaskMixture
+from nanochat.tasks.common import LeftOut, Task, TaskMixture
 from nanochat.tasks.registry import make_task, parse_spec, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
 from nanochat.train.loop import train
@@ -64,7 +65,11 @@ def plan_steps(flags: ParentFlags, rows: int, rows_per_step: int) -> int:
 def held_out(spec: str, source: str | None) -> Task | None:
     """The test items of the tasks that are trained on; None where there are none (a short file of one's own)."""
     kinds = dict.fromkeys((item.name, item.count) for item in parse_spec(spec))  # repeats are no use here
-    mixture = TaskMixture([make_task(name, "test", source, count) for name, count in kinds])
+    tasks = []
+    for name, count in kinds:
+        with contextlib.suppress(TooLittleText):  # of test items; chat_data and chat_eval say so
+            tasks.append(make_task(name, "test", source, count))
+    mixture = TaskMixture(tasks)
     return mixture if len(mixture) else None
 
 
@@ -91,6 +96,9 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
 
     # ---- the data
     tasks = parse_tasks(settings.tasks, "train", recipe["source"])
+    if all(isinstance(task, LeftOut) for task in tasks):
+        why = "; ".join(f"{task.name}: {task.source}" for task in tasks)
+        raise UserError(f"--tasks={settings.tasks}: nothing to train on; {why}; add a task such as Arithmetic")
     packer = ChatPacker(tokenizer, TaskMixture(tasks), length, settings.packing, settings.loss_on, settings.seed)
     rows, trained_share, cut_share = packer.rows_per_epoch()
     num_iterations = plan_steps(settings, rows, plan.rows_per_step)
@@ -213,5 +221,5 @@ def describe(
         "tables": [table],
         "samples": samples,
         "facts": {"parent": meta["parent"], "loss_on": settings.loss_on},
-        "synthetic": not all(task.published for task in tasks),
+        "synthetic": not all(task.published for task in tasks if len(task)),
     }

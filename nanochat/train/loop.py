@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ from nanochat.errors import UserError
 from nanochat.optim.schedule import set_schedule
 from nanochat.runtime import IGNORE_INDEX, StopSignal, get_dist_info, print0
 from nanochat.train.console import MAX_SKIPPED, Console, StepResult
-from nanochat.train.run import Evaluation, Outcome, TrainingRun, resume
+from nanochat.train.run import Evaluation, Outcome, TrainingRun, attempt, resume
 
 if TYPE_CHECKING:
     from nanochat.saver import Saver
@@ -160,7 +161,8 @@ def _evaluate(run: TrainingRun, console: Console, due: list[Evaluation]) -> None
     with torch.no_grad(), parallel.unsharded_params(run.model, run.policy):
         for evaluation in due:
             run.observer.mark(state.step, "evaluate")
-            metrics.update(evaluation.run(state.step))
+            measure, optional = partial(evaluation.run, state.step), evaluation.optional
+            metrics |= attempt(state, optional, measure, dict[str, float]()) if optional else measure()
     run.model.train()
     if metrics:
         state.latest.update(metrics)

@@ -7,10 +7,11 @@ one that was stopped there. Two runs never share a folder.
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,8 @@ class Evaluation:
     """Also after the last step."""
     run: Callable[[int], dict[str, float]]
     """step -> metrics, named `Group/name`. Called on every rank, in evaluation mode, without gradients."""
+    optional: str = ""
+    """What to call it where its failure is only reported; see attempt. Empty: the run ends."""
 
     def due(self, step: int, last: bool) -> bool:
         return (self.every > 0 and step % self.every == 0 and step > 0) or (last and self.at_end)
@@ -100,6 +103,8 @@ class LoopState:
     """Smallest value of each Loss/ metric of the evaluations."""
     latest: dict[str, float] = field(default_factory=dict)
     """Newest value of each metric."""
+    failures: list[str] = field(default_factory=list)
+    """What could not be measured, and why."""
 
 
 @dataclass
@@ -164,6 +169,25 @@ class Outcome:
     """False: stopped by a signal, saved, to be continued."""
     metrics: dict[str, float]
     """Final metrics for the report."""
+
+
+T = TypeVar("T")
+
+
+def attempt(state: LoopState, what: str, measure: Callable[[], T], otherwise: T) -> T:
+    """`measure()`, or `otherwise` where that fails: the log and the report say so, and training goes on. Where ranks
+    meet in it, it must fail on all of them or on none (gather_records sees to that)."""
+    try:
+        return measure()
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        why = " ".join(str(error).split())[:300]
+        if not isinstance(error, UserError):  # a defect, of the program or of data that came from elsewhere
+            why = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}: {why}"
+        note = f"Not measured at step {state.step}, training went on: {what}: {why}"
+        print0(note)
+        state.failures.append(note)
+        return otherwise
 
 
 # ---- before the loop
@@ -315,11 +339,15 @@ def compiled(model: GPT, policy: Policy, flag: bool | None) -> Callable[..., Ten
 
 def chat_samples(run: TrainingRun, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
     """Answers to fixed prompts, on rank 0; every rank calls this."""
-    with parallel.unsharded_params(run.model.eval(), run.policy), parallel.disable_compile(run.model):
+
+    def sample() -> list[dict[str, str]]:
         return make_chat_samples(run.model, tokenizer) if get_dist_info().rank == 0 else []
+
+    with parallel.unsharded_params(run.model.eval(), run.policy), parallel.disable_compile(run.model):
+        return attempt(run.state, "samples", sample, [])
 
 
 def finish(run: TrainingRun, section: str, title: str, data: Mapping[str, Any]) -> None:
     """Write the report's section and mark the run as complete (rank 0)."""
-    write_section(section, title, data)
+    write_section(section, title, {**data, "notes": [*data.get("notes", []), *run.state.failures]})
     checkpoint.mark_complete(run.folder)

@@ -52,7 +52,7 @@ def test_passages_are_prose_and_never_twice():
 
 
 def test_items_are_answerable():
-    tasks = make_items(documents())
+    tasks = make_items(find_passages(documents()))
     assert list(tasks) == list(RECIPES) and all(50 <= len(items) <= 150 for items in tasks.values())
     whole = [" ".join(text.split()) for text in documents()]
     for item in tasks["offline_next_sentence"]:
@@ -79,7 +79,7 @@ def test_items_are_answerable():
 
 def test_gold_is_spread_evenly():
     """A model that always takes the same place must not beat guessing."""
-    tasks = make_items(documents())
+    tasks = make_items(find_passages(documents()))
     for label, recipe in RECIPES.items():
         golds = [item["gold"] for item in tasks[label] if "gold" in item]
         for place in set(golds):
@@ -119,13 +119,29 @@ def test_the_bundle_says_what_it_is(tmp_path):
     assert os.listdir(tmp_path) == ["eval_bundle"]
 
 
-def test_too_little_text_changes_nothing(tmp_path):
+def test_what_the_text_has_too_little_for_is_left_out(tmp_path):
     target = tmp_path / "eval_bundle"
     write_offline_bundle(documents(), "pydocs", target)
-    for few in ([], documents(3), documents(9)):
-        with pytest.raises(UserError, match="too little held-out prose"):
-            write_offline_bundle(few, "other", target)
-    assert load_bundle(target).source == "pydocs" and os.listdir(tmp_path) == ["eval_bundle"]
+    bundle = write_offline_bundle(documents(15), "other", target)
+    assert 0 < len(bundle.tasks) < len(RECIPES) and bundle.kind == "offline"
+    left_out = [reason.split(":")[0] for reason in bundle.left_out]
+    assert sorted([task.label for task in bundle.tasks] + left_out) == sorted(RECIPES)
+    why = "items in the held-out text of other, at least 50 are needed"
+    assert all(reason.endswith(why) for reason in bundle.left_out)
+    assert bundle.notes == [f"Left out: {reason}" for reason in bundle.left_out]
+
+
+@pytest.mark.parametrize("texts", [[], ["No prose here."] * 50, documents(1)])
+def test_a_bundle_without_a_task_is_one(tmp_path, texts):
+    target = tmp_path / "eval_bundle"
+    bundle = write_offline_bundle(texts, "other", target)
+    assert bundle.tasks == [] and len(bundle.left_out) == len(RECIPES) and bundle == load_bundle(target)
+    assert bundle.name == "CORE-offline (0 tasks)" and bundle.kind == "offline"
+    assert bundle.notes[0].startswith("No CORE task could be made from this text")
+    assert copy_bundle(target, tmp_path / "copy") == bundle
+    (target / "bundle.json").unlink()  # nothing says any more that it may be empty
+    with pytest.raises(UserError, match="lists no tasks"):
+        load_bundle(target)
 
 
 def test_copy_checks_first_and_replaces_whole(tmp_path):

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 from nanochat.calculator import use_calculator
 from nanochat.errors import UserError
+from nanochat.tasks.common import item_rng
 from nanochat.tasks.spelling import (
     COUNT_QUESTIONS,
     SPELL_QUESTIONS,
     SimpleSpelling,
     SpellingBee,
+    _letter_to_count,
+    characters,
     load_words,
     spelled,
 )
@@ -164,3 +167,11 @@ def test_words_of_another_text_are_not_taken(store):
     SpellingBee.prepare("SpellingBee", "pydocs")
     with pytest.raises(UserError, match="no words of fineweb-edu"):
         SimpleSpelling("train", "fineweb-edu")
+
+
+@pytest.mark.parametrize("word", ["слово", "größe", "हिन्दी", "नीति", "كتاب", "학교에서"])
+def test_other_alphabets(word):
+    for number in range(30):
+        letter = _letter_to_count(word, ["ж", "न", "ß", "ق"], item_rng(number))
+        assert use_calculator(f"'{word}'.count('{letter}')") == str(characters(word).count(letter))
+    assert spelled(word) == f"{word}: {' '.join(characters(word))}" and "".join(characters(word)) == word

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from nanochat.errors import UserError
+from nanochat.errors import TooLittleText, UserError
 from nanochat.paths import task_data_dir
 from nanochat.tasks import text_choice
 from nanochat.tasks.text_choice import MAX_ITEM, MIN_ITEMS, TextChoice, make_items
@@ -40,7 +40,7 @@ def check(items: list[dict], texts: list[str]) -> Counter[str]:
 
 def test_items_have_one_right_choice_and_stand_in_their_own_text():
     train, held_out = documents(150), documents(40, seed=1)
-    items = make_items(train, held_out, "pydocs")
+    items = make_items(train, held_out)
     for split, texts in (("train", train), ("test", held_out)):
         kinds = check(items[split], texts)
         assert kinds["next"] > MIN_ITEMS and kinds["seen"] > MIN_ITEMS
@@ -51,24 +51,33 @@ def test_items_have_one_right_choice_and_stand_in_their_own_text():
 
 def test_no_more_than_asked_for_and_half_of_each_kind(monkeypatch):
     monkeypatch.setattr(text_choice, "COUNTS", {"train": 60, "test": 40})
-    items = make_items(documents(150), documents(40, seed=1), "pydocs")
+    items = make_items(documents(150), documents(40, seed=1))
     assert check(items["train"], documents(150)) == {"next": 30, "seen": 30}
     assert check(items["test"], documents(40, seed=1)) == {"next": 20, "seen": 20}
 
 
 def test_sentences_of_the_train_text_are_not_asked_about_in_test():
     train, fresh = documents(60), documents(40, seed=1)
-    alone = make_items(train, fresh, "pydocs")["test"]
+    alone = make_items(train, fresh)["test"]
     mixed = [f"{copied}\n\n{text}" for copied, text in zip(train, fresh, strict=False)]
-    assert make_items(train, mixed, "pydocs")["test"] == alone
-    with pytest.raises(UserError, match="too little prose in pydocs: 0 test items"):
-        make_items(train, train, "pydocs")
+    assert make_items(train, mixed)["test"] == alone
+    assert make_items(train, train)["test"] == []
 
 
-@pytest.mark.parametrize("held_out", [[], documents(3), ["No prose here."] * 50])
-def test_too_little_text(held_out):
-    with pytest.raises(UserError, match=r"too little prose in pydocs: 0 test items for TextChoice; get more data"):
-        make_items(documents(60, seed=2), held_out, "pydocs")
+@pytest.mark.parametrize("held_out", [["Nothing."], ["No prose here."] * 50])
+def test_too_little_text_for_one_split(store, held_out):
+    """What there is can be trained on."""
+    put_text("pydocs", documents(60, seed=2), held_out)
+    TextChoice.prepare("TextChoice", "pydocs")
+    assert len(TextChoice("train", "pydocs")) > 100
+    with pytest.raises(TooLittleText, match=r"^too little prose in pydocs: 0 test items, at least 20 are needed"):
+        TextChoice("test", "pydocs")
+
+
+def test_a_few_long_documents_are_enough(monkeypatch):
+    """Wrong choices then come from other passages of the same document."""
+    items = make_items(documents(60, seed=2), ["\n\n".join(documents(20, seed=1))])
+    assert check(items["test"], documents(20, seed=1))["next"] > MIN_ITEMS
 
 
 def test_the_task(source):  # noqa: F811
@@ -124,6 +133,6 @@ def test_same_items_in_every_process(source):  # noqa: F811
     path = task_data_dir() / "pydocs" / "text_choice_train.jsonl"
     code = (
         "from nanochat.tasks.text_choice import make_items; from tests.tasks.test_words import documents; import json; "
-        "[print(json.dumps(item)) for item in make_items(documents(150), documents(40, seed=1), 'pydocs')['train']]"
+        "[print(json.dumps(item)) for item in make_items(documents(150), documents(40, seed=1))['train']]"
     )
     assert path.read_text() == other_process(code, "1")

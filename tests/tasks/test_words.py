@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.data import parquet
-from nanochat.errors import UserError
+from nanochat.errors import TooLittleText, UserError
 from nanochat.paths import data_dir, task_data_dir
 from nanochat.tasks import spelling
 from nanochat.tasks.common import item_rng, split_of, stable_hash
@@ -106,7 +106,7 @@ def slow_words(text: str) -> Counter[str]:
         before, after, beyond = text[start - 1 : start], text[end : end + 1], text[end + 1 : end + 2]
         joined = set("'\u2019@/\\-")
         dotted = after == "." and (beyond.isalnum() or beyond == "_")
-        plain = run.isascii() and run.isalpha() and run.islower() and 3 <= len(run) <= 12
+        plain = run.isalpha() and run.islower() and 3 <= len(run) <= 12
         if is_word and plain and before not in joined | {"."} and after not in joined and not dotted:
             counts[run] += 1
     return counts
@@ -218,12 +218,19 @@ def test_markers_that_list_no_files_do_not_count(source):
 def test_too_little_text(store):
     put_text("pydocs", ["The word word word word word word."], ["Nothing."])
     WordTask.prepare("SpellingBee", "pydocs")
-    with pytest.raises(UserError, match=r"has no words for (train|test): the text of pydocs is too short"):
-        for split in ("train", "test"):
-            load_words("pydocs", split)
+    with pytest.raises(TooLittleText, match=r"^too few words in pydocs: 1 frequent words between spaces, [01] "):
+        load_words("pydocs", "train")
 
 
 def test_same_words_in_every_process(source):
     WordTask.prepare("SpellingBee", source)
     code = "from nanochat.tasks.spelling import load_words; print(load_words('pydocs', 'test'))"
     assert other_process(code, "1") == other_process(code, "2") == f"{load_words(source, 'test')}\n"
+
+
+def test_words_of_other_alphabets():
+    assert frequent_words(["слово ёлка Москва " * 5 + "word " * 6]) == ["word", "слово", "ёлка"]
+    assert frequent_words(["für große " * 5]) == ["für", "große"]
+    assert frequent_words(["हिन्दी भाषा كتاب 학교에서 "] * 5) == sorted(["हिन्दी", "كتاب", "학교에서"])
+    assert frequent_words(["我们今天去学校 ฉันไปตลาด "] * 9) == []  # nothing says where a word ends
+    assert frequent_words(["word " * 1000 + "café " * 5]) == ["word"]  # one foreign word in English text

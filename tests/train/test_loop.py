@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from nanochat import checkpoint
 from nanochat.errors import UserError
+from nanochat.eval.scores import gather_records
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim.schedule import lr_multiplier, muon_momentum
 from nanochat.paths import run_dir
+from nanochat.runtime import get_dist_info
 from nanochat.train import loop
 from nanochat.train.console import Console
 from nanochat.train.loop import train
@@ -494,3 +496,37 @@ def test_the_collector_is_as_it_was_after_an_exception(enabled):
         assert gc.isenabled() == enabled and gc.get_freeze_count() == 0
     finally:
         gc.enable()
+
+
+def test_an_evaluation_that_fails_is_reported_and_training_goes_on(folder, capsys):
+    def broken(step):
+        raise TypeError("'None' has no\nlength")
+
+    measured = Evaluation(2, True, lambda step: {"Eval/x": float(step)})
+    run = make_run(folder, 4, evaluations=[Evaluation(2, True, broken, optional="CORE"), measured])
+    outcome = train(run)
+    assert outcome.finished and outcome.metrics["final x"] == 4.0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not measured")]
+    assert len(said) == 2 and run.state.failures == said
+    assert said[0].startswith("Not measured at step 2, training went on: CORE: TypeError in test_loop.py, line ")
+    assert said[0].endswith("'None' has no length")
+    with pytest.raises(TypeError):  # that of the validation loss, in which ranks meet, still ends the run
+        train(make_run(folder.with_name("other"), 2, evaluations=[Evaluation(2, True, broken)]))
+
+
+def fail_on_rank_1():
+    def measure():
+        if get_dist_info().rank == 1:
+            raise KeyError("query")
+        return {get_dist_info().rank: {"correct": True}}
+
+    try:
+        said = str(gather_records(measure))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    return said, len(gather_records(lambda: {get_dist_info().rank: {}}))  # they meet again afterwards
+
+
+def test_where_one_rank_cannot_score_no_rank_waits_for_it():
+    others = "UserError: rank 1 could not go on: KeyError: 'query'"
+    assert run_processes(2, fail_on_rank_1) == [(others, 2), ("KeyError: 'query'", 2)]
