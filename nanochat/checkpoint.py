@@ -16,9 +16,9 @@ own rows in place, without communication.
     python -m nanochat.checkpoint export --stage=base --tag=d12 --out=d12.safetensors
 """
 
-from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from nanochat import cli
 
@@ -63,15 +63,13 @@ from torch import Tensor, nn
 from nanochat import dcp
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, atomic_write_text, sha256_file
+from nanochat.files import atomic_write, atomic_write_text, from_json, sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, get_base_dir, slug, tokenizer_dir
 from nanochat.runtime import compute_dtype, get_dist_info, on_first_rank, print0
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.tokenizer_io import read_meta as read_tokenizer_meta
-
-T = TypeVar("T")
 
 STAGE_SCRIPTS = {  # which writes the checkpoints of each training stage
     "base": "scripts.base_train",
@@ -169,27 +167,14 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
             number = type(value) in (int, float) and name.endswith(("_size", "_len")) <= value < 2**31  # those from 1
             if not (number or type(value) is {"source": str, "use_muon": bool}.get(name)):
                 raise TypeError(f"recipe: {name} is {value!r:.50}")
+        for name, value in meta.get("loader", {}).items():  # names, and where the order of the data stands
+            if type(value) is not str and (np.asarray(value).dtype.kind not in "iu" or np.min(value) < 0):
+                raise TypeError(f"loader: {name} is {value!r:.50}")
     if written != FORMAT:
         raise UserError(
             f"{path} has format {written!r:.50}, this program reads {FORMAT}: use the program that wrote it"
         )
     return meta
-
-
-def from_json(cls: type[T], values: dict[str, Any]) -> T:
-    """A dataclass whose fields all have defaults, from what a file says. Raises TypeError for names that it does not
-    have, other types than the defaults', and numbers that no size or count of ours comes near."""
-    for field in fields(cls):  # type: ignore[arg-type]
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = values.get(field.name, default)
-        fits = type(value) is type(default) or (type(default) is float and type(value) is int)
-        if isinstance(value, dict):  # of metrics, which may be NaN
-            fits &= all(type(number) in (int, float) for number in value.values())
-        elif type(default) in (int, float):
-            fits = fits and abs(value) < 2**31
-        if not fits:
-            raise TypeError(f"{field.name} is {value!r:.50}")
-    return cls(**values)
 
 
 # ---- is it whole

@@ -60,7 +60,10 @@ class RowLoader:
             for key, value in source.identity().items():
                 if state.get(key) != value:
                     raise UserError(f"cannot resume the data order: {key} was {state.get(key)} and is now {value}")
-            source.seek(state)
+            try:
+                source.seek(state)
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise UserError(f"cannot resume the data order: its state is damaged ({error!r})") from None
         self.has_gradient_signal = True  # whether the step of the last batch has a target on any rank
         self._position = source.position()
         self._taken = 0  # batches of the current step

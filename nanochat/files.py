@@ -2,6 +2,7 @@
 of other people, JSON, the fields of an item, names of files, checked where it comes in."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -12,10 +13,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nanochat import paths
 from nanochat.errors import UserError
+
+T = TypeVar("T")
 
 LARGE_BYTES = 16 * 2**20  # files above this are hashed once (at about 1 GB/s) and remembered
 _hashes: dict[Path, dict[str, dict[str, Any]]] = {}  # store -> file -> newest line of hashes.jsonl
@@ -188,3 +191,19 @@ def inside(folder: Path, name: str) -> Path:
     if leads_out:
         raise UserError(f"{shown(name)} leads out of {folder}: only files within it are read, no links out")
     return path
+
+
+def from_json(cls: type[T], values: dict[str, Any]) -> T:
+    """A dataclass whose fields all have defaults, from what a file says. Raises TypeError for names that it does not
+    have, other types than the defaults', and numbers that no size or count of ours comes near."""
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = values.get(field.name, default)
+        fits = type(value) is type(default) or (type(default) is float and type(value) is int)
+        if isinstance(value, dict):  # of metrics, which may be NaN
+            fits &= all(type(number) in (int, float) for number in value.values())
+        elif type(default) in (int, float):
+            fits = fits and abs(value) < 2**31
+        if not fits:
+            raise TypeError(f"{field.name} is {value!r:.50}")
+    return cls(**values)

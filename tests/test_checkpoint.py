@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -235,6 +236,15 @@ def test_any_value_anywhere_in_meta_is_one_line_and_no_hang(tokenizer):
         for value in ODD:
             said = one_line({**document, name: value})
             assert said or (name, value) in (("settings", {}), ("settings", {"x": 1})), (name, value)
+    recipe = {"source": "x", "total_batch_size": 8, "matrix_lr": 0.1, "use_muon": True}
+    order = {"seed": 2**64 - 1, "files": "a", "positions": [[1, 2, 3]] * 4}
+    assert one_line({**document, "recipe": recipe, "loader": order}) == ""
+    for name, value in product(recipe, [-1, 10**10, math.nan, math.inf, None, [], "0"]):
+        said = one_line({**document, "recipe": {**recipe, name: value}})
+        assert said or (name, value) == ("source", "0"), (name, value)
+    assert one_line({**document, "recipe": {**recipe, "total_batch_size": 0}})
+    for value in (-1, 1.5, math.nan, None, {}, [], True, 10**30, [[1, 2], [3]], [["a"]], [[1, -2]], [[[[]]]]):
+        assert one_line({**document, "loader": {**order, "positions": value}}), value
     assert "n_layer is 1000000000, the weights have 1 layers" in one_line(
         {**document, "model_config": {**document["model_config"], "n_layer": 10**9}}
     )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanochat import cli
 from nanochat.cli import alias, float_flag, int_flag
 from nanochat.errors import UserError, exit_on_user_error
+from nanochat.flags import ParentFlags
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = [
@@ -197,3 +198,12 @@ def test_settings_that_torch_would_slow_down_are_parsed_once(monkeypatch):
     cli.run(found.append, Example)
     cli.run(found.append, Example)
     assert [settings.name for settings in found] == ["first", "second"]
+
+
+def test_a_seed_has_as_many_bits_as_generators_take(capsys):
+    assert cli.parse(ParentFlags, ["--seed=18446744073709551615"]).seed == 2**64 - 1
+    for seed in (2**64, 10**30, -1):
+        with pytest.raises(SystemExit) as end:
+            cli.parse(ParentFlags, [f"--seed={seed}"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and "--seed" in line

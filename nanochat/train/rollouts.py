@@ -108,10 +108,11 @@ class RolloutLoader:
     def _check(self, state: dict[str, Any] | None) -> int:
         if state is None:
             return 0
-        if (state["seed"], state["questions"]) != (self.seed, len(self.task)):
-            raise UserError(f"cannot resume: {state['questions']} questions by seed {state['seed']} are now "
-                            f"{len(self.task)} by seed {self.seed}")  # fmt: skip
-        return state["position"]
+        before, position = (state.get("seed"), state.get("questions")), state.get("position")
+        if before != (self.seed, len(self.task)) or type(position) is not int:
+            raise UserError(f"cannot resume: {before[1]} questions by seed {before[0]}, {position} of them asked, "
+                            f"are now {len(self.task)} by seed {self.seed}")  # fmt: skip
+        return position
 
     def next_batch(self) -> RolloutBatch:
         """The next (device_batch_size, width) micro-batch; the first of a step answers all questions of the step."""

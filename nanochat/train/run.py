@@ -21,6 +21,7 @@ from nanochat import checkpoint, cli, parallel
 from nanochat.config import LEARNING_RATES
 from nanochat.errors import UserError
 from nanochat.eval.samples import make_chat_samples
+from nanochat.files import from_json
 from nanochat.flags import ParentFlags, Resume, RunFlags
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
@@ -310,7 +311,7 @@ def resume(run: TrainingRun) -> None:
     step, rank = meta["step"], get_dist_info().rank
     path = checkpoint.step_dir(run.folder, step) / "meta.json"
     with checkpoint.damage_reported(path, KeyError, TypeError, ValueError, RuntimeError, OverflowError):
-        steps, run.state = meta["optimizer_steps"], checkpoint.from_json(LoopState, meta["loop"])
+        steps, run.state = meta["optimizer_steps"], from_json(LoopState, meta["loop"])
         if rank < len(meta["rng"]):
             checkpoint.set_rng_state(meta["rng"][rank])
     checkpoint.load_weights(run.folder, step, run.model)

@@ -137,6 +137,9 @@ def test_a_resumed_loader_repeats_and_answers_differ_between_steps():
     assert (whole[1][0] != whole[1][1]).any()
     with pytest.raises(UserError, match="cannot resume"):
         make_loader(seed=4, state=first.state_dict())
+    for state in ({}, {**first.state_dict(), "position": "1"}):
+        with pytest.raises(UserError, match="cannot resume"):
+            make_loader(seed=3, state=state)
 
 
 def _rank_rows(batch):

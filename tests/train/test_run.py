@@ -97,6 +97,13 @@ def test_counters_of_other_types_are_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_parent_without_a_whole_recipe_is_one_line(monkeypatch):
+    for recipe in ({}, {"recipe": {"source": "pydocs", "use_muon": True}}):
+        monkeypatch.setattr(checkpoint, "find_model", lambda *_, of=recipe: (None, None, {"tag": "a", "step": 3, **of}))
+        with pytest.raises(UserError, match=r"base a, step 3: its recipe lacks .*total_batch_size"):
+            run.load_parent("base", mock.Mock(), None)
+
+
 def look_from_two_hosts(base):
     """Rank 1 has a folder of its own, which lacks what rank 0 sees; then one that rank 0 refuses."""
     run.VISIBLE_SECONDS = 0.2
