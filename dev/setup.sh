@@ -50,7 +50,7 @@ find_uv() {
 }
 
 find_cargo() {
-  command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+  command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-${HOME:-~}/.cargo}/bin
   command -v cargo >/dev/null ||
     stop "cargo not found: install Rust 1.85 or newer (rustup, or your system's rust package) and run again"
 }
