@@ -33,7 +33,7 @@ if [ "$FULLRUN" = 1 ]; then WHAT=fullrun; fi
 
 # ---- Set-up, one node after the other where they share this folder. Then the profile's numbers.
 
-if command -v flock >/dev/null; then
+if [ -w . ] && command -v flock >/dev/null; then
   {
     flock 9 || echo "this file system has no locks: on several nodes, set up each by \`bash dev/setup.sh\` before"
     source dev/setup.sh
