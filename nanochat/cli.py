@@ -105,8 +105,7 @@ class _Panels(DefaultFormatter):
 
     def __call__(self, console: Any, options: Any, panel: Any) -> None:
         for entry in panel.entries:
-            text = getattr(entry.description, "primary_renderable", None)
-            if text is not None:
+            if text := getattr(entry.description, "primary_renderable", None):
                 text.plain = " ".join(text.plain.split())
         super().__call__(console, options, panel)
 

@@ -68,8 +68,7 @@ def exit_on_user_error(program: Callable[[], object]) -> None:
 
 
 def end(message: str, code: int = 1) -> NoReturn:
-    """End the process with one line on stderr. Under torchrun the line is rank 0's, and what only another rank met is
-    left for torchrun to say."""
+    """End the process with one line on stderr; under torchrun rank 0's, and what only another rank met it says."""
     line = visible(masked(" ".join(message.split())))
     if len(line) > LONGEST:
         line = f"{line[: LONGEST * 3 // 4]} … {line[-LONGEST // 4 :]}"
@@ -109,14 +108,11 @@ def _prepare_streams() -> None:
     no letter for, and files and pipes (logs) get UTF-8 whatever the locale."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream: Any = getattr(sys, name)
-        if stream is None:
-            with contextlib.suppress(OSError):  # lest a file that is opened later becomes the output of a child
-                os.fstat(number)
-                continue
+        if stream is None:  # else the next file that is opened would be the output of our children
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
-        elif number and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8" if number and not stream.isatty() else None, errors="replace")
 
 
 def _nobody_reads() -> bool:
@@ -129,6 +125,5 @@ def _nobody_reads() -> bool:
 
 def _drop_output() -> None:
     """Send what is still to be flushed nowhere, so that the interpreter does not stumble over it as it ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
-        os.dup2(nowhere, number)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)

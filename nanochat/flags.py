@@ -1,5 +1,4 @@
-"""Flags that several programs share. Without torch, which takes seconds to import: `--help` and mistakes on the command
-line are answered before that (see cli.start)."""
+"""Flags that several programs share. Nothing here imports torch: see cli.start."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -119,7 +118,5 @@ class ChatTrainSettings(ParentFlags):
     """Steps between measurements of bits per byte on held-out conversations; -1: only at the end."""
     eval_tokens: Annotated[int, int_flag(gte=1)] = 2_097_152
     """Positions measured, at most."""
-
-    # ---- the machines
     compile: bool | None = None
     """torch.compile; default: on CUDA only."""

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, parse_json
 
 
 def rank_lines(tokens: Sequence[bytes]) -> bytes:
@@ -43,7 +43,7 @@ def fingerprint(ranks: bytes, pattern: str, special_tokens: Sequence[str]) -> st
 def read_meta(directory: Path) -> dict[str, Any]:
     """meta.json. Raises UserError where it is absent or damaged."""
     try:
-        meta = json.loads((directory / "meta.json").read_bytes())
+        meta = parse_json((directory / "meta.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise unusable(directory, "meta.json is missing") from None
     except ValueError as error:

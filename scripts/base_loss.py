@@ -34,7 +34,7 @@ from typing import Any
 from nanochat.checkpoint import load_model
 from nanochat.data.text_rows import TextData
 from nanochat.dataloader import row_batches
-from nanochat.errors import UserError
+from nanochat.errors import UserError, visible
 from nanochat.eval.bpb import BpbResult, baselines, measure_bpb, scored_bytes, train_text
 from nanochat.eval.samples import make_samples
 from nanochat.runtime import compute_cleanup, compute_init, print0
@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
             print0(f"{name:<28} {bpb:.4f} bits per byte")
         samples = make_samples(model, tokenizer)
         for sample in samples:
-            print0(f"--- {sample['text']}")
+            print0(f"--- {visible(sample['text'])}")
         data = {
             "settings": {**cli.as_dict(settings), "source": source},
             "metrics": {**metrics, "step": meta["step"]},

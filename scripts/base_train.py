@@ -84,7 +84,7 @@ from nanochat.cluster.observer import ClusterObserver
 from nanochat.config import LEARNING_RATES, TUNED_AT, build_config, init_spec, resolve
 from nanochat.data.rows import TrainData
 from nanochat.dataloader import BatchPlan, RowLoader, open_data, plan_batch, row_batches
-from nanochat.errors import UserError
+from nanochat.errors import UserError, visible
 from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.core import evaluate_core
@@ -160,7 +160,7 @@ class Samples:
             with parallel.disable_compile(self.model):
                 self.latest = make_samples(self.model, self.tokenizer)
             for sample in self.latest:
-                print0(f"--- {sample['text']}")
+                print0(f"--- {visible(sample['text'])}")
         return {}
 
 

@@ -48,7 +48,7 @@ from collections.abc import Iterable, Iterator
 
 from nanochat.checkpoint import load_model
 from nanochat.engine import Engine, Sampling
-from nanochat.errors import UserError
+from nanochat.errors import UserError, visible
 from nanochat.runtime import compute_cleanup, compute_init
 from nanochat.tokenizer import RustBPETokenizer, repaired
 
@@ -91,7 +91,7 @@ def converse(chat: "Chat", title: str) -> None:
             try:
                 chat.answer(message)
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {visible(str(error))}", file=sys.stderr)
 
 
 def _typed() -> Iterator[str]:
@@ -127,7 +127,7 @@ class Chat:
         self._make_room(1 + len(question))
         written: list[int] = []
         for text in readable(tokenizer, self._sample([bos, *itertools.chain(*self.turns), *question], written)):
-            print(text, end="", flush=True)
+            print(visible(text), end="", flush=True)
         print(flush=True)
         self.answers += 1
         if not self.is_base:
@@ -146,7 +146,7 @@ class Chat:
 
     def _sample(self, prompt: list[int], written: list[int]) -> Iterator[int]:
         """The tokens of the answer as they are sampled, without the one that ends it; `written` gets them too."""
-        for (token,), _ in self.engine.stream([prompt], self.sampling, [self.settings.seed + self.answers]):
+        for (token,), _ in self.engine.stream([prompt], self.sampling, [(self.settings.seed + self.answers) % 2**64]):
             if token in self.engine.stops:
                 return
             written.append(token)

@@ -207,3 +207,21 @@ def test_a_seed_has_as_many_bits_as_generators_take(capsys):
             cli.parse(ParentFlags, [f"--seed={seed}"])
         (line,) = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and "--seed" in line
+
+
+@pytest.mark.parametrize("word", ["--" + "x" * 100_000, "--name\udcff", "--run=\udcff\udcfe"])
+def test_words_too_long_or_without_a_meaning_are_one_short_line(word, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(word)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and len(line) < 1200
+
+
+@pytest.mark.parametrize("words", [["--nonsense"], ["--help"]])
+def test_under_torchrun_rank_0_answers(words, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat.errors.RANK_0_SECONDS", 0.0)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as end:
+        parse(*words)
+    assert end.value.code == (2 if words == ["--nonsense"] else 0)
+    assert capsys.readouterr() == ("", "")

@@ -9,6 +9,7 @@ import pytest
 
 from nanochat import errors
 from nanochat.errors import UserError, exit_on_user_error, visible
+from nanochat.files import parse_json, read_jsonl
 
 START = "from nanochat.errors import UserError, exit_on_user_error; import sys, os, json\n"
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -102,6 +103,20 @@ def test_json_nested_too_deep_is_one_line(text, capsys):
         exit_on_user_error(lambda: json.loads(text))
     (line,) = capsys.readouterr().err.splitlines()
     assert "JSON" in line and "nested" in line
+
+
+def test_stdin_that_is_no_text_of_this_locale_is_read(tmp_path):
+    (tmp_path / "x").write_bytes(b"caf\xe9\n")
+    done = run("print(sys.stdin.read().strip())", f"< {tmp_path / 'x'}")
+    assert (done.returncode, done.stdout.decode()) == (0, "caf\ufffd\n")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_json_nested_too_deep_is_damage_to_its_readers(text, tmp_path):
+    with pytest.raises(ValueError, match="nested"):
+        parse_json(text.encode())
+    (tmp_path / "x.jsonl").write_text(f'{text}\n{{"a": 1}}\n')
+    assert read_jsonl(tmp_path / "x.jsonl") == [{"a": 1}]
 
 
 def test_control_characters_never_reach_the_terminal(capsys):

@@ -30,7 +30,7 @@ import numpy as np
 from nanochat.data.rows import Row, RowSource, TrainData
 from nanochat.data.sources import SPLITS, Split
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, parse_json
 from nanochat.paths import get_base_dir
 from nanochat.runtime import print0
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -310,7 +310,7 @@ def describe_folder(directory: str | Path) -> TokenFolder:
     folder = _find(directory)
     names = sorted(path.name for path in folder.glob("*.bin"))
     try:
-        meta = _checked(json.loads((folder / "meta.json").read_bytes()), folder)
+        meta = _checked(parse_json((folder / "meta.json").read_bytes()), folder)
     except FileNotFoundError:
         meta = GPT2
         if strangers := [name for name in names if not COMMUNITY_NAME.fullmatch(name)]:

@@ -159,7 +159,7 @@ def _from_jsonl(path: Path) -> Iterator[str]:
             continue
         try:
             record: Any = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):

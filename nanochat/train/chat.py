@@ -15,7 +15,7 @@ import torch
 from nanochat.config import LEARNING_RATES
 from nanochat.data.chat_rows import ChatPacker, ChatRows, evaluation_rows
 from nanochat.dataloader import RowLoader, plan_batch, target_batches
-from nanochat.errors import TooLittleText, UserError
+from nanochat.errors import TooLittleText, UserError, visible
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
 from nanochat.flags import ChatTrainSettings, ParentFlags
 from nanochat.hardware import device_name
@@ -160,7 +160,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
     if outcome.finished:  # on all ranks alike; one that was told to stop has no time for samples
         samples = chat_samples(run, tokenizer)
         for sample in samples:
-            print0(f"--- {sample['prompt']}\n{sample['text']}")
+            print0(visible(f"--- {sample['prompt']}\n{sample['text']}"))
         metrics = {
             "device": device_name(device),
             "ranks": world_size,

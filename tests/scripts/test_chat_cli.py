@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat import checkpoint, cli
 from nanochat.engine import Engine
-from nanochat.errors import UserError
+from nanochat.errors import UserError, visible
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import checkpoint_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
@@ -73,7 +73,7 @@ def expected(model: GPT, message: str, seed: int = 42, max_tokens: int = 12, bef
 
 
 def shown(tokens: list[int]) -> str:
-    return "".join(readable(TOKENIZER, tokens))
+    return visible("".join(readable(TOKENIZER, tokens)))  # control characters reach no terminal
 
 
 def special(*names: str) -> list[int]:
