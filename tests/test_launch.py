@@ -345,6 +345,8 @@ USER_ERROR = """
 import os, sys, time
 from nanochat.errors import UserError, exit_on_user_error
 def main():
+    if os.environ["RANK"] == "0" and "late" in sys.argv:
+        time.sleep(1.5)
     if os.environ["RANK"] in sys.argv[1:]:
         raise UserError("it is so")
     time.sleep(60)
@@ -352,7 +354,14 @@ exit_on_user_error(main)
 """
 
 
-@pytest.mark.parametrize(("ranks", "said"), [("01", "error: it is so\n"), ("1", "error: it is so (rank 1)\n")])
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (["0", "1"], "error: it is so\n"),
+        (["0", "1", "late"], "error: it is so\n"),
+        (["1"], "error: it is so (rank 1)\n"),
+    ],
+)
 def test_a_users_mistake_is_one_line_whichever_ranks_met_it(tmp_path, ranks, said):
     done = run_two(tmp_path, USER_ERROR, *ranks, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stderr) == (1, said)

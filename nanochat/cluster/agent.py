@@ -59,7 +59,9 @@ def main(settings: Settings, command: Sequence[str]) -> int:
     except SignalException as stopped:
         return exit_code(next(filter(None, codes), 0 if codes else -stopped.sigval))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # Ranks that left word of the same mistake are ended by torchrun while rank 0 says it: they are not the cause
+        causes = {rank: one for rank, one in error.failures.items() if one.exitcode != -signal.SIGTERM}
+        rank, failure = min((causes or error.failures).items(), key=lambda item: (item[1].timestamp, item[0]))
         if failure.exitcode < 0:
             print(f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         elif rank > 0 and isinstance(failure.message, dict):  # nanochat.errors.end leaves that to us
