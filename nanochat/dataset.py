@@ -3,7 +3,7 @@
     python -m nanochat.dataset -n 8                      FineWeb-Edu, 8 train shards and the validation shard
     python -m nanochat.dataset -n 8 --source=climbmix    ClimbMix
     python -m nanochat.dataset --source=pydocs           documentation of the installed Python packages, no network
-    python -m nanochat.dataset --source=local:DIR        parquet, jsonl or txt files below DIR
+    python -m nanochat.dataset --source=local:DIR        parquet, jsonl, csv or txt files below DIR
 
 Run it again to go on where it stopped; shards that are here are not fetched again. HF_ENDPOINT names a mirror.
 """

@@ -33,7 +33,8 @@ class Settings:
     """Characters to train on at most."""
 
     doc_cap: Annotated[int, int_flag(gte=1)] = 10_000
-    """Characters used of each document at most, so that a few long ones do not decide the vocabulary."""
+    """Characters used of each document at most, so that a few long ones do not decide the vocabulary. Documents of your
+    own (--source=local:DIR) have been cut into pieces of 10,000 at most, so that all of them is used."""
 
     vocab_size: Annotated[int, int_flag(gte=MIN_VOCAB_SIZE)] = 65_536
     """Tokens in the vocabulary, the nine special tokens included."""

@@ -15,11 +15,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from nanochat import files
 from nanochat.data import hub, local, parquet, pydocs, sources
 from nanochat.data.sources import HubSource, dataset_bytes, iter_documents, list_shards
 from nanochat.dataset import Settings, main
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
+from nanochat.tokenizer import RustBPETokenizer
+from scripts import tok_train
 from tests.standin_hub import COMMIT, StandInHub, parquet_bytes, serving
 
 LAST = 5
@@ -271,7 +274,7 @@ def test_every_kind_of_file_is_read(folder):
     get(f"local:{folder}")
     train, val = everything(f"local:{folder}")
     assert sorted(train + val) == sorted(texts)
-    assert len(val) == 1
+    assert len(val) == 7
     about = manifest(f"local:{folder}")
     assert (about["kind"], about["synthetic"]) == ("local files", False)
 
@@ -296,19 +299,20 @@ def test_shards_do_not_depend_on_how_text_is_spread_over_files(tmp_path, texts, 
 
 
 def test_repeated_documents_do_not_move_the_validation_split(tmp_path):
-    """At 150 documents of two bytes, one per cent is one document; counted twice it would be three."""
+    """At 150 documents of two bytes, ten per cent are 15 documents; counted twice it would be 30."""
     found = []
     for times in (1, 2):
         origin = tmp_path / f"{times} times"
         origin.mkdir()
         (origin / "a.jsonl").write_text(jsonl([chr(0x100 + i) for i in range(150)] * times))
         found.append(local.convert(local.input_files(origin), origin / "out"))
-    assert found[0] == found[1] and found[0]["shard_00001.parquet"]["documents"] == 1
+    assert found[0] == found[1] and found[0]["shard_00001.parquet"]["documents"] == 15
 
 
 def test_validation_is_one_per_cent(folder, monkeypatch):
     monkeypatch.setattr(local, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(local, "BUCKET_BYTES", 50_000)  # several buckets
+    monkeypatch.setattr(local, "MIN_VAL_BYTES", 0)  # as of much text
     chance = random.Random(0)
     texts = [" ".join(str(chance.random()) for _ in range(10)) for _ in range(3000)]
     (folder / "a.jsonl").write_text(jsonl(texts))
@@ -416,6 +420,305 @@ def test_a_lone_ready_shard_is_not_enough(folder):
     (folder / "shard_00000.parquet").write_bytes(parquet_bytes(["x", "y"]))
     with pytest.raises(UserError, match=r"shard_00000\.parquet stands alone"):
         get(f"local:{folder}")
+
+
+# ---- whatever a folder holds
+
+
+def shares(source):
+    sizes = {split: dataset_bytes(source, split) for split in ("train", "val")}
+    return sizes["val"] / sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    "total, held_out",
+    [(0, 0), (1_000, 100), (1_100_000, 110_000), (7_000_000, 500_000), (200_000_000, 2_000_000), (10**12, 10_000_000)],
+)
+def test_what_is_held_out_suffices_and_is_a_share(total, held_out):
+    assert local.held_out_bytes(total) == held_out
+
+
+ALPHABET = st.sampled_from("ab é\u0301中。.!?\n \u200d👩🏽")
+
+
+@given(st.text(ALPHABET, max_size=300), st.integers(4, 60))
+def test_pieces_are_the_whole_text_and_short(text, limit):
+    found = list(local.pieces(text, limit))
+    assert ("".join(found) == text and all(0 < len(piece) <= limit for piece in found)) or not text
+
+
+@pytest.mark.parametrize(
+    "text, limit, expected",
+    [
+        ("One two. Three four. Five", 22, ["One two. Three four. ", "Five"]),
+        ("Said he, a b c d!\n\nNext. More text", 26, ["Said he, a b c d!\n\n", "Next. More text"]),
+        ("первое. второе предложение", 12, ["первое. ", "второе ", "предложение"]),
+        ("第一句话很长。第二句话也长。第三句", 16, ["第一句话很长。第二句话也长。", "第三句"]),
+        ("name: a\nname: b\nname: c", 18, ["name: a\nname: b\n", "name: c"]),
+        ("aaaaaaaaaa", 4, ["aaaa", "aaaa", "aa"]),
+        ("aaae\u0301aaa", 4, ["aaa", "e\u0301aa", "a"]),
+    ],
+)
+def test_text_is_cut_where_it_pauses(text, limit, expected):
+    assert list(local.pieces(text, limit)) == expected
+
+
+def test_a_long_text_of_one_line_is_all_trained_on(folder):
+    """5.8 MB in one line were "1 document, too few", and a tokenizer saw 10,000 characters of it."""
+    chance = random.Random(1)
+    words = ["".join(chance.choices("abcdefgh", k=6)) for _ in range(500)]
+    text = " ".join(chance.choices(words, k=830_000))
+    (folder / "a.txt").write_text(text)
+    source = f"local:{folder}"
+    get(source)
+    train, val = everything(source)
+    assert sum(map(len, train + val)) == len(text) and 0.07 < shares(source) <= 500_000 / len(text)
+    assert max(map(len, train)) <= local.PIECE == tok_train.Settings().doc_cap
+
+
+@pytest.mark.parametrize("long", ["one sentence that repeats. " * 18_000, "中文没有空格" * 40_000, "x" * 480_000])
+@pytest.mark.parametrize("name", ["a.jsonl", "shard.parquet"])
+def test_a_long_document_among_short_ones_never_becomes_the_validation_split(folder, long, name):
+    texts = [f"short document {i}" for i in range(20)] + [long]
+    (folder / name).write_bytes(jsonl(texts).encode() if name == "a.jsonl" else parquet_bytes(texts))
+    get(f"local:{folder}")
+    assert 0.01 < shares(f"local:{folder}") <= local.MAX_VAL_SHARE
+    assert dataset_bytes(f"local:{folder}", "train") > 0.9 * len(long.encode())
+
+
+def test_one_short_document_is_shared_out_too(folder):
+    (folder / "a.txt").write_text("Some words of it. " * 200)
+    get(f"local:{folder}")
+    assert 0.08 < shares(f"local:{folder}") <= 0.1
+
+
+def test_ready_shards_of_books_are_cut_for_the_tokenizer(folder):
+    for i in range(2):
+        (folder / f"shard_{i:05d}.parquet").write_bytes(parquet_bytes([f"Book {i} {j}. " * 10_000 for j in range(3)]))
+    get(f"local:{folder}")
+    train, val = (list(iter_documents(f"local:{folder}", split)) for split in ("train", "val"))
+    assert "".join(train) == "".join(f"Book 0 {j}. " * 10_000 for j in range(3)) and max(map(len, train)) <= local.PIECE
+    assert all(text.startswith("Book 1") for text in val)
+
+
+def test_more_text_held_out_than_trained_on_is_said(folder, capsys):
+    (folder / "shard_00000.parquet").write_bytes(parquet_bytes(["little"]))
+    (folder / "shard_00001.parquet").write_bytes(parquet_bytes(["much more"] * 9))
+    get(f"local:{folder}")
+    assert "has more text than all others" in capsys.readouterr().out
+
+
+def write_table(path, column, **options):
+    pq.write_table(pa.table({"text": column}), path, **options)
+
+
+COLUMNS = {
+    "dictionary": lambda texts: pa.array(texts).dictionary_encode(),
+    "string_view": lambda texts: pa.array(texts, pa.string_view()),
+    "large_string": lambda texts: pa.array(texts, pa.large_string()),
+    "binary": lambda texts: pa.array([text and text.encode() for text in texts], pa.binary()),
+    "nulls": lambda texts: pa.array([*texts, None, None]),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("codec", ["none", "snappy", "zstd", "gzip", "brotli", "lz4"])
+@pytest.mark.parametrize("name", ["shard_{:05d}.parquet", "part-{}.parquet"])
+def test_every_parquet_that_comes_in_is_read_by_every_reader(folder, kind, codec, name):
+    texts = [shard_texts(i) for i in range(2)]
+    for i in range(2):
+        write_table(folder / name.format(i), COLUMNS[kind](texts[i]), compression=codec)
+    source = f"local:{folder}"
+    get(source)
+    train, val = everything(source)
+    assert sorted(train + val) == sorted(texts[0] + texts[1])
+    _, documents, characters = RustBPETokenizer.train_from_parquet(list_shards(source, "train"), 270, 10**9, 10**4)
+    assert (documents, characters) == (len(train), sum(map(len, train)))
+
+
+def test_a_folder_named_like_a_shard_is_read(folder):
+    (folder / "shard_00000.parquet").mkdir()
+    (folder / "shard_00000.parquet" / "_SUCCESS").touch()
+    (folder / "shard_00000.parquet" / ".part-0.parquet.crc").write_bytes(b"crc")
+    (folder / "shard_00000.parquet" / "part-0.snappy.parquet").write_bytes(parquet_bytes(shard_texts(0)))
+    (folder / "shard_00001.parquet").write_bytes(parquet_bytes(shard_texts(1)))
+    get(f"local:{folder}")
+    assert sorted(itertools.chain(*everything(f"local:{folder}"))) == sorted(shard_texts(0) + shard_texts(1))
+
+
+def table_bytes(columns, names):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, names=names), sink)
+    return sink.getvalue().to_pybytes()
+
+
+NOT_UTF8 = pa.Array.from_buffers(
+    pa.string(), 1, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pa.py_buffer(b"\xff")]
+)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (table_bytes([["a"], ["b"]], ["text", "text"]), "expected a column `text`, found text, text"),
+        (table_bytes([["a"]], ["content"]), "expected a column `text`, found content"),
+        (table_bytes([[["a"]]], ["text"]), "expected strings in column `text`, found list"),
+        (table_bytes([[{"text": "a"}]], ["text"]), "expected strings in column `text`, found struct"),
+        (table_bytes([NOT_UTF8], ["text"]), "row group 0 is damaged .*UTF8"),
+        (table_bytes([pa.array([b"\xff"])], ["text"]), "row group 0 is damaged .*UTF8"),
+        (table_bytes([pa.array([None], pa.string())], ["text"]), "no text in"),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_shard_without_text_is_refused_at_the_door(folder, content, message, number):
+    (folder / f"shard_{number:05d}.parquet").write_bytes(content)
+    (folder / f"shard_{1 - number:05d}.parquet").write_bytes(parquet_bytes(["fine"]))
+    with pytest.raises(UserError, match=message) as caught:
+        get(f"local:{folder}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_shard_that_rustbpe_cannot_decompress_is_refused(server):
+    sink = pa.BufferOutputStream()
+    write_table(sink, pa.array(["x"]), compression="gzip")
+    server.files[VAL] = sink.getvalue().to_pybytes()
+    with pytest.raises(UserError, match=rf"{VAL}: compressed by GZIP; expected SNAPPY, UNCOMPRESSED, ZSTD"):
+        get(num_files=1)
+
+
+def test_compressed_text_tables_and_nulls_are_read_and_the_rest_is_said(folder, capsys):
+    packed = gzip.compress(b'{"text": "packed"}\n{"text": null}\n')
+    (folder / "a.NDJSON.gz").write_bytes(packed)
+    (folder / "b.txt.gz").write_bytes(gzip.compress(b"plain"))
+    (folder / "c.csv").write_bytes(b'\xef\xbb\xbfid,text\r\n1,"said ""yes"", and\nleft"\r\n2,\r\n\r\n3,last\r\n')
+    (folder / "d.TSV").write_text("text\tid\ntab, and comma\t4\n")
+    (folder / "long.csv").write_text("text\n" + " ".join(map(str, range(60_000))) + "\n")
+    (folder / "e.docx").write_bytes(b"PK")
+    (folder / "._b.txt").write_bytes(b"\xff")
+    get(f"local:{folder}")
+    texts = list(itertools.chain(*everything(f"local:{folder}")))
+    assert {"packed", "plain", 'said "yes", and\nleft', "last", "tab, and comma"} <= set(texts)
+    assert sum(map(len, texts)) > 300_000
+    assert "left out 1 .docx, 1 .txt" in capsys.readouterr().out
+    assert manifest(f"local:{folder}")["left_out"] == "1 .docx, 1 .txt"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", b"id;text\n1;x\n", r"a\.csv: expected a column `text` in its first line, found id;text"),
+        ("a.csv", b"text,text\n1,x\n", r"expected a column `text` in its first line, found text, text"),
+        ("a.csv", b"", r"expected a column `text` in its first line, found $"),
+        ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv, line 3: 1 columns instead of 2"),
+        ("a.csv", b'text\n"never closed\n', r"a\.csv, line 2: not CSV"),
+        ("a.csv", b"text\nx\xff\n", r"a\.csv, line 2: not UTF-8"),
+        (
+            "a.txt.gz",
+            gzip.compress(random.Random(0).randbytes(9).hex().encode() * 999, mtime=0)[:-9],
+            r"cannot be read",
+        ),
+        ("a.jsonl", b'{"text":' + b"[" * 100_000, r"a\.jsonl, line 1: not JSON"),
+    ],
+)
+def test_mistakes_in_other_formats_name_file_and_line(folder, name, content, message):
+    test_local_mistakes_name_file_and_line(folder, name, content, message)
+
+
+# ---- links
+
+
+def cache_of_links(folder):
+    """As huggingface_hub keeps a dataset: links to files named by their content."""
+    snapshot, blobs = folder / "snapshots" / "abc", folder / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i in range(3):
+        (blobs / f"{i:064d}").write_bytes(parquet_bytes(shard_texts(i)))
+        (snapshot / f"shard_{i:05d}.parquet").symlink_to(f"../../blobs/{i:064d}")
+    return snapshot
+
+
+def test_links_to_shards_are_followed(folder, capsys):
+    source = f"local:{cache_of_links(folder)}"
+    get(source)
+    path = list_shards(source, "train")[0]
+    assert not path.is_symlink() and path.samefile(folder / "blobs" / f"{0:064d}")
+    assert list(iter_documents(source, "val")) == shard_texts(2)
+    stamp = (data_dir(source) / "shard_00000.parquet").stat().st_ino
+    get(source)
+    assert (data_dir(source) / "shard_00000.parquet").stat().st_ino == stamp
+
+
+def test_linked_folders_are_read_once(folder, tmp_path):
+    cache_of_links(folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "linked").symlink_to(folder)
+    (folder / "circle").symlink_to(folder)
+    get(f"local:{tmp_path}/other")
+    texts = list(itertools.chain(*everything(f"local:{tmp_path}/other")))
+    assert sorted(texts) == sorted(text for i in range(3) for text in shard_texts(i))
+
+
+@pytest.mark.parametrize("name", ["shard_00001.parquet", "b.txt", "c.csv.gz"])
+def test_a_link_to_nothing_is_named(folder, name):
+    (folder / "shard_00000.parquet").write_bytes(parquet_bytes(["x"]))
+    (folder / name).symlink_to("../../blobs/gone")
+    with pytest.raises(UserError, match=rf"{name} is a link to \.\./\.\./blobs/gone, which is not there"):
+        get(f"local:{folder}")
+
+
+# ---- damage that changes no size
+
+
+def flip(path, keep_time=False):
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_flipped_byte_is_mended_from_where_the_text_came(server, folder, monkeypatch, keep_time, large, capsys):
+    if large:  # remembered by size and times; a file is read again only when they change
+        monkeypatch.setattr(files, "LARGE_BYTES", 0)
+    (folder / "a.jsonl").write_text(jsonl(shard_texts(7)))
+    for source in ("fineweb-edu", f"local:{folder}"):
+        get(source, num_files=1)
+        for split in sources.SPLITS:
+            path = list_shards(source, split)[0]
+            before = path.read_bytes()
+            flip(path, keep_time)
+            get(source, num_files=1)
+            assert path.read_bytes() == before
+            assert f"{path} has changed" in capsys.readouterr().out
+
+
+def test_a_damaged_ready_shard_is_refused_and_a_damaged_copy_is_mended(folder):
+    for i in range(3):
+        write_table(folder / f"shard_{i:05d}.parquet", pa.array(shard_texts(i)), compression="none")
+    source = f"local:{folder}"
+    get(source)
+    path = list_shards(source, "train")[1]
+    before = path.read_bytes()
+    path.unlink()
+    path.write_bytes(before)  # a copy, as between two disks
+    flip(path)
+    get(source)
+    assert path.read_bytes() == before
+    path = folder / path.name
+    content = path.read_bytes()
+    stat = path.stat()
+    path.write_bytes(content.replace(b"document 3", b"document 8"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match=rf"{path} has other content than when it was taken over") as caught:
+        get(source)
+    assert "\n" not in str(caught.value)
+    path.touch()
+    get(source)
+    assert "shard 1, document 8: naïve café" in list(iter_documents(source, "train"))
 
 
 @pytest.mark.skipif(not (DATA / "corpus").is_dir(), reason=f"no real data at {DATA}/corpus")

@@ -1,18 +1,25 @@
-"""A folder of the user's own text as shards: parquet (column `text`), .jsonl (field `text`), .txt.
+"""A folder of the user's own text as shards: parquet and CSV (column `text`), JSON Lines (field `text`), plain text.
 
-Documents are dropped when they repeat another one exactly, and ordered by a hash of their text: a shuffle that is the
-same on every machine and does not depend on how the text is spread over files. The first per cent (at most 10 MB, at
-least one document) is for validation. A folder that holds shard_*.parquet already keeps its shards and their order.
+Long documents are cut into pieces. Documents are dropped when they repeat another one exactly, and ordered by a hash of
+their text: a shuffle that is the same on every machine and does not depend on how the text is spread over files. The
+first ones are for validation: one per cent of the bytes (at most 10 MB), of little text up to ten. A folder that holds
+shard_*.parquet already keeps its shards and their order. Links are followed.
 """
 
+import collections
 import contextlib
+import csv
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +31,13 @@ from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.paths import data_dir
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+COMPRESSED = ("", ".gz", ".zst", ".bz2", ".lz4")
 VAL_SHARE = 0.01
+MIN_VAL_BYTES = 500_000  # fewer measure little, so of less than 50 MB more than VAL_SHARE is held out, but
+MAX_VAL_SHARE = 0.1  # never more than this
 MAX_VAL_BYTES = 10_000_000
+PIECE = 10_000  # characters of a document at most: what scripts/tok_train.py reads of one
+MIN_PIECE_BYTES = 100  # a document is not cut below this to fit into the validation split
 SHARD_BYTES = 256_000_000  # UTF-8 bytes a train shard, about 100 MB compressed, as on the hub
 WHOLE_TXT_BYTES = 65_536  # a .txt file up to this is one document
 TXT_DOCUMENT_BYTES = 16_384  # a longer one is cut at the first blank line after this many
@@ -38,10 +49,16 @@ def take_folder(source: str, num_files: int) -> None:
     """Convert the folder of `source`, or link its shards when it is in the standard layout (num_files of them for
     training, -1: all); nothing when it is unchanged."""
     origin, folder = Path(source.removeprefix("local:")), data_dir(source)
-    inputs, ready = input_files(origin), sorted(origin.glob("shard_*.parquet"))
+    inputs = input_files(origin)
+    ready = [path for path in inputs if path.parent == origin and path.match("shard_*.parquet")]
+    if any(path.is_dir() for path in origin.glob("shard_*.parquet")):  # as Spark writes one file: parts in a folder
+        ready = []
     manifest = parquet.load_manifest(folder)
     hash_ = fingerprint(origin, ready or inputs)
     about = {"source": source, "kind": "local files", "synthetic": False, "fingerprint": hash_}
+    if left_out := _left_out(origin, ready or inputs):
+        print(f"{source}: left out {left_out}")
+        about["left_out"] = left_out
     changed = any(manifest.get(key) != about[key] for key in ("source", "fingerprint"))
     if changed:
         parquet.about_to_replace(folder)
@@ -51,8 +68,11 @@ def take_folder(source: str, num_files: int) -> None:
             raise UserError(f"--source={source}: {val.name} stands alone: one shard is needed to train on besides")
         files = {} if changed else manifest["files"]
         for path in [val, *(train if num_files == -1 else train[:num_files])]:
-            if not parquet.is_here(folder / path.name, files.get(path.name)):
-                files[path.name] = adopt_shard(path, folder / path.name, "val" if path == val else "train")
+            known = files.get(path.name)
+            if not parquet.is_here(folder / path.name, known):
+                split = "val" if path == val else "train"
+                files[path.name] = adopt_shard(path, folder / path.name, split, known and known["sha256"])
+        _check_splits(source, val, files)
     elif changed or not parquet.all_here(folder, manifest):
         files = convert(inputs, folder)
     else:
@@ -61,14 +81,59 @@ def take_folder(source: str, num_files: int) -> None:
     parquet.replace_shards(folder, about, files)
 
 
+def _check_splits(source: str, val: Path, files: parquet.Manifest) -> None:
+    """Raises UserError for a split without text. Says so when more text is held out than is left to train on."""
+    sizes = {"val": 0, "train": 0}
+    for entry in files.values():
+        sizes[entry["split"]] += entry["utf8_bytes"]
+    if not sizes["val"] or (not sizes["train"] and len(files) > 1):
+        raise UserError(f"--source={source}: no text in {val.name if sizes['train'] else 'the shards to train on'}")
+    if sizes["val"] > sizes["train"] > 0:
+        print(f"{source}: {val.name}, which is for validation as the last shard, has more text than all others")
+
+
+def all_files(folder: Path) -> Iterator[Path]:
+    """Files below `folder`, links followed, each folder read once. Raises UserError for a link that leads nowhere."""
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (Path(place, name) for name in names):
+            if path.is_symlink() and not path.exists() and _is_text(path):
+                raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: copy that too")
+            if path.is_file():
+                yield path
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def _is_text(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
+
+
 def input_files(folder: Path) -> list[Path]:
     """Files with text below `folder`, sorted. Raises UserError when there are none."""
     if not folder.is_dir():
         raise UserError(f"--source=local:{folder}: no such folder")
-    found = [path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file()]
+    found = [path for path in all_files(folder) if _is_text(path)]
     if not found:
-        raise UserError(f"--source=local:{folder}: no {', '.join(SUFFIXES)} files there")
+        raise UserError(
+            f"--source=local:{folder}: no .parquet, {', '.join(FORMATS)} files there (or {', '.join(COMPRESSED[1:])} "
+            "of the latter)"
+        )
     return sorted(found)
+
+
+def _left_out(folder: Path, taken: list[Path]) -> str:
+    """How many files of which kind are not read; empty if none."""
+    known = {os.path.realpath(path) for path in taken}
+    others = (path for path in all_files(folder) if os.path.realpath(path) not in known)
+    kinds = collections.Counter(path.suffix or "without a suffix" for path in others)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())[:10])
 
 
 def fingerprint(folder: Path, files: list[Path]) -> str:
@@ -80,16 +145,37 @@ def fingerprint(folder: Path, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def adopt_shard(path: Path, target: Path, split: str) -> parquet.Manifest:
-    """Take a ready shard over as a hard link (a copy where the disks differ); returns its manifest entry."""
-    entry = parquet.describe(path, split, str(path))
+def adopt_shard(path: Path, target: Path, split: str, known: str | None = None) -> parquet.Manifest:
+    """Take a ready shard over as a hard link (a copy where the disks differ), or written anew where a later reader
+    could not use it as it is; returns its manifest entry. known: the sha256 that it had when it was taken over before,
+    and still should have by its date. Raises UserError when it is damaged."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as temporary:
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
+        if _is_usable(path):
+            entry = parquet.describe(path, split, str(path))
+            try:
+                os.link(path.resolve(), temporary)  # of the file itself: the store is no place for links to elsewhere
+            except OSError:
+                shutil.copyfile(path, temporary)
+        else:
+            print(f"{path}: written anew, because of its compression or because of long documents", flush=True)
+            parquet.write_shard(temporary, (piece for text in read_documents(path) for piece in pieces(text)))
+            entry = parquet.describe(temporary, split, str(path))
+        if known not in (None, entry["sha256"]):
+            raise UserError(
+                f"{path} has other content than when it was taken over, but the same date and size: it is damaged; get "
+                f"it again, or `touch` it to train on it as it is"
+            )
     return entry
+
+
+def _is_usable(path: Path) -> bool:
+    """Whether rustbpe can decompress a shard, and documents are so short that it learns from most of the text."""
+    file = parquet.open_shard(path)
+    if parquet.codecs(file) - parquet.CODECS:
+        return False
+    lengths = [len(text) for text in parquet.read_documents(path)]
+    return 2 * sum(min(length, PIECE) for length in lengths) >= sum(lengths)
 
 
 def convert(files: list[Path], target: Path) -> parquet.Manifest:
@@ -99,27 +185,62 @@ def convert(files: list[Path], target: Path) -> parquet.Manifest:
     buckets = min(MAX_BUCKETS, 1 + sum(path.stat().st_size for path in files) // BUCKET_BYTES)
     with tempfile.TemporaryDirectory(dir=target, prefix="ordering-") as folder:
         _spread(files, Path(folder), buckets)
-        val_bytes = min(MAX_VAL_BYTES, int(sum(map(_distinct_bytes, Path(folder).iterdir())) * VAL_SHARE))
-        return parquet.write_shards(target, _ordered(Path(folder)), val_bytes, SHARD_BYTES)
+        val_bytes = held_out_bytes(sum(map(_distinct_bytes, Path(folder).iterdir())))
+        documents = _ordered(Path(folder))
+        head = list(itertools.islice(documents, 1))
+        if head and len(head[0].encode()) > val_bytes >= MIN_PIECE_BYTES:
+            head = list(pieces(head[0], val_bytes // 4))  # of at most four bytes a character
+        return parquet.write_shards(target, itertools.chain(head, documents), val_bytes, SHARD_BYTES)
+
+
+def held_out_bytes(total: int) -> int:
+    """UTF-8 bytes to hold out of `total`."""
+    enough = min(MIN_VAL_BYTES, int(total * MAX_VAL_SHARE))
+    return min(MAX_VAL_BYTES, max(enough, int(total * VAL_SHARE)))
+
+
+# Where a long document is cut, best first: between paragraphs, sentences, lines, words.
+SENTENCE = r"[.!?…]+[\"'”’»)\]]*\s+|[。！？｡؟۔।॥]+[”’」』）》]*\s*"  # noqa: RUF001
+BOUNDARIES = [re.compile(pattern) for pattern in (r"\n\s*\n", SENTENCE, r"[\n\r]+", r"\s+")]
+
+
+def pieces(text: str, limit: int = PIECE) -> Iterator[str]:
+    """`text` in pieces of at most `limit` characters, which joined are `text` again."""
+    start = 0
+    while len(text) - start > limit:
+        half, end = start + limit // 2, start + limit
+        for boundary in BOUNDARIES:
+            if ends := [match.end() for match in boundary.finditer(text, half, end)]:
+                end = ends[-1]
+                break
+        else:
+            cut = end
+            while cut > half and (unicodedata.category(text[cut])[0] in "MC" or text[cut - 1] == "\u200d"):
+                cut -= 1  # accents, joiners and the like belong to the letter before them
+            end = cut if cut > half else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _spread(files: list[Path], folder: Path, buckets: int) -> None:
-    """Write each document to one of `buckets` Arrow files by its hash."""
-    schema = pa.schema([("text", pa.large_string())])
-    waiting: list[list[str]] = [[] for _ in range(buckets)]
+    """Write each document, or its pieces, to one of `buckets` Arrow files by its hash."""
+    schema = pa.schema([("key", pa.binary(16)), ("text", pa.large_string())])
+    waiting: list[list[tuple[bytes, str]]] = [[] for _ in range(buckets)]
     sizes = [0] * buckets
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_file(str(folder / f"{i:03d}.arrow"), schema)) for i in range(buckets)]
 
         def flush(i: int) -> None:
-            writers[i].write_table(pa.table({"text": waiting[i]}, schema))
+            keys, texts = zip(*waiting[i], strict=True) if waiting[i] else ((), ())
+            writers[i].write_table(pa.table({"key": keys, "text": texts}, schema))
             waiting[i], sizes[i] = [], 0
 
         for path in files:
-            for text in read_documents(path):
+            for key, text in _keyed(path):
                 # buckets are ranges of the hash, so that one after the other they are in order
-                i = int.from_bytes(parquet.text_hash(text)[:8], "big") * buckets >> 64
-                waiting[i].append(text)
+                i = int.from_bytes(key[:8], "big") * buckets >> 64
+                waiting[i].append((key, text))
                 sizes[i] += len(text.encode())
                 if sizes[i] > 1 << 20:
                     flush(i)
@@ -127,20 +248,36 @@ def _spread(files: list[Path], folder: Path, buckets: int) -> None:
             flush(i)
 
 
-def _read_bucket(path: Path) -> pa.ChunkedArray:
+def _keyed(path: Path) -> Iterator[tuple[bytes, str]]:
+    """What each document of a file, or piece of one, is ordered and told apart by. A document that repeats itself keeps
+    all its pieces."""
+    for text in read_documents(path):
+        key = parquet.text_hash(text)
+        if len(text) <= PIECE:
+            yield key, text
+        else:
+            for number, piece in enumerate(pieces(text)):
+                if piece.strip():
+                    yield parquet.text_hash(f"{key.hex()} {number}"), piece
+
+
+def _read_bucket(path: Path) -> pa.Table:
     with pa.memory_map(str(path)) as stream:
-        return pa.ipc.open_file(stream).read_all().column("text")
+        return pa.ipc.open_file(stream).read_all()
 
 
 def _distinct_bytes(path: Path) -> int:
     """UTF-8 bytes of the documents in a bucket, each counted once: repetitions must not move the validation split."""
-    return pc.sum(pc.binary_length(pc.unique(_read_bucket(path)))).as_py() or 0
+    table = _read_bucket(path)
+    table = table.append_column("bytes", pc.binary_length(table["text"]))
+    return pc.sum(table.group_by("key").aggregate([("bytes", "min")])["bytes_min"]).as_py() or 0
 
 
 def _ordered(folder: Path) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
-        texts = _read_bucket(path).to_pylist()
-        yield from (text for _, text in sorted({parquet.text_hash(text): text for text in texts}.items()))
+        table = _read_bucket(path)
+        texts = dict(zip(table["key"].to_pylist(), table["text"].to_pylist(), strict=True))
+        yield from (text for _, text in sorted(texts.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,8 +285,9 @@ def _ordered(folder: Path) -> Iterator[str]:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """Documents of one file, without empty ones. Raises UserError naming the file and the line."""
-    read = {".parquet": parquet.read_documents, ".txt": _from_txt}.get(path.suffix, _from_jsonl)
+    """Documents of one file, without empty ones and nulls. Raises UserError naming the file and the line."""
+    kinds = [suffix for suffix in path.suffixes if suffix.lower() in FORMATS]
+    read = FORMATS[kinds[-1].lower()] if kinds and path.suffix.lower() != ".parquet" else parquet.read_documents
     return (text for text in read(path) if text.strip())
 
 
@@ -162,18 +300,45 @@ def _from_jsonl(path: Path) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
         text = record.get("text") if isinstance(record, dict) else None
+        if text is None and isinstance(record, dict) and "text" in record:
+            continue  # as a null row of parquet
         if not isinstance(text, str):
             raise UserError(f"{path}, line {number}: expected an object with a string field `text`")
         yield text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair; UTF-8 cannot
 
 
+def _from_csv(path: Path) -> Iterator[str]:
+    csv.field_size_limit(sys.maxsize)  # 128 KiB otherwise
+    lines = (line for _, line in _lines(path))
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        names = next(reader, [])
+        if names.count("text") != 1:
+            raise UserError(f"{path}: expected a column `text` in its first line, found {', '.join(names)[:200]}")
+        place = names.index("text")
+        for row in reader:
+            if row and len(row) != len(names):
+                raise UserError(f"{path}, line {reader.line_num}: {len(row)} columns instead of {len(names)}")
+            yield row[place] if row else ""
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
 def _from_txt(path: Path) -> Iterator[str]:
-    if path.stat().st_size <= WHOLE_TXT_BYTES:
-        yield "".join(line for _, line in _lines(path)).strip()
-        return
+    lines: Iterator[str] = (line for _, line in _lines(path))
     document: list[str] = []
     size = 0
-    for _, line in _lines(path):
+    for line in lines:
+        document.append(line)
+        size += len(line.encode())
+        if size > WHOLE_TXT_BYTES:
+            break
+    else:
+        yield "".join(document).strip()
+        return
+    lines, document, size = itertools.chain(document, lines), [], 0
+    for line in lines:
         document.append(line)
         size += len(line.encode())
         # a text without blank lines is cut at a line end once it is much too long
@@ -194,3 +359,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file first") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read after line {number} ({error})") from None
+
+
+FORMATS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".jsonl": _from_jsonl,
+    ".ndjson": _from_jsonl,
+    ".txt": _from_txt,
+    ".csv": _from_csv,
+    ".tsv": _from_csv,
+}
+SUFFIXES = (".parquet", *(name + packed for name in FORMATS for packed in COMPRESSED))

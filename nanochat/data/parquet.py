@@ -22,6 +22,7 @@ from nanochat.files import atomic_write, atomic_write_text, content_hash, fields
 
 T = TypeVar("T")
 ROW_GROUP = 1024  # documents
+CODECS = {"UNCOMPRESSED", "SNAPPY", "ZSTD"}  # what every reader has, rustbpe too, which reads shards by itself
 Manifest = dict[str, Any]
 
 
@@ -70,10 +71,12 @@ def about_to_replace(folder: Path) -> None:
 
 
 def is_here(path: Path, entry: Manifest | None) -> bool:
-    """Whether a file has the size and the content that its manifest entry says."""
+    """Whether a file has the size and the content that its manifest entry says: a flipped byte changes no size."""
     if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
         return False
-    return entry.get("sha256") in (None, content_hash(path))
+    if not (same := entry.get("sha256") in (None, content_hash(path))):  # None: an older manifest
+        print(f"{path} has changed since it was written: it is made or fetched again", flush=True)
+    return same
 
 
 def all_here(folder: Path, manifest: Manifest) -> bool:
@@ -83,9 +86,11 @@ def all_here(folder: Path, manifest: Manifest) -> bool:
 
 def describe(path: Path, split: str, name: str | None = None) -> Manifest:
     """Manifest entry of one shard, every row read on the way: size, sha256, documents, characters, UTF-8 bytes. Raises
-    UserError (under `name`) when the file is not parquet with a string column `text`."""
+    UserError (under `name`) when the file is not parquet with a string column `text` that every reader can read."""
     documents = characters = utf8_bytes = 0
     file = open_shard(path, name)
+    if others := codecs(file) - CODECS:
+        raise UserError(f"{name or path}: compressed by {', '.join(others)}; expected {', '.join(sorted(CODECS))}")
     for group in range(file.num_row_groups):
         column = _read_column(file, group, name or path.name)
         documents += len(column) - column.null_count
@@ -111,12 +116,20 @@ def open_shard(path: Path, name: str | None = None) -> pq.ParquetFile:
             raise UserError(f"{name} does not exist") from None
         raise UserError(f"{name}: expected a parquet file, found {_kind(path)}; delete it and get it again") from None
     schema = file.schema_arrow
-    if "text" not in schema.names:
+    if schema.names.count("text") != 1:
         raise UserError(f"{name}: expected a column `text`, found {', '.join(schema.names) or 'none'}")
     kind = schema.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if values not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
         raise UserError(f"{name}: expected strings in column `text`, found {kind}")
     return file
+
+
+def codecs(file: pq.ParquetFile) -> set[str]:
+    """How the texts of a shard are compressed."""
+    groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    columns = (group.column(index) for group in groups for index in range(group.num_columns))
+    return {column.compression for column in columns if column.path_in_schema == "text"}
 
 
 def read_texts(file: pq.ParquetFile, group: int, name: str) -> list[str]:
@@ -133,7 +146,11 @@ def read_documents(path: Path) -> Iterator[str]:
 
 def _read_column(file: pq.ParquetFile, group: int, name: str) -> pa.ChunkedArray:
     try:
-        return file.read_row_group(group, columns=["text"], use_threads=False).column("text")
+        column = file.read_row_group(group, columns=["text"], use_threads=False).column("text")
+        if column.type not in (pa.string(), pa.large_string()):  # a dictionary, views, bytes
+            column = column.cast(pa.large_string())
+        column.validate(full=True)  # else what is not UTF-8 is found hours later
+        return column
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{name}: row group {group} is damaged ({reason}); delete it and get it again") from None

@@ -196,7 +196,7 @@ def test_what_is_done_is_done_once_and_again_when_something_changed(source, tmp_
 
     (tmp_path / "texts" / "b.txt").write_text("one more document")
     dataset.main(dataset.Settings(source=source))
-    before = len(all_tokens) + len(tokens_of(found.val))
+    before = len(all_tokens) + len(tokens_of(fewer.val))
     more = tokenize(source, **{"shard-tokens": 5000})
     assert len(tokens_of(more.train + more.val)) > before
 
