@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 from nanochat.data.bins import describe_folder, read_header, tokenized_dir
 from nanochat.dataset import fetch_files
 from nanochat.errors import UserError
+from nanochat.files import sha256_file
 
 
 class TokenDataset(NamedTuple):
@@ -84,7 +85,8 @@ def fetch(dataset: str, train_files: int, num_workers: int = 4) -> Path:
 
 
 def _describe(path: Path, split: str, name: str) -> dict[str, Any]:
-    return {"split": split, "size": path.stat().st_size, "tokens": read_header(path, name)}
+    tokens = read_header(path, name)
+    return {"split": split, "size": path.stat().st_size, "sha256": sha256_file(path), "tokens": tokens}
 
 
 if __name__ == "__main__":
