@@ -1,6 +1,7 @@
 """scripts/data_process: downloading tokens from a hub, and making them from text."""
 
 import itertools
+import hashlib
 import json
 
 import numpy as np
@@ -61,7 +62,9 @@ def test_train_files_and_the_validation_file_arrive(server, workers, capsys):
     assert "fineweb10B train: 3 files, 450 tokens" in capsys.readouterr().out
     assert server.revisions == {"main", COMMIT}  # the first one fixes the commit
     manifest = json.loads((found.path / "manifest.json").read_text())
-    assert manifest["revision"] == COMMIT and manifest["files"][VAL] == {"split": "val", "size": 1324, "tokens": 150}
+    assert manifest["revision"] == COMMIT
+    checksum = hashlib.sha256(server.files[VAL]).hexdigest()
+    assert manifest["files"][VAL] == {"split": "val", "size": 1324, "tokens": 150, "sha256": checksum}
     loader = RowLoader(found.rows(8), 4, 2)
     assert loader.next_batch().inputs[:, 0].tolist() == [50256] * 2
     loader.close()
