@@ -1,7 +1,7 @@
 """scripts/data_process: downloading tokens from a hub, and making them from text."""
 
-import itertools
 import hashlib
+import itertools
 import json
 
 import numpy as np
