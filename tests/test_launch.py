@@ -303,19 +303,26 @@ time.sleep(120)
 """
 
 
-def test_processes_hear_of_the_signal_that_announces_the_end(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
+def run_and_signal(tmp_path, script, number):
+    """(exit code, stdout, stderr) of two processes that are sent a signal, by way of the launcher, once both have said
+    that they are ready."""
+    (tmp_path / "worker.py").write_text(script)
     command = [sys.executable, "-m", "nanochat.launch", "--nproc-per-node=2", "--", str(tmp_path / "worker.py")]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     seen = ""
     try:
         while seen.count("ready") < 2 and (line := job.stdout.readline()):
             seen += line
-        job.send_signal(signal.SIGUSR1)
-        seen += job.communicate(timeout=60)[0]
+        job.send_signal(number)
+        rest, err = job.communicate(timeout=60)
     finally:
         job.kill()
-    assert seen.count("saved") == 2
+    return job.returncode, seen + rest, err
+
+
+def test_processes_hear_of_the_signal_that_announces_the_end(tmp_path):
+    _, out, _ = run_and_signal(tmp_path, WORKER, signal.SIGUSR1)
+    assert out.count("saved") == 2
 
 
 def run_two(tmp_path, script, *words, **environment):
@@ -369,31 +376,15 @@ def test_a_users_mistake_is_one_line_whichever_ranks_met_it(tmp_path, ranks, sai
 
 @pytest.mark.parametrize(("code", "expected"), [("0", 0), ("75", 75)])
 def test_processes_that_save_after_a_signal_decide_the_exit_code(tmp_path, code, expected):
-    (tmp_path / "worker.py").write_text(
-        WORKER.replace("SIGUSR1", "SIGTERM").replace("sys.exit(0)", f"sys.exit({code})")
-    )
-    command = [sys.executable, "-m", "nanochat.launch", "--nproc-per-node=2", "--", str(tmp_path / "worker.py")]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    seen = ""
-    try:
-        while seen.count("ready") < 2 and (line := job.stdout.readline()):
-            seen += line
-        job.send_signal(signal.SIGTERM)
-        out, err = job.communicate(timeout=60)
-    finally:
-        job.kill()
-    assert (job.returncode, err, out.count("saved")) == (expected, "", 2)
+    script = WORKER.replace("SIGUSR1", "SIGTERM").replace("sys.exit(0)", f"sys.exit({code})")
+    found, out, err = run_and_signal(tmp_path, script, signal.SIGTERM)
+    assert (found, err, out.count("saved")) == (expected, "", 2)
 
 
 def test_processes_that_do_not_save_end_it_with_the_signal(tmp_path):
-    (tmp_path / "worker.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
-    command = [sys.executable, "-m", "nanochat.launch", "--nproc-per-node=2", "--", str(tmp_path / "worker.py")]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(3):
-        job.stdout.readline()
-    job.send_signal(signal.SIGTERM)
-    _, err = job.communicate(timeout=60)
-    assert (job.returncode, err) == (128 + signal.SIGTERM, "")
+    script = "import time; print('ready', flush=True); time.sleep(60)"
+    code, _, err = run_and_signal(tmp_path, script, signal.SIGTERM)
+    assert (code, err) == (128 + signal.SIGTERM, "")
 
 
 def test_a_lone_process_is_not_told_the_rank_of_its_node(tmp_path):
