@@ -352,6 +352,18 @@ def test_long_txt_is_cut_at_blank_lines(folder):
         ("a.parquet", parquet_bytes(["x"], column="body"), r"a\.parquet: expected a column `text`, found body"),
         ("a.txt", b"only one", r"1 documents are too few"),
         ("a.md", b"wrong kind", r"no \.parquet, \.jsonl"),
+        ("a.csv", b"id;text\n1;x\n", r"a\.csv: expected a column `text` in its first line, found id;text"),
+        ("a.csv", b"text,text\n1,x\n", r"expected a column `text` in its first line, found text, text"),
+        ("a.csv", b"", r"expected a column `text` in its first line, found $"),
+        ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv, line 3: 1 columns instead of 2"),
+        ("a.csv", b'text\n"never closed\n', r"a\.csv, line 2: not CSV"),
+        ("a.csv", b"text\nx\xff\n", r"a\.csv, line 2: not UTF-8"),
+        (
+            "a.txt.gz",
+            gzip.compress(random.Random(0).randbytes(9).hex().encode() * 999, mtime=0)[:-9],
+            r"cannot be read",
+        ),
+        ("a.jsonl", b'{"text":' + b"[" * 100_000, r"a\.jsonl, line 1: not JSON"),
     ],
 )
 def test_local_mistakes_name_file_and_line(folder, name, content, message):
@@ -601,27 +613,6 @@ def test_compressed_text_tables_and_nulls_are_read_and_the_rest_is_said(folder, 
     assert sum(map(len, texts)) > 300_000
     assert "left out 1 .docx, 1 .txt" in capsys.readouterr().out
     assert manifest(f"local:{folder}")["left_out"] == "1 .docx, 1 .txt"
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.csv", b"id;text\n1;x\n", r"a\.csv: expected a column `text` in its first line, found id;text"),
-        ("a.csv", b"text,text\n1,x\n", r"expected a column `text` in its first line, found text, text"),
-        ("a.csv", b"", r"expected a column `text` in its first line, found $"),
-        ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv, line 3: 1 columns instead of 2"),
-        ("a.csv", b'text\n"never closed\n', r"a\.csv, line 2: not CSV"),
-        ("a.csv", b"text\nx\xff\n", r"a\.csv, line 2: not UTF-8"),
-        (
-            "a.txt.gz",
-            gzip.compress(random.Random(0).randbytes(9).hex().encode() * 999, mtime=0)[:-9],
-            r"cannot be read",
-        ),
-        ("a.jsonl", b'{"text":' + b"[" * 100_000, r"a\.jsonl, line 1: not JSON"),
-    ],
-)
-def test_mistakes_in_other_formats_name_file_and_line(folder, name, content, message):
-    test_local_mistakes_name_file_and_line(folder, name, content, message)
 
 
 # ---- links
