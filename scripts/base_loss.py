@@ -3,10 +3,15 @@
     python -m scripts.base_loss
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss --split-tokens=10485760
 
-The text is that which the model was trained on (--source names another); every predictor codes the same bytes.
+The text is that which the model was trained on (--source names another); every predictor codes the same bytes. Another
+checkpoint, or another program's model of the same tokens, is scored on the very rows that --write-rows writes:
+
+    python -m scripts.base_loss --model-tag=d12 --write-rows=rows.npy
+    python -m scripts.base_loss --model-tag=d12-other --rows=rows.npy
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from nanochat import cli
@@ -24,6 +29,10 @@ class Settings(CheckpointFlags):
     split_tokens: Annotated[int, int_flag(gte=1)] = 1_048_576
     """Tokens measured on each of train and validation, over all devices."""
     source: Annotated[str | None, source_flag("Text; by default what the model was trained on")] = None
+    rows: Path | None = None
+    """Score the rows of this file, and nothing else: see nanochat.eval.row_files."""
+    write_rows: Path | None = None
+    """Write the validation rows to this file."""
 
 
 if __name__ == "__main__":
@@ -31,39 +40,63 @@ if __name__ == "__main__":
 
 from typing import Any
 
+import numpy as np
+
 from nanochat.checkpoint import load_model
 from nanochat.data.text_rows import TextData
-from nanochat.dataloader import row_batches
 from nanochat.errors import UserError, visible
-from nanochat.eval.bpb import BpbResult, baselines, measure_bpb, scored_bytes, train_text
+from nanochat.eval import row_files
+from nanochat.eval.bpb import baselines, scored_bytes, train_text
+from nanochat.eval.row_files import ALL_ROWS, IN_FULL, Bpb
 from nanochat.eval.samples import make_samples
 from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.sections import keeps_results, write_section
-from nanochat.tokenizer import get_token_bytes
 
 BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s for the 3-gram
 
 
 def main(settings: Settings) -> None:
+    if settings.rows and settings.write_rows:
+        raise UserError(f"--rows={settings.rows} --write-rows={settings.write_rows}: expected one of them")
     _, rank, _, world_size, device = compute_init(settings.device_type)
     kept = keeps_results()
     model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.model_step)
+    token_bytes = np.array(tokenizer.token_byte_lengths())
+    length = model.config.sequence_len
+
+    def measure(name: str, rows: np.ndarray) -> dict[str, Bpb]:
+        nats = row_files.score_rows(model, rows, settings.device_batch_size, device, rank, world_size)
+        found = row_files.by_kind(nats, rows)
+        for kind, bpb in found.items():
+            counts = f"{bpb.tokens:,} tokens, {bpb.bytes:,} bytes, {bpb.documents:,} documents"
+            print0(f"{name}, {kind}: {bpb.bpb:.4f} ± {bpb.stderr:.4f} bpb on {counts}")
+        return found
+
+    if settings.rows is not None:
+        rows = row_files.read_rows(settings.rows, length, token_bytes, tokenizer.get_bos_token_id())
+        found = measure(settings.rows.name, rows)
+        data: dict[str, Any] = {
+            "settings": cli.as_dict(settings),
+            "metrics": {**metrics("rows", found), "step": meta["step"]},
+            "tables": [kinds_table(f"Rows of {settings.rows.name}", found)],
+        }
+        if kept:
+            write_section("base_loss_rows", "Base model loss on the rows of a file", data)
+        return compute_cleanup()
+
     source = settings.source or meta["settings"].get("source")
     if source is None:
         raise UserError("this checkpoint does not say what text it was trained on; name it with --source")
-    token_bytes = get_token_bytes(device, tokenizer)
-    length = model.config.sequence_len
-    results, rows, metrics = {}, {}, {}
-    for split in ("train", "val"):
-        rows[split] = TextData(source, tokenizer).fixed_rows(split, length, max(settings.split_tokens, length))
-        share = row_batches(rows[split], settings.device_batch_size, device, rank, world_size)
-        results[split] = found = measure_bpb(model, share, token_bytes)
-        metrics |= {f"{split}_bpb": found.bpb, f"{split}_bpb_stderr": found.stderr}
-        print0(f"{split}: {found.bpb:.4f} ± {found.stderr:.4f} bpb on {found.tokens:,} tokens, {found.bytes:,} bytes")
+    text, budget = TextData(source, tokenizer), max(settings.split_tokens, length)
+    train_rows = row_files.make_rows(text, "train", length, budget)
+    val_rows = row_files.make_rows(text, "val", length, budget, in_full=True)
+    if settings.write_rows is not None and rank == 0:
+        row_files.write_rows(settings.write_rows, val_rows)
+    train, val = measure("train", train_rows), measure("val", val_rows)
     if rank == 0:
-        train = train_text(source, BASELINE_BYTES)
-        val = scored_bytes(tokenizer, rows["val"], token_bytes.cpu().numpy())
-        predictors = {**baselines(train, val), "this model": results["val"].bpb}
+        counted = train_text(source, BASELINE_BYTES)
+        coded = scored_bytes(tokenizer, row_files.packed(val_rows)["tokens"], token_bytes)
+        predictors = {**baselines(counted, coded), "this model": val[ALL_ROWS].bpb}
         for name, bpb in predictors.items():
             print0(f"{name:<28} {bpb:.4f} bits per byte")
         samples = make_samples(model, tokenizer)
@@ -71,23 +104,38 @@ def main(settings: Settings) -> None:
             print0(f"--- {visible(sample['text'])}")
         data = {
             "settings": {**cli.as_dict(settings), "source": source},
-            "metrics": {**metrics, "step": meta["step"]},
-            "tables": tables(results, predictors),
+            "metrics": {**metrics("train", train), **metrics("val", val), "step": meta["step"]},
+            "tables": tables({"train": train, "val": val}, predictors),
             "samples": samples,
-            "facts": {"baseline_bytes": len(train)},
+            "facts": {"baseline_bytes": len(counted)},
         }
         if kept:
             write_section("base_loss", "Base model loss", data)
     compute_cleanup()
 
 
-def tables(results: dict[str, BpbResult], predictors: dict[str, float]) -> list[dict[str, Any]]:
+def metrics(prefix: str, by_kind: dict[str, Bpb]) -> dict[str, float]:
+    """Of rows as they are packed, and of documents in full where they were measured."""
+    found: dict[str, float] = {}
+    for kind, name in ((ALL_ROWS, f"{prefix}_bpb"), (IN_FULL, f"{prefix}_bpb_in_full")):
+        if kind in by_kind:
+            found |= {name: by_kind[kind].bpb, f"{name}_stderr": by_kind[kind].stderr}
+    return found
+
+
+def kinds_table(title: str, by_kind: dict[str, Bpb]) -> dict[str, Any]:
+    columns = ["Of", "bpb", "Standard error", "Tokens", "Bytes", "Documents"]
+    return {"title": title, "columns": columns, "rows": [[name, *found] for name, found in by_kind.items()]}
+
+
+def tables(results: dict[str, dict[str, Bpb]], predictors: dict[str, float]) -> list[dict[str, Any]]:
     columns = ["Split", "bpb", "Standard error", "Tokens", "Bytes"]
-    splits = [[split, r.bpb, r.stderr, r.tokens, r.bytes] for split, r in results.items()]
+    splits = [[split, *by_kind[ALL_ROWS][:4]] for split, by_kind in results.items()]
     rows = [list(pair) for pair in predictors.items()]
     return [
         {"title": "Bits per byte", "columns": columns, "rows": splits},
         {"title": "The same validation text", "columns": ["Predictor", "Bits per byte"], "rows": rows},
+        kinds_table("Validation text by kind of row", results["val"]),
     ]
 
 

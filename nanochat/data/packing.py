@@ -39,20 +39,27 @@ def pack_conversations(conversations: Sequence[Rendered], row_len: int, pad: int
     """Best-fit packing of whole conversations of at most row_len tokens: (tokens, mask), each (R, row_len) int32. A row
     takes the longest conversation that fits, again and again; where none fits it is padded with mask 0. Nothing is cut
     or lost: an answer without its question, or a question without its answer, teaches the wrong thing."""
-    waiting = sorted(conversations, key=lambda rendered: len(rendered[0]))
-    lengths = [len(ids) for ids, _ in waiting]
-    assert not lengths or lengths[-1] <= row_len, f"a conversation of {lengths[-1]} tokens for rows of {row_len}"
     rows: list[Rendered] = []
-    while waiting:
-        ids: list[int] = []
-        mask: list[int] = []
-        while (fits := bisect_right(lengths, row_len - len(ids)) - 1) >= 0:
-            more_ids, more_mask = waiting.pop(fits)
-            lengths.pop(fits)
-            ids += more_ids
-            mask += more_mask
-        rows.append((ids, mask))
+    for chosen in best_fit([len(ids) for ids, _ in conversations], row_len):
+        parts = [conversations[i] for i in chosen]
+        rows.append(([t for ids, _ in parts for t in ids], [bit for _, mask in parts for bit in mask]))
     return _padded(rows, row_len, pad)
+
+
+def best_fit(lengths: Sequence[int], row_len: int) -> list[list[int]]:
+    """Which of the things of these lengths, each at most row_len, each row takes: the longest that fits, again and
+    again."""
+    waiting = sorted(range(len(lengths)), key=lengths.__getitem__)
+    sizes = sorted(lengths)
+    assert not sizes or sizes[-1] <= row_len, f"a length of {sizes[-1]} tokens for rows of {row_len}"
+    rows: list[list[int]] = []
+    while waiting:
+        rows.append([])
+        space = row_len
+        while (fits := bisect_right(sizes, space) - 1) >= 0:
+            rows[-1].append(waiting.pop(fits))
+            space -= sizes.pop(fits)
+    return rows
 
 
 def stream_rows(conversations: Sequence[Rendered], row_len: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

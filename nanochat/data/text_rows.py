@@ -12,7 +12,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -98,12 +98,15 @@ class Packer:
         with self._lock:
             texts = self._read(unit.path, unit.row_group)[unit.start : unit.stop]
         bos = self.tokenizer.get_bos_token_id()
-        rows, cropped = pack_rows(self.tokenizer.batch_encode(texts, 1), self.row_len, bos)
+        rows, cropped = pack_rows(self.encode(texts), self.row_len, bos)
         with self._lock:
             self.kept += rows.size
             self.cropped += cropped
             self.text_bytes += sum(len(text.encode()) for text in texts)
         return rows[np.random.default_rng(unit.key).permutation(len(rows))]
+
+    def encode(self, texts: list[str]) -> Sequence[np.ndarray]:
+        return self.tokenizer.batch_encode(texts, 1)
 
     def cropped_share(self) -> float:
         return self.cropped / max(self.kept + self.cropped, 1)
@@ -210,10 +213,12 @@ class TextData(TrainData):
     def rows(self, sequence_len: int, seed: int = 0) -> TextRows:
         return TextRows(self.tokenizer, list_shards(self.source, "train"), sequence_len, seed)
 
-    def fixed_rows(self, split: Split, sequence_len: int, max_tokens: int = -1) -> np.ndarray:
+    def fixed_rows(
+        self, split: Split, sequence_len: int, max_tokens: int = -1, packer: Packer | None = None
+    ) -> np.ndarray:
         """At most max_tokens targets (-1: the whole split), from row groups in a fixed shuffled order."""
         order = UnitOrder(list_shards(self.source, split), seed=0, streams=1)
-        packer = Packer(self.tokenizer, sequence_len + 1)
+        packer = packer or Packer(self.tokenizer, sequence_len + 1)
         wanted = max_tokens // sequence_len if max_tokens >= 0 else None
         parts: list[np.ndarray] = []
         count = 0

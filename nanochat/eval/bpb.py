@@ -28,13 +28,11 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 class BpbResult(NamedTuple):
-    """Bits per byte over all ranks; `stderr` is over the rows: how much another draw of as many rows would move it."""
+    """Bits per byte over all ranks."""
 
     bpb: float
     tokens: int
     bytes: int
-    stderr: float
-    rows: int
 
 
 def evaluate_bpb(model: Model, batches: Batches, token_bytes: torch.Tensor) -> float:
@@ -60,7 +58,8 @@ def measure_bpb(model: Model, batches: Batches, token_bytes: torch.Tensor) -> Bp
     device = token_bytes.device
     # MPS has no float64; elsewhere rows are summed in it, so that 10M tokens lose no digits
     precise = torch.float32 if device.type == "mps" else torch.float64
-    row_nats, row_bytes, row_tokens = [], [], []
+    row_nats: list[torch.Tensor] = []
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
     for x, y in batches:
         heartbeat()
         losses = model(x, y, loss_reduction="none").view(y.shape)
@@ -68,31 +67,15 @@ def measure_bpb(model: Model, batches: Batches, token_bytes: torch.Tensor) -> Bp
         counted = weights > 0
         # where, not a product: the loss at an ignored position may be nan, and nan * 0 is nan
         row_nats.append(torch.where(counted, losses, 0.0).sum(dim=1, dtype=precise))
-        row_bytes.append(weights.sum(dim=1, dtype=torch.int64))
-        row_tokens.append(counted.sum(dim=1, dtype=torch.int64))
-    nothing = torch.zeros(0, device=device)
-    nats = torch.cat(row_nats or [nothing]).to(precise)
-    sizes = torch.cat(row_bytes or [nothing]).to(torch.int64)
-    tokens = torch.cat(row_tokens or [nothing]).to(torch.int64)
-    counts = torch.stack([tokens.sum(), sizes.sum(), (sizes > 0).sum()])  # masked rows are none
-    weighted = sizes.to(precise)
-    sums = torch.stack([nats.sum(), (nats * nats).sum(), (nats * weighted).sum(), (weighted * weighted).sum()])
+        counts += torch.stack([counted.sum(), weights.sum(dtype=torch.int64)])
+    nats = torch.cat(row_nats or [torch.zeros(0, device=device)]).to(precise).sum()
     if dist.is_initialized():
         dist.all_reduce(counts)
-        dist.all_reduce(sums)
-    return _result(counts.tolist(), sums.tolist())
-
-
-def _result(counts: list[int], sums: list[float]) -> BpbResult:
-    tokens, size, rows = counts
-    nats, nats_nats, nats_bytes, bytes_bytes = sums
+        dist.all_reduce(nats)
+    tokens, size = counts.tolist()
     if size == 0:
         raise UserError("no text to measure bits per byte on: every target is masked or special; get more data")
-    ratio = nats / size
-    # standard error of a ratio of sums: spread of the rows' residuals nats - ratio * bytes
-    spread = max(0.0, nats_nats - 2 * ratio * nats_bytes + ratio * ratio * bytes_bytes)
-    stderr = math.sqrt(rows / (rows - 1) * spread) / size if rows > 1 else math.nan
-    return BpbResult(ratio / math.log(2), tokens, size, stderr / math.log(2), rows)
+    return BpbResult(nats.item() / size / math.log(2), tokens, size)
 
 
 # ---- what a model must beat
