@@ -7,7 +7,7 @@
 #   bash pretrain.sh --depth=26 --fullrun        both, and the report
 #   bash pretrain.sh --shards=100 --mup --save-every=250     and any flag of base_train (python -m scripts.base_train --help)
 #
-# Several nodes: the same command on every node, as volc/, slurm/ and sky/ do it (see `python -m nanochat.launch`). The
+# Several nodes: the same command on every node, as volc/, slurm/, sky/ and kubeflow/ do it (see `python -m nanochat.launch`). The
 # store must be one folder that all nodes share, because all of them write the checkpoints. Node 0 alone walks through
 # the stages and keeps the ledger; what runs as one process runs there. For what runs as one process a GPU it leaves
 # word in the store, and the others join in (nanochat/cluster/nodes.py). Nobody waits for ever: each says every minute

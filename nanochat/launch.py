@@ -45,16 +45,19 @@ class Platform:
     hosts: str = ""  # module:function for a list of nodes that is not their names
 
 
-# From the surest sign to the weakest: Volcengine and Kubeflow also set RANK and WORLD_SIZE, SkyPilot may run on Slurm.
-# On Volcengine the rack rank numbers the nodes switch by switch, so that neighbours in rank are neighbours in the
-# network; the role index does not.
+# From the surest sign to the weakest: Volcengine and Kubeflow also set RANK and WORLD_SIZE, SkyPilot may run on Slurm,
+# dstack on Kubernetes. On Volcengine the rack rank numbers the nodes switch by switch, so that neighbours in rank are
+# neighbours in the network; the role index does not.
 PLATFORMS = (
     Platform(
         "Volcengine", ("MLP_WORKER_NUM",), ("MLP_WORKER_RACK_RANK_INDEX", "MLP_ROLE_INDEX"),
-        ("MLP_WORKER_0_HOST",), ("MLP_WORKER_0_PORT",), ("MLP_WORKER_GPU",)),
+        ("MLP_WORKER_0_HOST", "MLP_WORKER_0_PRIMARY_HOST"), ("MLP_WORKER_0_PORT",), ("MLP_WORKER_GPU",)),
     Platform(
         "SkyPilot", ("SKYPILOT_NUM_NODES",), ("SKYPILOT_NODE_RANK",),
         ("SKYPILOT_NODE_IPS",), ("MASTER_PORT",), ("SKYPILOT_NUM_GPUS_PER_NODE",)),
+    Platform(
+        "dstack", ("DSTACK_NODES_NUM",), ("DSTACK_NODE_RANK",),
+        ("DSTACK_MASTER_NODE_IP", "DSTACK_NODES_IPS"), ("MASTER_PORT",), ("DSTACK_GPUS_PER_NODE",)),
     Platform(
         "Slurm", ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"), ("SLURM_NODEID",),
         ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"), ("MASTER_PORT",), ("SLURM_GPUS_ON_NODE",),
@@ -186,24 +189,19 @@ def torchrun_words(cluster: Cluster, max_restarts: int = 0, own: str | None = No
 
 
 def command_line(
-    cluster: Cluster,
-    command: Sequence[str],
-    max_restarts: int,
-    environment: Mapping[str, str],
-    cores: int,
-    own: str | None = None,
+    cluster: Cluster, command: Sequence[str], restarts: int, env: Mapping[str, str], cores: int, own: str | None = None
 ) -> tuple[dict[str, str], list[str]]:
     """(variables to set, words) that start `command` (`-m module …` or `script.py …`) here; own: see torchrun_words."""
-    launcher = torchrun_words(cluster, max_restarts, own)
+    launcher = torchrun_words(cluster, restarts, own)
     if not launcher:
         return {}, ["python", *command]
     added = {}
-    if cluster.processes > 1 and not environment.get("OMP_NUM_THREADS"):
+    if cluster.processes > 1 and not env.get("OMP_NUM_THREADS"):
         # torchrun would set 1, with a warning; all cores for each process would be too many
         added["OMP_NUM_THREADS"] = str(max(1, min(MAX_THREADS, cores // cluster.processes)))
-    if not environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+    if not env.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         added["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)  # torchrun's 30 s are short for large models
-    if max_restarts:
+    if restarts:
         # Otherwise torch 2.15 gives a second attempt the first one's store, full of addresses of dead processes: of
         # five restarts two came through
         added["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -262,9 +260,11 @@ def main(settings: Settings, command: Sequence[str]) -> None:
         print(f"node 0 at {cluster.address}, port {cluster.port}; write a command after `--` to start it")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = None
-    if cluster.nodes > 1 and settings.max_restarts:
-        own = pkgutil.resolve_name("nanochat.cluster.nodes:own_address")(cluster.address)
+    if cluster.node_rank > 0 and not settings.dry_run:
+        reach = pkgutil.resolve_name("nanochat.cluster.nodes:reachable")
+        cluster = cli.replace(cluster, address=reach(os.environ, cluster.address, cluster.port))
+    alone = cluster.nodes == 1 or not settings.max_restarts
+    own = None if alone else pkgutil.resolve_name("nanochat.cluster.nodes:own_address")(cluster.address)
     added, words = command_line(cluster, command, settings.max_restarts, os.environ, cores, own)
     line = shell_line(added, words)
     if settings.dry_run:

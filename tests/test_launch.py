@@ -40,6 +40,13 @@ ENVIRONMENTS = {
         "SKYPILOT_NUM_GPUS_PER_NODE": "8",
         "MASTER_PORT": "3333",
     },
+    "dstack": {
+        "DSTACK_NODES_NUM": "2",
+        "DSTACK_NODE_RANK": "1",
+        "DSTACK_MASTER_NODE_IP": "host0",
+        "DSTACK_GPUS_PER_NODE": "8",
+        "MASTER_PORT": "3333",
+    },
     "Slurm": {
         "SLURM_NNODES": "2",
         "SLURM_NODEID": "1",
@@ -103,6 +110,39 @@ def test_volcengine_rack_rank_goes_before_role_index(nodes, data):
     assert detect(environment, no_count).node_rank == role
     assert detect({**environment, "MLP_WORKER_RACK_RANK_INDEX": str(rack)}, no_count).node_rank == rack
     assert detect({**environment, "MLP_WORKER_RACK_RANK_INDEX": ""}, no_count).node_rank == role
+
+
+def test_the_address_of_node_0_by_other_names():
+    without = {name: value for name, value in ENVIRONMENTS["Volcengine"].items() if name != "MLP_WORKER_0_HOST"}
+    assert detect({**without, "MLP_WORKER_0_PRIMARY_HOST": "vpc0"}, no_count).address == "vpc0"
+    without = {name: value for name, value in ENVIRONMENTS["dstack"].items() if name != "DSTACK_MASTER_NODE_IP"}
+    assert detect({**without, "DSTACK_NODES_IPS": "host0\nhost1"}, no_count).address == "host0"
+
+
+@pytest.mark.parametrize(
+    ("rdma", "vpc", "expected"),
+    [
+        (TimeoutError(), None, "vpc"),
+        (OSError("no route"), ConnectionRefusedError(), "vpc"),  # node 0 is there, if not yet listening
+        (None, OSError(), "rdma"),
+        (ConnectionRefusedError(), None, "rdma"),
+        (TimeoutError(), socket.gaierror(), "rdma"),
+    ],
+)
+def test_a_node_takes_the_address_of_node_0_that_answers(monkeypatch, rdma, vpc, expected):
+    def connect(address, timeout):
+        if (answer := {"rdma": rdma, "vpc": vpc}[address[0]]) is not None:
+            raise answer
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    assert nodes.reachable({"MLP_WORKER_0_PRIMARY_HOST": "vpc"}, "rdma", 1) == expected
+
+
+@pytest.mark.parametrize("environment", [{}, {"MLP_WORKER_0_PRIMARY_HOST": "one"}, {"MLP_WORKER_0_PRIMARY_HOST": ""}])
+def test_a_lone_address_is_not_tried(environment, monkeypatch):
+    monkeypatch.delattr(socket, "create_connection")
+    assert nodes.reachable(environment, "one", 1) == "one"
 
 
 def test_this_machine_alone():
@@ -274,7 +314,8 @@ def test_two_nodes_of_one_host_meet(tmp_path, flags):
         port = str(free.getsockname()[1])
     script = tmp_path / "show.py"
     script.write_text(
-        "import os, sys; print('at', *(os.environ[k] for k in ('RANK', 'WORLD_SIZE')), *sys.argv[1:], flush=True)"
+        "import os, sys\nwords = ['at', *(os.environ[k] for k in ('RANK', 'WORLD_SIZE')), *sys.argv[1:]]\n"
+        "os.write(1, (' '.join(words) + '\\n').encode())"  # at once: two processes write to one pipe
     )
     command = [sys.executable, "-m", "nanochat.launch", *flags, "--", str(script), "--run=x", "-m", "a b"]
     plain = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NPROC_PER_NODE": "2"}

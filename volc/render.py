@@ -1,13 +1,17 @@
 """The task for Volcengine's machine learning platform, from volc/config, the environment and a command.
 
-    python volc/render.py --out=task.yaml bash pretrain.sh --depth=32
+    python volc/render.py bash pretrain.sh --depth=32              shows it, with what is missing marked in its place
+    python volc/render.py --out=DIR bash pretrain.sh --depth=32    also writes what is sent: DIR/task.yaml, DIR/code
 
-Prints the task with secrets as ***, and writes the real one to --out, readable by its owner alone. Needs only pyyaml.
+Secrets are shown as ***; task.yaml holds them, readable by its owner alone. Needs only pyyaml, and git for DIR/code.
+Fields are those of the CLI's manual (volcengine.com/docs/6459); others are marked as seen in use.
 """
 
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,17 +22,26 @@ import yaml
 HERE = Path(__file__).resolve().parent
 HIDDEN = "***"
 UPLOADED_TO = "/root/nanochat"
+# Of this folder, what is not sent even where git does not ignore it: a link .venv is no folder .venv/ to git
+LEFT_OUT = {".git", ".venv", ".venv-uv", "target"}
 
-REQUIRED = ("VOLC_FLAVOR", "VOLC_IMAGE", "VOLC_STORAGE_TYPE", "VOLC_STORAGE_ID", "VOLC_MOUNT_PATH")
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
+SECRET_FIELDS = re.compile("token|secret|password|accesskey", re.IGNORECASE)
 # What pretrain.sh and speedrun.sh read, passed on where it is set here
 PASSED_ON = (
     "MODEL_DEPTH", "DEPTH", "PROFILE", "SOURCE", "VOCAB_SIZE", "SHARDS", "DEVICE_BATCH_SIZE", "TOTAL_BATCH_SIZE",
     "PARALLEL", "MAX_RESTARTS", "WANDB_RUN", "RUN_ID", "EVAL_BUNDLE", "TASK_DATA", "WAIT_SECONDS", "RUN_RL",
     "POSTTRAIN", "FULLRUN", "HF_ENDPOINT", "NANOCHAT_DTYPE",
 )  # fmt: skip
-# Type of storage -> the names of its id and of a folder in it
-STORAGES = {"Vepfs": ("VepfsId", "SubPath"), "Nas": ("NasId", "SubPath"), "Tos": ("Bucket", "Prefix")}
+# Type of a store -> fields that name it, and the settings they come from
+STORES = {
+    "Vepfs": {"SubPath": "VOLC_STORAGE_PATH"},
+    "VepfsAP": {"VepfsId": "VOLC_STORAGE_ID", "VepfsAccessPointId": "VOLC_ACCESS_POINT"},
+    "Nas": {"NasId": "VOLC_STORAGE_ID", "NasAddr": "VOLC_NAS_ADDR"},
+}
+NAS_ACCESS_POINT = {  # its name is spelt so by the platform
+    "NasId": "VOLC_STORAGE_ID", "NasAccessPonintId": "VOLC_ACCESS_POINT", "SubPath": "VOLC_STORAGE_PATH",
+}  # fmt: skip
 
 
 class Mistake(Exception):
@@ -56,68 +69,136 @@ def read_config(path: Path) -> dict[str, str]:
 def integer(known: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
     """A number of the configuration."""
     text = known.get(name, "") or str(default)
-    if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise Mistake(f"{name}={text}: expected a whole number from {least} to {most}")
     return int(text)
 
 
+def needed(known: Mapping[str, str], *names: str) -> str:
+    """The first of these that is set, or a mark that names them."""
+    return next(filter(None, map(known.get, names)), f"<missing {' or '.join(names)}>")
+
+
+def missing(text: str) -> list[str]:
+    """Names in the marks of `needed`, each once."""
+    return list(dict.fromkeys(re.findall("<missing ([A-Z_]+(?: or [A-Z_]+)?)>", text)))
+
+
+def store_fields(known: Mapping[str, str]) -> dict[str, str]:
+    """Field -> setting that names the store. Raises Mistake for what can be none."""
+    kind = needed(known, "VOLC_STORAGE_TYPE")
+    if kind in ("Tos", "Sfcs"):
+        raise Mistake(
+            f"VOLC_STORAGE_TYPE={kind}: object storage can be no store, because the ledger appends to files and locks "
+            f"them; expected {', '.join(STORES)} (mount a bucket for data by VOLC_EXTRA_YAML)"
+        )
+    if known.get("VOLC_STORAGE_TYPE") and kind not in STORES:
+        raise Mistake(f"VOLC_STORAGE_TYPE={kind}: expected {', '.join(STORES)}")
+    return NAS_ACCESS_POINT if kind == "Nas" and known.get("VOLC_ACCESS_POINT") else STORES.get(kind, {})
+
+
+def store(known: Mapping[str, str]) -> dict[str, Any]:
+    """The storage that all nodes mount."""
+    fields = {field: known.get(name) for field, name in store_fields(known).items()}
+    if "NasAddr" in fields and not any(fields.values()):
+        fields["NasId"] = needed(known, "VOLC_STORAGE_ID", "VOLC_NAS_ADDR")
+    elif "NasAddr" not in fields:
+        fields |= {f: needed(known, name) for f, name in store_fields(known).items() if f != "SubPath"}
+    return {"Type": needed(known, "VOLC_STORAGE_TYPE"), **fields, "MountPath": needed(known, "VOLC_MOUNT_PATH")}
+
+
+def not_sent(known: Mapping[str, str]) -> list[str]:
+    """Settings of a store that one of this type does not take."""
+    taken = store_fields(known).values()
+    return [name for name in ("VOLC_STORAGE_ID", "VOLC_NAS_ADDR", "VOLC_ACCESS_POINT") if taken and name not in taken]
+
+
 def variables(known: Mapping[str, str]) -> list[dict[str, Any]]:
     """What the task gets in its environment. Raises Mistake for secrets that are named and not set."""
-    secrets = [*SECRETS, *known.get("VOLC_SECRETS", "").split()]
-    absent = [name for name in secrets if not known.get(name) and name not in SECRETS]
+    absent = [name for name in known.get("VOLC_SECRETS", "").split() if not known.get(name)]
     if absent:
         raise Mistake(f"VOLC_SECRETS names {', '.join(absent)}: set {'it' if len(absent) == 1 else 'them'} here")
-    values = {"NANOCHAT_BASE_DIR": known["VOLC_MOUNT_PATH"].rstrip("/") + "/nanochat"}
-    for name in [*PASSED_ON, *known.get("VOLC_ENVS", "").split(), *secrets]:
-        if known.get(name):
-            values.setdefault(name, known[name])
-    secrets += [name for name, value in values.items() if re.search("://[^/]*@|://.*:.*@", value)]  # a password in it
-    return [{"Name": name, "Value": value, "IsPrivate": name in secrets} for name, value in values.items()]
+    # Where the mount cannot begin at the folder in the store, what we write does
+    below = "" if "SubPath" in store_fields(known) else known.get("VOLC_STORAGE_PATH", "").strip("/")
+    base = "/".join(filter(None, [needed(known, "VOLC_MOUNT_PATH").rstrip("/"), below, "nanochat"]))
+    names = [*PASSED_ON, *known.get("VOLC_ENVS", "").split(), *SECRETS, *known.get("VOLC_SECRETS", "").split()]
+    values = {"NANOCHAT_BASE_DIR": base}
+    for name in filter(known.get, names):
+        values.setdefault(name, known[name])
+    return [{"Name": name, "Value": value} for name, value in values.items()]
 
 
 def make_task(known: Mapping[str, str], command: Sequence[str]) -> dict[str, Any]:
-    """The task as the platform takes it. Raises Mistake naming everything that is missing."""
-    missing = [name for name in REQUIRED if not known.get(name)]
-    if not known.get("VOLC_QUEUE_ID") and not known.get("VOLC_QUEUE_NAME"):
-        missing.insert(0, "VOLC_QUEUE_ID (or VOLC_QUEUE_NAME)")
-    if missing:
-        names = ", ".join(missing)
-        raise Mistake(f"not set: {names}: fill them in in volc/config (from config.example) or export them")
-    kind = known["VOLC_STORAGE_TYPE"]
-    if kind not in STORAGES:
-        raise Mistake(f"VOLC_STORAGE_TYPE={kind}: expected {', '.join(STORAGES)}")
+    """The task as the platform takes it, with marks for what is missing. Raises Mistake for impossible values."""
     if not command:
         example = "NNODES=4 bash volc/volc_submit.sh bash pretrain.sh --depth=32"
         raise Mistake(f"no command: write it last, as in `{example}`")
     code_path, line = known.get("VOLC_CODE_PATH"), shlex.join(command)
     nodes = integer(known, "NNODES", 1, 1, 10_000)
-    workers = {"RoleName": "worker", "RoleReplicas": nodes, "Flavor": known["VOLC_FLAVOR"]}
-    id_name, folder_name = STORAGES[kind]
-    storage = {"Type": kind, id_name: known["VOLC_STORAGE_ID"], folder_name: known.get("VOLC_STORAGE_PATH")}
-    storage["MountPath"] = known["VOLC_MOUNT_PATH"]
+    registry = {"RegistryUsername": "VOLC_REGISTRY_USERNAME", "RegistryToken": "VOLC_REGISTRY_TOKEN"}  # if private
+    credential = {field: needed(known, name) for field, name in registry.items()}
+    by_name = known.get("VOLC_QUEUE_NAME") and not known.get("VOLC_QUEUE_ID")
     task = {
         "TaskName": known.get("VOLC_TASK_NAME") or "nanochat",
         "Description": line,
         "Framework": "PyTorchDDP",
         "Entrypoint": f"cd {shlex.quote(code_path or UPLOADED_TO)} && exec {line}",
-        "UserCodePath": None if code_path else ".",
-        "RemoteMountCodePath": None if code_path else UPLOADED_TO,
-        "ImageUrl": known["VOLC_IMAGE"],
-        "ResourceQueueID": known.get("VOLC_QUEUE_ID"),
-        "ResourceQueueName": None if known.get("VOLC_QUEUE_ID") else known["VOLC_QUEUE_NAME"],
-        "TaskRoleSpecs": [workers],
-        "Storages": [storage],
+        # With the slash it is what the folder holds that lands in the other one, without it the folder itself
+        "UserCodePath": None if code_path else "./",
+        "RemoteMountCodePath": None if code_path else f"{UPLOADED_TO}/",
+        "ImageUrl": needed(known, "VOLC_IMAGE"),
+        "ImageCredential": credential if any(map(known.get, registry.values())) else None,
+        "ResourceQueueID": None if by_name else needed(known, "VOLC_QUEUE_ID", "VOLC_QUEUE_NAME"),
+        "ResourceQueueName": known["VOLC_QUEUE_NAME"] if by_name else None,
+        "TaskRoleSpecs": [{"RoleName": "worker", "RoleReplicas": nodes, "Flavor": needed(known, "VOLC_FLAVOR")}],
+        "Storages": [store(known)],
         "Envs": variables(known),
+        "ActiveDeadlineSeconds": integer(known, "VOLC_ACTIVE_DEADLINE_SECONDS", 0, 0, 10**9 - 1) or None,
         "RetryOptions": {  # the platform starts the task again, and it goes on from its last checkpoint
             "EnableRetry": True,
+            "EnableReserveResourceOnRetry": bool(integer(known, "VOLC_RESERVE_RESOURCE_ON_RETRY", 0, 0, 1)),
             "MaxRetryTimes": integer(known, "VOLC_MAX_RETRIES", 5, 0, 100),
             "IntervalSeconds": 60,
-            "PolicySets": ["Failed", "InstanceReclaimed", "MachineFailure"],
+            "PolicySets": ["Failed", "InstanceReclaimed", "MachineFailure"],  # the last one is seen in use
         },
         "Priority": integer(known, "VOLC_PRIORITY", 0, 0, 9) or None,
         "Preemptible": bool(integer(known, "VOLC_PREEMPTIBLE", 0, 0, 1)),
     }
-    return _without_empty(task)
+    task = merged(_without_empty(task), extra_fields(known.get("VOLC_EXTRA_YAML", "")))
+    secrets = {*SECRETS, *known.get("VOLC_SECRETS", "").split()}
+    for one in task["Envs"]:
+        address = re.search("://[^/]*@|://.*:.*@", str(one.get("Value")))  # with a password in it
+        one.setdefault("IsPrivate", bool(address) or one.get("Name") in secrets)
+    return task
+
+
+def extra_fields(text: str) -> dict[str, Any]:
+    """What VOLC_EXTRA_YAML holds, itself or in the file that it names. Raises Mistake where these are no fields."""
+    try:
+        fields = yaml.safe_load(text)
+        if isinstance(fields, str):
+            fields = yaml.safe_load(Path(fields).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise Mistake(f"VOLC_EXTRA_YAML={text!r}: {' '.join(str(error).split())}") from None
+    envs = fields.get("Envs", []) if isinstance(fields, dict) else []
+    if not isinstance(fields or {}, dict) or not isinstance(envs, list) or not all(isinstance(e, dict) for e in envs):
+        raise Mistake(f"VOLC_EXTRA_YAML={text!r}: expected fields of a task, as in {{DelayExitTimeSeconds: 600}}")
+    return fields or {}
+
+
+def merged(ours: Any, extra: Any) -> Any:
+    """`extra` goes before `ours`, field by field. Items of lists with the same RoleName, Name or MountPath are one, and
+    others are added."""
+    if isinstance(ours, dict) and isinstance(extra, dict):
+        return ours | {name: merged(ours[name], value) if name in ours else value for name, value in extra.items()}
+    if not (isinstance(ours, list) and isinstance(extra, list) and all(isinstance(one, dict) for one in ours + extra)):
+        return extra
+    items = list(ours)
+    for one in extra:
+        key = next((name for name in ("RoleName", "Name", "MountPath") if name in one), "")
+        place = next((place for place, item in enumerate(items) if key and item.get(key) == one[key]), len(items))
+        items[place:] = [merged(items[place], one) if place < len(items) else one, *items[place + 1 :]]
+    return items
 
 
 def _without_empty(value: Any) -> Any:
@@ -131,21 +212,76 @@ def _without_empty(value: Any) -> Any:
 
 def render(task: Mapping[str, Any], hide: bool = False) -> str:
     """The task as YAML; `hide` puts *** in the place of secrets."""
-    if hide:
-        shown = [{**one, "Value": HIDDEN if one["IsPrivate"] else one["Value"]} for one in task["Envs"]]
-        task = {**task, "Envs": shown}
-    return yaml.safe_dump(task, sort_keys=False, width=10**9)
+    return yaml.safe_dump(_hidden(task) if hide else task, sort_keys=False, width=10**9)
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_hidden(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    private = {"Value"} if value.get("IsPrivate") else set()
+    return {
+        name: HIDDEN
+        if name in private or (SECRET_FIELDS.search(str(name)) and not missing(str(item)))
+        else _hidden(item)
+        for name, item in value.items()
+    }
+
+
+def export(folder: Path) -> None:
+    """Copy this repository into `folder`/code: what is tracked or not ignored, and nothing of LEFT_OUT. Raises Mistake
+    without git."""
+    root, environment = HERE.parent, {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
+    git = ["git", "-C", str(root)]
+    try:
+        if not (root / ".git").exists():  # an unpacked archive: git reads its .gitignore all the same
+            subprocess.run(["git", "init", "-q", "--bare", folder / "git"], env=environment, check=True)
+            git += [f"--git-dir={folder / 'git'}", f"--work-tree={root}"]
+        words = [*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Mistake(f"git cannot list what to upload: {error}; mend that, or name a copy by VOLC_CODE_PATH") from None
+    files, size = 0, 0
+    for name in sorted(set(map(os.fsdecode, listed.split(b"\0"))) - {"", "volc/config"}):
+        source, target = root / name, folder / "code" / name
+        if LEFT_OUT & {*Path(name).parts} or folder.resolve() in source.resolve().parents:
+            continue
+        if source.is_file():  # one may be deleted here and still in git's index
+            target.parent.mkdir(parents=True, exist_ok=True)
+            size, files = size + Path(shutil.copy2(source, target)).stat().st_size, files + 1
+        elif source.exists():
+            print(f"# not sent: {name}, a link or a repository of its own")
+    print(f"# ./ is a clean export of this repository: {files} files, {size / 1e6:.1f} MB")
 
 
 def main(words: Sequence[str]) -> None:
-    """Show the task, and write it where --out says."""
+    """Show the task, and write what is sent where --out says. Raises Mistake when there is something missing then."""
     out = next((word.removeprefix("--out=") for word in words[:1] if word.startswith("--out=")), None)
     command = words[1:] if out is not None else words
     config = {name: value for name, value in read_config(HERE / "config").items() if value}
-    task = make_task({**config, **{name: value for name, value in os.environ.items() if value}}, command)
-    print(render(task, hide=True), end="")
+    known = {**config, **{name: value for name, value in os.environ.items() if value}}
+    task = make_task(known, command)
+    shown = render(task, hide=True)
+    absent = missing(render(task))
+    if absent and out:
+        names = ", ".join(absent)
+        raise Mistake(f"not set: {names}: fill them in in volc/config (from config.example) or export them")
+    print(shown, end="")
+    for name in filter(known.get, not_sent(known)):
+        print(f"# not sent: {name}, which VOLC_STORAGE_TYPE={known['VOLC_STORAGE_TYPE']} does not take")
+    if absent:
+        meanings = dict(re.findall(r"^(\w+)= +# (.*)$", (HERE / "config.example").read_text(encoding="utf-8"), re.M))
+        print("\n# Missing: fill these in in volc/config (from config.example) or export them")
+        for name in absent:
+            print(f"#   {name:<34} {meanings.get(name.split()[0], '')}")
     if out:
-        with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        Path(out, "code").mkdir()
+        if "UserCodePath" in task:
+            export(Path(out))
+        with open(
+            os.open(f"{out}/task.yaml", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+        ) as file:
             file.write(render(task))
 
 

@@ -2,11 +2,12 @@
 # Runs a command on nodes of Volcengine's machine learning platform:
 #
 #   NNODES=4 bash volc/volc_submit.sh bash pretrain.sh --depth=32
-#   NNODES=4 bash volc/volc_submit.sh --dry-run bash pretrain.sh --depth=32     only shows the task; needs no volc CLI
+#   NNODES=4 bash volc/volc_submit.sh --dry-run bash pretrain.sh --depth=32     only shows the task; needs no account
 #
 # Queue, flavor, image and storage come from volc/config (copy config.example) or the environment. WANDB_API_KEY,
 # HF_TOKEN, what VOLC_SECRETS names and addresses with a password in them (HF_ENDPOINT) are passed on as private variables,
-# shown as ***. The task is started again when it fails or is reclaimed, and goes on from its last checkpoint.
+# shown as ***. Sent with it is a clean copy of this repository: what git tracks or does not ignore. The task is started
+# again when it fails or is reclaimed, and goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -38,5 +39,12 @@ FOLDER=$(mktemp -d) # only we can look into it
 trap 'rm -rf "$FOLDER"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
-"$PYTHON" volc/render.py --out="$FOLDER/task.yaml" "$@"
-volc ml_task submit --conf "$FOLDER/task.yaml"
+"$PYTHON" volc/render.py --out="$FOLDER" "$@"
+cd "$FOLDER/code" # UserCodePath is ./
+volc ml_task submit --conf "$FOLDER/task.yaml" | tee "$FOLDER/said"
+ID=$(grep -oE 't-[0-9]{14}-[a-z0-9]+' "$FOLDER/said" | head -n 1) || ID=TASK_ID # as in its list: volc ml_task list
+echo "
+state:          volc ml_task get --id $ID
+log of node 0:  volc ml_task logs --task $ID --instance worker_0 -f
+as accepted:    volc ml_task export --task $ID --config
+end it:         volc ml_task cancel --id $ID"

@@ -185,6 +185,21 @@ def announce(environment: Mapping[str, str], words: Sequence[str]) -> None:
     atomic_write_text(path, json.dumps({"attempt": attempt, "number": number, "words": list(words)}))
 
 
+def reachable(environment: Mapping[str, str], address: str, port: int, seconds: float = 5.0) -> str:
+    """`address` of node 0, or on Volcengine its other one (VPC) where that answers and `address`, which with RDMA is of
+    that network, does not. Each node may choose by itself, because node 0 listens on all of its addresses."""
+    other = environment.get("MLP_WORKER_0_PRIMARY_HOST", "").strip() or address
+    for host in (address, other) if other != address else ():
+        try:
+            socket.create_connection((host, port), timeout=seconds).close()
+        except ConnectionRefusedError:
+            pass  # node 0 is there and does not listen yet
+        except OSError:
+            continue
+        return host
+    return address
+
+
 def own_address(address: str) -> str | None:
     """The address under which a node that reaches `address` can itself be reached; None where it cannot be told."""
     try:

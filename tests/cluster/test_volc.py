@@ -1,4 +1,4 @@
-"""Submitting to clusters: Volcengine, Slurm, SkyPilot."""
+"""Submitting to clusters: Volcengine, Slurm, SkyPilot, Kubeflow Trainer."""
 
 import importlib.util
 import os
@@ -36,7 +36,6 @@ ACCOUNT = {
     "VOLC_FLAVOR": "a-flavor",
     "VOLC_IMAGE": "registry/nanochat:1",
     "VOLC_STORAGE_TYPE": "Vepfs",
-    "VOLC_STORAGE_ID": "vepfs-1",
     "VOLC_STORAGE_PATH": "team",
     "VOLC_MOUNT_PATH": "/mnt/store",
 }
@@ -73,14 +72,139 @@ def test_the_dry_run_is_the_golden_file(tree):
     task = yaml.safe_load(done.stdout)
     assert task["Framework"] == "PyTorchDDP" and task["TaskRoleSpecs"][0]["RoleReplicas"] == 4
     assert task["Entrypoint"] == "cd /root/nanochat && exec bash pretrain.sh --depth=32"
+    assert task["UserCodePath"] == "./" and task["RemoteMountCodePath"] == "/root/nanochat/"
     assert {"Failed", "InstanceReclaimed"} <= set(task["RetryOptions"]["PolicySets"])
 
 
-def test_everything_missing_is_asked_for_by_name_at_once(tree):
-    done = submit(tree, "--dry-run", *COMMAND, VOLC_FLAVOR="x")
+def marks(text):
+    """(names marked in the task, names listed below it)."""
+    task, _, listed = text.partition("\n# Missing: ")
+    names = re.findall("<missing (.*?)>", task)
+    assert all(yaml.safe_load(text)[field] for field in ("TaskName", "Entrypoint", "Storages", "Envs"))
+    return set(names), set(re.findall("^#   (.*?)  ", listed, re.M))
+
+
+def test_without_a_config_the_dry_run_marks_what_is_missing_and_lists_it_below(tree):
+    done = submit(tree, "--dry-run", *COMMAND, NNODES="4")
+    assert (done.returncode, done.stderr) == (0, "")
+    queue = "VOLC_QUEUE_ID or VOLC_QUEUE_NAME"
+    names = {*ACCOUNT, queue} - {"VOLC_QUEUE_ID", "VOLC_STORAGE_PATH"}
+    assert marks(done.stdout) == (names, names)
+    task = yaml.safe_load(done.stdout)
+    assert task["ResourceQueueID"] == f"<missing {queue}>" and task["ImageUrl"] == "<missing VOLC_IMAGE>"
+    assert task["TaskRoleSpecs"] == [{"RoleName": "worker", "RoleReplicas": 4, "Flavor": "<missing VOLC_FLAVOR>"}]
+    assert re.search("^#   VOLC_FLAVOR +instance type of a node", done.stdout, re.M)
+
+
+@pytest.mark.parametrize(
+    ("known", "names"),
+    [
+        ({"VOLC_STORAGE_TYPE": "Nas"}, {"VOLC_STORAGE_ID or VOLC_NAS_ADDR"}),
+        ({"VOLC_STORAGE_TYPE": "Nas", "VOLC_ACCESS_POINT": "ap-1"}, {"VOLC_STORAGE_ID"}),
+        ({"VOLC_STORAGE_TYPE": "VepfsAP"}, {"VOLC_STORAGE_ID", "VOLC_ACCESS_POINT"}),
+        ({"VOLC_REGISTRY_USERNAME": "me"}, {"VOLC_REGISTRY_TOKEN"}),
+        ({"VOLC_REGISTRY_TOKEN": SECRET}, {"VOLC_REGISTRY_USERNAME"}),
+        ({"VOLC_QUEUE_ID": "", "VOLC_QUEUE_NAME": "a-queue"}, set()),
+    ],
+)
+def test_what_is_missing_follows_from_what_is_set(known, names):
+    shown = render.render(render.make_task({**ACCOUNT, **known}, COMMAND), hide=True)
+    assert set(render.missing(shown)) == names and SECRET not in shown
+
+
+def test_everything_missing_is_asked_for_by_name_at_once_and_nothing_is_sent(tree):
+    stand_in(tree)
+    done = submit(tree, *COMMAND, VOLC_FLAVOR="x")
     assert done.returncode == 1 and done.stderr.startswith("error: not set: ") and done.stderr.count("\n") == 1
     for name in ACCOUNT:
         assert (name in done.stderr) == (name not in ("VOLC_FLAVOR", "VOLC_STORAGE_PATH"))
+    assert not (tree / "seen").exists()
+
+
+VEPFS = {"VOLC_STORAGE_TYPE": "Vepfs"}
+VEPFS_AP = {"VOLC_STORAGE_TYPE": "VepfsAP", "VOLC_STORAGE_ID": "vepfs-1", "VOLC_ACCESS_POINT": "ap-1"}
+NAS = {"VOLC_STORAGE_TYPE": "Nas", "VOLC_STORAGE_ID": "nas-1"}
+
+
+@pytest.mark.parametrize(
+    ("known", "fields", "base"),
+    [
+        (VEPFS, {"SubPath": "team"}, "nanochat"),
+        ({**VEPFS, "VOLC_STORAGE_PATH": ""}, {}, "nanochat"),
+        ({**VEPFS, "VOLC_STORAGE_ID": "vepfs-1"}, {"SubPath": "team"}, "nanochat"),
+        (VEPFS_AP, {"VepfsId": "vepfs-1", "VepfsAccessPointId": "ap-1"}, "team/nanochat"),
+        (NAS, {"NasId": "nas-1"}, "team/nanochat"),
+        ({**NAS, "VOLC_STORAGE_PATH": "/a/b/"}, {"NasId": "nas-1"}, "a/b/nanochat"),
+        ({"VOLC_STORAGE_TYPE": "Nas", "VOLC_NAS_ADDR": "n.example"}, {"NasAddr": "n.example"}, "team/nanochat"),
+        ({**NAS, "VOLC_NAS_ADDR": "n.example"}, {"NasId": "nas-1", "NasAddr": "n.example"}, "team/nanochat"),
+        (
+            {**NAS, "VOLC_ACCESS_POINT": "ap-1"},
+            {"NasId": "nas-1", "NasAccessPonintId": "ap-1", "SubPath": "team"},
+            "nanochat",
+        ),
+    ],
+)
+def test_each_type_of_store_has_the_fields_of_the_manual(known, fields, base):
+    """Artifacts are in the folder that VOLC_STORAGE_PATH names, whether the mount begins there or above it."""
+    task = render.make_task({**ACCOUNT, **known}, COMMAND)
+    assert task["Storages"] == [{"Type": known["VOLC_STORAGE_TYPE"], **fields, "MountPath": "/mnt/store"}]
+    assert {one["Name"]: one["Value"] for one in task["Envs"]}["NANOCHAT_BASE_DIR"] == f"/mnt/store/{base}"
+
+
+@pytest.mark.parametrize(
+    ("known", "name"),
+    [
+        ({**VEPFS, "VOLC_STORAGE_ID": "vepfs-1"}, "VOLC_STORAGE_ID"),
+        ({**VEPFS, "VOLC_ACCESS_POINT": "ap-1"}, "VOLC_ACCESS_POINT"),
+        ({**VEPFS_AP, "VOLC_NAS_ADDR": "n.example"}, "VOLC_NAS_ADDR"),
+        ({**NAS, "VOLC_NAS_ADDR": "n.example", "VOLC_ACCESS_POINT": "ap-1"}, "VOLC_NAS_ADDR"),
+    ],
+)
+def test_a_setting_that_the_store_does_not_take_is_named(monkeypatch, capsys, known, name):
+    monkeypatch.setattr(os, "environ", {**ACCOUNT, **known})
+    render.main(COMMAND)
+    shown = capsys.readouterr().out
+    assert f"# not sent: {name}, " in shown and known[name] not in yaml.safe_dump(yaml.safe_load(shown))
+
+
+def test_deadline_reserved_nodes_and_a_private_registry(tree):
+    known = {"VOLC_ACTIVE_DEADLINE_SECONDS": "864000", "VOLC_RESERVE_RESOURCE_ON_RETRY": "1"}
+    registry = {"VOLC_REGISTRY_USERNAME": "me", "VOLC_REGISTRY_TOKEN": SECRET}
+    task = yaml.safe_load(submit(tree, "--dry-run", *COMMAND, **ACCOUNT, **known, **registry).stdout)
+    assert task["ActiveDeadlineSeconds"] == 864000 and task["RetryOptions"]["EnableReserveResourceOnRetry"] is True
+    assert task["ImageCredential"] == {"RegistryUsername": "me", "RegistryToken": "***"}
+    sent = render.make_task({**ACCOUNT, **registry}, COMMAND)
+    assert sent["ImageCredential"]["RegistryToken"] == SECRET and "ActiveDeadlineSeconds" not in sent
+
+
+EXTRA = f"""
+DelayExitTimeSeconds: 600
+Tags: [a, b]
+DiagOptions: [{{Name: LogDetection, Enable: true}}]
+RetryOptions: {{MaxRetryTimes: 9, PolicySets: [Failed]}}
+TaskRoleSpecs: [{{RoleName: worker, GpuRate: 0.5}}]
+Storages: [{{Type: Tos, Bucket: data, MountPath: /data}}, {{MountPath: /mnt/store, ReadOnly: false}}]
+Envs: [{{Name: PROXY, Value: "http://me:{SECRET}@proxy"}}, {{Name: MINE, Value: {SECRET}, IsPrivate: true}}]
+CustomServices: [{{AccessToken: {SECRET}}}]
+"""
+
+
+@pytest.mark.parametrize("way", ["inline", "file"])
+def test_further_fields_are_passed_through(tree, way):
+    (tree / "more.yaml").write_text(EXTRA)
+    extra = EXTRA if way == "inline" else "more.yaml"
+    done = submit(tree, "--dry-run", *COMMAND, **ACCOUNT, VOLC_EXTRA_YAML=extra)
+    assert done.returncode == 0 and SECRET not in done.stdout + done.stderr
+    task = render.make_task({**ACCOUNT, "VOLC_EXTRA_YAML": EXTRA}, COMMAND)
+    assert yaml.safe_load(done.stdout) == yaml.safe_load(render.render(task, hide=True))
+    assert (task["DelayExitTimeSeconds"], task["Tags"], task["DiagOptions"][0]["Enable"]) == (600, ["a", "b"], True)
+    assert task["RetryOptions"]["MaxRetryTimes"] == 9 and task["RetryOptions"]["PolicySets"] == ["Failed"]
+    assert task["RetryOptions"]["EnableRetry"] and task["Entrypoint"].endswith("--depth=32")
+    assert task["TaskRoleSpecs"] == [{"RoleName": "worker", "RoleReplicas": 1, "Flavor": "a-flavor", "GpuRate": 0.5}]
+    store = {"Type": "Vepfs", "SubPath": "team", "MountPath": "/mnt/store", "ReadOnly": False}
+    assert task["Storages"] == [store, {"Type": "Tos", "Bucket": "data", "MountPath": "/data"}]
+    private = {one["Name"]: one["IsPrivate"] for one in task["Envs"]}
+    assert private == {"NANOCHAT_BASE_DIR": False, "PROXY": True, "MINE": True}
 
 
 def test_the_example_filled_in_is_a_config_and_the_environment_goes_before_it(tree):
@@ -96,9 +220,15 @@ def test_the_example_filled_in_is_a_config_and_the_environment_goes_before_it(tr
 
 
 VOLC = """#!/usr/bin/env bash
-cp -p "${@: -1}" "$SEEN" && echo "$*" >"$SEEN.words" && echo submitted
+cp -p "${@: -1}" "$SEEN" && echo "$*" >"$SEEN.words" && find . -type f | sort >"$SEEN.files"
+echo "submitted${ID:+, task_id=$ID}"
 exit "${CODE:-0}"
 """
+
+
+def stand_in(tree):
+    (tree / "bin/volc").write_text(VOLC)
+    (tree / "bin/volc").chmod(0o755)
 
 
 @pytest.mark.parametrize("name", ["HF_ENDPOINT", "HTTPS_PROXY", "SOURCE"])
@@ -114,11 +244,11 @@ def test_an_address_with_a_password_is_private(tree, name, address):
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_submission_hands_over_secrets_and_leaves_none_behind(tree, code):
-    (tree / "bin/volc").write_text(VOLC)
-    (tree / "bin/volc").chmod(0o755)
+    stand_in(tree)
     secrets = {"HF_TOKEN": SECRET, "VOLC_SECRETS": "MY_KEY", "MY_KEY": "another one"}
     done = submit(tree, *COMMAND, **ACCOUNT, **secrets, CODE=str(code))
-    assert done.returncode == code and done.stdout.endswith("submitted\n")
+    shown, _, commands = done.stdout.partition("submitted\n")
+    assert done.returncode == code and ("logs --task TASK_ID --instance worker_0 -f" in commands) == (code == 0)
     assert SECRET not in done.stdout + done.stderr and "another one" not in done.stdout + done.stderr
     private = {
         one["Name"]: one["Value"] for one in yaml.safe_load((tree / "seen").read_text())["Envs"] if one["IsPrivate"]
@@ -127,8 +257,45 @@ def test_submission_hands_over_secrets_and_leaves_none_behind(tree, code):
     words = (tree / "seen.words").read_text().split()
     assert words[:3] == ["ml_task", "submit", "--conf"] and not Path(words[3]).exists()
     assert stat.S_IMODE((tree / "seen").stat().st_mode) == 0o600
-    shown = yaml.safe_load(done.stdout.removesuffix("submitted\n"))
-    assert {one["Value"] for one in shown["Envs"] if one["IsPrivate"]} == {"***"}
+    assert {one["Value"] for one in yaml.safe_load(shown)["Envs"] if one["IsPrivate"]} == {"***"}
+
+
+def test_what_follows_a_submission_is_said_with_its_id(tree):
+    stand_in(tree)
+    done = submit(tree, *COMMAND, **ACCOUNT, ID="t-20261116120106-vx7d4")
+    for command in ("get --id", "logs --task", "export --task", "cancel --id"):
+        assert f"volc ml_task {command} t-20261116120106-vx7d4" in done.stdout
+
+
+@pytest.mark.parametrize("repository", [True, False])
+def test_a_clean_export_is_uploaded(tree, repository):
+    """Tracked or not ignored, and neither environments nor what was built; from an unpacked archive too."""
+    stand_in(tree)
+    (tree / ".gitignore").write_text("*.log\n/volc/config\n.venv/\nrustbpe/target/\nbin/\nseen*\n")
+    for name in ("new.py", "a b.txt", "old.log", "gone.py", "rustbpe/target/x.so", ".venv-uv/uv", "other/.git/HEAD"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("x")
+    (tree / ".venv").symlink_to(ROOT)
+    (tree / "elsewhere").symlink_to(ROOT)
+    (tree / "volc/config").write_text("VOLC_TASK_NAME=mine\n")
+    expected = [".gitignore", "a b.txt", "new.py", "volc/config.example", "volc/render.py", "volc/volc_submit.sh"]
+    if repository:
+        for words in (["init", "-q"], ["add", "-f", "old.log", "gone.py"]):
+            subprocess.run(["git", *words], cwd=tree, check=True)
+        expected.append("old.log")  # tracked all the same
+    (tree / "gone.py").unlink()
+    done = submit(tree, *COMMAND, **ACCOUNT, GIT_DIR=str(tree / "no-such"))
+    assert done.returncode == 0, done.stderr
+    sent = (tree / "seen.files").read_text().split("\n")[:-1]
+    assert sent == sorted(f"./{name}" for name in expected), done.stdout
+    assert f": {len(expected)} files, " in done.stdout and "# not sent: elsewhere, " in done.stdout
+    done = submit(tree, *COMMAND, **ACCOUNT, VOLC_CODE_PATH="/code")
+    assert done.returncode == 0 and (tree / "seen.files").read_text() == ""
+
+
+def test_nothing_that_is_tracked_looks_like_what_is_left_out():
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout.splitlines()
+    assert [name for name in listed if render.LEFT_OUT & {*Path(name).parts}] == []
 
 
 def test_without_the_cli_it_says_so_and_writes_nothing(tree):
@@ -147,7 +314,12 @@ def test_without_the_cli_it_says_so_and_writes_nothing(tree):
         (["--nodes=4", *COMMAND], {}, "--nodes=4"),
         (["--dry-run", *COMMAND], {"NNODES": "four"}, "NNODES=four"),
         (["--dry-run", *COMMAND], {"NNODES": "0"}, "NNODES=0"),
-        (["--dry-run", *COMMAND], {"VOLC_STORAGE_TYPE": "Disk"}, "VOLC_STORAGE_TYPE=Disk"),
+        (
+            ["--dry-run", *COMMAND],
+            {"VOLC_STORAGE_TYPE": "Disk"},
+            "VOLC_STORAGE_TYPE=Disk",
+        ),
+        (["--dry-run", *COMMAND], {"VOLC_STORAGE_TYPE": "Tos"}, "VOLC_STORAGE_TYPE=Tos: object storage"),
         (["--dry-run", *COMMAND], {"VOLC_SECRETS": "NOT_SET"}, "NOT_SET"),
         (["--dry-run", *COMMAND], {"VOLC_PRIORITY": "high"}, "VOLC_PRIORITY=high"),
     ],
@@ -156,6 +328,27 @@ def test_mistakes_are_one_line(tree, words, environment, needle):
     done = submit(tree, *words, **{**ACCOUNT, **environment})
     assert done.returncode == 1 and needle in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("known", "needle"),
+    [
+        ({"VOLC_STORAGE_TYPE": "Sfcs"}, "VOLC_STORAGE_TYPE=Sfcs: object storage"),
+        ({"VOLC_STORAGE_TYPE": "vepfs"}, "VOLC_STORAGE_TYPE=vepfs: expected Vepfs, VepfsAP, Nas"),
+        ({"VOLC_ACTIVE_DEADLINE_SECONDS": "24h"}, "VOLC_ACTIVE_DEADLINE_SECONDS=24h"),
+        ({"VOLC_RESERVE_RESOURCE_ON_RETRY": "yes"}, "VOLC_RESERVE_RESOURCE_ON_RETRY=yes"),
+        ({"VOLC_EXTRA_YAML": "{Tags: [\n"}, "VOLC_EXTRA_YAML='{Tags: ["),
+        ({"VOLC_EXTRA_YAML": "[a]"}, "VOLC_EXTRA_YAML='[a]': expected fields"),
+        ({"VOLC_EXTRA_YAML": "7"}, "VOLC_EXTRA_YAML='7': expected fields"),
+        ({"VOLC_EXTRA_YAML": "{Envs: {A: b}}"}, "VOLC_EXTRA_YAML='{Envs: {A: b}}': expected"),
+        ({"VOLC_EXTRA_YAML": "{Envs: }"}, "VOLC_EXTRA_YAML='{Envs: }': expected"),
+        ({"VOLC_EXTRA_YAML": "no-such.yaml"}, "No such file"),
+    ],
+)
+def test_further_mistakes_are_one_line(known, needle):
+    with pytest.raises(render.Mistake) as caught:
+        render.make_task({**ACCOUNT, **known}, COMMAND)
+    assert needle in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_damaged_config_names_the_line(tree):
@@ -175,7 +368,7 @@ def test_any_value_survives_yaml(image, secret, command, hide):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Slurm, SkyPilot
+# Slurm, SkyPilot, Kubeflow Trainer
 
 
 def sbatch_options(text):
@@ -208,6 +401,27 @@ def test_skypilot_runs_the_same_command_on_every_node():
     sky = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
     cluster = launch.detect({**sky, "SKYPILOT_NUM_GPUS_PER_NODE": task["resources"]["accelerators"].split(":")[1]})
     assert (cluster.nodes, cluster.node_rank, cluster.address, cluster.processes) == (2, 1, "10.0.0.1", 8)
+
+
+def test_kubeflow_trainer_runs_the_same_command_on_every_node():
+    """The manifest was checked against the CRDs of Trainer 2.2 and 2.3, unknown fields refused."""
+    job = yaml.safe_load((ROOT / "kubeflow/pretrain.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    trainer, (patch,) = job["spec"]["trainer"], job["spec"]["runtimePatches"]
+    assert trainer["command"][:2] == ["bash", "-c"] and trainer["command"][2].endswith("exec bash pretrain.sh $ARGS")
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    mounts = {one["name"]: one["mountPath"] for one in pod["containers"][0]["volumeMounts"]}
+    environment = {one["name"]: one.get("value", "") for one in trainer["env"]}
+    assert environment["NANOCHAT_BASE_DIR"].startswith(mounts["store"]) and {v["name"] for v in pod["volumes"]} == {
+        *mounts
+    }
+    # What Trainer sets in the container "node"; GPUs are counted, because it says "auto" where some are requested
+    pet = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": "3"}
+    pet |= {"PET_MASTER_ADDR": "nanochat-x-node-0-0.nanochat-x", "PET_MASTER_PORT": "29500"}
+    gpus = trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    cluster = launch.detect({**environment, **pet}, lambda: gpus)
+    assert cluster == launch.Cluster("Kubeflow Trainer", 4, 3, pet["PET_MASTER_ADDR"], 29500, 8)
 
 
 @pytest.mark.parametrize(
