@@ -27,37 +27,18 @@ GPU_KERNELS = [
 PLANNED_LENGTHS = 64
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int = -1,
-    starts: Tensor | None = None,
-    documents: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = -1, scale: float | None = None) -> Tensor:
     """Softmax attention where query i sees keys at most at its own position and at most `window` positions back.
 
     q is (B, Tq, H, D), k and v are (B, Tk, Hkv, D) with Tk >= Tq and H a multiple of Hkv; the queries are the last
     Tq of the Tk positions (Tk > Tq happens with a KV cache). window = -1 means all of the past; window = w means the
-    position itself and the w before it. `starts` (B,) hides the positions before a row's start (padding on the left),
-    `documents` (B, Tk) those of other documents. scale: on the logits, 1/√D by default. Returns (B, Tq, H, D).
+    position itself and the w before it. scale: on the logits, 1/√D by default. Returns (B, Tq, H, D).
     """
     queries, keys = q.size(1), k.size(1)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), as SDPA wants them
     windowed = 0 <= window < keys - 1
     mask = None
-    if starts is not None or documents is not None:
-        mask = visible(queries, keys, window if windowed else -1, q.device).unsqueeze(0)  # (1, Tq, Tk)
-        if documents is not None:
-            mask = mask & (documents[:, keys - queries :, None] == documents[:, None, :])
-        if starts is not None:
-            key_position = torch.arange(keys, device=q.device)
-            # padding sees itself: a query without any key would give NaN, and NaN spreads even where its weight is 0
-            itself = key_position == torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
-            mask = (mask & (key_position >= starts[:, None, None])) | itself
-        mask = mask.unsqueeze(1)  # (B, 1, Tq, Tk)
-    elif queries == 1 and windowed:  # decoding: the last keys alone do what a mask would, and cost nothing
+    if queries == 1 and windowed:  # decoding: the last keys alone do what a mask would, and cost nothing
         k, v = k[:, :, -(window + 1) :], v[:, :, -(window + 1) :]
     elif queries > 1 and (windowed or queries < keys):
         mask = visible(queries, keys, window if windowed else -1, q.device)
@@ -189,9 +170,21 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """Softmax attention where the mask lets it look: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D)."""
+    if isinstance(mask, Tensor) and q.size(1) == 1 and q.device.type == "cpu":
+        return _decode_attention(q, k, v, mask, scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if isinstance(mask, Tensor):
         out = _sdpa(q, k, v, mask, is_causal=False, scale=scale)
     else:
         out = _flex.flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)
+
+
+def _decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """masked_attention of one query, on a CPU, in the layout of the cache: 4 ms where SDPA in bf16 takes 10 (128 rows,
+    4 heads of 64, 100 keys, one core), and no slower in fp32. mask (B, 1, 1, Tk)."""
+    B, keys, heads, dim = k.shape
+    q = q.view(B, 1, heads, -1, dim)  # the query heads that share a key head side by side
+    scores = (q * k.unsqueeze(3)).sum(-1, dtype=torch.float32) * scale  # (B, Tk, Hkv, H / Hkv)
+    weights = scores.masked_fill(~mask.view(-1, keys, 1, 1), -torch.inf).softmax(1).to(v.dtype)
+    return (weights.unsqueeze(-1) * v.unsqueeze(3)).sum(1).view(B, 1, -1, dim)

@@ -137,7 +137,7 @@ def _content(message: Mapping[str, Any], where: str) -> Any:
 # {% generation %} marks the same mask. One difference lies in those programs: they find special tokens inside text,
 # where nanochat leaves them text. What a conversation may not be is an error here too.
 
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+CHAT_TEMPLATE = (Path(__file__).parent / "data" / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def tokenizer_config(special_tokens: list[str]) -> str:

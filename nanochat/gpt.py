@@ -63,17 +63,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache(Protocol):
-    """What the model needs of a KV cache (nanochat.engine.KVCache)."""
+    """What the model needs of a KV cache (nanochat.engine.KVCache): rows of lengths of their own."""
 
-    tokens: Tensor
-    """(B, length) int64: what was read so far."""
-    starts: Tensor | None
-    """(B,) first position of each row that is no padding; None: 0."""
+    incoming: Tensor | None
+    """(B,) how many of the tokens of this forward pass count, from the left; None: all of them, in every row."""
+    last_tokens: Tensor
+    """(B,) int64: the last token of each row."""
+    document_starts: Tensor
+    """(B,) int64: where the document begins that each row is in."""
 
     def get_pos(self) -> int: ...
+    def begin(self, num_tokens: int) -> Tensor: ...
     def advance(self, num_tokens: int) -> None: ...
-    def insert_tokens(self, idx: Tensor) -> Tensor: ...
+    def last(self, x: Tensor) -> Tensor: ...
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def mask(self, layer: int, window: int, first: Tensor | None) -> Tensor: ...
 
 
 class ForwardContext(NamedTuple):
@@ -81,10 +85,8 @@ class ForwardContext(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    masks: tuple[Mask, Mask] | None
+    masks: "tuple[Mask | None, Mask | None]"
     """For layers with short and long windows; None: plain causal attention."""
-    documents: Tensor | None
-    """(B, Tk) number of the document that each cached position belongs to."""
     kv_cache: Cache | None
 
 
@@ -116,15 +118,14 @@ class CausalSelfAttention(nn.Module):
             v = self.join(v, value_embed.view(v.shape), x)
         # QK-norm keeps the attention logits bounded
         q, k = norm(rotate(q, ctx.cos, ctx.sin)), norm(rotate(k, ctx.cos, ctx.sin))
-        if ctx.masks is not None:
-            short, long = ctx.masks  # not indexed by a bool: torch 2.11 could not compile that
-            y = masked_attention(q, k, v, long if self.is_long else short, self.scale)
+        if ctx.kv_cache is not None:
+            k, v = ctx.kv_cache.insert(self.layer, k, v)
+        short, long = ctx.masks  # not indexed by a bool: torch 2.11 could not compile that
+        mask = long if self.is_long else short
+        if mask is not None:
+            y = masked_attention(q, k, v, mask, self.scale)
         else:
-            starts = None
-            if ctx.kv_cache is not None:
-                k, v = ctx.kv_cache.insert(self.layer, k, v)
-                starts = ctx.kv_cache.starts
-            y = causal_attention(q, k, v, self.window, starts, ctx.documents, self.scale)
+            y = causal_attention(q, k, v, self.window, self.scale)
         if hasattr(self, "gate"):
             y = y * _gate(self.gate, x)
         return self.c_proj(y.reshape(B, T, C))
@@ -221,6 +222,9 @@ class GPT(nn.Module):
             self.backout_lambda = nn.Parameter(torch.empty(1))
         for name, buffer in self._buffers_now().items():
             self.register_buffer(name, buffer, persistent=False)
+        layers = range(config.n_layer)
+        # a layer with a short window and one with a long one; the last has a long one
+        self.typical_layers = next((i for i in layers if not config.is_long(i)), config.n_layer - 1), config.n_layer - 1
 
     @torch.no_grad()
     def init_weights(self, spec: InitSpec | None = None, **changes: Any) -> None:
@@ -272,12 +276,14 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) in fp32 for idx (B, T); with targets (B, T; -1 = no loss) the cross-entropy in nats instead,
         a scalar, or (B*T,) for loss_reduction="none", each loss times its weight in loss_weights (B, T) if given. With
-        a KV cache, idx continues what the cache holds."""
+        a KV cache, idx continues what the cache holds; where its rows take in different numbers of tokens, the logits
+        are those after each row's last (B, 1, V)."""
         config, T = self.config, idx.size(1)
-        x = self.embed(idx, kv_cache)
         ctx = self.forward_context(idx, kv_cache)
-        x = self.run_blocks(x, idx, ctx)
+        x = self.run_blocks(self.embed(idx, kv_cache), idx, ctx)
         if kv_cache is not None:
+            x = x if kv_cache.incoming is None else kv_cache.last(x).unsqueeze(1)
+            kv_cache.last_tokens.copy_(kv_cache.last(idx))
             kv_cache.advance(T)
         x = norm(x)
         scale = config.logit_multiplier
@@ -301,22 +307,30 @@ class GPT(nn.Module):
         return norm(x + share * norm(wte(before).to(self.compute_dtype)))  # type: ignore[operator]
 
     def forward_context(self, idx: Tensor, kv_cache: Cache | None) -> ForwardContext:
-        """Positions and masks of this forward pass; notes the tokens in the cache."""
-        T = idx.size(1)
+        """Positions and masks of this forward pass; notes in the cache where documents begin."""
+        T, config = idx.size(1), self.config
         start = kv_cache.get_pos() if kv_cache is not None else 0
         if start + T > self.cos.size(1):
             raise UserError(f"{start + T} tokens are more than the {self.cos.size(1)} positions of the rotary table")
-        tokens = idx
-        if kv_cache is not None and (self.config.smear or self.config.document_token >= 0):
-            tokens = kv_cache.insert_tokens(idx)
-        documents = masks = None
-        if self.config.document_token >= 0:
-            documents = (tokens == self.config.document_token).cumsum(1)
-        if kv_cache is None and self.config.masked:
-            masks = make_masks(documents, self.windows, idx, blocks=self.block_masks)
-        return ForwardContext(
-            self.cos[:, start : start + T], self.sin[:, start : start + T], masks, documents, kv_cache
-        )
+        begins = idx == config.document_token if config.document_token >= 0 else None
+        if kv_cache is None:
+            masks: Any = (None, None)
+            if config.masked:
+                documents = begins.cumsum(1) if begins is not None else None
+                masks = make_masks(documents, self.windows, idx, blocks=self.block_masks)
+            return ForwardContext(self.cos[:, :T], self.sin[:, :T], masks, None)
+        position, first = kv_cache.begin(T), None
+        if begins is not None:
+            first = torch.where(begins, position, kv_cache.document_starts.unsqueeze(1)).cummax(1).values
+            kv_cache.document_starts.copy_(kv_cache.last(first))
+        if start == 0 and not config.masked:
+            return ForwardContext(self.cos[:, :T], self.sin[:, :T], (None, None), kv_cache)
+        layer_of_short, layer_of_long = self.typical_layers
+        long = kv_cache.mask(layer_of_long, config.window(layer_of_long), first)
+        short = long
+        if layer_of_short != layer_of_long:
+            short = kv_cache.mask(layer_of_short, config.window(layer_of_short), first)
+        return ForwardContext(self.cos[0, position], self.sin[0, position], (short, long), kv_cache)
 
     def run_blocks(self, x: Tensor, idx: Tensor, ctx: ForwardContext) -> Tensor:
         """The stream (B, T, C) behind the last block, and what runs beside the blocks: skips, shortcut, backout."""
@@ -341,6 +355,25 @@ class GPT(nn.Module):
 
     def get_device(self) -> torch.device:
         return self.lm_head.weight.device
+
+    def inference_copy(self) -> "GPT":
+        """This model in evaluation mode, its matrices and tables in the compute dtype, which every use would else cast
+        them to: the same numbers for half the memory traffic. See update_copy."""
+        with torch.device("meta"):
+            twin = GPT(self.config, self.compute_dtype)
+        twin.to_empty(device=self.get_device())
+        for module in twin.modules():
+            for name, param in module.named_parameters(recurse=False):
+                dtype = self.compute_dtype if param.ndim == 2 else param.dtype
+                setattr(module, name, nn.Parameter(param.to(dtype), requires_grad=False))
+        twin.init_buffers()
+        self.update_copy(twin)
+        return twin.eval()
+
+    @torch.no_grad()
+    def update_copy(self, twin: "GPT") -> None:
+        """Let an inference copy have the weights that this model has now."""
+        torch._foreach_copy_(list(twin.parameters()), list(self.parameters()))
 
     def num_params(self) -> int:
         """All parameters, embeddings included."""
@@ -386,12 +419,7 @@ class GPT(nn.Module):
 
 def _tokens_before(idx: Tensor, kv_cache: Cache | None) -> tuple[Tensor, Tensor]:
     """(token before each of idx (B, T), whether there is one)."""
-    before = torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
-    position = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
     if kv_cache is None:
-        return before, position > 0
-    start = kv_cache.get_pos()
-    if start > 0:
-        before = torch.cat([kv_cache.tokens[:, start - 1 : start], idx[:, :-1]], dim=1)
-    first = kv_cache.starts.unsqueeze(1) if kv_cache.starts is not None else 0
-    return before, position + start > first
+        position = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
+        return torch.cat([idx[:, :1], idx[:, :-1]], dim=1), position > 0
+    return torch.cat([kv_cache.last_tokens.unsqueeze(1), idx[:, :-1]], dim=1), kv_cache.begin(idx.size(1)) > 0

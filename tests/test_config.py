@@ -124,16 +124,25 @@ def test_kv_cache_gives_the_logits_of_the_full_forward(features, chunks):
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx), atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("features", [EVERYTHING, {"document_token": -1, "smear": True}])
 @torch.no_grad()
-def test_kv_cache_with_rows_padded_on_the_left():
-    model, idx = build(**EVERYTHING), text(1, 30, 3)
-    cache = KVCache(2, 4, 40, 16, 6)
-    cache.starts = torch.tensor([10, 0])
-    padded = torch.cat([torch.full((1, 10), 5), idx], dim=1)  # padding that no document token announces
-    other = text(1, 40, 2)
-    out = model(torch.cat([padded, other]), kv_cache=cache)
-    torch.testing.assert_close(out[:1, 10:], model(idx), atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(out[1:], model(other), atol=2e-4, rtol=1e-4)
+def test_kv_cache_with_rows_of_their_own_lengths(features):
+    """Tokens behind those that count are as if they were not there, in any part of a row."""
+    model, idx = build(**features), text(3, 48, 4)
+    cache = KVCache(3, 4, 60, 16, 6, windows=[model.config.window(layer) for layer in range(6)])
+    read = [0, 0, 0]
+    for counts in ([5, 12, 1], [13, 2, 9], [1, 1, 1], [1, 1, 1], [20, 30, 3], [1, 1, 1]):
+        width = max(counts)
+        piece = [
+            torch.cat([row[at : at + n], row.new_full((width - n,), 7)])
+            for row, at, n in zip(idx, read, counts, strict=True)
+        ]
+        cache.take(counts)
+        out = model(torch.stack(piece), kv_cache=cache)[:, 0]
+        read = [at + n for at, n in zip(read, counts, strict=True)]
+        assert cache.lengths.tolist() == cache.cache_seqlens.tolist() == read
+        for row, at in enumerate(read):
+            torch.testing.assert_close(out[row], model(idx[row : row + 1, :at])[0, -1], atol=2e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.engine import TOOL_TOKENS, Engine, KVCache, Sampling, sample_next_token
+from nanochat.engine import Batch, Engine, KVCache, Sampling
+from nanochat.engine.sampling import TOOL_TOKENS, sample_next_token
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 
@@ -46,6 +47,7 @@ class Script:
         names = kv_cache.k_cache[0, :, 0, 0, 0]  # which prompt a row belongs to travels in its first key
         if kv_cache.get_pos() == 0:
             names.copy_(torch.arange(idx.size(0)))
+        kv_cache.begin(idx.size(1))
         kv_cache.advance(idx.size(1))
         self.heard.append(idx[:, -1].tolist())
         step = len(self.heard) - 1
@@ -199,7 +201,6 @@ def test_prefill_repeats_one_row():
     one.advance(5)
     many.prefill(one)
     assert many.get_pos() == 5 and torch.equal(many.k_cache[:, 3, :5], one.k_cache[:, 0])
-    assert torch.equal(many.select([2, 0]).k_cache, many.k_cache[:, [2, 0]]) and many.select([1]).get_pos() == 5
     many.reset()
     assert many.get_pos() == 0 and many.cache_seqlens.sum() == 0
 
@@ -215,3 +216,104 @@ def test_errors(engine):
         Sampling(max_new_tokens=1, temperature=-1)
     with pytest.raises(UserError, match="full"):
         KVCache(1, 1, 2, 4, 1).insert(0, torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4))
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 1), st.sampled_from([None, 3, 50]))
+def test_top_p_keeps_the_likeliest_tokens_that_reach_it(seed, top_p, top_k):
+    logits = 3 * torch.randn(1, 60, generator=torch.Generator().manual_seed(seed))
+    order = logits[0].argsort(descending=True).tolist()[: top_k or 60]
+    probabilities = logits[0, order].double().softmax(0)
+    kept = int((probabilities.cumsum(0) - probabilities < top_p - 1e-6).sum())  # those that are not beyond it yet
+    numbers = torch.linspace(0, 1 - 1e-6, 400)
+    chosen = sample_next_token(logits.expand(400, -1), numbers, drawn(top_p=top_p, top_k=top_k)).unique().tolist()
+    assert set(chosen) <= set(order[: kept + 1])
+    assert {i for i, p in zip(order[:kept], probabilities, strict=False) if p > 0.01} <= set(chosen)
+
+
+def test_rows_join_and_leave_while_others_go_on(engine):
+    prompts = [[5 + i, 9, 3, 22][: 1 + i % 4] for i in range(9)]
+    sampling, limits = Sampling(num_samples=2, max_new_tokens=12), [1 + i % 7 for i in range(8)] + [0]
+    found = dict((number, rest) for number, *rest in engine.answers(prompts, sampling, range(9), limits=limits, rows=5))
+    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        sequences, masks = engine.generate_batch(prompt, num_samples=2, max_tokens=limit, seed=number)
+        assert [list(sequences), list(masks)] == [list(part) for part in found[number]]
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    """With windows that are much shorter than the cache, documents, and the token before."""
+    config = GPTConfig(
+        sequence_len=3000, vocab_size=110, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL",
+        short_window=20, long_window=60, document_token=BOS, smear=True,
+    )  # fmt: skip
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(0, 0.3, generator=generator)
+    return Engine(model.eval(), FakeTokenizer())
+
+
+def test_a_cache_that_keeps_no_more_than_the_windows(windowed):
+    prompt = [BOS, *(6 + i * i % 100 for i in range(1300))]
+    sampling = Sampling(max_new_tokens=6, temperature=0)
+    batch = windowed.batch([windowed.samples(0, prompt, sampling, 1), windowed.samples(1, prompt[:7], sampling, 1)])
+    rows = [samples[0] for samples in batch.waiting]
+    assert max(layer.size(1) for layer in batch.cache.k_cache) < 1100
+    while len(batch):
+        batch.step()
+    assert [row.tokens for row in rows] == [slow_greedy(windowed.model, p, 6) for p in (prompt, prompt[:7])]
+
+
+def test_what_another_row_has_read_is_not_read_again(windowed):
+    shared = [BOS, *(6 + i * 7 % 100 for i in range(60))]
+    batch = Batch(windowed.model, windowed.ready(), rows=3, prefills=2, length=200, remember=True)
+    heard = []
+    batch.forward = lambda idx, kv_cache: heard.append(idx.size(1)) or windowed.model(idx, kv_cache=kv_cache)
+
+    def say(prompt, count=5):
+        row = windowed.samples(0, prompt, Sampling(max_new_tokens=count, temperature=0), 1)
+        batch.join(row)
+        return row[0]
+
+    first = say(shared)
+    batch.step()
+    second = say([*shared, 30, 31])  # while the first is decoded
+    while len(batch):
+        batch.step()
+    third = say([*shared, *first.tokens[len(shared) :], 40, 41])  # as the next turn of a conversation does
+    others = [say([50 + i] * 30) for i in range(2)]
+    while len(batch):
+        batch.step()
+    read = [length for length in heard if length > 1]
+    assert read[0] == len(shared) and read[1] == 2 and 3 <= read[2] <= 30
+    for row in (first, second, third, *others):
+        assert row.tokens == slow_greedy(windowed.model, row.tokens[: len(row.tokens) - row.new_tokens], row.new_tokens)
+
+
+def test_rows_that_nobody_waits_for_leave(engine):
+    batch = Batch(engine.model, engine.ready(), rows=2, prefills=1, length=40)
+    groups = [engine.samples(i, [5 + i], Sampling(max_new_tokens=20), i) for i in range(4)]
+    for samples in groups:
+        batch.join(samples)
+    batch.step()
+    batch.leave([groups[0][0], groups[3][0]])
+    seen = set()
+    while len(batch):
+        seen |= {row.prompt for row, _, _ in batch.step()}
+    assert seen == {1, 2} and groups[3][0].new_tokens == 0
+
+
+def test_weights_are_cast_once_and_again_when_they_change():
+    config = GPTConfig(sequence_len=64, vocab_size=110, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    model = GPT(config, torch.bfloat16)
+    model.init_weights(head_std=0.5, zero_proj=False)
+    engine = Engine(model.eval(), FakeTokenizer())
+    for _ in range(2):
+        runs = engine.ready()
+        assert runs is not model and {param.dtype for param in runs.parameters()} == {torch.bfloat16}
+        idx = torch.randint(110, (2, 20))
+        assert torch.equal(runs(idx), model(idx))
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_fc.weight += 1.0
+    assert engine.ready() is runs and torch.equal(runs(idx), model(idx))

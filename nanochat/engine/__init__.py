@@ -1,0 +1,166 @@
+"""Inference: a KV cache, batched sampling from one prefill, and the calculator that a model may call."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from nanochat.dtensor import is_sharded
+from nanochat.engine.batch import Batch
+from nanochat.engine.kv_cache import KVCache as KVCache
+from nanochat.engine.sampling import TOOL_TOKENS, Row, Sampling, Tools
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.tokenizer import RustBPETokenizer
+
+PROMPTS_AT_ONCE = 16  # that go through the model together
+
+
+class Engine:
+    """Samples continuations of prompts in a batch, and runs the calculator where the model calls for it."""
+
+    def __init__(self, model, tokenizer: RustBPETokenizer) -> None:
+        self.model = model
+        self._copy: GPT | None = None
+        self._version = -1
+        self.tokenizer = tokenizer
+        self.specials = {name: tokenizer.encode_special(name) for name in TOOL_TOKENS}
+        self.stops = {self.specials["<|assistant_end|>"], self.specials["<|bos|>"]}
+        self.tools = Tools(tokenizer, self.specials, self.stops)
+
+    def ready(self) -> Callable[..., Tensor]:
+        """What runs the model with the weights it has now: itself, or where it computes in another dtype than it keeps
+        unsharded weights in, a copy."""
+        model = self.model
+        if not isinstance(model, GPT) or any(is_sharded(param) for param in model.parameters()):
+            return model  # stand-ins of a model need not be modules
+        if model.lm_head.weight.dtype == model.compute_dtype:
+            return model
+        version = sum(param._version for param in model.parameters())  # counts changes in place
+        if self._copy is None:
+            self._copy = model.inference_copy()
+        elif version != self._version:
+            model.update_copy(self._copy)
+        self._version = version
+        return self._copy
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        num_samples: int = 1,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 42,
+        top_p: float | None = None,
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield (token column, mask column), each with num_samples entries, until every row has ended with
+        <|assistant_end|> or <|bos|> (yielded too; what follows in that row means nothing). Mask 1 = sampled, 0 = the
+        output of a tool. Row i draws from a generator seeded with seed + i. max_tokens=None goes on to the model's
+        sequence_len. Raises UserError for an empty prompt."""
+        options = {"num_samples": num_samples, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = self._sampling(tokens, max_tokens, options)
+        yield from self.stream([tokens], sampling, [seed])
+
+    def generate_batch(
+        self, tokens: Sequence[int], num_samples: int = 1, seed: int = 42, max_tokens: int | None = None, **options: Any
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """All at once: (sequences, masks), each row starting with the prompt (mask 0) and without its stop token.
+        options: temperature, top_k, top_p, as for `generate`."""
+        sampling = self._sampling(tokens, max_tokens, {"num_samples": num_samples, **options})
+        return self.generate_many([tokens], sampling, [seed])[0]
+
+    def _sampling(self, tokens: Sequence[int], max_tokens: int | None, options: dict[str, Any]) -> Sampling:
+        room = max(0, self.model.config.sequence_len - len(tokens))
+        return Sampling(max_new_tokens=room if max_tokens is None else max_tokens, **options)
+
+    def generate_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+        keep_stop: bool = False,
+    ) -> list[tuple[list[list[int]], list[list[int]]]]:
+        """What generate_batch gives, for each of several prompts, from one batch of len(prompts) x num_samples rows;
+        keep_stop: with the stop token that ended a row. Sample i of prompt p draws from a generator seeded with
+        seeds[p] + i (default: 42 for every prompt): but for rounding it does not depend on the rest of the batch."""
+        results: list[Any] = [None] * len(prompts)
+        for number, sequences, masks in self.answers(prompts, sampling, seeds, keep_stop=keep_stop):
+            results[number] = sequences, masks
+        return results
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+        *,
+        limits: Sequence[int] | None = None,
+        rows: int | None = None,
+        keep_stop: bool = False,
+    ) -> Iterator[tuple[int, list[list[int]], list[list[int]]]]:
+        """(number of the prompt, sequences, masks), as generate_many gives them, of each prompt as soon as its last
+        sample has ended. At most `rows` samples are decoded at once (default: all): others take the places of those
+        that have ended. limits: new tokens of each prompt's samples, at most, instead of the sampling's."""
+        seeds = [42] * len(prompts) if seeds is None else seeds
+        limits = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
+        going: dict[int, list[Row]] = {}
+        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            if limit > 0:
+                going[number] = self.samples(number, prompt, replace(sampling, max_new_tokens=limit), seeds[number])
+            else:
+                count = sampling.num_samples
+                yield number, [list(prompt)] * count, [[0] * len(prompt)] * count
+        masks = {number: [[0] * len(row.tokens) for row in rows_of_one] for number, rows_of_one in going.items()}
+        batch = self.batch(list(going.values()), rows) if going else None
+        while batch:
+            ended = set()
+            for row, _, mask in batch.step():
+                masks[row.prompt][row.sample].append(mask)
+                if row.ended and all(other.ended for other in going[row.prompt]):
+                    ended.add(row.prompt)
+            for number in sorted(ended):
+                pairs = list(zip([row.tokens for row in going.pop(number)], masks.pop(number), strict=True))
+                if not keep_stop:
+                    pairs = [
+                        (tokens[:-1], mask[:-1]) if tokens[-1] in self.stops else (tokens, mask)
+                        for tokens, mask in pairs
+                    ]
+                sequences, masks_of_one = zip(*pairs, strict=True)
+                yield number, list(sequences), list(masks_of_one)
+
+    def samples(self, prompt_number: int, prompt: Sequence[int], sampling: Sampling, seed: int) -> list[Row]:
+        """The rows of one prompt. Raises UserError for an empty one."""
+        if not prompt:
+            raise UserError("empty prompt: give at least one token (the <|bos|> token starts a document)")
+        return [Row(self.tools, (prompt_number, i), prompt, sampling, seed + i) for i in range(sampling.num_samples)]
+
+    def batch(self, samples: Sequence[list[Row]], rows: int | None = None) -> Batch:
+        """A batch with room for `rows` of these (None: for all), that has taken them all in."""
+        total, most = sum(map(len, samples)), max(map(len, samples))
+        length = max(len(row.tokens) + row.sampling.max_new_tokens for group in samples for row in group)
+        size = total if rows is None else max(most, min(rows, total))
+        batch = Batch(self.model, self.ready(), size, min(len(samples), PROMPTS_AT_ONCE), length)
+        for group in samples:
+            batch.join(group)
+        return batch
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """(tokens, masks) of all len(prompts) x num_samples rows, one column a step, until every row has ended; rows
+        that have ended repeat <|assistant_end|>. seeds: of each prompt's first sample, see generate_many."""
+        samples = [self.samples(i, prompt, sampling, seeds[i]) for i, prompt in enumerate(prompts)]
+        if sampling.max_new_tokens < 1:
+            return
+        batch, count = self.batch(samples), sampling.num_samples
+        while batch.waiting or batch.reading:  # so that all begin together
+            batch.read_prompts()
+        while len(batch):
+            tokens = [self.specials["<|assistant_end|>"]] * len(prompts) * count
+            masks = [1] * len(tokens)
+            for row, token, mask in batch.step():
+                place = row.prompt * count + row.sample
+                tokens[place], masks[place] = token, mask
+            yield tokens, masks

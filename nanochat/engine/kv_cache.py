@@ -1,0 +1,196 @@
+"""Keys and values that attention has computed, so that a token is read once."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanochat.errors import UserError
+
+CHUNK = 512  # tokens of a prompt, at most, that go through the model at a time
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated as (L, B, T, H, D); row b holds its first cache_seqlens[b] positions.
+
+    windows: how far back each layer looks (-1: to the start). A layer that looks back w positions needs no more than
+    w + 1 + 2 * CHUNK, and keeps position p at p modulo that; k_cache and v_cache are then a list with a tensor a layer.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_heads: int,
+        seq_len: int,
+        head_dim: int,
+        num_layers: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        windows: Sequence[int] = (),
+    ) -> None:
+        sizes = [
+            seq_len if window < 0 else min(seq_len, window + 1 + 2 * CHUNK) for window in windows or [-1] * num_layers
+        ]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        self.k_cache: Any
+        self.v_cache: Any
+        if min(sizes) == seq_len:
+            shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
+            self.k_cache, self.v_cache = zeros(*shape), zeros(*shape)
+        else:
+            shapes = [(batch_size, size, num_heads, head_dim) for size in sizes]
+            self.k_cache, self.v_cache = [zeros(*shape) for shape in shapes], [zeros(*shape) for shape in shapes]
+        self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.lengths = np.zeros(batch_size, dtype=np.int64)  # the same on the host: no step waits for the device
+        self.last_tokens = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.document_starts = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.incoming: Tensor | None = None  # (B,) tokens of the next forward pass that count; None: all of them
+        self.max_seq_len = seq_len
+        self.span: int | None = None  # positions to attend to, filled or not, where no step may depend on the host
+        self._position: Tensor | None = None  # (B, T) of the tokens of the forward pass that is going on
+
+    def get_pos(self) -> int:
+        """Positions filled so far, of the row that has most."""
+        return int(self.lengths.max(initial=0))
+
+    def get_layer_cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each (B, T, H, D), filled up to cache_seqlens."""
+        return self.k_cache[layer], self.v_cache[layer]
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.lengths[:] = 0
+        for tensor in (self.cache_seqlens, self.last_tokens, self.document_starts):
+            tensor.zero_()
+
+    # ---- what the model calls, in this order
+
+    def begin(self, num_tokens: int) -> Tensor:
+        """(B, num_tokens) positions of the tokens of this forward pass."""
+        if self._position is None:
+            end = self.get_pos() + num_tokens
+            if end > self.max_seq_len:
+                raise UserError(f"KV cache of {self.max_seq_len} positions is full: {end} are needed; make it longer")
+            steps = torch.arange(num_tokens, device=self.cache_seqlens.device)
+            self._position = self.cache_seqlens.unsqueeze(1) + steps
+        return self._position
+
+    def mask(self, layer: int, window: int, first: Tensor | None) -> Tensor:
+        """(B, 1, T, keys) bool: which of the keys that `insert` returns a query may see: at most its own position, at
+        most `window` positions back, none before `first` (B, T)."""
+        assert self._position is not None
+        query, size = self._position.unsqueeze(2), self.get_layer_cache(layer)[0].size(1)
+        end = self._end(query.size(1))
+        if size < self.max_seq_len:  # the last position of each row that modulo `size` is this place's
+            last = query[:, -1:] - (query[:, -1:] - torch.arange(min(size, end), device=query.device)) % size
+        else:
+            last = torch.arange(end, device=query.device).view(1, 1, -1)
+        visible = (last <= query) & (last >= 0)
+        if window >= 0:
+            visible &= query - last <= window
+        if first is not None:
+            visible &= last >= first.unsqueeze(2)
+        return visible.unsqueeze(1)
+
+    def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v (B, T, H, D) behind what this layer holds; returns its keys and values (B, keys, H, D)."""
+        keys, values = self.get_layer_cache(layer)
+        position, size = self.begin(k.size(1)), keys.size(1)
+        start, end = self.get_pos(), self._end(k.size(1))
+        if self._aligned() and end <= size:
+            keys[:, start:end], values[:, start:end] = k, v
+        else:
+            row, place = torch.arange(k.size(0), device=k.device).unsqueeze(1), position % size
+            keys[row, place], values[row, place] = k, v
+        return keys[:, : min(end, size)], values[:, : min(end, size)]
+
+    def last(self, x: Tensor) -> Tensor:
+        """(B, ...): of x (B, T, ...) what belongs to the last token of each row that counts."""
+        if self.incoming is None:
+            return x[:, -1]
+        return x[torch.arange(len(x), device=x.device), self.incoming.long() - 1]
+
+    def advance(self, num_tokens: int) -> None:
+        """Called once per forward, after the last layer has inserted its keys."""
+        self._position = None
+        if self.incoming is None:
+            self.lengths += num_tokens
+            self.cache_seqlens += num_tokens
+        else:
+            self.lengths += self._incoming_on_host
+            self.cache_seqlens += self.incoming
+
+    def take(self, counts: Sequence[int]) -> None:
+        """Of the tokens of the next forward pass, counts[b] of row b count, from the left; the others are padding."""
+        self._incoming_on_host = np.array(counts)
+        self.incoming = torch.tensor(counts, dtype=torch.int32, device=self.cache_seqlens.device)
+
+    def fixed(self, rows: int, span: int, incoming: Tensor) -> "KVCache":
+        """The first rows, for a step that can be recorded: it attends to `span` positions, and rows go on by `incoming`
+        (rows,) int32 on the device alone; whoever replays it adds that to `lengths`."""
+        part = self.rows(0, rows)
+        part.span, part.incoming, part._incoming_on_host = span, incoming, np.zeros(rows, dtype=np.int64)
+        return part
+
+    def _end(self, num_tokens: int) -> int:
+        return self.span or self.get_pos() + num_tokens
+
+    def _aligned(self) -> bool:
+        return self.span is None and bool((self.lengths == self.lengths[0]).all())
+
+    # ---- rows
+
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """These rows as a cache that shares the memory."""
+        part = copy.copy(self)
+        for name in ("cache_seqlens", "lengths", "last_tokens", "document_starts"):
+            setattr(part, name, getattr(self, name)[start:stop])
+        for name in ("k_cache", "v_cache"):
+            cached = getattr(self, name)
+            parts = cached[:, start:stop] if isinstance(cached, Tensor) else [layer[start:stop] for layer in cached]
+            setattr(part, name, parts)
+        return part
+
+    def can_rewind(self, row: int, length: int) -> bool:
+        """Whether all that positions from `length` on look at is still there."""
+        lost = int(self.lengths[row]) - length
+        return lost <= CHUNK or all(layer.size(1) == self.max_seq_len for layer in self.k_cache)
+
+    def rewind(self, row: int, tokens: Sequence[int], document_token: int) -> None:
+        """Forget what this row holds behind these, its first tokens."""
+        self.lengths[row] = self.cache_seqlens[row] = len(tokens)
+        self.last_tokens[row] = tokens[-1]
+        begins = [i for i, token in enumerate(tokens) if token == document_token]
+        self.document_starts[row] = begins[-1] if begins else 0
+
+    def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Row targets[i] becomes what row sources[i] was."""
+        device, most = self.cache_seqlens.device, int(self.lengths[list(sources)].max(initial=0))
+        if not len(sources):
+            return
+        of, to = torch.tensor(list(sources), device=device), torch.tensor(list(targets), device=device)
+        for cached in (self.k_cache, self.v_cache):
+            for layer in cached:
+                used = layer[:, : min(most, layer.size(1))]
+                used[to] = used[of]
+        for tensor in (self.cache_seqlens, self.last_tokens, self.document_starts):
+            tensor[to] = tensor[of]
+        self.lengths[list(targets)] = self.lengths[list(sources)]
+
+    def prefill(self, other: "KVCache") -> None:
+        """Copy `other` in, each row of it repeated as often as there is room for. Must be empty before."""
+        assert self.get_pos() == 0, f"prefill into a cache that already holds {self.get_pos()} positions"
+        repeats, most = len(self.lengths) // len(other.lengths), other.get_pos()
+        for mine, others in ((self.k_cache, other.k_cache), (self.v_cache, other.v_cache)):
+            for layer, its in zip(mine, others, strict=True):
+                used = its[:, :most]
+                layer[:, : used.size(1)] = used.repeat_interleave(repeats, dim=0)
+        for name in ("cache_seqlens", "last_tokens", "document_starts"):
+            getattr(self, name).copy_(getattr(other, name).repeat_interleave(repeats))
+        self.lengths[:] = np.repeat(other.lengths, repeats)
