@@ -1,8 +1,12 @@
 """A store with what the chat stages need: text, tokenizer and a base model trained for a few steps."""
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
-from nanochat.paths import tokenizer_dir
+from nanochat import ledger, pipeline
+from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train
 from tests.data.test_text_rows import write_source
@@ -24,3 +28,25 @@ def make_text() -> None:
 def make_base(**changes: Any) -> None:
     """A base checkpoint, tagged m unless changes say otherwise."""
     base_train.main(base_train.Settings(**{**BASE, **changes}))
+
+
+def kill_before_the_ledgers_line(stage: str, train: Callable[[], None]) -> str:
+    """Have the runner train `stage` (its model is tagged m), forget that it ended, as after a kill between COMPLETE and
+    the ledger's line, and look again: returns the status. Fails where the second call writes anything."""
+    folder = checkpoint_dir(stage, "m")
+    outputs = [str(folder), str(folder / "COMPLETE")]
+
+    def execute(*_: object) -> tuple[int, deque[str], None]:
+        train()
+        return 0, deque(), None
+
+    with mock.patch.object(pipeline, "_execute", execute):
+        assert pipeline.run_stage(stage, ["bash"], [], outputs) == 0
+        path = ledger.ledger_path(run_dir())
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:-1]))
+        assert ledger.read(run_dir())[-1]["status"] == "started"
+        before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+        assert pipeline.run_stage(stage, ["bash"], [], outputs) == 0
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+    return str(ledger.read(run_dir())[-1]["status"])

@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
@@ -30,6 +31,7 @@ from nanochat.files import atomic_write, sha256_file
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0  # seconds, doubled after each failed attempt: 15 s in all
+LONGEST_ADDRESS = 8192  # characters; httpx takes no more than 65,536
 TIMEOUT = 30.0  # seconds for the hub to say what a file is
 RETRIED_STATUS = {408, 429, 500, 502, 503, 504}
 
@@ -96,10 +98,28 @@ def check_connection() -> None:
                 "proxy, or unset it"
             )
     try:
-        get_session()
+        hooks = get_session().event_hooks["response"]
     except OSError as error:
         file = os.environ.get("SSL_CERT_FILE", "")
         raise UserError(f"SSL_CERT_FILE={file}: cannot be read ({error}); correct or unset it") from None
+    if _check_redirect not in hooks:
+        hooks.append(_check_redirect)
+
+
+def _check_redirect(response: Any) -> None:
+    """Raises UserError where a server sends on to what is no address: httpx raises ValueError, InvalidURL or what looks
+    like a broken connection for it, by version and by how."""
+    location = response.headers.get("Location", "")
+    if not response.is_redirect or not location:
+        return
+    try:
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(str(response.url), location))
+        good = _is_address(f"{parts.scheme}://{parts.netloc}", ("http", "https")) and len(location) < LONGEST_ADDRESS
+    except ValueError:
+        good = False
+    if not good or re.search(r"[\x00-\x1f\x7f]", location):
+        shown = masked("".join(location.split())).partition("?")[0][:100]  # behind it there may be a token
+        raise UserError(f"{masked(endpoint())} redirects to {shown!a}, which is no address: set HF_ENDPOINT to another")
 
 
 def download(
@@ -131,8 +151,6 @@ def download(
                 break
             except OfflineModeIsEnabled:
                 raise UserError(f"HF_HUB_OFFLINE is set, but {filename} is needed: unset it, or {otherwise}") from None
-            except ValueError as error:
-                raise UserError(f"{masked(endpoint())} redirects to an address that is none ({error})") from None
             except (HTTPError, _Transient) as error:
                 reason = masked(_passing_reason(error, repo, filename, revision))
             wait = FIRST_WAIT * 2 ** (attempt - 1)
@@ -173,6 +191,8 @@ def _fetch(repo: str, filename: str, revision: str, file: _Watched) -> str:
 def _passing_reason(error: Exception, repo: str, filename: str, revision: str) -> str:
     """Why another attempt may help. Raises UserError where none will."""
     where = masked(endpoint())
+    if type(error).__name__ == "TooManyRedirects":  # of httpx or httpx2: the hub's client has changed
+        raise UserError(f"{where} redirects without end: set HF_ENDPOINT to another") from None
     if not isinstance(error, HfHubHTTPError):  # below HTTP: no name, no route, refused, reset, timed out
         return (str(error) or type(error).__name__).splitlines()[0]
     status = error.response.status_code

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import chat
 from nanochat.train.chat import inherit, plan_steps
 from scripts import chat_sft, mid_train
-from tests.chat_setup import make_base, make_text
+from tests.chat_setup import kill_before_the_ledgers_line, make_base, make_text
 from tests.processes import run_processes
 
 SMALL = {"tasks": "Arithmetic:60,Identity:40", "num_iterations": 4, "eval_tokens": 1024, "eval_every": 2,
@@ -100,6 +101,12 @@ def test_a_stopped_run_continues_bit_for_bit(store):
     whole, parts = last_weights("mid", "whole"), last_weights("mid", "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not checkpoint_dir("mid", "parts.1").exists()
+
+
+def test_a_kill_before_the_ledger_knows_of_the_end_trains_nothing_again(store, capsys):
+    for stage, train in {"base": make_base, "mid": mid, "sft": sft}.items():
+        assert kill_before_the_ledgers_line(stage, partial(train, resume="auto")) == "finished"
+        assert f"{stage}/m is complete: nothing to do" in capsys.readouterr().out
 
 
 def test_runs_never_share_a_folder(store, capsys):

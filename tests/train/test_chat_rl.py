@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import chat
 from scripts import chat_rl, chat_sft
-from tests.chat_setup import make_base, make_text
+from tests.chat_setup import kill_before_the_ledgers_line, make_base, make_text
 from tests.data.test_text_rows import write_source
 from tests.processes import run_processes
 
@@ -89,6 +90,11 @@ def test_a_stopped_run_continues_bit_for_bit(store):
     for name in whole:
         assert torch.equal(whole[name], parts[name])
         assert not torch.equal(whole[name], half[name]) and not torch.equal(half[name], before[name])
+
+
+def test_a_kill_before_the_ledger_knows_of_the_end_trains_nothing_again(store, capsys):
+    assert kill_before_the_ledgers_line("rl", partial(rl, resume="auto", num_iterations=1)) == "finished"
+    assert "rl/m is complete: nothing to do" in capsys.readouterr().out
 
 
 def test_nothing_moves_where_there_is_nothing_to_learn(store):
