@@ -8,8 +8,9 @@ torch's weights-only loader. What is damaged or hostile may raise any Exception.
 import io
 import math
 import pickle
+import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,18 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C takes 30 GB for 
             raise ValueError(f"its index names {module}.{name}, which no checkpoint does")
         return _StandIn
 
+    def _fill(self, items: list[Any]) -> None:
+        if not all(isinstance(key, str | _StandIn) for key in items[::2]):  # a tuple that holds the one before it
+            raise ValueError("its index has keys that are no names")  # twice, and so on, takes hours to hash
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))  # type: ignore[attr-defined]
+
+    # without sets, and dictionaries filled in other ways than it is written in
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"d\x90\x91"
+    }
+    dispatch[pickle.SETITEMS[0]] = lambda self: self._fill(self.pop_mark())
+    dispatch[pickle.SETITEM[0]] = lambda self: self._fill([self.stack.pop(-2), self.stack.pop()])
+
 
 def read_index(path: Path) -> dict[str, Entry]:
     """The tensors in the folder `path`."""
@@ -56,9 +69,12 @@ def read_index(path: Path) -> dict[str, Entry]:
     places = {}
     for key, place in raw["storage_data"].items():
         file_name, offset, length = (place.state[field] for field in ("relative_path", "offset", "length"))
+        name = key.state["fqn"]
+        if not isinstance(file_name, str) or not isinstance(name, str):
+            raise ValueError("its index has places that are no names")
         if not 0 <= offset <= offset + length <= sizes.get(file_name, -1):  # nor is a file elsewhere ever opened
             raise ValueError(f"{file_name!r:.50} is missing or too short")
-        places[key.state["fqn"], _size(key.state["offset"])] = file_name, offset, length
+        places[name, _size(key.state["offset"])] = file_name, offset, length
     index = {}
     for name, entry in raw["state_dict_metadata"].items():
         shape, parts, row = _size(entry.state["size"]), [], 0
@@ -80,6 +96,15 @@ def _size(record: Any) -> tuple[int, ...]:
     return tuple(torch.Size(record.args[0]))
 
 
+def _check_archive(stored: io.BytesIO, length: int) -> None:
+    """Raise ValueError where a tensor's file would be larger in memory than it is: torch would unpack it first."""
+    with zipfile.ZipFile(stored) as archive:
+        parts = archive.infolist()
+    if sum(part.file_size for part in parts) > length or any(part.compress_type for part in parts):
+        raise ValueError("it has compressed tensors, which this program never writes")
+    stored.seek(0)
+
+
 @torch.no_grad()
 def read_tensors(path: Path, index: dict[str, Entry], tensors: dict[str, Tensor]) -> None:
     """Fill all `tensors`, of which a rank may hold only some rows, without communication."""
@@ -93,6 +118,7 @@ def read_tensors(path: Path, index: dict[str, Entry], tensors: dict[str, Tensor]
             with (path / part.file).open("rb") as file:
                 file.seek(part.offset)
                 stored = io.BytesIO(file.read(part.length))
+            _check_archive(stored, part.length)
             value = torch.load(stored, map_location="cpu", weights_only=True)
             if value.shape != part.shape:
                 raise ValueError(f"{name} has {tuple(value.shape)} where the index says {part.shape}")

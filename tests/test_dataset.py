@@ -375,6 +375,28 @@ def test_local_mistakes_name_file_and_line(folder, name, content, message):
     assert not target.exists() or not list(target.iterdir())
 
 
+@pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".zst", ".lz4"])
+def test_a_line_of_any_length_takes_bounded_memory(folder, monkeypatch, packed):
+    monkeypatch.setattr(local, "LONGEST_PART", 1001)  # so that letters of three bytes are cut
+    monkeypatch.setattr(local, "LONGEST_LINE", 50_000)
+    text = "一二三四五六七八九十" * 20_000
+    content = {
+        "a.txt": text,
+        "b.jsonl": json.dumps({"text": text}),
+        "c.csv": f"text\n{text}\n",
+        "d.csv": f'text\n"{text}',
+    }
+    content["e.csv"] = 'text\n"never closed' + "\nand so on" * 10_000
+    for name, written in content.items():
+        with pa.output_stream(str(folder / f"{name}{packed}"), compression="detect") as stream:
+            stream.write(written.encode())
+    documents = list(local.read_documents(folder / f"a.txt{packed}"))
+    assert "".join(documents) == text and max(map(len, documents)) < local.WHOLE_TXT_BYTES + 1001
+    for name in ("b.jsonl", "c.csv", "d.csv", "e.csv"):
+        with pytest.raises(UserError, match=r"line \d+: (longer than 50,000 bytes; cut it|not CSV .field larger)"):
+            list(local.read_documents(folder / f"{name}{packed}"))
+
+
 def test_half_a_surrogate_pair_becomes_a_mark(folder):
     (folder / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
     assert list(local.read_documents(folder / "a.jsonl")) == ["a?b", "😀"]
@@ -588,6 +610,24 @@ def test_a_shard_without_text_is_refused_at_the_door(folder, content, message, n
     with pytest.raises(UserError, match=message) as caught:
         get(f"local:{folder}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["shard_00001.parquet", "part.parquet"])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), "dictionary", "null"])
+def test_a_row_group_that_takes_far_more_memory_than_its_file_is_refused(folder, monkeypatch, kind, name):
+    monkeypatch.setattr(parquet, "GROUP_BYTES", 10**6)
+    column = pa.array(["long " * 1000], pa.string()).take(pa.array([0] * 1000))
+    if kind == "null":
+        column = pa.nulls(10**6, pa.string())
+    else:
+        column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+    pq.write_table(pa.table({"text": column}), folder / name, row_group_size=10**6)
+    (folder / name.replace("1", "0").replace("part", "other")).write_bytes(parquet_bytes(shard_texts(0)))
+    with pytest.raises(UserError, match=rf"{name}: row group 0 is damaged .its rows take more than 1,000,000 bytes"):
+        get(f"local:{folder}")
+    monkeypatch.setattr(parquet, "GROUP_BYTES", 10**8)
+    if kind != "null":
+        get(f"local:{folder}")
 
 
 def test_a_hub_shard_that_rustbpe_cannot_decompress_is_refused(server):

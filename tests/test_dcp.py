@@ -1,8 +1,11 @@
 """The index of torch.distributed.checkpoint is a pickle: what a hostile or damaged one can do."""
 
+import io
 import os
 import pickle
 import time
+import zipfile
+from unittest import mock
 
 import pytest
 import torch
@@ -144,6 +147,83 @@ def test_a_tensor_that_would_run_something_is_refused(state, tmp_path, monkeypat
     change(state, lambda m: [vars(i).update(offset=0, length=file.stat().st_size) for i in m.storage_data.values()])
     refused(state, "state is damaged")
     assert not (tmp_path / "proof").exists()
+
+
+def doubled(depth=60):
+    """A tuple of a few hundred bytes whose hash, comparison and text take for ever."""
+    value = (1, 2)
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+def pickled(*parts):
+    return b"\x80\x04" + b"".join(parts) + b"."
+
+
+DOUBLED = pickle.dumps(doubled(), 4)[11:-1]  # without protocol, frame and end
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickled(pickle.EMPTY_DICT, DOUBLED, pickle.NONE, pickle.SETITEM),
+        pickled(pickle.EMPTY_DICT, pickle.MARK, DOUBLED, pickle.NONE, pickle.SETITEMS),
+        pickled(pickle.MARK, DOUBLED, pickle.NONE, pickle.DICT),
+        pickled(pickle.MARK, DOUBLED, pickle.FROZENSET),
+        pickled(pickle.EMPTY_SET, pickle.MARK, DOUBLED, pickle.ADDITEMS),
+    ],
+)
+def test_values_that_take_for_ever_to_hash_are_refused(state, content):
+    (state / ".metadata").write_bytes(content)
+    refused(state, "state is damaged")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: place(m, relative_path=doubled()),
+        lambda m: place(m, offset=doubled()),
+        lambda m: entry(m, size=torch.Size([6, 4]), chunks=doubled()),
+        lambda m: [vars(key).update(fqn=doubled()) for key in m.storage_data],
+    ],
+)
+def test_values_that_take_for_ever_to_print_are_refused(state, edit):
+    with mock.patch.object(MetadataIndex, "__hash__", object.__hash__):
+        change(state, edit)
+        refused(state, "state is damaged")
+
+
+def pack_anew(state, write):
+    """Have `write(archive, name, content)` write each entry of each tensor's archive."""
+    file = state / "__0_0.distcp"
+    before, after = file.read_bytes(), io.BytesIO()
+
+    def edit(metadata):
+        for info in metadata.storage_data.values():
+            source = zipfile.ZipFile(io.BytesIO(before[info.offset : info.offset + info.length]))
+            buffer = io.BytesIO()
+            with zipfile.ZipFile(buffer, "w") as archive:
+                for name in source.namelist():
+                    write(archive, name, source.read(name))
+            info.offset, info.length = after.tell(), len(buffer.getvalue())
+            after.write(buffer.getvalue())
+
+    change(state, edit)
+    file.write_bytes(after.getvalue())
+
+
+def test_archives_that_grow_in_memory_are_refused(state):
+    pack_anew(state, lambda archive, name, content: archive.writestr(name, content))
+    checkpoint.load_weights(state.parent.parent, 1, Weights())
+
+    def bomb(archive, name, content):
+        if name.endswith("data/0"):
+            content = content.ljust(30_000_000, b"\0")
+        archive.writestr(name, content, zipfile.ZIP_DEFLATED)
+
+    pack_anew(state, bomb)
+    refused(state, "state is damaged .it has compressed tensors")
 
 
 @given(data=st.data())

@@ -6,6 +6,7 @@ first ones are for validation: one per cent of the bytes (at most 10 MB), of lit
 shard_*.parquet already keeps its shards and their order. Links are followed.
 """
 
+import codecs
 import collections
 import contextlib
 import csv
@@ -16,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -41,6 +41,8 @@ MIN_PIECE_BYTES = 100  # a document is not cut below this to fit into the valida
 SHARD_BYTES = 256_000_000  # UTF-8 bytes a train shard, about 100 MB compressed, as on the hub
 WHOLE_TXT_BYTES = 65_536  # a .txt file up to this is one document
 TXT_DOCUMENT_BYTES = 16_384  # a longer one is cut at the first blank line after this many
+LONGEST_LINE = 2**30  # bytes of one document in a file of many: it is held in memory, in several forms
+LONGEST_PART = 2**26  # bytes of a line of .txt that are read at once
 BUCKET_BYTES = 512_000_000  # input held in memory at once while ordering
 MAX_BUCKETS = 256  # one open file each
 
@@ -308,7 +310,7 @@ def _from_jsonl(path: Path) -> Iterator[str]:
 
 
 def _from_csv(path: Path) -> Iterator[str]:
-    csv.field_size_limit(sys.maxsize)  # 128 KiB otherwise
+    csv.field_size_limit(LONGEST_LINE)  # 128 KiB otherwise; a quote that never ends would take in the whole file
     lines = (line for _, line in _lines(path))
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -326,7 +328,7 @@ def _from_csv(path: Path) -> Iterator[str]:
 
 
 def _from_txt(path: Path) -> Iterator[str]:
-    lines: Iterator[str] = (line for _, line in _lines(path))
+    lines: Iterator[str] = (line for _, line in _lines(path, cut=True))
     document: list[str] = []
     size = 0
     for line in lines:
@@ -348,17 +350,26 @@ def _from_txt(path: Path) -> Iterator[str]:
     yield "".join(document).strip()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file, decompressed by its suffix."""
-    number = 0
+def _lines(path: Path, cut: bool = False) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a text file, decompressed by its suffix. cut: long ones come in parts; otherwise they are
+    refused: a few MB that are compressed may hold one of any length."""
+    number, longest = 1, LONGEST_PART if cut else LONGEST_LINE
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
-        with pa.input_stream(str(path), compression="detect") as raw:
-            for number, line in enumerate(io.BufferedReader(raw, 1 << 20), 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        with pa.input_stream(str(path), compression="detect") as raw, io.BufferedReader(raw, 1 << 20) as stream:
+            while part := stream.readline(longest):
+                goes_on = len(part) == longest and not part.endswith(b"\n")
+                if goes_on and not cut:
+                    raise UserError(
+                        f"{path}, line {number}: longer than {longest:,} bytes; cut it, or bring it as .txt"
+                    )
+                yield number, decoder.decode(part, final=not goes_on)
+                number += not goes_on
+            decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file first") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read after line {number} ({error})") from None
+        raise UserError(f"{path}: cannot be read after line {number - 1} ({error})") from None
 
 
 FORMATS: dict[str, Callable[[Path], Iterator[str]]] = {

@@ -22,6 +22,8 @@ from nanochat.files import atomic_write, atomic_write_text, content_hash, fields
 
 T = TypeVar("T")
 ROW_GROUP = 1024  # documents
+GROUP_BYTES = 2**30  # that a row group may take in memory, however small its file
+GROUP_RATIO = 100  # or so many times what it takes on the disk: text is compressed to a third
 CODECS = {"UNCOMPRESSED", "SNAPPY", "ZSTD"}  # what every reader has, rustbpe too, which reads shards by itself
 Manifest = dict[str, Any]
 
@@ -144,11 +146,34 @@ def read_documents(path: Path) -> Iterator[str]:
         yield from read_texts(file, group, str(path))
 
 
+def batches(
+    file: pq.ParquetFile, group: int, columns: list[str] | None = None, kind: pa.DataType | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a group; kind: that the one column is turned into. Raises ArrowInvalid where they are far larger in
+    memory than on the disk: one text that a million rows refer to takes 2 KB there and all memory here."""
+    about = file.metadata.row_group(group)
+    parts = [about.column(index) for index in range(about.num_columns)]
+    unpacked = sum(part.total_uncompressed_size for part in parts)
+    limit = max(GROUP_BYTES, GROUP_RATIO * sum(part.total_compressed_size for part in parts))
+    most_rows = max(1, min(ROW_GROUP, limit // max(1, unpacked)))  # if each is as large as all that the file has
+    size = 0
+    if max(unpacked, about.num_rows) <= limit:
+        for batch in file.iter_batches(most_rows, [group], columns, use_threads=False):
+            batch = batch if kind is None else pa.record_batch([batch[0].cast(kind)], batch.schema.names)
+            if (size := size + batch.nbytes) > limit:
+                break
+            yield batch
+        else:
+            return
+    raise pa.ArrowInvalid(f"its rows take more than {limit:,} bytes in memory, {GROUP_RATIO} times those on the disk")
+
+
 def _read_column(file: pq.ParquetFile, group: int, name: str) -> pa.ChunkedArray:
+    kind = file.schema_arrow.field("text").type
+    if kind not in (pa.string(), pa.large_string()):  # a dictionary, views, bytes
+        kind = pa.large_string()
     try:
-        column = file.read_row_group(group, columns=["text"], use_threads=False).column("text")
-        if column.type not in (pa.string(), pa.large_string()):  # a dictionary, views, bytes
-            column = column.cast(pa.large_string())
+        column = pa.chunked_array([batch[0] for batch in batches(file, group, ["text"], kind)], kind)
         column.validate(full=True)  # else what is not UTF-8 is found hours later
         return column
     except (pa.ArrowException, OSError) as error:

@@ -8,6 +8,7 @@ A bundle is a folder with `core.yaml` (the tasks), `eval_meta_data.csv` (random 
 import csv
 import dataclasses
 import io
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
 _OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
 _KINDS = ("published", "offline", "custom")
 _MOST_SHOTS = 1000
+_MOST_YAML = 2**18  # the published core.yaml has 5 KB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ def load_bundle(path: Path) -> Bundle:
         if not file.is_file():
             raise UserError(f"no evaluation bundle: {file} is missing; {hint}")
     try:
-        (entries,) = fields(yaml.safe_load(_text(path, TABLES[0])), icl_tasks=list)
+        (entries,) = fields(_yaml(_text(path, TABLES[0])), icl_tasks=list)
         rows = csv.DictReader(io.StringIO(_text(path, TABLES[1]), newline=""))
         baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
         tasks = [_load_task(entry, baselines, inside(path, "eval_data")) for entry in entries]
@@ -108,6 +110,26 @@ def _text(path: Path, name: str) -> str:
         return inside(path, name).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8: {error}") from None
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML text. Raises UserError where it, or what its aliases and merge keys stand for, is larger than
+    any bundle's: 30 lists of the one before twice would take minutes and all memory."""
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node() if len(text) <= _MOST_YAML else None
+    if len(text) > _MOST_YAML or _written_out(node, {}) > _MOST_YAML:
+        raise UserError(f"{TABLES[0]} has more than {_MOST_YAML:,} characters, or values once aliases are written out")
+    return loader.construct_document(node) if node is not None else None
+
+
+def _written_out(node: Any, known: dict[Any, int]) -> int:
+    """Values in `node`, those behind an alias counted each time."""
+    if node not in known:
+        known[node] = 1
+        pairs = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else ()
+        children = node.value if isinstance(node, yaml.SequenceNode) else pairs
+        known[node] = 1 + sum(_written_out(child, known) for child in children)
+    return known[node]
 
 
 def _read_marker(path: Path) -> tuple[str, str, list[str]]:

@@ -207,7 +207,9 @@ def _wide(kind: pa.DataType) -> pa.DataType:
 def _read_file(path: Path) -> pa.Table:
     """All of one parquet file. MMLU's train file holds a single column `train` of structs: its fields are taken."""
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
+        rows = [batch for group in range(file.num_row_groups) for batch in parquet.batches(file, group)]
+        table = pa.Table.from_batches(rows, file.schema_arrow)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it and get it again") from None
     if table.column_names == ["train"] and pa.types.is_struct(table.schema.field(0).type):

@@ -21,6 +21,7 @@ from nanochat.tasks import hub
 from nanochat.tasks.common import Conversation, Split, Task, answered
 
 TIMEOUT = 5.0  # seconds a program gets
+LARGEST = 10_000_000  # bytes that the package's items may have, which are 214 KB
 INDENT = 4 * " "
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
@@ -121,9 +122,12 @@ def _read_package(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     try:
         with gzip.open(path) as file:
-            for line in filter(bytes.strip, file):
-                check_row(row := parse_json(line))
-                rows.append(row)
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        for line in filter(bytes.strip, content.splitlines()):
+            check_row(row := parse_json(line))
+            rows.append(row)
         return rows
     except (OSError, EOFError, ValueError, UserError, zlib.error) as error:
         raise UserError(

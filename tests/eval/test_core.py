@@ -527,6 +527,12 @@ def test_links_out_of_a_bundle_are_refused_and_within_it_followed(tmp_path, link
     assert load_bundle(tmp_path / "linked").tasks[0].uri == "some/schema.jsonl"
 
 
+def explosion(line, first, depth=30):
+    """YAML of a few hundred bytes in which each value holds the one before it twice."""
+    lines = [f"a0: &a0 {first}", *(f"a{n + 1}: &a{n + 1} {line.format(n)}" for n in range(depth))]
+    return "\n".join([*lines, f"icl_tasks: [*a{depth}]"]).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -537,6 +543,12 @@ def test_links_out_of_a_bundle_are_refused_and_within_it_followed(tmp_path, link
         ("core.yaml", b"icl_tasks: [!!timestamp x]", "damaged"),
         ("core.yaml", b"icl_tasks: [!!int '']", "damaged"),
         ("core.yaml", b"icl_tasks: &a [*a]", "expected an object with label"),
+        ("core.yaml", b"icl_tasks: [&a {<<: [&b {<<: [*a, *a], c: *a}, *b, *b, *a], d: *b}]", "lacks label"),
+        ("core.yaml", explosion("{{<<: [*a{0}, *a{0}]}}", "{b: 1}"), "once aliases are written out"),
+        ("core.yaml", explosion("{{<<: *a{0}, c{0}: *a{0}}}", "{b: 1}"), "once aliases are written out"),
+        ("core.yaml", explosion("[*a{0}, *a{0}]", "5"), "once aliases are written out"),
+        ("core.yaml", explosion("{{? [*a{0}, *a{0}] : *a{0}}}", "5"), "once aliases are written out"),
+        ("core.yaml", b"icl_tasks: [" + b"1:" * 200_000 + b"1]", "core.yaml has more than 262,144 characters"),
         ("eval_meta_data.csv", b"\xff", "eval_meta_data.csv is not UTF-8"),
         ("eval_meta_data.csv", b"Eval Task,Random baseline\nschema,nan\n", "baseline nan"),
         ("eval_meta_data.csv", b"Eval Task,Random baseline\nschema\n", "damaged"),
@@ -551,6 +563,16 @@ def test_a_damaged_table_is_one_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load_bundle(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_aliases_and_merge_keys_of_an_honest_bundle_are_read(tmp_path):
+    path = write_bundle(tmp_path, [make_task("schema", 3, 0), make_task("language_modeling", 3, 1)])
+    expected = load_bundle(path)
+    first, second = yaml.safe_load((path / "core.yaml").read_text())["icl_tasks"]
+    common, first_rest = {"num_fewshot": first.pop("num_fewshot")}, first
+    text = f"common: &c {json.dumps(common)}\nicl_tasks:\n- {{<<: *c, {json.dumps(first_rest)[1:-1]}}}\n"
+    (path / "core.yaml").write_text(f"{text}- {{<<: [*c, *c], {json.dumps(second)[1:-1]}}}\n")
+    assert load_bundle(path) == expected
 
 
 def test_a_bom_and_windows_line_ends_change_nothing(tmp_path):

@@ -155,10 +155,14 @@ def test_items_of_the_installed_package(store, tmp_path, monkeypatch, within):
         HumanEval("train")
 
 
-def test_a_damaged_package(store, tmp_path, monkeypatch):
-    package(tmp_path / "site", b"not gzip", within=True)
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"not gzip", "is damaged"), (gzip.compress(b" " * 20_000_000), "is damaged .*more than 10,000,000 bytes")],
+)
+def test_a_damaged_package(store, tmp_path, monkeypatch, content, message):
+    package(tmp_path / "site", content, within=True)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=message):
         HumanEval("test")
 
 
