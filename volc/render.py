@@ -1,18 +1,17 @@
 """The task for Volcengine's machine learning platform, from volc/config, the environment and a command.
 
-    python volc/render.py bash pretrain.sh --depth=32              shows it, with what is missing marked in its place
-    python volc/render.py --out=DIR bash pretrain.sh --depth=32    also writes what is sent: DIR/task.yaml, DIR/code
-
-Secrets are shown as ***; task.yaml holds them, readable by its owner alone. Needs only pyyaml, and git for DIR/code.
-Fields are those of the CLI's manual (volcengine.com/docs/6459); others are marked as seen in use.
+Called by volc_submit.sh; needs only pyyaml, and git for what is uploaded. Fields are those of the CLI's manual
+(volcengine.com/docs/6459); others are marked as seen in use.
 """
 
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,12 @@ STORES = {
 NAS_ACCESS_POINT = {  # its name is spelt so by the platform
     "NasId": "VOLC_STORAGE_ID", "NasAccessPonintId": "VOLC_ACCESS_POINT", "SubPath": "VOLC_STORAGE_PATH",
 }  # fmt: skip
+
+NEXT = """
+state:          volc ml_task get --id {id}
+log of node 0:  volc ml_task logs --task {id} --instance worker_0 -f
+as accepted:    volc ml_task export --task {id} --config
+end it:         volc ml_task cancel --id {id}"""
 
 
 class Mistake(Exception):
@@ -255,19 +260,45 @@ def export(folder: Path) -> None:
     print(f"# ./ is a clean export of this repository: {files} files, {size / 1e6:.1f} MB")
 
 
-def main(words: Sequence[str]) -> None:
-    """Show the task, and write what is sent where --out says. Raises Mistake when there is something missing then."""
-    out = next((word.removeprefix("--out=") for word in words[:1] if word.startswith("--out=")), None)
-    command = words[1:] if out is not None else words
+def submit(task: Mapping[str, Any]) -> int:
+    """Send it, from a folder that only we can look into, and say what to do next. The CLI's exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # the folder goes
+    with tempfile.TemporaryDirectory() as folder:
+        code, file = Path(folder, "code"), Path(folder, "task.yaml")
+        code.mkdir()
+        if "UserCodePath" in task:
+            export(Path(folder))
+        file.touch(mode=0o600)
+        file.write_text(render(task), encoding="utf-8")
+        command = ["volc", "ml_task", "submit", "--conf", str(file)]
+        said = []
+        with subprocess.Popen(command, cwd=code, stdout=subprocess.PIPE, text=True) as process:  # UserCodePath is ./
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                said.append(line)
+    if process.returncode == 0:
+        found = re.search("t-[0-9]{14}-[a-z0-9]+", "".join(said))
+        print(NEXT.format(id=found[0] if found else "TASK_ID"))  # its list has it, too: volc ml_task list
+    return process.returncode
+
+
+def main(words: Sequence[str]) -> int:
+    """Show the task and, but for a dry run, submit it. Raises Mistake where something is missing for that."""
+    dry_run = words[:1] == ["--dry-run"]
+    command = words[1:] if dry_run else words
+    if command[:1] and command[0].startswith("-"):
+        raise Mistake(f"{command[0]}: expected --dry-run or a command, as in: bash pretrain.sh --depth=32")
+    if not dry_run and not shutil.which("volc"):
+        raise Mistake("the volc CLI is not on PATH: install it and run `volc configure`, or use --dry-run")
     config = {name: value for name, value in read_config(HERE / "config").items() if value}
     known = {**config, **{name: value for name, value in os.environ.items() if value}}
     task = make_task(known, command)
-    shown = render(task, hide=True)
     absent = missing(render(task))
-    if absent and out:
+    if absent and not dry_run:
         names = ", ".join(absent)
         raise Mistake(f"not set: {names}: fill them in in volc/config (from config.example) or export them")
-    print(shown, end="")
+    print(render(task, hide=True), end="")
     for name in filter(known.get, not_sent(known)):
         print(f"# not sent: {name}, which VOLC_STORAGE_TYPE={known['VOLC_STORAGE_TYPE']} does not take")
     if absent:
@@ -275,18 +306,12 @@ def main(words: Sequence[str]) -> None:
         print("\n# Missing: fill these in in volc/config (from config.example) or export them")
         for name in absent:
             print(f"#   {name:<34} {meanings.get(name.split()[0], '')}")
-    if out:
-        Path(out, "code").mkdir()
-        if "UserCodePath" in task:
-            export(Path(out))
-        with open(
-            os.open(f"{out}/task.yaml", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-        ) as file:
-            file.write(render(task))
+    return 0 if dry_run else submit(task)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except Mistake as mistake:
         sys.exit(f"error: {mistake}")

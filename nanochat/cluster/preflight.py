@@ -223,11 +223,6 @@ def main(settings: Settings) -> None:
     *_, device = runtime.compute_init(settings.device_type)
     try:
         check(device, paths.get_base_dir())
-    except OSError as problem:
-        raise UserError(
-            f"cannot write to the artifact store {problem.filename}: {problem.strerror}; free or mount that disk, or "
-            "set NANOCHAT_BASE_DIR to another"
-        ) from None
     finally:
         runtime.compute_cleanup()
 

@@ -26,17 +26,7 @@ SMOOTHING = 0.9  # of the printed loss
 MAX_SKIPPED = 5  # steps in a row: one loss that is not finite can be an accident, this many are not
 
 # Metrics are named `Group/name`, or `Group/name/part` where one is taken of many parts.
-GROUPS = {
-    "Time": "How long things take, and tokens per second.",
-    "Loss": "Losses, of training and held out; smaller is better.",
-    "Optimization": "Learning rates, and norms of gradients.",
-    "Model": "Norms of weights and of their updates.",
-    "Hardware": "Memory, and how much of the arithmetic is used.",
-    "Activations": "What layers put out.",
-    "Eval": "Tasks that are solved or not.",
-    "RL": "Rewards and what is sampled.",
-    "Stragglers": "Slowest rank against the median.",
-}
+GROUPS = ("Time", "Loss", "Optimization", "Model", "Hardware", "Activations", "Eval", "RL", "Stragglers")
 TRAIN_LOSS = "Loss/train_loss"  # mean cross-entropy of the targets of a step, nats
 GRAD_NORM = "Optimization/grad_norm"  # gradient norm before clipping: of all, /group: of a parameter group
 LR_MULTIPLIER = "Optimization/lr_multiplier"  # learning rates over their full ones
