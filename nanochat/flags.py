@@ -23,6 +23,14 @@ class DeviceFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodeFlags:
+    """Of scripts that may run code which a model wrote."""
+
+    unsafe_exec: bool = False
+    """Run it also where the kernel cannot keep it from your files or network, as NANOCHAT_ALLOW_UNSAFE_CODE=1 does."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointFlags(DeviceFlags):
     """Which checkpoint is evaluated."""
 

@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 
 from nanochat import cli
 from nanochat.cli import alias, float_flag, int_flag, seed_flag
-from nanochat.flags import DeviceFlags
+from nanochat.flags import CodeFlags, DeviceFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DeviceFlags):
+class Settings(CodeFlags, DeviceFlags):
     """Score a chat model on multiple-choice and open questions."""
 
     stage: Annotated[Literal["mid", "sft", "rl"], alias("-i", "--source")]
@@ -56,7 +56,7 @@ from nanochat.errors import UserError
 from nanochat.eval.chat import chat_core, evaluate, pick_tasks, report_data, write_results
 from nanochat.paths import get_base_dir, slug
 from nanochat.runtime import compute_cleanup, compute_init, print0
-from nanochat.sandbox import isolation_level
+from nanochat.sandbox import allow_unsafe, isolation_level
 from nanochat.sections import duration, keeps_results, write_section
 from nanochat.tasks.common import Task, stable_hash
 
@@ -68,14 +68,17 @@ def main(settings: Settings) -> None:
             "set a temperature such as 1.0, or one sample"
         )
     _, rank, _, _, device = compute_init(settings.device_type)
+    allow_unsafe(settings.unsafe_exec)
     kept = keeps_results("chat_eval")
     model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.step)
     tasks, left_out = pick_tasks(settings.task_name, meta["settings"].get("source"))
     if left_out:
         print0(f"left out: {'; '.join(left_out)}")
-    sandbox = isolation_level().describe() if any(task.runs_code for task in tasks) else None
-    if sandbox:
-        print0(f"model-written code runs in this sandbox: {sandbox}")
+    level = isolation_level() if any(task.runs_code for task in tasks) else None
+    if level:
+        if danger := level.danger():
+            print0(f"WARNING: this kernel grants {danger}")
+        print0(f"model-written code runs in this sandbox: {level.describe()}")
     engine = Engine(model, tokenizer)
     sampling = Sampling(
         num_samples=settings.num_samples,
@@ -97,7 +100,9 @@ def main(settings: Settings) -> None:
         print0(f"wrote {path}")
         data = report_data(tasks, scores, composites)
         data["metrics"]["step"] = meta["step"]
-        data["facts"] |= {"sandbox": sandbox, "left_out": left_out}
+        data["facts"] |= {"left_out": left_out, "sandbox": None}
+        if level:
+            data["facts"] |= {"sandbox": level.describe(), "danger": level.danger()}
         title = f"Chat evaluation, {settings.stage}"
         write_section(f"chat_eval_{settings.stage}", title, {"settings": cli.as_dict(settings), **data})
     compute_cleanup()

@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
-from nanochat.flags import ParentFlags
+from nanochat.flags import CodeFlags, ParentFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ParentFlags):
+class Settings(CodeFlags, ParentFlags):
     """Train a chat model by reinforcement on questions whose answers can be graded."""
 
     task: str = "GSM8K"
@@ -65,11 +65,12 @@ from nanochat.cluster.observer import ClusterObserver
 from nanochat.config import LEARNING_RATES
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import TooLittleText, UserError
-from nanochat.eval.chat import evaluate_generative
+from nanochat.eval.chat import evaluate_generative, ready
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
 from nanochat.paths import checkpoint_dir
 from nanochat.runtime import compute_cleanup, compute_init, out_of_memory_is_one_line, print0
+from nanochat.sandbox import allow_unsafe
 from nanochat.sections import STDERR_SUFFIXES, metric_text
 from nanochat.tasks.common import Task
 from nanochat.tasks.registry import make_task
@@ -93,11 +94,11 @@ MEMORY_ADVICE = "halve --device-batch-size (but for rounding the result stays th
 
 
 def question_task(name: str, split: Literal["train", "test"], source: str | None) -> Task:
-    """The task. Raises UserError for one whose answers cannot be generated and graded."""
+    """The task. Raises UserError for one whose answers cannot be generated and graded, or may not be run."""
     task = make_task(name, split, source)
     if task.eval_type != "generative":
         raise UserError(f"--task={name}: its answers are not generated; use GSM8K, Arithmetic, SpellingBee or the like")
-    return task
+    return ready(task)
 
 
 def sampling(settings: Settings, num_samples: int) -> Sampling:
@@ -135,6 +136,7 @@ def pass_at_k(settings: Settings, engine: Engine, task: Task) -> Callable[[int],
 
 def main(settings: Settings) -> None:
     _, rank, _, world_size, device = compute_init(settings.device_type)
+    allow_unsafe(settings.unsafe_exec)
     model, tokenizer, parent, policy = load_parent(settings.source_stage, settings, device)
     recipe, note = parent["recipe"], ""
     try:

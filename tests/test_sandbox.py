@@ -46,8 +46,7 @@ def only(monkeypatch):
             pytest.skip(f"this kernel grants no {layer}")
         level = ALONE[layer]
         monkeypatch.setattr(sandbox, "isolation_level", lambda: level)
-        if layer == "limits":
-            monkeypatch.setenv(sandbox.ALLOW_UNSAFE, "1")
+        monkeypatch.setenv(sandbox.ALLOW_UNSAFE, "1")
 
     return select
 
@@ -64,7 +63,7 @@ def processes_named(name: str) -> list[int]:
 
 
 def eventually(condition) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return bool(condition())
@@ -186,11 +185,18 @@ def test_the_scratch_folder_is_removed_whatever_is_in_it(only, layer):
             os.chdir('deep')
         os.mkdir('locked', 0)
     """
+
+    def is_removed(folder: str) -> bool:
+        # on a disk it goes on behind the caller's back, if it takes long
+        return not os.path.lexists(folder) if layer == "all" else eventually(lambda: not os.path.lexists(folder))
+
     result = run(code)
     assert result.error is None and os.path.isabs(result.stdout.strip())
-    assert not os.path.lexists(result.stdout.strip())
+    assert is_removed(result.stdout.strip())
+    start = time.monotonic()
     result = run(code + "\n        while True: pass", timeout=0.5)
-    assert result.timeout and not os.path.lexists(result.stdout.strip())
+    assert result.timeout and time.monotonic() - start < 0.5 + sandbox.REMOVAL + 2
+    assert is_removed(result.stdout.strip())
 
 
 def test_a_program_cannot_fill_the_disk():
@@ -476,9 +482,10 @@ def test_a_layer_that_fails_to_come_up_stops_the_program(monkeypatch, tmp_path):
     if os.uname().machine not in ("x86_64", "aarch64"):
         pytest.skip("needs a machine that seccomp has a table for")
     copy = Path(shutil.copytree(Path(sandbox.__file__).parent, tmp_path / "sandbox"))
-    broken = (copy / "kernel.py").read_text().replace("def apply_seccomp() -> None:", "def _unused() -> None:")
-    (copy / "kernel.py").write_text(broken + "\n\ndef apply_seccomp():\n    raise OSError(1, 'not today')\n")
+    broken = (copy / "kernel.py").read_text().replace("def apply_seccomp(", "def _unused(")
+    (copy / "kernel.py").write_text(broken + "\n\ndef apply_seccomp(threads):\n    raise OSError(1, 'not today')\n")
     monkeypatch.setattr(sandbox, "isolation_level", lambda: Isolation(seccomp=True))
+    monkeypatch.setenv(sandbox.ALLOW_UNSAFE, "1")
     monkeypatch.setattr(sandbox, "__file__", str(copy / "__init__.py"))
     with pytest.raises(RuntimeError, match=r"could not be set up.*not today"):
         execute_code("print(1)")

@@ -235,7 +235,7 @@ def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[
         tasks, left_out = [], []
         for name in GRADED_TASKS:
             try:
-                tasks.append(_checked(make_task(name, "test", source)))
+                tasks.append(ready(make_task(name, "test", source)))
             except UserError as error:
                 left_out.append(f"{name}: {error}")
         if not tasks:
@@ -251,10 +251,10 @@ def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[
             raise UserError(f"--task-name={names}: {task.name} has no answers to grade; leave it out")
         if sum(task.name == other.name for other in tasks) > 1:
             raise UserError(f"--task-name={names}: {task.name} is there twice; name it once")
-    return [_checked(task) for task in tasks], left_out
+    return [ready(task) for task in tasks], left_out
 
 
-def _checked(task: Task) -> Task:
+def ready(task: Task) -> Task:
     """The task. Raises UserError where its data is absent or its answers may not be run: now, not in an hour."""
     len(task)
     if task.runs_code:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # not at run time: collections.abc is a millisecond
 LIBC = ctypes.CDLL(None, use_errno=True)
 WORD = ctypes.c_ulong
 
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 
 
 def prctl(option: int, value: int, *more: int) -> None:
@@ -33,6 +33,37 @@ def _checked(result: int, what: str) -> int:
 def _syscall(number: int, *arguments: "int | ctypes.Array[ctypes.c_char] | None") -> int:
     words = [WORD(value) if isinstance(value, int) else value for value in arguments]
     return _checked(LIBC.syscall(ctypes.c_long(number), *words), f"system call {number}")
+
+
+# Users ----------------------------------------------------------------------------------------------------------------
+
+FIRST_USER = 2_000_000_000  # beyond what systems give to anybody
+
+
+def leave_root() -> bool:
+    """Whether the limit on processes binds from here on. It never does for a real user who is root, so that becomes
+    a user whom nobody else is; the effective user, who opens files, stays."""
+    if os.getuid() != 0:
+        return True
+    try:
+        os.setresuid(FIRST_USER + os.getpid(), -1, -1)
+        return True
+    except OSError:  # no right to, or no such number in this container
+        with open("/proc/self/uid_map") as file:
+            return file.read().split()[:2] != ["0", "0"]  # a container's root is somebody else outside
+
+
+def tasks_of(user: int) -> int:
+    """Processes and threads of this user, as far as /proc shows them."""
+    found = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                status = os.stat(f"/proc/{name}/task")
+            except OSError:
+                continue  # it has ended meanwhile
+            found += status.st_nlink - 2 if status.st_uid == user else 0
+    return found
 
 
 # Namespaces -----------------------------------------------------------------------------------------------------------
@@ -56,11 +87,13 @@ def enter_namespaces() -> None:
 
 
 def mount_scratch(folder: str, size: int) -> None:
-    """An empty file system of `size` bytes in memory over `folder`; only this process and its children see it."""
+    """An empty file system of `size` bytes in memory over `folder`, and one that nobody may enter over /proc, which
+    lists the processes of the whole machine; only this process and its children see them."""
     _checked(LIBC.unshare(CLONE_NEWNS), "unshare")
     options = f"size={size},nr_inodes=10000,mode=0700".encode()
     flags = WORD(MS_NOSUID | MS_NODEV | MS_NOEXEC)
     _checked(LIBC.mount(b"tmpfs", folder.encode(), b"tmpfs", flags, options), "mount")
+    _checked(LIBC.mount(b"tmpfs", b"/proc", b"tmpfs", flags, b"size=4k,nr_inodes=2,mode=0000"), "mount")
 
 
 def drop_privileges() -> None:
@@ -130,18 +163,23 @@ DENIED = {name: tuple(None if number == "-" else int(number) for number in numbe
 UNSEEN = {"clone3": (435, 435), "openat2": (437, 437)}
 FIRST_UNKNOWN = 463  # calls newer than this list: also "not implemented"
 CLONE_THREAD, OPEN_MODE_AND_TRUNCATE = 0x1_0000, 0o1003
+# with a process as this argument, where 0 is oneself: prlimit64, getpgid, getsid, getpriority, sched_getaffinity
+ASKING = ((302, 261, 0), (121, 155, 0), (124, 156, 0), (140, 141, 1), (204, 123, 0))
 F_SETOWN, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP = 8, 15, 0x8901, 0x8902
 ALL_BITS = 0xFFFF_FFFF
 
 
-def _conditional() -> list[tuple[tuple[int | None, int | None], int, int, int, bool]]:
+def _conditional(threads: bool) -> list[tuple[tuple[int | None, int | None], int, int, int, bool]]:
     """Calls refused by one argument: (numbers, index of the argument, mask, value, refused when equal or not equal)."""
     me = os.getpid()
+    others = [((number, twin), index, ALL_BITS, 0, False) for number, twin, index in ASKING]
+    clocks = [(pair, 0, 1 << 31, 1 << 31, True) for pair in ((228, 113), (229, 114), (230, 115), (222, 107))]
     return [
+        *others,
+        *clocks,  # negative: those of another process
         ((62, 129), 0, ALL_BITS, me, False),  # kill, tgkill: only oneself
         ((234, 131), 0, ALL_BITS, me, False),
-        ((56, 220), 0, CLONE_THREAD, CLONE_THREAD, False),  # clone: only threads
-        ((302, 261), 0, ALL_BITS, 0, False),  # prlimit64: only oneself
+        ((56, 220), 0, CLONE_THREAD if threads else 0, CLONE_THREAD, False),  # clone: threads at most
         ((53, 199), 1, 0xF, 1, False),  # socketpair: only streams, whose other end cannot be chosen later
         ((157, 167), 0, ALL_BITS, PR_SET_PDEATHSIG, True),
         # having the kernel signal somebody else
@@ -160,7 +198,7 @@ ALLOW, ERRNO, KILL_PROCESS = 0x7FFF_0000, 0x0005_0000, 0x8000_0000
 EPERM, ENOSYS = 1, 38
 
 
-def seccomp_filter(machine: str) -> bytes:
+def seccomp_filter(machine: str, threads: bool = True) -> bytes:
     """The filter as the kernel takes it: instructions (operation, jump if true, jump if false, constant)."""
     column = list(AUDIT_ARCH).index(machine)
     code = [(LOAD, 0, 0, 4), (JUMP_EQUAL, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, KILL_PROCESS), (LOAD, 0, 0, 0)]
@@ -169,7 +207,7 @@ def seccomp_filter(machine: str) -> bytes:
         for numbers in calls.values():
             if (number := numbers[column]) is not None:
                 code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ERRNO | error)]
-    for pair, index, mask, value, equal in _conditional():
+    for pair, index, mask, value, equal in _conditional(threads):
         if (number := pair[column]) is not None:
             code += [(JUMP_EQUAL, 0, 5, number), (LOAD, 0, 0, 16 + 8 * index), (AND, 0, 0, mask)]
             code += [(JUMP_EQUAL, *((0, 1) if equal else (1, 0)), value), (RETURN, 0, 0, ERRNO | EPERM)]
@@ -178,12 +216,13 @@ def seccomp_filter(machine: str) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
-def apply_seccomp() -> None:
-    """Refuse the calls above to this process from now on. Needs no_new_privs; OSError on machines without a table."""
+def apply_seccomp(threads: bool = True) -> None:
+    """Refuse the calls above to this process from now on, and new threads where they could not be counted. Needs
+    no_new_privs; OSError on machines without a table."""
     machine = os.uname().machine
     if machine not in AUDIT_ARCH:
         raise OSError(EPERM, f"no list of system calls for {machine}")
-    instructions = seccomp_filter(machine)
+    instructions = seccomp_filter(machine, threads)
     code = ctypes.create_string_buffer(instructions, len(instructions))
     program = ctypes.create_string_buffer(struct.pack("@HP", len(instructions) // 8, ctypes.addressof(code)))
     prctl(PR_SET_SECCOMP, 2, ctypes.addressof(program))

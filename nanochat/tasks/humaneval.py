@@ -10,13 +10,14 @@ import importlib.metadata
 import importlib.util
 import re
 import textwrap
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
 from nanochat.files import fields, parse_json
-from nanochat.sandbox import execute_code
+from nanochat.sandbox import check_function
 from nanochat.tasks import hub
 from nanochat.tasks.common import Conversation, Split, Task, answered
 
@@ -50,9 +51,9 @@ class HumanEval(Task):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion, run after the prompt, passes the tests within 5 seconds. Raises as execute_code."""
-        prompt = conversation["messages"][0]["content"]
-        program = build_program(prompt, completion, conversation["entry_point"], conversation["test"])
-        return execute_code(program, timeout=TIMEOUT).success
+        prompt, name = conversation["messages"][0]["content"], conversation["entry_point"]
+        check = build_check(prompt, name, conversation["test"])
+        return check_function(build_program(prompt, completion, name), name, check, timeout=TIMEOUT).success
 
 
 def check_row(row: Any) -> None:
@@ -62,16 +63,27 @@ def check_row(row: Any) -> None:
         raise UserError(f"entry_point {name!r} is no name of a function")
 
 
-def build_program(prompt: str, completion: str, entry_point: str, test: str) -> str:
-    """The program to run: what the completion gives as code, and the tests of `entry_point`.
+def build_program(prompt: str, completion: str, entry_point: str) -> str:
+    """The program that defines `entry_point`: what the completion gives as code.
 
-    The full prompt comes first, for its imports and because some prompts define a helper that the tests call:
-    up to its docstring it is a function already, which the completion defines anew, or goes on with.
+    The full prompt comes first, for its imports and helpers: up to its docstring it is a function already, which the
+    completion defines anew, or goes on with.
     """
     code = extract_code(completion)
     if not re.search(rf"^(?:(?:async )?def {entry_point}\b|{entry_point}\s*[:=])", code, re.MULTILINE):
         code = _as_body(code)
-    return f"{prompt.rstrip()}\n{code}\n\n{test}\n\ncheck({entry_point})\n"
+    return f"{prompt.rstrip()}\n{code}\n"
+
+
+def build_check(prompt: str, entry_point: str, test: str) -> str:
+    """The program that checks it, as `candidate`, in a process of its own. The prompt comes first again, since some
+    tests call the helpers that it defines; one that ends before a function's docstring needs a body."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            compile(prompt, "prompt", "exec")
+        except SyntaxError:
+            prompt = f"{prompt.rstrip()}\n{INDENT}pass\n"
+    return f"{prompt.rstrip()}\n\n{entry_point} = candidate\n\n{test}\n\ncheck({entry_point})\n"
 
 
 def extract_code(completion: str) -> str:

@@ -40,7 +40,7 @@ PROJECT = "nanochat"  # in Weights & Biases
 OBSERVERS = {"run", "eval_every", "eval_tokens", "eval_questions", "eval_samples", "core_metric_every",
              "core_metric_max_per_task", "sample_every", "save_every", "resume", "device_type", "device_batch_size",
              "model_tag", "out_tag", "parallel", "use_fsdp", "keep_last", "keep_every", "monitor_interval",
-             "coord_check", "coord_check_every", "warm_kernels"}  # fmt: skip
+             "coord_check", "coord_check_every", "warm_kernels", "unsafe_exec"}  # fmt: skip
 
 # ---- what the loop works with
 

@@ -496,13 +496,23 @@ def with_code(trained, monkeypatch):
 
 def test_script_says_where_code_ran(with_code, monkeypatch, capsys):
     for module in (sandbox, script):
-        monkeypatch.setattr(module, "isolation_level", lambda: sandbox.Isolation(seccomp=True))
+        monkeypatch.setattr(module, "isolation_level", lambda: sandbox.Isolation(landlock=7, seccomp=True))
     run_script(monkeypatch, "-i", "sft", "-a", "HumanEval", "-m", "4")
     console = capsys.readouterr().out.splitlines()
-    said = console.index("model-written code runs in this sandbox: process limits, seccomp")
+    said = console.index("model-written code runs in this sandbox: process limits, Landlock (ABI 7), seccomp")
     assert console[said + 1].startswith("HumanEval (")  # before it does
-    assert "Model-written code ran in this sandbox: process limits, seccomp." in section()["notes"]
+    assert "Model-written code ran in this sandbox: process limits, Landlock (ABI 7), seccomp." in section()["notes"]
     assert section()["synthetic"] is False
+
+
+def test_script_runs_code_without_a_sandbox_when_told_and_says_so(with_code, monkeypatch, capsys):
+    monkeypatch.setenv(sandbox.ALLOW_UNSAFE, "0")  # taken back afterwards
+    monkeypatch.setattr(script, "isolation_level", sandbox.Isolation)
+    run_script(monkeypatch, "-i", "sft", "-a", "HumanEval", "-m", "4", "--unsafe-exec")
+    danger = "this kernel grants no namespaces, Landlock or seccomp, so model-written code could reach your files"
+    console = capsys.readouterr().out
+    assert console.index(f"WARNING: {danger}") < console.index("HumanEval (")
+    assert any(danger.replace("this kernel grants", "This kernel granted") in note for note in section()["notes"])
 
 
 def test_without_a_sandbox_the_other_tasks_are_scored(with_code, monkeypatch, capsys):
