@@ -138,6 +138,9 @@ def make_task(known: Mapping[str, str], command: Sequence[str]) -> dict[str, Any
     if not command:
         example = "NNODES=4 bash volc/volc_submit.sh bash pretrain.sh --depth=32"
         raise Mistake(f"no command: write it last, as in `{example}`")
+    for name in ("VOLC_CODE_PATH", "VOLC_MOUNT_PATH"):
+        if not known.get(name, "/").startswith("/"):
+            raise Mistake(f"{name}={known[name]}: expected a folder in the task, from / on")
     code_path, line = known.get("VOLC_CODE_PATH"), shlex.join(command)
     nodes = integer(known, "NNODES", 1, 1, 10_000)
     registry = {"RegistryUsername": "VOLC_REGISTRY_USERNAME", "RegistryToken": "VOLC_REGISTRY_TOKEN"}  # if private

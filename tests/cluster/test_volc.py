@@ -343,6 +343,8 @@ def test_mistakes_are_one_line(tree, words, environment, needle):
         ({"VOLC_EXTRA_YAML": "{Envs: {A: b}}"}, "VOLC_EXTRA_YAML='{Envs: {A: b}}': expected"),
         ({"VOLC_EXTRA_YAML": "{Envs: }"}, "VOLC_EXTRA_YAML='{Envs: }': expected"),
         ({"VOLC_EXTRA_YAML": "no-such.yaml"}, "No such file"),
+        ({"VOLC_MOUNT_PATH": "store"}, "VOLC_MOUNT_PATH=store: expected a folder in the task"),
+        ({"VOLC_CODE_PATH": "nanochat"}, "VOLC_CODE_PATH=nanochat: expected a folder in the task"),
     ],
 )
 def test_further_mistakes_are_one_line(known, needle):
