@@ -204,8 +204,11 @@ def merged(ours: Any, extra: Any) -> Any:
     items = list(ours)
     for one in extra:
         key = next((name for name in ("RoleName", "Name", "MountPath") if name in one), "")
-        place = next((place for place, item in enumerate(items) if key and item.get(key) == one[key]), len(items))
-        items[place:] = [merged(items[place], one) if place < len(items) else one, *items[place + 1 :]]
+        same = [place for place, item in enumerate(items) if key and item.get(key) == one[key]]
+        if same:
+            items[same[0]] = merged(items[same[0]], one)
+        else:
+            items.append(one)
     return items
 
 
@@ -275,15 +278,15 @@ def submit(task: Mapping[str, Any]) -> int:
         file.touch(mode=0o600)
         file.write_text(render(task), encoding="utf-8")
         command = ["volc", "ml_task", "submit", "--conf", str(file)]
-        said = []
-        with subprocess.Popen(command, cwd=code, stdout=subprocess.PIPE, text=True) as process:  # UserCodePath is ./
-            for line in process.stdout or ():
-                print(line, end="", flush=True)
-                said.append(line)
+        said = b""
+        with subprocess.Popen(command, cwd=code, stdout=subprocess.PIPE) as process:  # UserCodePath is ./
+            while chunk := os.read(process.stdout.fileno(), 4096):  # at once: it may ask something, or show progress
+                os.write(1, chunk)
+                said += chunk
     if process.returncode == 0:
-        found = re.search("t-[0-9]{14}-[a-z0-9]+", "".join(said))
-        print(NEXT.format(id=found[0] if found else "TASK_ID"))  # its list has it, too: volc ml_task list
-    return process.returncode
+        found = re.search(b"t-[0-9]{14}-[a-z0-9]+", said)
+        print(NEXT.format(id=found[0].decode() if found else "TASK_ID"))  # its list has it, too: volc ml_task list
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def main(words: Sequence[str]) -> int:
