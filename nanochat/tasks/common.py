@@ -8,6 +8,7 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,15 @@ from nanochat.errors import UserError
 Conversation = dict[str, Any]  # {"messages": [...]}, see nanochat/chat_format.py; tasks may add keys of their own
 Split = Literal["train", "test"]
 MIXTURE_SEED = 42
-_ANSWER = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)")
+# An answer as graders of GSM8K read it, $1,000.00 being 1000, and the rest of its line
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+_ANSWER = re.compile(rf"####[ \t]*(-?)\$?(-?)({_NUMBER})(?![\d,]*\d)(.*?)[ \t\r]*(?=\n|####|\Z)", re.ASCII)
+_REST = re.compile(r"[.,;:]*((?:[ \t]+[a-z][a-z']+[.,;:!?]*)*)", re.ASCII | re.IGNORECASE)
+# Words that make another value of the number before them; others say what was counted
+_VALUE_WORDS = re.compile(
+    r"\b(?:or|plus|minus|times [a-z]+|point|percent|cent|squared|cubed|(?:hundred|thousand|dozen|third|quarter)s?|half"
+    r"|halves|score|mil|mln|mio|bn|\w+illions?|\w+teen|\w+ths?|zero|one|two|three|four|five|six|seven|eight|nine|ten"
+    r"|eleven|twelve|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.ASCII | re.IGNORECASE)  # fmt: skip
 
 
 class Task:
@@ -153,10 +162,20 @@ def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str
 # ---- calculations
 
 
-def answer_number(text: str) -> float | None:
+def answer_numbers(text: str, unit: str = "") -> list[Decimal | None]:
+    """The number behind each `####` that has one; None where what follows on its line makes another value of it:
+    `110/7`, `110e3`, `110 or 111`, `110 million`. `unit`, a pattern, may stand at the number."""
+    numbers: list[Decimal | None] = []
+    for found in _ANSWER.finditer(text):
+        rest = re.fullmatch(f"(?:{unit})?{_REST.pattern}", found[4], _REST.flags)
+        plain = rest and not _VALUE_WORDS.search(rest[1]) and not (found[1] and found[2])
+        numbers.append(Decimal(f"{found[1]}{found[2]}{found[3]}".replace(",", "")) if plain else None)
+    return numbers
+
+
+def answer_number(text: str) -> Decimal | None:
     """The number after the last `####`, None where there is none."""
-    found = _ANSWER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    return (answer_numbers(text) or [None])[-1]
 
 
 def call_calculator(expression: str, result: int) -> list[dict[str, str]]:

@@ -10,11 +10,11 @@ from typing import Any
 
 from nanochat.errors import UserError
 from nanochat.files import fields
-from nanochat.tasks.common import Conversation, answered
+from nanochat.tasks.common import Conversation, answer_numbers, answered
 from nanochat.tasks.hub import PublishedTask
 
 _CALL = re.compile(r"<<([^<>]*)>>")
-_FINAL = re.compile(r"####[ \t]*(-?\$?|\$-)([\d,]*\.?\d+)", re.ASCII)
+_UNIT = r"%|[ \t]percent"  # some answers are a share; published graders read the number
 
 
 class GSM8K(PublishedTask):
@@ -56,9 +56,8 @@ def answer_parts(answer: str) -> list[dict[str, str]]:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the first `####`, without commas and dollar sign; None where there is none."""
-    found = _FINAL.search(text)
-    return Decimal((found[1] + found[2]).replace(",", "").replace("$", "")) if found else None
+    """The number after the first `####`, as published graders take it; None where there is none or another value."""
+    return (answer_numbers(text, _UNIT) or [None])[0]
 
 
 def _part(kind: str, text: str) -> dict[str, str]:

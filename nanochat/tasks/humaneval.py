@@ -70,8 +70,10 @@ def build_program(prompt: str, completion: str, entry_point: str) -> str:
     completion defines anew, or goes on with.
     """
     code = extract_code(completion)
-    if not re.search(rf"^(?:(?:async )?def {entry_point}\b|{entry_point}\s*[:=])", code, re.MULTILINE):
-        code = _as_body(code)
+    defined = re.compile(rf"^(?:(?:async )?def {entry_point}\b|{entry_point}\s*(?::|=(?!=)))", re.MULTILINE)
+    if not defined.search(code):
+        flush = textwrap.dedent(code)  # a block in a list is indented as its fence is
+        code = flush if defined.search(flush) else _as_body(code)
     return f"{prompt.rstrip()}\n{code}\n"
 
 

@@ -49,6 +49,7 @@ _WORD = regex.compile(
 _QUESTIONS = read_jsonl(Path(__file__).with_suffix(".jsonl"))
 SPELL_QUESTIONS = [line["spell"] for line in _QUESTIONS if "spell" in line]
 COUNT_QUESTIONS = [line["count"] for line in _QUESTIONS if "count" in line]
+QUOTATION = "'\"*\u2018\u2019\u201c\u201d"
 QUOTES = ("{}", "{}", "'{}'", '"{}"')  # around the word, and around the letter; mostly none
 
 
@@ -93,9 +94,11 @@ class SimpleSpelling(WordTask):
         return rng.choice(SPELL_QUESTIONS).format(word=rng.choice(QUOTES).format(word)), spelled(word)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether what stands after the last colon is exactly the letters, with white space between them."""
-        _, colon, letters = completion.rpartition(":")
-        return bool(colon) and letters.split() == conversation["messages"][-1]["content"].split()[1:]
+        """Whether the word stands before the last colon and after it exactly its letters, with white space between."""
+        before, colon, letters = completion.rpartition(":")
+        said = [f"{word.strip(QUOTATION)}:" for word in before.split()[-1:]]
+        letters = letters.rstrip().removesuffix(".")
+        return bool(colon) and [*said, *letters.split()] == conversation["messages"][-1]["content"].split()
 
 
 class SpellingBee(WordTask):

@@ -3,6 +3,7 @@
 import re
 import string
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from nanochat.calculator import use_calculator
 from nanochat.errors import UserError
 from nanochat.tasks.arithmetic import TEMPLATES, Arithmetic
-from nanochat.tasks.common import answer_number
+from nanochat.tasks.common import Task, answer_number
+from nanochat.tasks.gsm8k import GSM8K
+from nanochat.tasks.spelling import SpellingBee
 from nanochat.tokenizer import RustBPETokenizer
 
 FORMS = {4: ["text", "python", "python_output", "text"], 7: ["text", "python", "python_output"] * 2 + ["text"]}
@@ -106,6 +109,69 @@ def test_grading(right, said):
         == bool(task.reward(conversation, f"#### {said}.0"))
     )
     assert not task.evaluate(conversation, f"{right}") and not task.evaluate(conversation, "#### ")
+
+
+def graders() -> list[Callable[[int, str], bool]]:
+    """Each takes the right number and what a model says."""
+
+    def grader(task: Task) -> Callable[[int, str], bool]:
+        def grade(right: int, said: str) -> bool:
+            answer = [{"type": "text", "text": f"\n#### {right}"}]
+            return task.evaluate({"messages": [{"role": "assistant", "content": answer}]}, said)
+
+        return grade
+
+    return [grader(cls.__new__(cls)) for cls in (Arithmetic, SpellingBee, GSM8K)]
+
+
+NUMBERS = st.integers(0, 99_999)
+WORDINGS = (
+    "{n}", "{n}.", "{n}.0", "{n:,}", "{n:,}.00", "${n}", "${n:,}.", "0{n}", "{n} apples", "{n} apples.",
+    "{n} more apples!", "{n}, so she has enough.", "{n} miles per hour", "{n} times", "{n} cats and dogs",
+    "{n}\nThat is all.", "{n}\r\n",
+)  # fmt: skip
+OTHERS = (
+    "{n}/7", "{n} / 7", "{n} or 111", "{n} or more", "{n} or eleven", "{n}+111", "{n} + 1", "{n}-111", "{n} - 1",
+    "{n}*2", "{n} x 2", "{n}e3", "{n}E3", "{n}e-3", "{n} e3", "{n}^2", "{n}\u00b2", "{n}\u00bd", "{n} 1/2",
+    "{n} and a half", "{n} million", "{n} thousand apples", "{n} dozen", "{n} hundred", "{n}k", "{n}m",
+    "{n} point five", "{n} squared", "{n}!", "{n}:30", "{n},5", "{n},50", "{n} 000", "{n}..5", "{n}.1", "{n}.0001",
+    "{n}th", "{n}i", "{n}%2", "{n} % 7", "{n}_0", "{n}\u0660", "{n}0", "{n} 0", "{n}=11", "{n} to 120",
+    "{n} plus eleven", "{n} times three", "{n} (or 111)", "{n}<111", "{n}x", "{n}\u4e07", "not {n}", "about {n}",
+    "<{n}", "~{n}", "1/{n}", "1{n}", "1,{n}", "1-{n}", "2*{n}", "x{n}", "--{n}", "-${n}-1", "=11-{n}", ".{n}",
+    "0.{n}", "0x{n}", "1 {n}", "{n}{n}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("grade", graders())
+@given(NUMBERS)
+def test_the_same_number_in_other_words_is_right(grade, right):
+    for wording in WORDINGS:
+        assert grade(right, f"so\n#### {wording.format(n=right)}"), wording
+
+
+@pytest.mark.parametrize("grade", graders())
+@given(st.integers(2, 99_999))
+def test_what_makes_another_value_of_a_number_is_refused(grade, right):
+    for other in OTHERS:
+        assert not grade(right, f"{right}\n#### {other.format(n=right)}"), other
+        assert not grade(right, f"{right}\n#### {other.format(n=right)} apples."), other
+    assert not grade(right, f"#### -{right}") and not grade(right, f"#### {right / 100:.2f}")
+
+
+@pytest.mark.parametrize("grade", graders())
+@given(st.integers(1, 999), st.text(max_size=6))
+def test_any_text_behind_a_number_that_is_accepted_is_words(grade, right, text):
+    if grade(right, f"#### {right}{text}"):
+        assert re.fullmatch(
+            r"[.,;:]*(\.0+[.,;:]*)?%?([ \t]+[A-Za-z][a-zA-Z']+[.,;:!?]*)*[ \t\r]*(\n.*|####.*)?", text, re.S
+        )
+
+
+def test_a_share_is_not_a_number_but_for_gsm8k():
+    """Published graders take the number, and some of its questions ask for a percentage."""
+    assert [[grade(110, f"#### 110{unit}") for unit in ("%", " percent", "%.")] for grade in graders()] == [
+        [False] * 3, [False] * 3, [True] * 3
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,20 @@ def test_numbers_are_compared_as_numbers():
     item = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer_parts("#### 10")}]}
     task = GSM8K.__new__(GSM8K)
     right = ["#### 10", "#### 10.0", "#### $10.00", "is 9+1\n#### 010", "#### 10."]
-    wrong = ["#### 1", "#### 100", "#### -10", "#### 10.01", "10", "", "#### ten", "#### 11 or #### 10"]
+    wrong = [
+        "#### 10/7",
+        "#### 10 or 11",
+        "#### 10e3",
+        "#### 10 thousand",
+        "#### 1",
+        "#### 100",
+        "#### -10",
+        "#### 10.01",
+        "10",
+        "",
+        "#### ten",
+        "#### 11 or #### 10",
+    ]
     assert [task.evaluate(item, text) for text in right] == [True] * len(right)
     assert [task.evaluate(item, text) for text in wrong] == [False] * len(wrong)
     assert (task.reward(item, right[0]), task.reward(item, wrong[0])) == (1.0, 0.0)

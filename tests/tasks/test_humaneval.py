@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+import textwrap
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,6 +54,8 @@ RIGHT = {
     "in a block without language": f"```\n{FUNCTION}```",
     "in a block without end": f"```python\n{FUNCTION}",
     "after a shell block": f"```bash\nls\n```\n\n```Python\n{FUNCTION}\n```\n```python\nraise ValueError\n```",
+    "in a block of a list": "1. So:\n" + textwrap.indent(f"```python\n{FUNCTION}```\n", "   ") + "2. Done.\n",
+    "with other line ends": f"```python\n{FUNCTION}```\n".replace("\n", "\r\n"),
     "only the body": BODY,
     "the body in a block": f"```python\n{BODY}```",
     "the body, first line stripped": BODY.lstrip(),
@@ -69,6 +72,7 @@ WRONG = {
     "nothing": "",
     "prose": "I am sorry, I do not know.",
     "broken syntax": "def clamp(values, top:\n    return values",
+    "a comparison": "clamp == 1\n",
     "another name": FUNCTION.replace("clamp", "clip"),
     "leaves before the tests": "import sys\n" + FUNCTION + "sys.exit(0)",
     "leaves in the tests": "import os\ndef clamp(values, top):\n    os._exit(0)",

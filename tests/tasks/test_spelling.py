@@ -72,8 +72,11 @@ def test_grading_of_spelling(word, other):
     conversation = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": spelled(word)}]}
     grade = functools.partial(SimpleSpelling.evaluate, None, conversation)
     letters = " ".join(word)
-    assert grade(spelled(word)) and grade(f"Sure: {word}: {letters}\n") and grade(f":{letters}")
-    assert grade(spelled(other)) == (word == other)
+    assert grade(spelled(word)) and grade(f"Sure: {word}: {letters}\n") and grade(f'The word "{word}": {letters}.')
+    assert grade(spelled(other)) == grade(f"{other}: {letters}") == (word == other)
+    assert (
+        not grade(f":{letters}") and not grade(f"{word}{other}: {letters}") and not grade(f"{other}-{word}: {letters}")
+    )
     assert not grade(letters) and not grade("") and not grade(":") and not grade(f"{word}: {letters} a")
     assert not grade(f"{word}: {letters.upper()}") and not grade(f"{letters}: ")
     if len(word) > 1:
