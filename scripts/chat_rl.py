@@ -19,7 +19,8 @@ class Settings(CodeFlags, ParentFlags):
     """Train a chat model by reinforcement on questions whose answers can be graded."""
 
     task: str = "GSM8K"
-    """Questions to train on; its test items are what pass@k is measured on."""
+    """Questions to train on, of several tasks as Name[:first items][*repeats], joined by commas; their test items are
+    what pass@k is measured on."""
 
     # ---- the model to start from
     source_stage: Literal["sft", "mid"] = "sft"
@@ -56,7 +57,7 @@ class Settings(CodeFlags, ParentFlags):
 if __name__ == "__main__":
     cli.start(Settings)  # before torch is imported, which takes seconds
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -72,8 +73,8 @@ from nanochat.paths import checkpoint_dir
 from nanochat.runtime import compute_cleanup, compute_init, out_of_memory_is_one_line, print0
 from nanochat.sandbox import allow_unsafe
 from nanochat.sections import STDERR_SUFFIXES, metric_text
-from nanochat.tasks.common import Task
-from nanochat.tasks.registry import make_task
+from nanochat.tasks.common import Conversation, Task, TaskMixture
+from nanochat.tasks.registry import TaskSpec, make_task, parse_spec
 from nanochat.train.chat import plan_steps
 from nanochat.train.loop import train
 from nanochat.train.rollouts import REWARD, RolloutLoader, questions_at_once, row_width
@@ -93,12 +94,41 @@ PASS_AT_K = "right answers to test questions"
 MEMORY_ADVICE = "halve --device-batch-size (but for rounding the result stays the same), or lower --max-new-tokens"
 
 
-def question_task(name: str, split: Literal["train", "test"], source: str | None) -> Task:
-    """The task. Raises UserError for one whose answers cannot be generated and graded, or may not be run."""
-    task = make_task(name, split, source)
-    if task.eval_type != "generative":
-        raise UserError(f"--task={name}: its answers are not generated; use GSM8K, Arithmetic, SpellingBee or the like")
-    return ready(task)
+class GradedMixture(TaskMixture):
+    """A mixture of tasks whose answers are generated; each answer is graded by the task that its question is from."""
+
+    eval_type = "generative"
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        super().__init__(tasks)
+        self.name = ", ".join(dict.fromkeys(task.name for task in tasks))
+        self.source = "; ".join(dict.fromkeys(task.source for task in tasks))
+        self.published = all(task.published for task in tasks)
+
+    def get_example(self, index: int) -> Conversation:
+        return {**super().get_example(index), "task": self.items[index][0]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return self.tasks[conversation["task"]].evaluate(conversation, completion)
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        return self.tasks[conversation["task"]].reward(conversation, completion)
+
+
+def question_task(spec: str, split: Literal["train", "test"], source: str | None) -> Task:
+    """The task, or all of several mixed. Raises UserError for one whose answers cannot be generated and graded,
+    or may not be run."""
+    tasks: list[Task] = []
+    items = parse_spec(spec)
+    if split == "test":  # all items of each
+        items = [TaskSpec(name) for name in dict.fromkeys(item.name for item in items)]
+    for item in items:
+        task = make_task(item.name, split, source, *([] if item.count is None else [item.count]))
+        if task.eval_type != "generative":
+            others = "use GSM8K, Arithmetic, SpellingBee or the like"
+            raise UserError(f"--task={item.name}: its answers are not generated; {others}")
+        tasks += [ready(task)] * item.repeats
+    return tasks[0] if len(tasks) == 1 else GradedMixture(tasks)
 
 
 def sampling(settings: Settings, num_samples: int) -> Sampling:

@@ -1,10 +1,10 @@
 """Word problems of one or two steps over small whole numbers, each step worked out with the calculator tool.
 
-What identifies a problem is its template with its numbers: that decides between train and test, and the names and
-objects in it do not matter. Answers have one form, in few tokens: each calculation once as text, which the call that
-follows repeats (a small model copies more safely than it writes two forms of the same thing), then `#### result`.
+What identifies a problem is its template with its numbers: that decides between train and test, and the names, objects
+and wordings in it do not matter. Answers have one form, in few tokens: each calculation once as text, which the call
+that follows repeats (a small model copies more safely than it writes two forms of the same thing), then `#### result`.
 There are no spaces in a calculation: they would be tokens of their own, and the call has none either. The templates
-stand in arithmetic.jsonl beside this module.
+stand in arithmetic.jsonl beside this module; `[gets|buys|finds]` in one is any of these words.
 """
 
 import random
@@ -14,11 +14,21 @@ from typing import Any, NamedTuple
 
 from nanochat.errors import UserError
 from nanochat.files import read_jsonl
-from nanochat.tasks.common import Conversation, GeneratedTask, Split, answered, call_calculator, item_rng, split_of
+from nanochat.tasks.common import (
+    Conversation,
+    GeneratedTask,
+    Split,
+    answered,
+    call_calculator,
+    item_rng,
+    split_of,
+    worded,
+)
 
 LIMIT = 1000  # results are below it
-LIMIT_BETWEEN = 100  # and those that a second step uses below this: one token each, and a short answer
-LARGEST_FACTOR = 12  # factors and divisors; products of larger numbers are beyond what the problems should need
+LARGEST_FACTOR = 12  # factors and divisors, mostly
+LARGE_SHARE = 0.3  # of the problems have numbers up to `largest`, the others up to SMALL
+SMALL = 99
 TRIES = 300  # draws of numbers before another template is taken
 
 
@@ -31,12 +41,19 @@ class Template(NamedTuple):
 
 TEMPLATES = [Template(**line) for line in read_jsonl(Path(__file__).with_suffix(".jsonl"))]
 NAMES = (
-    "Ada", "Ben", "Cara", "Dan", "Ella", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mia", "Noah",
-    "Olga", "Paul", "Rosa", "Sam", "Tess", "Will",
+    "Ada", "Adam", "Alex", "Alice", "Amy", "Anna", "Ben", "Bill", "Bob", "Cara", "Carl", "Clara", "Dan", "David",
+    "Ella", "Emma", "Eva", "Finn", "Frank", "George", "Grace", "Helen", "Hugo", "Ian", "Iris", "Jack", "James", "Jane",
+    "Jim", "Joe", "John", "Julia", "Kate", "Ken", "Laura", "Leo", "Lily", "Lisa", "Lucy", "Maria", "Mark", "Mary",
+    "Max", "Mia", "Mike", "Nina", "Noah", "Olga", "Oscar", "Paul", "Peter", "Rob", "Rosa", "Ruth", "Sally", "Sam",
+    "Sarah", "Sophie", "Steve", "Sue", "Tess", "Tim", "Tina", "Tom", "Vera", "Will", "Zoe",
 )  # fmt: skip
 THINGS = (
-    "apples", "books", "cards", "cups", "eggs", "flowers", "keys", "marbles", "nuts", "oranges", "pears", "pencils",
-    "plates", "shells", "stamps", "stones",
+    "apples", "bags", "balloons", "balls", "bananas", "beans", "berries", "blocks", "books", "bottles", "boxes",
+    "buttons", "cakes", "candies", "candles", "cards", "carrots", "cars", "chairs", "cherries", "coins", "cookies",
+    "crayons", "cups", "dolls", "eggs", "flowers", "forks", "games", "hats", "keys", "lamps", "leaves", "lemons",
+    "letters", "marbles", "muffins", "nuts", "onions", "oranges", "peaches", "pears", "pencils", "pens", "photos",
+    "pictures", "plants", "plates", "plums", "potatoes", "roses", "shells", "shirts", "shoes", "socks", "spoons",
+    "stamps", "stickers", "stones", "strawberries", "sweets", "tickets", "tomatoes", "toys", "trees",
 )  # fmt: skip
 _OPERATIONS: dict[str, Callable[[int, int], int | None]] = {
     "+": lambda left, right: left + right,
@@ -52,23 +69,25 @@ class Arithmetic(GeneratedTask):
     name = "Arithmetic"
     source = "generated word problems"
 
-    def __init__(self, split: Split, size: int | None = None, steps: int = 2, largest: int = 99, **kwargs: Any) -> None:
+    def __init__(
+        self, split: Split, size: int | None = None, steps: int = 2, largest: int = 999, **kwargs: Any
+    ) -> None:
         """`size` problems of up to `steps` steps, numbers up to `largest`.
 
-        Raises UserError for steps other than 1 and 2, and for a `largest` outside 9 … 99.
+        Raises UserError for steps other than 1 and 2, and for a `largest` outside 9 … 999.
         """
         super().__init__(split, size, **kwargs)
         if steps not in (1, 2):
             raise UserError(f"Arithmetic steps={steps}: choose 1 or 2")
-        if not 9 <= largest <= 99:
-            raise UserError(f"Arithmetic largest={largest}: choose 9 to 99")
+        if not 9 <= largest < LIMIT:
+            raise UserError(f"Arithmetic largest={largest}: choose 9 to {LIMIT - 1}")
         self.steps, self.largest = steps, largest
 
     def get_example(self, index: int) -> Conversation:
         rng = item_rng("arithmetic", self.split, index, self.steps, self.largest)
         template, numbers, results = self._problem(rng)
         first, second = rng.sample(NAMES, 2)
-        question = template.text.format(x=first, y=second, things=rng.choice(THINGS), **numbers)
+        question = worded(template.text, rng).format(x=first, y=second, things=rng.choice(THINGS), **numbers)
         return answered(question, _answer(results))
 
     def _problem(self, rng: random.Random) -> tuple[Template, dict[str, int], list[tuple[str, int]]]:
@@ -90,10 +109,13 @@ def problem_split(template: Template, numbers: Mapping[str, int]) -> Split:
 
 
 def _draw_numbers(template: Template, largest: int, rng: random.Random) -> dict[str, int]:
-    """Numbers from 2 up, so that plurals are right; factors and divisors stay small."""
+    """Numbers from 2 up, so that plurals are right; most are small, factors and divisors above all."""
+    most, most_factor = min(SMALL, largest), min(LARGEST_FACTOR, largest)
+    if rng.random() < LARGE_SHARE:
+        most, most_factor = largest, most
     factors = {name for step in template.steps for name in _factors(step)}
     names = sorted({name for step in template.steps for name in step if name in "abc"})
-    return {name: rng.randint(2, min(LARGEST_FACTOR, largest) if name in factors else largest) for name in names}
+    return {name: rng.randint(2, most_factor if name in factors else most) for name in names}
 
 
 def _factors(step: str) -> list[str]:
@@ -104,15 +126,15 @@ def _factors(step: str) -> list[str]:
 def _work_out(template: Template, numbers: Mapping[str, int]) -> list[tuple[str, int]] | None:
     """(expression, result) of each step; None where a result is no whole number from 0 to LIMIT - 1.
 
-    A result that is used further is from 1 to LIMIT_BETWEEN - 1; nothing left halfway would read oddly.
+    A result that is used further is at least 1; nothing left halfway would read oddly.
     """
     values = dict(numbers)
     results: list[tuple[str, int]] = []
     for step in template.steps:
         left, operator, right = step.split()
         result = _OPERATIONS[operator](values[left], values[right])
-        lowest, limit = (0, LIMIT) if step == template.steps[-1] else (1, LIMIT_BETWEEN)
-        if result is None or not lowest <= result < limit:
+        lowest = 0 if step == template.steps[-1] else 1
+        if result is None or not lowest <= result < LIMIT:
             return None
         results.append((f"{values[left]}{operator}{values[right]}", result))
         values["r"] = result

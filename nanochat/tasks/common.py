@@ -17,6 +17,8 @@ from nanochat.errors import UserError
 Conversation = dict[str, Any]  # {"messages": [...]}, see nanochat/chat_format.py; tasks may add keys of their own
 Split = Literal["train", "test"]
 MIXTURE_SEED = 42
+CARELESS = 0.2  # share of the questions, of either kind
+_ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
 # An answer as graders of GSM8K read it, $1,000.00 being 1000, and the rest of its line
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _ANSWER = re.compile(rf"####[ \t]*(-?)\$?(-?)({_NUMBER})(?![\d,]*\d)(.*?)[ \t\r]*(?=\n|####|\Z)", re.ASCII)
@@ -144,6 +146,14 @@ class TaskMixture(Task):
 def answered(question: str, answer: str | list[dict[str, str]]) -> Conversation:
     """One question and its answer: text, or the parts of a message with tool calls."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def worded(text: str, rng: random.Random) -> str:
+    """`text` with one of the alternatives of each `[gets|buys|]`, as people type: some leave the first letter small or
+    the mark at the end out."""
+    text = _ALTERNATIVES.sub(lambda found: rng.choice(found[1].split("|")), text)
+    text = text[:1].lower() + text[1:] if rng.random() < CARELESS else text
+    return text.rstrip("?.! ") if rng.random() < CARELESS else text
 
 
 def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> Conversation:

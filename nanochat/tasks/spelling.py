@@ -1,6 +1,8 @@
 """Spelling a word, and counting a letter in it: what a model that reads tokens cannot see and has to learn.
 
-The words are those of the run's own text; test words are never asked about in training.
+The words are those of the run's own text; test words are never asked about in training. They are from its rarer half: a
+frequent word may be a token of its own, and nobody can spell a token that was never spelled to them. In training some
+words are blends of two, `expresstwin`, so that the pieces of rare words are met more often.
 
     task_data/<source>/words.txt     one word a line, the most frequent first
     task_data/<source>/words.json    what they were counted on; written last
@@ -10,6 +12,8 @@ digit lead a run of letters, so each ` p` is a chunk of its own whatever the mer
 A space and a letter is moreover what any English text merges first, for all 26 letters, so that a letter is one token,
 the same one at every place, the question included. `a,p,p,l,e` would have chunks of that form too, but `,p` is merged
 for some letters and not for others, as the text happens to have it, and the first letter would look different again.
+For the same reason the word itself stands behind a space wherever an answer repeats it, as it mostly does in a
+question: its tokens are copied, and need not be known under two names.
 """
 
 import random
@@ -24,7 +28,16 @@ import regex
 from nanochat.data import sources
 from nanochat.errors import TooLittleText
 from nanochat.files import read_jsonl
-from nanochat.tasks.common import Conversation, GeneratedTask, Split, answered, call_calculator, item_rng, split_of
+from nanochat.tasks.common import (
+    Conversation,
+    GeneratedTask,
+    Split,
+    answered,
+    call_calculator,
+    item_rng,
+    split_of,
+    worded,
+)
 from nanochat.tasks.generated import generate, require
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -45,9 +58,16 @@ _WORD = regex.compile(
     rf"(?<![\w\p{{N}}.'\u2019@/\\\-])(?:[a-z]{{3,12}}|{_LETTER}{{3,12}})(?![\w\p{{N}}'\u2019@/\\\-]|\.\w)", regex.V1
 )  # a to z apart: twice as fast
 
-# {"spell": question about {word}} or {"count": one about {letter} too}
+TEST_SHARE = 0.2  # of the rarer half
+BLENDED_SHARE = 0.3  # of the training items are about a word made of two
+LIST_SHARE = 0.5  # of the spellings in training are of LISTED words: more words for as many tokens
+LISTED = (2, 5)
+SHORTEST, LONGEST = 3, 12  # letters of a word
+
+# {"spell": question about {word}}, {"list": one about {words}} or {"count": one about {word} and {letter}}
 _QUESTIONS = read_jsonl(Path(__file__).with_suffix(".jsonl"))
 SPELL_QUESTIONS = [line["spell"] for line in _QUESTIONS if "spell" in line]
+LIST_QUESTIONS = [line["list"] for line in _QUESTIONS if "list" in line]
 COUNT_QUESTIONS = [line["count"] for line in _QUESTIONS if "count" in line]
 QUOTATION = "'\"*\u2018\u2019\u201c\u201d"
 QUOTES = ("{}", "{}", "'{}'", '"{}"')  # around the word, and around the letter; mostly none
@@ -67,8 +87,18 @@ class WordTask(GeneratedTask):
         self.letters = sorted(set(characters(foreign)))  # the alphabet of words that have others than a to z
 
     def get_example(self, index: int) -> Conversation:
+        rng = item_rng(self.name, self.split, index)
+        return answered(*self.ask(self.word(index, rng), rng))
+
+    def word(self, index: int, rng: random.Random) -> str:
+        """The word that item `index` asks about: in training at times the beginning of it and the end of another."""
         word = self.words[index % len(self.words)]
-        return answered(*self.ask(word, item_rng(self.name, self.split, index)))
+        if self.split == "train" and rng.random() < BLENDED_SHARE:
+            other = rng.choice(self.words)
+            blend = word[: rng.randint(1, len(word))] + other[rng.randrange(len(other)) :]
+            plain = blend.isascii() and SHORTEST <= len(blend) <= LONGEST
+            return blend if plain and split_of("word", blend, test_share=TEST_SHARE) == "train" else word
+        return word
 
     @classmethod
     def prepare(cls, name: str, source: str, from_dir: Path | None = None) -> None:
@@ -86,19 +116,24 @@ class WordTask(GeneratedTask):
 
 
 class SimpleSpelling(WordTask):
-    """Spell a word."""
+    """Spell a word; in training at times several."""
 
     name = "SimpleSpelling"
 
     def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
-        return rng.choice(SPELL_QUESTIONS).format(word=rng.choice(QUOTES).format(word)), spelled(word)
+        quotes = rng.choice(QUOTES)
+        if self.split == "train" and rng.random() < LIST_SHARE:
+            more = rng.randint(*LISTED) - 1
+            words = [word, *(self.word(rng.randrange(len(self.words)), rng) for _ in range(more))]
+            listed = ", ".join(map(quotes.format, words))
+            return worded(rng.choice(LIST_QUESTIONS), rng).format(words=listed), spelled(*words)
+        return worded(rng.choice(SPELL_QUESTIONS), rng).format(word=quotes.format(word)), spelled(word)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the word stands before the last colon and after it exactly its letters, with white space between."""
-        before, colon, letters = completion.rpartition(":")
-        said = [f"{word.strip(QUOTATION)}:" for word in before.split()[-1:]]
-        letters = letters.rstrip().removesuffix(".")
-        return bool(colon) and [*said, *letters.split()] == conversation["messages"][-1]["content"].split()
+        """Whether the word stands before the last colon and after it exactly its letters, with white space between; of
+        several words, each before its colon."""
+        expected = _spellings(conversation["messages"][-1]["content"])
+        return _spellings(completion)[-len(expected) :] == expected
 
 
 class SpellingBee(WordTask):
@@ -108,14 +143,21 @@ class SpellingBee(WordTask):
 
     def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
         letter = _letter_to_count(word, ALPHABET if word.isascii() else self.letters, rng)
-        question = rng.choice(COUNT_QUESTIONS)
+        question = worded(rng.choice(COUNT_QUESTIONS), rng)
         quoted = {name: rng.choice(QUOTES).format(text) for name, text in (("letter", letter), ("word", word))}
         return question.format(**quoted), _count(word, letter)
 
 
-def spelled(word: str) -> str:
-    """`apple: a p p l e`."""
-    return f"{word}: {' '.join(characters(word))}"
+def spelled(*words: str) -> str:
+    """`The word apple: a p p l e`, and so on for more words behind a semicolon."""
+    return "The word " + "; ".join(f"{word}: {' '.join(characters(word))}" for word in words)
+
+
+def _spellings(answer: str) -> list[list[str]]:
+    """Each word that an answer spells, with a colon, and its letters."""
+    pairs = [part.rpartition(":") for part in answer.rstrip().removesuffix(".").split(";") if ":" in part]
+    return [[*(f"{word.strip(QUOTATION)}:" for word in said.split()[-1:]), *letters.split()]
+            for said, _, letters in pairs]  # fmt: skip
 
 
 def characters(word: str) -> list[str]:
@@ -145,7 +187,7 @@ def _count(word: str, letter: str) -> list[dict[str, str]]:
         count += one == letter
         running.append(f"{one}{count}")
     by_hand = f"{spelled(word)}\nCount {letter}: {' '.join(running)}\n"
-    verified = call_calculator(f"'{word}'.count('{letter}')", count)
+    verified = call_calculator(f"' {word}'.count('{letter}')", count)
     return [{"type": "text", "text": by_hand}, *verified, {"type": "text", "text": f"\n#### {count}"}]
 
 
@@ -175,13 +217,14 @@ def frequent_words(documents: Iterable[str]) -> list[str]:
 
 
 def load_words(source: str, split: Split) -> list[str]:
-    """Words of one split, the most frequent first; about one in ten, by its hash, is for test.
+    """Words of one split, the most frequent first; of the rarer half about one in five, by its hash, is for test.
 
     Raises UserError when they were not made yet or are damaged, and TooLittleText where the text has too few.
     """
     path = require(source, "words", "SpellingBee") / "words.txt"
     words = path.read_text(encoding="utf-8").split()
-    chosen = [word for word in words if split_of("word", word) == split]
+    tested = {word for word in words[len(words) // 2 :] if split_of("word", word, test_share=TEST_SHARE) == "test"}
+    chosen = [word for word in words if (word in tested) == (split == "test")]
     if len(words) < MIN_WORDS or not chosen:
         found = f"{len(words)} frequent words between spaces, {len(chosen)} for {split}"
         raise TooLittleText(f"too few words in {source}: {found}; tasks about words need at least {MIN_WORDS}")

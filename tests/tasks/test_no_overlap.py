@@ -20,6 +20,7 @@ from nanochat.tasks.identity import Identity
 from nanochat.tasks.reasoning_gym import ReasoningGym
 from nanochat.tasks.spelling import SimpleSpelling, SpellingBee
 from nanochat.tasks.text_choice import TextChoice
+from tests.tasks.test_arithmetic import question_pattern
 from tests.tasks.test_identity import plain
 from tests.tasks.test_reasoning_gym import package  # noqa: F401  (the fixture)
 from tests.tasks.test_words import documents, other_process, put_text
@@ -38,19 +39,21 @@ def question_of(conversation: dict[str, Any]) -> str:
     return next(message["content"] for message in conversation["messages"] if message["role"] == "user")
 
 
-def spelled_word(conversation: dict[str, Any]) -> list[Hashable]:
+def spelled_words(conversation: dict[str, Any]) -> list[Hashable]:
     content = conversation["messages"][-1]["content"]
-    return [(content if isinstance(content, str) else content[0]["text"]).split(":")[0]]
+    spelled = content if isinstance(content, str) else content[0]["text"].split("\n")[0]
+    return re.findall(r"(\w+):", spelled)
+
+
+PATTERNS = {template.text: question_pattern(template.text) for template in TEMPLATES}
 
 
 def template_and_numbers(conversation: dict[str, Any]) -> list[Hashable]:
-    """Read back from the question, whatever names and objects it has."""
+    """Read back from the question, whatever names, objects and wordings it has."""
     question = question_of(conversation)
-    for template in TEMPLATES:
-        pattern = re.sub(r"\\{([abc])\\}", r"(?P<\1>\\d+)", re.escape(template.text))
-        found = re.fullmatch(re.sub(r"\\{\w+\\}", r"\\w+", pattern), question)
-        if found:
-            return [(template.text, *sorted(found.groupdict().items()))]
+    for text, pattern in PATTERNS.items():
+        if found := pattern.fullmatch(question):
+            return [(text, *sorted((name[0], number) for name, number in found.groupdict().items() if number))]
     raise AssertionError(f"no template fits {question}")
 
 
@@ -80,8 +83,8 @@ def custom_file() -> Path:
 
 # name -> (the task of a split, what identifies an item of it)
 TASKS: dict[str, tuple[Callable[..., Task], Callable[[dict[str, Any]], list[Hashable]]]] = {
-    "SimpleSpelling": (lambda split: SimpleSpelling(split, "pydocs", SIZE), spelled_word),
-    "SpellingBee": (lambda split: SpellingBee(split, "pydocs", SIZE), spelled_word),
+    "SimpleSpelling": (lambda split: SimpleSpelling(split, "pydocs", SIZE), spelled_words),
+    "SpellingBee": (lambda split: SpellingBee(split, "pydocs", SIZE), spelled_words),
     "Arithmetic": (lambda split: Arithmetic(split, SIZE), template_and_numbers),
     "Arithmetic, small": (lambda split: Arithmetic(split, SIZE, steps=1, largest=9), template_and_numbers),
     "TextChoice": (lambda split: TextChoice(split, "pydocs"), passage),

@@ -1,6 +1,7 @@
 import inspect
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from nanochat.errors import UserError
 from nanochat.paths import slug
 from nanochat.tasks import registry, spelling
 from nanochat.tasks.arc import ARC
+from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tasks.common import Task
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.registry import (
@@ -22,6 +24,7 @@ from nanochat.tasks.registry import (
     parse_tasks,
     task_inputs,
 )
+from scripts.chat_rl import GradedMixture, question_task
 from tests.tasks.hub_rows import arc_row, gsm8k_row, mmlu_row, put, talk_row
 
 
@@ -185,3 +188,25 @@ def test_importing_the_registry_imports_no_task_and_no_torch():
         "nanochat.tasks.common",
         registry.__name__,
     }
+
+
+def test_a_graded_mixture_has_each_answer_graded_by_its_own_task(store):
+    sums, few = Arithmetic("train", size=20), Arithmetic("train", size=5, steps=1)
+    few.reward = lambda conversation, completion: 0.5  # type: ignore[method-assign]
+    mixture = GradedMixture([sums, few])
+    assert len(mixture) == 25 and mixture.name == "Arithmetic" and mixture.eval_type == "generative"
+    rewards: Counter[float] = Counter()
+    for index in range(25):
+        conversation = mixture[index]
+        answer = conversation["messages"][-1]["content"][-1]["text"]
+        assert mixture.evaluate(conversation, answer) and not mixture.evaluate(conversation, "#### -1")
+        rewards[mixture.reward(conversation, answer)] += 1
+    assert rewards == {1.0: 20, 0.5: 5}
+
+
+def test_what_reinforcement_learning_can_practise_on(store):
+    assert isinstance(question_task("arithmetic", "train", None), Arithmetic)
+    mixture = question_task("Arithmetic:30,Arithmetic:10*2", "train", None)
+    assert len(mixture) == 50 and len(question_task("Arithmetic:30,Arithmetic:10*2", "test", None)) == 256
+    with pytest.raises(UserError, match="--task=Identity: its answers are not generated"):
+        question_task("Arithmetic,Identity", "train", None)

@@ -1,7 +1,10 @@
 """spelling.py: letters are tokens of their own whatever the merges, counts are right, and grading is strict."""
 
 import functools
+import itertools
+import re
 import string
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -12,6 +15,10 @@ from nanochat.errors import UserError
 from nanochat.tasks.common import item_rng
 from nanochat.tasks.spelling import (
     COUNT_QUESTIONS,
+    LIST_QUESTIONS,
+    LISTED,
+    LONGEST,
+    SHORTEST,
     SPELL_QUESTIONS,
     SimpleSpelling,
     SpellingBee,
@@ -46,7 +53,8 @@ def tokenizer(kind: str) -> RustBPETokenizer:
 @given(word=some_word)
 def test_each_letter_has_its_own_token_and_always_the_same(kind, word):
     encode = tokenizer(kind).encode
-    assert encode(spelled(word)) == encode(f"{word}:") + [token for letter in word for token in encode(f" {letter}")]
+    letters = [token for letter in word for token in encode(f" {letter}")]
+    assert encode(spelled(word)) == encode("The word") + encode(f" {word}") + encode(":") + letters
 
 
 def test_in_ordinary_text_a_letter_is_one_token():
@@ -56,15 +64,51 @@ def test_in_ordinary_text_a_letter_is_one_token():
     assert [len(apart.encode(f" {letter}")) for letter in used] == [1] * len(used)
 
 
+def shape(question: str, words: list[str]) -> str:
+    """The question with `*` for its words, as if typed with care."""
+    question = question.replace(", ".join(words), "*").rstrip("?.!")
+    return question[:1].upper() + question[1:]
+
+
+def shapes(templates: list[str]) -> set[str]:
+    """All wordings of templates."""
+    found = set()
+    for template in templates:
+        parts = [part.split("|") if place % 2 else [part] for place, part in enumerate(re.split(r"[\[\]]", template))]
+        found |= {shape("".join(chosen).format(word="*", words="*"), ["*"]) for chosen in itertools.product(*parts)}
+    return found
+
+
 def test_spelling_items(ready):
-    task = SimpleSpelling("train", ready, size=300)
-    questions = set()
-    for index in range(300):
-        question, answer = (message["content"] for message in task[index]["messages"])
-        word, letters = answer.split(": ")
-        assert word in question and letters.split(" ") == list(word)
-        questions.add(question.replace(f"'{word}'", "*").replace(f'"{word}"', "*").replace(word, "*"))
-    assert questions == {question.format(word="*") for question in SPELL_QUESTIONS}
+    words = {split: set(load_words(ready, split)) for split in ("train", "test")}
+    lengths, blends = Counter(), set()
+    for split in ("train", "test"):
+        task = SimpleSpelling(split, ready, size=400)
+        questions = set()
+        for index in range(400):
+            question, answer = (message["content"] for message in task[index]["messages"])
+            pairs = [pair.split(": ") for pair in answer.removeprefix("The word ").split("; ")]
+            asked = [word for word, _ in pairs]
+            assert all(letters.split(" ") == list(word) for word, letters in pairs)
+            quoted = next(q for q in ("'", '"', "") if f"{q}{asked[0]}{q}" in question)
+            questions.add(shape(question.replace(quoted, "") if quoted else question, asked))
+            lengths[split, len(asked)] += 1
+            blends |= {word for word in asked if word not in words[split]}
+        assert questions <= shapes(SPELL_QUESTIONS + LIST_QUESTIONS) and len(questions) > 30
+    assert {count for split, count in lengths if split == "test"} == {1}
+    assert lengths["train", 1] > 100 and all(lengths["train", count] > 20 for count in range(2, LISTED[1] + 1))
+    assert len(blends) > 50 and not blends & words["test"]
+    assert all(SHORTEST <= len(word) <= LONGEST for word in blends)
+
+
+def test_of_several_words_all_have_to_be_right():
+    answer = spelled("cat", "house")
+    assert answer == "The word cat: c a t; house: h o u s e"
+    conversation = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]}
+    grade = functools.partial(SimpleSpelling.evaluate, None, conversation)
+    assert grade(answer) and grade("cat: c a t; house: h o u s e")
+    assert not grade("The word cat: c a r; house: h o u s e") and not grade("house: h o u s e; cat: c a t")
+    assert not grade("The word house: h o u s e")
 
 
 @given(word=some_word, other=some_word)
@@ -94,20 +138,22 @@ def parts_of(task: SpellingBee, index: int) -> tuple[str, list[dict[str, str]]]:
 def test_counting_items(ready):
     task = SpellingBee("train", ready, size=400)
     words = set(load_words(ready, "train"))
-    counts = []
+    counts, blends = [], 0
     for index in range(400):
         question, parts = parts_of(task, index)
         assert [part["type"] for part in parts] == ["text", "python", "python_output", "text"]
         text, call, output, last = (part["text"] for part in parts)
         spelling, by_hand = text.rstrip("\n").split("\n")
-        word, letter = spelling.split(":")[0], by_hand.removeprefix("Count ")[0]
-        assert word in words and spelling == spelled(word) and word in question and letter in question
+        word, letter = spelling.split(":")[0].removeprefix("The word "), by_hand.removeprefix("Count ")[0]
+        blends += word not in words
+        assert spelling == spelled(word) and word in question and letter in question
         running = [f"{one}{word[: place + 1].count(letter)}" for place, one in enumerate(word)]
         assert by_hand == f"Count {letter}: {' '.join(running)}"
-        assert call == f"'{word}'.count('{letter}')" and use_calculator(call) == output
+        assert call == f"' {word}'.count('{letter}')" and use_calculator(call) == output
         assert last == f"\n#### {word.count(letter)}"
         counts.append(word.count(letter))
     assert 0.05 < counts.count(0) / 400 < 0.3  # letters that are not there
+    assert 40 < blends < 160
     assert 0.15 < sum(count > 1 for count in counts) / 400 < 0.6  # and several times there: 1 is no safe guess
 
 
@@ -123,7 +169,7 @@ def test_answers_are_short(ready):
     texts = [part["text"] for one in conversations for part in one["messages"][1]["content"]]
     apart = RustBPETokenizer.train_from_iterator([*documents(150), *texts], 3000)
     for conversation in conversations:
-        word = conversation["messages"][1]["content"][0]["text"].split(":")[0]
+        word = conversation["messages"][1]["content"][0]["text"].split(":")[0].removeprefix("The word ")
         answer = len(apart.render_conversation(conversation)[0]) - len(apart.render_for_completion(conversation))
         assert answer <= 60 / 6 * max(6, len(word))
 
@@ -177,4 +223,4 @@ def test_other_alphabets(word):
     for number in range(30):
         letter = _letter_to_count(word, ["ж", "न", "ß", "ق"], item_rng(number))
         assert use_calculator(f"'{word}'.count('{letter}')") == str(characters(word).count(letter))
-    assert spelled(word) == f"{word}: {' '.join(characters(word))}" and "".join(characters(word)) == word
+    assert spelled(word) == f"The word {word}: {' '.join(characters(word))}" and "".join(characters(word)) == word

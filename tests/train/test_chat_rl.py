@@ -1,6 +1,7 @@
 """Reinforcement learning from the outside: it raises the reward, resumes, and says what is wrong."""
 
 import json
+import re
 import sys
 from functools import partial
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from nanochat import checkpoint, cli
 from nanochat.errors import UserError
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
+from nanochat.tasks import arithmetic
 from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import chat
@@ -19,7 +21,7 @@ from tests.chat_setup import kill_before_the_ledgers_line, make_base, make_text
 from tests.data.test_text_rows import write_source
 from tests.processes import run_processes
 
-SMALL = {"task": "Arithmetic", "num_iterations": 4, "questions_per_step": 4, "num_samples": 4, "max_new_tokens": 24,
+SMALL = {"task": "Arithmetic", "num_iterations": 4, "questions_per_step": 4, "num_samples": 4, "max_new_tokens": 20,
          "device_batch_size": 8, "eval_every": -1, "eval_questions": 8, "eval_samples": 2,
          "device_type": "cpu"}  # fmt: skip
 
@@ -145,6 +147,9 @@ def test_it_raises_the_reward_on_generated_arithmetic(tmp_path, monkeypatch):
     def easy(name, split, source=None, count=None):
         return Arithmetic(split, size=count, steps=1, largest=9)
 
+    # one wording of a few problems: all of them take longer to learn
+    few = [t._replace(text=re.sub(r"\[([^|]*).*?\]", r"\1", t.text)) for t in arithmetic.TEMPLATES if len(t.steps) == 1]
+    monkeypatch.setattr(arithmetic, "TEMPLATES", few[25::3])
     monkeypatch.setattr(chat_rl, "make_task", easy)
     monkeypatch.setattr(chat, "make_task", easy)
     monkeypatch.setattr(chat, "parse_tasks", lambda spec, split, source: [easy(spec, split, source, 2000)])
