@@ -16,7 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from nanochat import files
-from nanochat.data import hub, local, parquet, pydocs, sources
+from nanochat.data import hub, local, overlap, parquet, pydocs, sources
 from nanochat.data.sources import HubSource, dataset_bytes, iter_documents, list_shards
 from nanochat.dataset import Settings, main
 from nanochat.errors import UserError
@@ -526,6 +526,63 @@ def test_one_short_document_is_shared_out_too(folder):
     assert 0.08 < shares(f"local:{folder}") <= 0.1
 
 
+def prose(seed, sentences=40):
+    """Lines of words, no two alike, different for each seed."""
+    chance = random.Random(seed)
+    words = ["".join(chance.choices("abcdefghiklmnoprstu", k=chance.randint(2, 9))) for _ in range(400)]
+    return "\n".join(" ".join(chance.choices(words, k=9)).capitalize() + "." for _ in range(sentences))
+
+
+def lines_on_both_sides(source):
+    train, val = everything(source)
+    assert val
+    long, shared = overlap.shared_lines(val, train).sum(axis=0)
+    return shared / long
+
+
+@pytest.mark.parametrize("kind", ["edited copies", "many versions", "long documents", "long txt", "forms"])
+def test_what_is_nearly_alike_is_on_one_side(folder, kind):
+    chance = random.Random(0)
+    if kind == "edited copies":
+        texts = [prose(i) for i in range(300)]
+        for i, text in enumerate(list(texts)):
+            texts.append(f"New words. {text.upper().replace('.', '!', 5)}{prose(f'more {i}', 4)}")
+    elif kind == "many versions":  # of a few texts, a line of each left out
+        bodies = [prose(i, 60).split("\n") for i in range(40)]
+        texts = ["\n".join(line for line in body if line != chance.choice(body)) for body in bodies for _ in range(10)]
+    elif kind == "long documents":  # the same phrases in all pieces of one
+        texts = ["\n".join([f"{prose(i, 3)}\n{prose(f'{i} {j}', 40)}" for j in range(20)]) for i in range(40)]
+    elif kind == "forms":  # what is filled in differs
+        texts = [f"{prose(i // 4)}\n{prose(f'name {i}', 3)}" for i in range(400)]
+    if kind == "long txt":
+        for i in range(40):
+            parts = "\n\n".join(f"{prose(i, 3)}\n{prose(f'{i} {j}', 40)}" for j in range(40))
+            (folder / f"{i}.txt").write_text(parts)
+    else:
+        chance.shuffle(texts)
+        (folder / "a.jsonl").write_text(jsonl(texts))
+    source = f"local:{folder}"
+    get(source)
+    assert lines_on_both_sides(source) == 0 and 0.02 < shares(source) <= 0.1
+
+
+def test_text_that_is_all_alike_is_split_all_the_same(folder, capsys):
+    body = prose(0, 60)
+    (folder / "a.jsonl").write_text(jsonl([f"{body}\n{prose(f'more {i}', 2)}" for i in range(200)]))
+    source = f"local:{folder}"
+    get(source)
+    assert "parts of the same are on both sides" in capsys.readouterr().out
+    assert 0.05 < shares(source) <= 0.1 and lines_on_both_sides(source) > 0.9
+
+
+def test_text_of_which_nothing_is_alike_is_split_by_its_hash(folder):
+    texts = [prose(i, 3) for i in range(2000)]
+    (folder / "a.jsonl").write_text(jsonl(texts))
+    get(f"local:{folder}")
+    train, val = everything(f"local:{folder}")
+    assert val + train == sorted(texts, key=parquet.text_hash)
+
+
 def test_ready_shards_of_books_are_cut_for_the_tokenizer(folder):
     for i in range(2):
         (folder / f"shard_{i:05d}.parquet").write_bytes(parquet_bytes([f"Book {i} {j}. " * 10_000 for j in range(3)]))
@@ -766,15 +823,17 @@ def test_real_corpus():
 def test_pydocs_shards(monkeypatch, capsys):
     chance = random.Random(0)
     texts = ["".join(chance.choices("abcdefgh \n", k=3000)) for _ in range(1000)]
-    monkeypatch.setattr(pydocs, "harvest", lambda: texts)
+    packages = {text: f"package {i // 5}" for i, text in enumerate(texts)}
+    monkeypatch.setattr(pydocs, "harvest", lambda: packages)
     get("pydocs")
     train, val = everything("pydocs")
     assert sorted(train + val) == sorted(texts)
+    assert not {packages[text] for text in train} & {packages[text] for text in val}
     assert 500_000 <= dataset_bytes("pydocs", "val") <= 600_000
     assert names("pydocs", "train") == [f"shard_{i:05d}.parquet" for i in range(6)]
     assert manifest("pydocs")["kind"] == "offline documentation" and not manifest("pydocs")["synthetic"]
     hashes = {name: entry["sha256"] for name, entry in manifest("pydocs")["files"].items()}
-    monkeypatch.setattr(pydocs, "harvest", lambda: texts[::-1])
+    monkeypatch.setattr(pydocs, "harvest", lambda: dict(reversed(packages.items())))
     get("pydocs")
     assert "shards are here" in capsys.readouterr().out
     monkeypatch.setattr(pydocs, "fingerprint", lambda: "other packages")

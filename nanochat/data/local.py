@@ -2,7 +2,8 @@
 
 Long documents are cut into pieces. Documents are dropped when they repeat another one exactly, and ordered by a hash of
 their text: a shuffle that is the same on every machine and does not depend on how the text is spread over files. The
-first ones are for validation: one per cent of the bytes (at most 10 MB), of little text up to ten. A folder that holds
+first ones are for validation: one per cent of the bytes (at most 10 MB), of little text up to ten. Near-duplicates,
+pieces of one document and parts of one .txt file are on the same side, where there is enough else. A folder that holds
 shard_*.parquet already keeps its shards and their order. Links are followed.
 """
 
@@ -23,10 +24,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nanochat.data import parquet
+from nanochat.data import overlap, parquet
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.paths import data_dir
@@ -185,14 +187,28 @@ def convert(files: list[Path], target: Path) -> parquet.Manifest:
     unreadable input (with file and line) and for fewer than two documents."""
     target.mkdir(parents=True, exist_ok=True)
     buckets = min(MAX_BUCKETS, 1 + sum(path.stat().st_size for path in files) // BUCKET_BYTES)
-    with tempfile.TemporaryDirectory(dir=target, prefix="ordering-") as folder:
-        _spread(files, Path(folder), buckets)
-        val_bytes = held_out_bytes(sum(map(_distinct_bytes, Path(folder).iterdir())))
-        documents = _ordered(Path(folder))
-        head = list(itertools.islice(documents, 1))
-        if head and len(head[0].encode()) > val_bytes >= MIN_PIECE_BYTES:
-            head = list(pieces(head[0], val_bytes // 4))  # of at most four bytes a character
-        return parquet.write_shards(target, itertools.chain(head, documents), val_bytes, SHARD_BYTES)
+    with tempfile.TemporaryDirectory(dir=target, prefix="ordering-") as name:
+        folder = Path(name)
+        _spread(files, folder, buckets)
+        sizes, marks = (np.concatenate(parts) for parts in zip(*map(_measured, sorted(folder.iterdir())), strict=True))
+        val_bytes = held_out_bytes(int(sizes.sum()))
+        most = min(MAX_VAL_BYTES, int(sizes.sum() * MAX_VAL_SHARE))
+        held, torn = overlap.hold_out(overlap.clusters(marks), sizes, val_bytes, most)
+        if torn:
+            print("note: nothing of the size of the validation split stands apart: parts of the same are on both sides")
+        held = held[sizes > 0]
+        if held.any():
+            val_bytes = int(sizes[sizes > 0][held].sum())
+            documents: Iterator[str] = itertools.chain(
+                *(itertools.compress(_ordered(folder), chosen) for chosen in (held, ~held))
+            )
+        else:
+            documents = _ordered(folder)
+            head = list(itertools.islice(documents, 1))
+            if head and len(head[0].encode()) > val_bytes >= MIN_PIECE_BYTES:
+                head = list(pieces(head[0], val_bytes // 4))  # of at most four bytes a character
+            documents = itertools.chain(head, documents)
+        return parquet.write_shards(target, documents, val_bytes, SHARD_BYTES)
 
 
 def held_out_bytes(total: int) -> int:
@@ -226,59 +242,72 @@ def pieces(text: str, limit: int = PIECE) -> Iterator[str]:
 
 
 def _spread(files: list[Path], folder: Path, buckets: int) -> None:
-    """Write each document, or its pieces, to one of `buckets` Arrow files by its hash."""
-    schema = pa.schema([("key", pa.binary(16)), ("text", pa.large_string())])
-    waiting: list[list[tuple[bytes, str]]] = [[] for _ in range(buckets)]
+    """Write each document, or its pieces, to one of `buckets` Arrow files by its hash, with the marks that it shares
+    with others of its document or file and with near-duplicates."""
+    marks = pa.binary(8 * (1 + overlap.PAIRS))
+    schema = pa.schema([("key", pa.binary(16)), ("marks", marks), ("text", pa.large_string())])
+    waiting: list[list[tuple[bytes, bytes, str]]] = [[] for _ in range(buckets)]
     sizes = [0] * buckets
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_file(str(folder / f"{i:03d}.arrow"), schema)) for i in range(buckets)]
 
         def flush(i: int) -> None:
-            keys, texts = zip(*waiting[i], strict=True) if waiting[i] else ((), ())
-            writers[i].write_table(pa.table({"key": keys, "text": texts}, schema))
+            keys, marks, texts = zip(*waiting[i], strict=True) if waiting[i] else ((), (), ())
+            writers[i].write_table(pa.table({"key": keys, "marks": marks, "text": texts}, schema))
             waiting[i], sizes[i] = [], 0
 
-        for path in files:
-            for key, text in _keyed(path):
-                # buckets are ranges of the hash, so that one after the other they are in order
-                i = int.from_bytes(key[:8], "big") * buckets >> 64
-                waiting[i].append((key, text))
-                sizes[i] += len(text.encode())
-                if sizes[i] > 1 << 20:
-                    flush(i)
+        for key, mark, text in _marked(keyed for path in files for keyed in _keyed(path)):
+            # buckets are ranges of the hash, so that one after the other they are in order
+            i = int.from_bytes(key[:8], "big") * buckets >> 64
+            waiting[i].append((key, mark, text))
+            sizes[i] += len(text.encode())
+            if sizes[i] > 1 << 20:
+                flush(i)
         for i in range(buckets):
             flush(i)
 
 
-def _keyed(path: Path) -> Iterator[tuple[bytes, str]]:
-    """What each document of a file, or piece of one, is ordered and told apart by. A document that repeats itself keeps
-    all its pieces."""
+def _keyed(path: Path) -> Iterator[tuple[bytes, bytes, str]]:
+    """What each document of a file, or piece of one, is ordered and told apart by, and the key of what it is a part of.
+    A document that repeats itself keeps all its pieces."""
+    whole = None
     for text in read_documents(path):
         key = parquet.text_hash(text)
+        whole = whole if whole and _format(path) == ".txt" else key  # a .txt file is one text, however many parts
         if len(text) <= PIECE:
-            yield key, text
+            yield key, whole, text
         else:
             for number, piece in enumerate(pieces(text)):
                 if piece.strip():
-                    yield parquet.text_hash(f"{key.hex()} {number}"), piece
+                    yield parquet.text_hash(f"{key.hex()} {number}"), whole, piece
 
 
-def _read_bucket(path: Path) -> pa.Table:
+def _marked(keyed: Iterator[tuple[bytes, bytes, str]]) -> Iterator[tuple[bytes, bytes, str]]:
+    while batch := list(itertools.islice(keyed, 256)):
+        keys, wholes, texts = zip(*batch, strict=True)
+        groups = np.frombuffer(b"".join(whole[:8] for whole in wholes), np.uint64)
+        marks = np.column_stack([groups, overlap.sketches(texts)])
+        yield from zip(keys, map(np.ndarray.tobytes, marks), texts, strict=True)
+
+
+def _measured(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """UTF-8 bytes (N,) and marks (N, C) of the documents in a bucket; 0 bytes for a repetition, which must not move the
+    validation split."""
     with pa.memory_map(str(path)) as stream:
-        return pa.ipc.open_file(stream).read_all()
-
-
-def _distinct_bytes(path: Path) -> int:
-    """UTF-8 bytes of the documents in a bucket, each counted once: repetitions must not move the validation split."""
-    table = _read_bucket(path)
-    table = table.append_column("bytes", pc.binary_length(table["text"]))
-    return pc.sum(table.group_by("key").aggregate([("bytes", "min")])["bytes_min"]).as_py() or 0
+        table = pa.ipc.open_file(stream).read_all()
+        order = pc.sort_indices(table["key"])
+        keys = table["key"].take(order)
+        sizes = pc.binary_length(table["text"]).take(order).to_numpy().astype(np.int64)
+        marks = np.frombuffer(b"".join(table["marks"].take(order).to_pylist()), np.uint64)
+    sizes[1:][pc.equal(keys[1:], keys[:-1]).to_numpy()] = 0
+    return sizes, marks.reshape(len(sizes), -1)
 
 
 def _ordered(folder: Path) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
-        table = _read_bucket(path)
-        texts = dict(zip(table["key"].to_pylist(), table["text"].to_pylist(), strict=True))
+        with pa.memory_map(str(path)) as stream:
+            table = pa.ipc.open_file(stream).read_all()
+            texts = dict(zip(table["key"].to_pylist(), table["text"].to_pylist(), strict=True))
         yield from (text for _, text in sorted(texts.items()))
 
 
@@ -288,9 +317,14 @@ def _ordered(folder: Path) -> Iterator[str]:
 
 def read_documents(path: Path) -> Iterator[str]:
     """Documents of one file, without empty ones and nulls. Raises UserError naming the file and the line."""
-    kinds = [suffix for suffix in path.suffixes if suffix.lower() in FORMATS]
-    read = FORMATS[kinds[-1].lower()] if kinds and path.suffix.lower() != ".parquet" else parquet.read_documents
+    read = FORMATS.get(_format(path), parquet.read_documents)
     return (text for text in read(path) if text.strip())
+
+
+def _format(path: Path) -> str:
+    """The suffix that says what is in a file."""
+    kinds = [suffix.lower() for suffix in path.suffixes if suffix.lower() in FORMATS]
+    return kinds[-1] if kinds and path.suffix.lower() != ".parquet" else ".parquet"
 
 
 def _from_jsonl(path: Path) -> Iterator[str]:

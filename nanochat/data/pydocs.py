@@ -5,7 +5,8 @@
 Read are the standard library and site-packages of the running interpreter, as text: nothing is imported. Taken are
 docstrings (each under its qualified name and signature), long string constants that are documentation (numpy and torch
 attach theirs with calls, the language reference is a dict of strings), README-like files, and the descriptions
-that packages carry in their METADATA. The same packages give the same documents.
+that packages carry in their METADATA. The same packages give the same documents. Held out are whole packages: pieces of
+one module are full of each other's lines.
 """
 
 import ast
@@ -18,11 +19,13 @@ import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from nanochat.data import parquet
+import numpy as np
+
+from nanochat.data import overlap, parquet
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
 
@@ -67,28 +70,36 @@ def make_shards(source: str, num_files: int) -> None:
         print("pydocs: shards are here")
         return
     parquet.about_to_replace(folder)
-    documents = sorted(harvest(), key=parquet.text_hash)
-    size = sum(len(text.encode()) for text in documents)
-    val_bytes = max(MIN_VAL_BYTES, int(size * VAL_SHARE))
+    packages = harvest()
+    documents = sorted(packages, key=parquet.text_hash)
+    sizes = np.array([len(text.encode()) for text in documents])
+    size, labels = int(sizes.sum()), np.unique([packages[text] for text in documents], return_inverse=True)[1]
+    held, _ = overlap.hold_out(labels, sizes, max(MIN_VAL_BYTES, int(size * VAL_SHARE)))
+    val_bytes = int(sizes[held].sum())
+    order = [*np.flatnonzero(held).tolist(), *np.flatnonzero(~held).tolist()]
     shard_bytes = (size - val_bytes) // TRAIN_SHARDS + 1
-    files = parquet.write_shards(folder, documents, val_bytes, shard_bytes, ROW_GROUP)
+    files = parquet.write_shards(folder, (documents[i] for i in order), val_bytes, shard_bytes, ROW_GROUP)
     parquet.replace_shards(folder, about, files)
 
 
-def harvest(roots: Sequence[Path] | None = None, workers: int | None = None) -> list[str]:
-    """All documents below `roots` (default: the running interpreter's libraries), deduplicated, in path order.
-
-    Raises UserError where there is nothing to read.
-    """
+def harvest(roots: Sequence[Path] | None = None, workers: int | None = None) -> dict[str, str]:
+    """All documents below `roots` (default: the running interpreter's libraries), deduplicated, in path order, and the
+    package that each comes from. Raises UserError where there is nothing to read."""
     roots = list(roots) if roots is not None else default_roots()
     files = [(root, path) for root in roots for path in _files(root)]
     print(f"pydocs: reading {len(files):,} files of the installed Python packages", flush=True)
+    names = {root: _packages(root) for root in roots}
+    packages = [_package(path.relative_to(root), names[root]) for root, path in files]
     # spawn: forking a process that holds torch's or pyarrow's threads can deadlock
     # without the cycle collector a syntax tree is built a fifth faster
     workers = workers or min(os.cpu_count() or 1, 16)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=gc.disable) as pool:
         read = map(_read_file, files) if workers == 1 else pool.map(_read_file, files, chunksize=32)
-        documents = deduplicated(text for texts in read for text in texts)
+        found = [(package, text) for package, texts in zip(packages, read, strict=True) for text in texts]
+    rests = without_copies(text for _, text in found)
+    kept = {rest: package for (package, _), rest in zip(found, rests, strict=True) if rest}
+    texts = list(kept)
+    documents = {texts[i]: kept[texts[i]] for i in np.unique(overlap.clusters(overlap.sketches(texts))).tolist()}
     if not documents:
         raise UserError(f"pydocs: no documentation below {', '.join(map(str, roots))}; use another --source")
     return documents
@@ -101,8 +112,8 @@ def default_roots() -> list[Path]:
 
 
 def fingerprint(roots: Sequence[Path] | None = None) -> str:
-    """Changes with the files that a harvest reads (names and sizes) and with how it reads them (this module)."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    """Changes with the files that a harvest reads (names and sizes) and with how it reads and splits them."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + Path(overlap.__file__).read_bytes())
     for root in roots if roots is not None else default_roots():
         for path in _files(root):
             digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\n".encode())
@@ -131,6 +142,25 @@ def _read_file(job: tuple[Path, Path]) -> list[str]:
     else:
         sections = [readable(source.partition("\n\n")[2] if path.name == "METADATA" else source)]
     return [text for text in map(tidy, _packed(sections)) if is_documentation(text)]
+
+
+def _packages(root: Path) -> dict[str, str]:
+    """dist-info folders below `root` -> what the distribution installs most files into, which is what users import."""
+    found = {}
+    for record in root.glob("*.dist-info/RECORD"):
+        lines = record.read_text(encoding="utf-8", errors="replace").splitlines()
+        places = collections.Counter(line.partition(",")[0].partition("/")[0] for line in lines)
+        for place, _ in places.most_common():
+            if not place.endswith((".dist-info", "__pycache__")) and place not in ("", ".."):
+                found[record.parent.name] = place.removesuffix(".py")
+                break
+    return found
+
+
+def _package(path: Path, names: Mapping[str, str]) -> str:
+    """What a file is part of: the package or module that is imported, also for what its distribution says of it."""
+    first = path.parts[0]
+    return names.get(first, first.removesuffix(".dist-info").partition("-")[0]).removesuffix(".py").removesuffix(".pyi")
 
 
 def _module_name(path: Path) -> str:
@@ -283,13 +313,18 @@ def is_documentation(text: str) -> bool:
 
 
 def deduplicated(texts: Iterable[str]) -> list[str]:
-    """Drop documents, and paragraphs, that have been seen before (compared without case and white space).
+    """`texts` without copies: see without_copies."""
+    return [rest for rest in without_copies(texts) if rest]
 
-    A document that loses half of itself was a copy (vendored packages, stubs beside modules) and goes altogether.
+
+def without_copies(texts: Iterable[str]) -> Iterator[str]:
+    """Each document without what has been seen before (paragraphs are compared without case and white space).
+
+    Nothing is left of one that loses half of itself: it was a copy (vendored packages, stubs beside modules).
     """
     seen: collections.Counter[str] = collections.Counter()
     short, times = BOILERPLATE
-    kept: dict[str, str] = {}
+    documents = set()
     for text in texts:
         paragraphs: list[str] = []
         for paragraph in text.split("\n\n"):
@@ -303,6 +338,7 @@ def deduplicated(texts: Iterable[str]) -> list[str]:
             elif paragraphs and HEADING.fullmatch(paragraphs[-1]):
                 paragraphs.pop()  # nothing is left for it to head
         rest = "\n\n".join(paragraphs)
-        if len(rest) > len(text) / 2 and is_documentation(rest):
-            kept.setdefault("".join(rest.lower().split()), rest)
-    return list(kept.values())
+        key = "".join(rest.lower().split())
+        new = len(rest) > len(text) / 2 and is_documentation(rest) and key not in documents
+        documents.add(key if new else "")
+        yield rest if new else ""

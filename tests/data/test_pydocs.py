@@ -89,6 +89,29 @@ def test_copies_are_dropped(site):
     assert "\n".join(pydocs.harvest([site], workers=1)).count(line) == 1
 
 
+def test_documents_know_their_package(site):
+    """Also those of a distribution, whose name need not be that of what it installs."""
+    info = site / "PyAlpha_tools-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: pyalpha-tools\n\n{prose(13)}\n")
+    (info / "RECORD").write_text(
+        "../../bin/alpha,,\nPyAlpha_tools-2.0.dist-info/METADATA,,\nalpha/core.py,,\nalpha/x.py,,\n"
+    )
+    (site / "single.py").write_text(f'"""Single.\n\n{prose(14)}\n"""\n')
+    packages = pydocs.harvest([site], workers=1)
+    assert set(packages.values()) == {"alpha", "beta", "single"}
+    assert packages[prose(13)] == "alpha" and packages[f"single\n\nSingle.\n\n{prose(14)}"] == "single"
+
+
+def test_near_duplicates_are_dropped(site):
+    one = [prose(f"part {i}", 60) for i in range(6)]
+    (site / "gamma.md").write_text("\n".join(one))
+    other = "\n".join(one).replace("is", "was", 3).replace("of", "for", 2)
+    (site / "zeta.md").write_text(other)
+    text = "\n".join(pydocs.harvest([site], workers=1))
+    assert one[5] in text and text.count(one[5].splitlines()[3]) == 1
+
+
 def test_same_packages_same_documents_in_any_number_of_processes(site):
     assert pydocs.harvest([site], workers=1) == pydocs.harvest([site], workers=2)
 
