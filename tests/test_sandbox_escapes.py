@@ -1,6 +1,7 @@
 """nanochat/sandbox: a table of single lines that try to get out, all of them in one process at each level."""
 
 import os
+import shutil
 import socket
 import sys
 import time
@@ -350,7 +351,16 @@ finally:
 def test_threads_are_few_for_root_too(monkeypatch, layers):
     use(monkeypatch, layers)
     result = execute_code(THREADS, timeout=20, maximum_memory_bytes=1 << 30)
-    assert result.error is None and 0 < int(result.stdout) < 64, result
+    assert result.error is None and 0 < int(result.stdout) <= 64, result
+
+
+def test_there_are_no_threads_where_they_could_not_be_counted(monkeypatch, tmp_path):
+    use(monkeypatch, "all")
+    copy = Path(shutil.copytree(Path(sandbox.__file__).parent, tmp_path / "sandbox"))
+    with open(copy / "kernel.py", "a") as file:
+        file.write("\n\ndef leave_root():\n    return False\n")  # root who may not become anybody else
+    monkeypatch.setattr(sandbox, "__file__", str(copy / "__init__.py"))
+    assert execute_code(THREADS, maximum_memory_bytes=1 << 30).stdout == "0\n"
 
 
 def test_two_programs_do_not_share_one_limit_on_processes(monkeypatch):

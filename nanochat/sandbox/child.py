@@ -63,11 +63,12 @@ def supervise(job: dict) -> dict:
         os.close(descriptor)
     last = started[-1][0]
     ended = _wait(last, deadline)
-    _end([pid for pid, _ in started if pid not in ended])
+    stopped = last not in ended
+    ended |= _end({pid for pid, _ in started} - set(ended))
     if os.getppid() != job["parent"]:  # it died: nobody to report to, and nobody else to clear up
         os.execvp("rm", ["rm", "-rf", "--", job["scratch"]])
     ends = [(_message(report), *ended.get(pid, (None, 0.0))) for pid, report in started]
-    return {"stopped": last not in ended, "ends": ends}
+    return {"stopped": stopped, "ends": ends}
 
 
 def _begin(work: "Callable[..., bytes]", job: dict, *descriptors: int) -> tuple[int, int]:
@@ -78,7 +79,7 @@ def _begin(work: "Callable[..., bytes]", job: dict, *descriptors: int) -> tuple[
     if pid == 0:
         write, leave = os.write, os._exit  # as they are now: the program may put others in their place
         try:
-            _lock_in(job, work.__name__, {outlet, *descriptors})
+            _lock_in(job, work.__name__.strip("_"), {outlet, *descriptors})
         except BaseException as error:
             write(outlet, f"{type(error).__name__}: {error}".encode()[:MAX_ERROR])
             leave(1)
@@ -115,19 +116,22 @@ def _wait(last: int, deadline: float) -> dict[int, tuple[int, float]]:
     return ended
 
 
-def _end(pids: list[int]) -> None:
-    """Kill these and what is left below us. As subreaper we are the parent of every orphan, so none can hide from this,
-    whatever session it moved to; within a process namespace the kernel has done it already."""
-    left = set(pids)
-    for pid in pids:
+def _end(left: set[int]) -> dict[int, tuple[int, float]]:
+    """Kill these and what else is below us; as _wait, of those that had ended before it (the first process of a
+    namespace can be waited for only when no other is left). As subreaper we are the parent of every orphan, so none can
+    hide from this, whatever session it moved to; within a process namespace the kernel has done it already."""
+    ended: dict[int, tuple[int, float]] = {}
+    for pid in left:
         os.kill(pid, _signal.SIGKILL)
     while True:
         try:
-            ended, _ = os.waitpid(-1, 0 if left else os.WNOHANG)
+            pid, status, usage = os.wait4(-1, 0 if left else os.WNOHANG)
         except ChildProcessError:
-            return
-        left.discard(ended)
-        if ended == 0:
+            return ended
+        if pid in left and status != _signal.SIGKILL:
+            ended[pid] = status, usage.ru_utime + usage.ru_stime
+        left.discard(pid)
+        if pid == 0:
             for pid in _descendants():
                 try:  # noqa: SIM105 (contextlib takes 3 ms to import)
                     os.kill(pid, _signal.SIGKILL)

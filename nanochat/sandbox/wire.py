@@ -8,6 +8,7 @@ None, as `list.sort` does, changes its caller's lists, sets and dicts. No pickle
 
 import builtins
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # not at run time: collections.abc is a millisecond
@@ -104,6 +105,7 @@ class Peer:
     def _answer(self, handle: int, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> None:
         try:
             value = self.exported[handle](*args, **kwargs)
+            sys.stdout.flush()  # the process is killed when its last answer has been given
             reply = self._dump(("value", value, args if value is None else ()))
         except BaseException as error:
             known = next(kind for kind in type(error).__mro__ if _builtin(kind))
