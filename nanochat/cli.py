@@ -8,7 +8,9 @@ one-line errors instead of a box.
 import dataclasses
 import math
 import os
+import runpy
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -110,13 +112,42 @@ class _Panels(DefaultFormatter):
         super().__call__(console, options, panel)
 
 
+checking = False  # within `check`
 _started: dict[type, Any] = {}  # class -> what `start` has made of the command line
 
 
-def start(cls: type[T]) -> None:
+class Checked(BaseException):
+    """Ends a script that `check` has begun."""
+
+
+def start(cls: type[T], check: Callable[[T], object] = bool) -> None:
     """Parse sys.argv for the `run` that follows. A script calls this before it imports what takes seconds, so that
-    `--help` and mistakes are answered at once."""
-    errors.exit_on_user_error(lambda: _started.update({cls: parse(cls, sys.argv[1:])}))
+    `--help` and mistakes are answered at once. check: raises UserError for what else can be known by then."""
+    if checking:
+        if (settings := read(cls, sys.argv[1:])) is not None:
+            check(settings)
+        raise Checked
+
+    def parse_and_check() -> None:
+        _started[cls] = parse(cls, sys.argv[1:])
+        check(_started[cls])
+
+    errors.exit_on_user_error(parse_and_check)
+
+
+def check(module: str, words: Sequence[str]) -> None:
+    """Begin `python -m module words` in this process, and end it once its command line has been checked. Raises
+    CycloptsError or UserError for what is wrong with that."""
+    global checking
+    argv, sys.argv, checking = sys.argv, [module, *words], True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that the module has been imported before
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Checked:
+        pass
+    finally:
+        sys.argv, checking = argv, False
 
 
 def run(main: Callable[[T], object], cls: type[T]) -> None:

@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-from nanochat.cli import alias, as_dict, int_flag, run
+from nanochat.cli import alias, as_dict, int_flag, run, start
 from nanochat.data import parquet
 from nanochat.data.sources import SPLITS, HubSource, canonical, find_source, source_flag
 from nanochat.errors import UserError
@@ -51,6 +48,13 @@ def check(settings: Settings) -> None:
                 f"-n {count}: {name} has {source.last} train shards; choose 0 to {source.last}, or -1 for all"
             )
         hub.check_connection()
+
+
+if __name__ == "__main__":
+    start(Settings, check)
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 
 def main(settings: Settings) -> None:

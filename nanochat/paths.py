@@ -3,6 +3,8 @@
 The store is `$NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`); each stage reads and writes only below it.
 """
 
+import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -58,9 +60,23 @@ def slug(name: str) -> str:
     return f"{kept.encode()[: LONGEST_NAME - 9].decode('utf-8', 'ignore')}-{digest}".lstrip("-")
 
 
+@functools.cache
+def _own(folder: Path) -> Path:
+    """`folder`. Raises UserError where it is another's, whose name differs in case only, on a file system that takes
+    the two for one (of macOS and Windows, SMB, memory cards)."""
+    with contextlib.suppress(OSError):  # this one may not be listed
+        names = {unicodedata.normalize("NFC", name) for name in os.listdir(folder.parent)}
+        if folder.exists() and folder.name not in names:
+            other = next((name for name in names if name.casefold() == folder.name.casefold()), "another name")
+            raise UserError(
+                f"{folder} is the folder of {other}: this file system takes them for one; choose another name"
+            )
+    return folder
+
+
 def data_dir(source: str) -> Path:
     """Parquet shards of one text source."""
-    return get_base_dir() / "base_data" / slug(source)
+    return _own(get_base_dir() / "base_data" / slug(source))
 
 
 def artifact(name: str) -> Path:
@@ -81,7 +97,7 @@ def eval_bundle_dir() -> Path:
 
 def checkpoint_dir(stage: str, tag: str) -> Path:
     """Checkpoints of one run of one training stage (base, mid, sft, rl); steps are folders below."""
-    return get_base_dir() / "checkpoints" / stage / slug(tag)
+    return _own(get_base_dir() / "checkpoints" / stage / slug(tag))
 
 
 def run_id() -> str:
@@ -91,7 +107,7 @@ def run_id() -> str:
 
 def run_dir(run: str | None = None) -> Path:
     """Ledger, metrics, logs and report sections of one run."""
-    return get_base_dir() / "runs" / (slug(run) if run else run_id())
+    return _own(get_base_dir() / "runs" / (slug(run) if run else run_id()))
 
 
 def report_dir() -> Path:

@@ -12,10 +12,10 @@ settings, code and input artifacts, and all that it wrote is unchanged. How many
 import dataclasses
 import fcntl
 import hashlib
-import importlib
 import json
 import math
 import os
+import pkgutil
 import re
 import select
 import shlex
@@ -37,6 +37,7 @@ from cyclopts import CycloptsError, Parameter
 from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UserError, end_with_parent
 from nanochat.files import link_files
+from nanochat.flags import NO_WANDB
 from nanochat.sections import duration
 
 UNFINISHED = 75  # EX_TEMPFAIL: the stage saved its state and left early; run it again to continue
@@ -100,20 +101,22 @@ def main(settings: Settings, command: Sequence[str]) -> int:
 
 def check(written: Sequence[str], stages: str) -> None:
     """Raises UserError for the first mistake in the flags of `stages` (the words of `run`, an empty one after each),
-    named as the user wrote it. A stage's module may have `check(settings)`: what can be known before it runs."""
+    named as the user wrote it, and for a run whose folders are another's."""
+    for kind in ("base", "mid", "sft", "rl"):
+        paths.checkpoint_dir(kind, paths.run_dir().name)
     if strange := [words for words in written if not words.isprintable()]:
         raise UserError(f"{strange[0]!a}: these are no letters in the encoding of this locale")
+    tracked = re.search(rf"\0--run=(?!{NO_WANDB}\0)", stages) is not None
     for listed in filter(None, stages.split("\0\0")):
         stage, *words = listed.strip("\0").split("\0")
         if "--" not in words or (name := ledger.stage_module(words)) is None:
             continue
-        module = importlib.import_module(name)
         try:
-            settings = cli.read(module.Settings, words[words.index(name) + 1 :])
-            if settings is not None and hasattr(module, "check"):
-                module.check(settings)
+            cli.check(name, words[words.index(name) + 1 :])
         except (CycloptsError, UserError) as error:
             raise UserError(as_written(stage, " ".join(str(error).split()), written)) from None
+    if tracked:
+        pkgutil.resolve_name("nanochat.train.tracking:warn")()  # an annex, which takes 1 s to import
 
 
 def as_written(stage: str, message: str, written: Sequence[str]) -> str:

@@ -6,14 +6,19 @@
 One dial, --depth, sizes the model; width, heads, horizon and learning rates follow from it and are printed.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import alias, float_flag, int_flag
-from nanochat.config import ArchFlags
+from nanochat.config import ArchFlags, build_config, resolve
+from nanochat.data.rows import plan_batch
 from nanochat.data.sources import source_flag
+from nanochat.errors import UserError
 from nanochat.flags import NO_WANDB, Fp8, RunFlags
+
+MONITOR_VARIABLES = ("MONITOR_SPECTRAL_EVERY", "MONITOR_ACTIVATIONS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +74,38 @@ class Settings(ArchFlags, RunFlags):
     """torch.compile; default: on CUDA only (on a CPU compiling takes longer than a small run)."""
 
 
+def plan_horizon(settings: Settings, num_params: int, flops_per_token: float) -> tuple[int, str]:
+    """(optimizer steps, why). Raises UserError when no horizon is given or it is shorter than one step."""
+    batch = settings.total_batch_size
+    if settings.num_iterations > 0:
+        return settings.num_iterations, "--num-iterations"
+    if settings.target_flops > 0:
+        steps = round(settings.target_flops / (flops_per_token * batch))
+        why = f"--target-flops={settings.target_flops:g}"
+    elif settings.target_param_data_ratio > 0:
+        steps = int(settings.target_param_data_ratio * num_params // batch)
+        why = f"{settings.target_param_data_ratio:g} tokens per parameter"
+    else:
+        raise UserError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio, one above 0")
+    if steps < 1:
+        raise UserError(f"{why} is less than one step of {batch:,} tokens: raise it, or lower --total-batch-size")
+    return steps, why
+
+
+def check(settings: Settings) -> None:
+    """Raises UserError for flags that contradict each other, whatever the data."""
+    settings = resolve(settings)
+    if settings.monitor_interval != "0" or not os.environ.keys().isdisjoint(MONITOR_VARIABLES):
+        from nanochat.train.monitor import monitor_settings  # which imports torch
+
+        monitor_settings(settings.monitor_interval)
+    plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size=1)
+    build_config(settings, vocab_size=65_536, document_token=0)
+    plan_horizon(settings, num_params=10**15, flops_per_token=1)  # that there is one
+
+
 if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
+    cli.start(Settings, check)  # before torch is imported, which takes seconds
 
 from collections.abc import Callable
 from datetime import datetime
@@ -81,10 +116,10 @@ import torch
 
 from nanochat import mup, parallel
 from nanochat.cluster.observer import ClusterObserver
-from nanochat.config import LEARNING_RATES, TUNED_AT, build_config, init_spec, resolve
-from nanochat.data.rows import TrainData
-from nanochat.dataloader import BatchPlan, RowLoader, open_data, plan_batch, row_batches
-from nanochat.errors import UserError, visible
+from nanochat.config import LEARNING_RATES, TUNED_AT, init_spec
+from nanochat.data.rows import BatchPlan, TrainData
+from nanochat.dataloader import RowLoader, open_data, row_batches
+from nanochat.errors import visible
 from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.core import evaluate_core
@@ -127,24 +162,6 @@ def default_tag(settings: Settings) -> str:
     width = f"_w{settings.width}" if settings.width is not None else ""
     base = f"_base{settings.base_width}" if settings.mup else ""
     return f"{settings.arch}_d{settings.depth}{width}{'_mup' if settings.mup else ''}{base}"
-
-
-def plan_horizon(settings: Settings, num_params: int, flops_per_token: float) -> tuple[int, str]:
-    """(optimizer steps, why). Raises UserError when no horizon is given or it is shorter than one step."""
-    batch = settings.total_batch_size
-    if settings.num_iterations > 0:
-        return settings.num_iterations, "--num-iterations"
-    if settings.target_flops > 0:
-        steps = round(settings.target_flops / (flops_per_token * batch))
-        why = f"--target-flops={settings.target_flops:g}"
-    elif settings.target_param_data_ratio > 0:
-        steps = int(settings.target_param_data_ratio * num_params // batch)
-        why = f"{settings.target_param_data_ratio:g} tokens per parameter"
-    else:
-        raise UserError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio, one above 0")
-    if steps < 1:
-        raise UserError(f"{why} is less than one step of {batch:,} tokens: raise it, or lower --total-batch-size")
-    return steps, why
 
 
 class Samples:
@@ -259,15 +276,6 @@ def build_model(settings: Settings, data: TrainData, device: torch.device) -> tu
     model.init_weights(init_spec(settings))
     apply_fp8(model, settings.fp8)
     return model, policy, num_iterations, why
-
-
-def check(settings: Settings) -> None:
-    """Raises UserError for flags that contradict each other, whatever the data."""
-    settings = resolve(settings)
-    monitor_settings(settings.monitor_interval)
-    plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size=1)
-    build_config(settings, vocab_size=65_536, document_token=0)
-    plan_horizon(settings, num_params=10**15, flops_per_token=1)  # that there is one
 
 
 def main(settings: Settings) -> None:

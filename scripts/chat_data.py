@@ -39,14 +39,19 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Raises UserError for unknown tasks, a folder that holds nothing for them, and settings of the network."""
-    from nanochat.data.hub import check_connection  # these two bring huggingface_hub and pyarrow
-    from nanochat.tasks.hub import HUB_TASKS, not_in
+    from nanochat.tasks.hub import HUB_TASKS, not_in  # which brings pyarrow
 
     wanted = [item.name for item in parse_spec(settings.tasks) if item.name in HUB_TASKS]
     if settings.from_dir is not None:
         wanted = not_in(settings.from_dir.expanduser(), wanted)
     if wanted:
+        from nanochat.data.hub import check_connection  # huggingface_hub takes 0.5 s to import
+
         check_connection()
+
+
+if __name__ == "__main__" and cli.checking:
+    cli.start(Settings, check)
 
 
 def main(settings: Settings) -> None:

@@ -14,7 +14,6 @@ from nanochat import cli
 from nanochat.data.sources import iter_documents, source_flag
 from nanochat.errors import UserError
 from nanochat.eval.bundle import load_bundle
-from nanochat.eval.offline_bundle import copy_bundle, write_offline_bundle
 from nanochat.paths import eval_bundle_dir
 from nanochat.sections import write_section
 
@@ -32,6 +31,12 @@ def check(settings: Settings) -> None:
     """Raises UserError where there is no whole bundle in from_dir."""
     if settings.from_dir is not None:
         load_bundle(settings.from_dir.expanduser())
+
+
+if __name__ == "__main__" and cli.checking:
+    cli.start(Settings, check)
+
+from nanochat.eval.offline_bundle import copy_bundle, write_offline_bundle
 
 
 def main(settings: Settings) -> None:

@@ -14,10 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tiktoken
-from rich.console import Console
-from rich.table import Table
-
 from nanochat import cli, sections
 from nanochat.data.sources import iter_documents, source_flag
 from nanochat.files import read_jsonl
@@ -37,6 +33,14 @@ class Settings:
     """Measure how well the tokenizer compresses."""
 
     source: Annotated[str, source_flag("Where the train and validation text comes from")] = "fineweb-edu"
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before what is slow to import
+
+import tiktoken
+from rich.console import Console
+from rich.table import Table
 
 
 def main(settings: Settings) -> None:

@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from nanochat import cli, sections
 from nanochat.cli import int_flag
 from nanochat.data.sources import list_shards, source_flag
@@ -38,6 +35,13 @@ class Settings:
 
     vocab_size: Annotated[int, int_flag(gte=MIN_VOCAB_SIZE)] = 65_536
     """Tokens in the vocabulary, the nine special tokens included."""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before what is slow to import
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def main(settings: Settings) -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.dataloader import Prefetcher, even_batches, plan_batch, target_batches
+from nanochat.data.rows import even_batches, plan_batch
+from nanochat.dataloader import Prefetcher, target_batches
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import IGNORE_INDEX

@@ -53,6 +53,25 @@ def test_folders_of_runs_and_models_lie_within_theirs(store, monkeypatch, name):
     assert paths.run_dir().resolve().parent == store / "runs"
 
 
+@pytest.mark.parametrize(
+    ("here", "asked"), [("run", "Run"), ("RUN.1", "run.1"), ("Модель", "модель"), ("e\u0301T", "\u00e9t")]
+)
+def test_names_that_differ_in_case_never_meet_where_the_file_system_takes_them_for_one(store, monkeypatch, here, asked):
+    paths.checkpoint_dir("base", here).mkdir(parents=True)
+    assert paths.checkpoint_dir("base", asked).name != here  # here they are two
+    list_all = os.listdir
+    paths._own.cache_clear()
+    for folder in (store / "checkpoints" / "base", store / "runs"):
+        (folder / paths.slug(asked)).mkdir(parents=True)  # this is what such a file system says of `asked`
+    monkeypatch.setattr(os, "listdir", lambda folder: [unicodedata.normalize("NFD", here)] if list_all(folder) else [])
+    for find in (lambda name: paths.checkpoint_dir("base", name), paths.run_dir):
+        with pytest.raises(
+            UserError, match=f"{paths.slug(asked)} is the folder of {paths.slug(here)}: .*choose another"
+        ):
+            find(asked)
+        assert find(here)
+
+
 @pytest.mark.parametrize("below", ["", "/x", "/x/y"])
 def test_a_store_that_is_a_file_is_one_line(tmp_path, monkeypatch, below):
     (tmp_path / "file").touch()

@@ -1,3 +1,8 @@
+import itertools
+import resource
+import subprocess
+import sys
+
 import pytest
 
 from nanochat import pipeline
@@ -66,6 +71,34 @@ def test_settings_are_named_as_they_were_written():
     assert said(["--vocab_size=3"], *tokenizer).startswith("--vocab_size=3: ")
     source = ["dataset", "python", "-m", "nanochat.dataset", "--source=c4"]
     assert said(["SOURCE=c4"], *source) == "SOURCE=c4: expected fineweb-edu, climbmix, pydocs or local:DIR"
+
+
+def test_a_wandb_that_is_not_reached_is_said_before_anything_is_fetched(monkeypatch, capsys):
+    reasons = [None, "there is no API key; set WANDB_API_KEY"]
+    monkeypatch.setattr("nanochat.train.tracking._refusal", lambda: reasons.pop(0))
+    for name in ("dummy", "first", "first"):
+        assert base_train(f"--run={name}") is None
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: W&B is not reached: there is no API key; set WANDB_API_KEY; training would record only here"
+    ]
+    assert reasons == []
+
+
+def test_neither_torch_nor_the_hub_is_imported_to_check_a_chain():
+    stages = {"dataset": "--source=pydocs", "make_eval_bundle": "", "tok_train": "", "tok_eval": "", "base_train": "",
+              "base_loss": "", "base_eval": "", "chat_data": "--tasks=Identity", "mid_train": "", "chat_sft": "",
+              "chat_eval": "--stage=sft", "chat_rl": ""}  # fmt: skip
+    modules = {name: f"{'nanochat' if name == 'dataset' else 'scripts'}.{name}" for name in stages}
+    words = [[name, "--", "python", "-m", modules[name], *flags.split(), ""] for name, flags in stages.items()]
+    text = "".join(f"{word}\0" for word in itertools.chain(*words))
+    command = [sys.executable, "-X", "importtime", "-m", "nanochat.pipeline", "check", "--"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0 and "pyarrow" in imported
+    assert not imported & {"torch", "wandb", "huggingface_hub", "rich.console", "regex"}
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.4  # 0.6 s of an idle core
 
 
 def test_what_is_no_text_is_refused():

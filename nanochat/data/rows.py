@@ -5,11 +5,12 @@ Text that is tokenized on the way (text_rows), token files (bins) and conversati
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanochat.data.sources import Split
+from nanochat.errors import UserError
 from nanochat.tokenizer import RustBPETokenizer
 
 Row = tuple[np.ndarray, np.ndarray]  # inputs (T,) and targets (T,) of any integer type
@@ -85,3 +86,48 @@ class TrainData(ABC):
     def horizon_in_epochs(self, sequence_len: int, tokens: int, rows_per_step: int = 1) -> tuple[float, float]:
         """(epochs that training on so many tokens makes, share of the tokens that are in no row), estimated. Raises
         UserError when no row can be filled."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How the rows of a step become micro-batches
+
+
+class BatchPlan(NamedTuple):
+    """One optimizer step on each rank."""
+
+    rows_per_step: int  # in the global batch, filler left out
+    device_batch_size: int  # rows of each micro-batch: at most what was requested
+    batches_per_step: int  # micro-batches on each rank
+    filler_rows: int  # masked rows a step, over all ranks
+    note: str | None  # what the user should know: a device batch that was lowered, work that is lost to filler
+
+
+def even_batches(rows: int, most: int) -> tuple[int, int]:
+    """(batches, rows in each) for `rows` rows in as few batches of at most `most` as will do, all of one size."""
+    batches = -(-rows // most)
+    return batches, -(-rows // max(batches, 1))
+
+
+def plan_batch(total_batch_size: int, device_batch_size: int, max_seq_len: int, world_size: int) -> BatchPlan:
+    """Split total_batch_size tokens, in rows of max_seq_len, over world_size ranks in micro-batches of at most
+    device_batch_size rows. Raises UserError when the rows do not make up the batch."""
+    rows = total_batch_size // max_seq_len
+    if total_batch_size % max_seq_len:
+        raise UserError(
+            f"--total-batch-size={total_batch_size} is no multiple of --max-seq-len={max_seq_len}; "
+            f"{max(rows, 1) * max_seq_len} would be"
+        )
+    batches, size = even_batches(-(-rows // world_size), device_batch_size)
+    filler = world_size * batches * size - rows
+    notes = []
+    if size < device_batch_size:
+        split = f"{rows:,} rows a step on {world_size:,} rank(s)"
+        notes.append(f"device batch of {size} instead of {device_batch_size}: {split}")
+    if filler:
+        full = rows + filler
+        idle = f" ({world_size - rows:,} ranks have nothing else)" if world_size > rows else ""
+        notes.append(
+            f"{100 * filler / full:.1f} % of the positions are filler{idle}; "
+            f"--total-batch-size={full * max_seq_len} would have none"
+        )
+    return BatchPlan(rows, size, batches, filler, "; ".join(notes) or None)

@@ -20,8 +20,9 @@ import torch
 
 from nanochat import cli, parallel
 from nanochat.config import LEARNING_RATES, TUNED_AT, ArchFlags, GPTConfig, build_config, init_spec, resolve
+from nanochat.data.rows import plan_batch
 from nanochat.data.sources import text_hash
-from nanochat.dataloader import RowLoader, open_data, plan_batch, row_batches
+from nanochat.dataloader import RowLoader, open_data, row_batches
 from nanochat.errors import UserError
 from nanochat.files import append_jsonl, atomic_write_text, read_jsonl
 from nanochat.flags import RunFlags

@@ -14,7 +14,8 @@ import torch
 
 from nanochat.config import LEARNING_RATES
 from nanochat.data.chat_rows import ChatPacker, ChatRows, evaluation_rows
-from nanochat.dataloader import RowLoader, plan_batch, target_batches
+from nanochat.data.rows import plan_batch
+from nanochat.dataloader import RowLoader, target_batches
 from nanochat.errors import TooLittleText, UserError, visible
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
 from nanochat.flags import ChatTrainSettings, ParentFlags

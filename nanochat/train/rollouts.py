@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.data.chat_rows import epoch_order
-from nanochat.dataloader import even_batches
+from nanochat.data.rows import even_batches
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX

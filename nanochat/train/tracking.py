@@ -9,7 +9,6 @@ from typing import Any
 import wandb
 
 from nanochat.paths import run_dir
-from nanochat.runtime import print0
 
 ANSWER_SECONDS = 20.0  # that W&B has to say whether it takes our key
 START_SECONDS, END_SECONDS = 30.0, 120.0  # that opening a run, and sending what is left of it, may take
@@ -35,7 +34,7 @@ class Mirror:
             action()
         except Exception as error:  # whatever goes wrong in there, it is no reason to lose a run
             self._run = None
-            print0(f"warning: W&B {what} ({_line(error)}); metrics.jsonl has them all")
+            print(f"warning: W&B {what} ({_line(error)}); metrics.jsonl has them all", flush=True)
 
 
 def connect(project: str, name: str, group: str, config: dict[str, Any], known: str | None, axes: Iterable[str]) -> Any:
@@ -55,9 +54,19 @@ def connect(project: str, name: str, group: str, config: dict[str, Any], known: 
         for axis in axes:
             run.define_metric(axis, step_metric="step")
     except Exception as error:  # not even on this machine
-        print0(f"warning: no W&B: {_line(error)}; mend it, or drop --run; metrics.jsonl has all records")
+        print(f"warning: no W&B: {_line(error)}; mend it, or drop --run; metrics.jsonl has all records", flush=True)
         run = None
     return Mirror(run)
+
+
+def warn() -> None:
+    """Say what `connect` would say, hours before."""
+    try:
+        why = _refusal()
+    except Exception as error:  # as above
+        why = _line(error)
+    if why:
+        print(f"warning: W&B is not reached: {why}; training would record only here", flush=True)
 
 
 def _refusal() -> str | None:
@@ -84,7 +93,8 @@ def _refusal() -> str | None:
 def _offline(why: str, asked: dict[str, Any]) -> Any:
     run = wandb.init(**asked, mode="offline", dir=os.environ.get("WANDB_DIR") or run_dir())
     folder = Path(run.dir).parent
-    print0(f"warning: W&B is not reached: {why}. Training goes on; `wandb sync {folder}` sends its records later")
+    later = f"`wandb sync {folder}` sends its records later"
+    print(f"warning: W&B is not reached: {why}. Training goes on; {later}", flush=True)
     return run
 
 
