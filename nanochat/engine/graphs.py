@@ -30,8 +30,8 @@ class Graphs:
         sample_rows."""
         count, cache = min(next((size for size in ROWS if size >= len(live)), self.size), self.size), self.cache
         span = min(-(-(int(cache.lengths[: len(live)].max()) + 1) // SPAN) * SPAN, cache.max_seq_len)
-        kinds = {row.sampling.drawn_by: row.sampling for row in live}
-        sampling = live[0].sampling if len(kinds) == 1 else None
+        alike = len({row.sampling.drawn_by for row in live}) == 1
+        sampling = live[0].sampling if alike and all(row.sampling.top_logprobs is None for row in live) else None
         self.tokens[: len(live), 0].copy_(tokens)
         self.numbers[: len(live)].copy_(on_device(tokens.device, [row.number(ahead) for row in live]))
         self.incoming[: len(live)].fill_(1)

@@ -40,6 +40,7 @@ class Sampling:
     max_new_tokens: int  # length of a continuation, at most
     temperature: float = 1.0  # logits are divided by it; 0 always takes the likeliest token
     top_k: int | None = None  # draw from this many likeliest tokens; None: from all
+    top_logprobs: int | None = None  # log-probabilities of each token and this many likeliest; None: of none
     top_p: float | None = None  # draw from the likeliest tokens that together have this probability; None: from all
 
     @property
@@ -78,6 +79,17 @@ def sample_next_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Te
     return (chosen if tokens is None else tokens.gather(1, chosen)).squeeze(1)
 
 
+class Scores(NamedTuple):
+    """Log-probabilities at temperature 1 and before any cut, on the device."""
+
+    chosen: Tensor
+    """() fp32, of the token that was sampled."""
+    top: Tensor
+    """(k,) fp32, of the likeliest tokens."""
+    tokens: Tensor
+    """(k,) int64: the likeliest tokens."""
+
+
 class Row:
     """One sample and its tool calls: what is between <|python_start|> and <|python_end|> goes to the calculator, whose
     result, if there is one, is forced in behind it as <|output_start|> result <|output_end|>."""
@@ -90,6 +102,8 @@ class Row:
         self.tokens, self.sampling = list(prompt), sampling
         self.new_tokens = 0  # how many of the tokens are no prompt
         self.ended = False
+        self.scores: deque[Scores] = deque()  # of tokens that are sampled and not yet here
+        self.score: Scores | None = None  # of the newest token, where the sampling asks for it
         self.forced: deque[int] = deque()  # tokens that come next, whatever is sampled
         self.expression: list[int] | None = None  # tokens since <|python_start|>; None outside of a call
         # drawn on the CPU, so that every device gets the same numbers, each row from a generator of its own
@@ -104,6 +118,7 @@ class Row:
     def next_token(self, sampled: int) -> tuple[int, int]:
         """(the token that comes next, 1 if it is the sampled one and 0 if it was forced)."""
         token, mask = (self.forced.popleft(), 0) if self.forced else (sampled, 1)
+        self.score = self.scores.popleft() if self.scores else None
         self.tokens.append(token)
         self.new_tokens += 1
         if token in self.tools.stops or self.new_tokens == self.sampling.max_new_tokens:
@@ -127,11 +142,16 @@ def sample_rows(rows: Sequence[Row], logits: Tensor, ahead: int) -> Tensor:
     numbers = on_device(logits.device, [row.number(ahead) for row in rows])
     kinds = {row.sampling.drawn_by: row.sampling for row in rows}
     if len(kinds) == 1:
-        return sample_next_token(logits, numbers, rows[0].sampling)
-    tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    for kind, sampling in kinds.items():
-        index = on_device(logits.device, [i for i, row in enumerate(rows) if row.sampling.drawn_by == kind])
-        tokens[index] = sample_next_token(logits[index], numbers[index], sampling)
+        tokens = sample_next_token(logits, numbers, rows[0].sampling)
+    else:
+        tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+        for kind, sampling in kinds.items():
+            index = on_device(logits.device, [i for i, row in enumerate(rows) if row.sampling.drawn_by == kind])
+            tokens[index] = sample_next_token(logits[index], numbers[index], sampling)
+    for i, row in enumerate(rows):
+        if row.sampling.top_logprobs is not None:
+            logprobs = logits[i].float().log_softmax(-1)
+            row.scores.append(Scores(logprobs[tokens[i]], *logprobs.topk(row.sampling.top_logprobs)))
     return tokens
 
 

@@ -1,0 +1,1 @@
+"""Models over HTTP: the protocol of the OpenAI API, and a page to chat on."""

@@ -1,0 +1,70 @@
+"""The text of an answer, as its tokens come."""
+
+import codecs
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from nanochat.tokenizer import RustBPETokenizer
+
+Kind = Literal["text", "call", "result"]
+
+
+class Part(NamedTuple):
+    """A stretch of text, of a call of the calculator (whole), or of its result (whole)."""
+
+    kind: Kind
+    text: str
+
+
+class AnswerText:
+    """Turns tokens into parts. Never half a character; nothing of a stop string, which ends the text where it begins.
+
+    What may be the beginning of a stop string waits until it is known not to be. Special tokens are no text.
+    """
+
+    def __init__(self, tokenizer: RustBPETokenizer, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.names = {tokenizer.encode_special(name): name for name in tokenizer.get_special_tokens()}
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.kind: Kind = "text"
+        self.held = ""  # text that may become a stop string, or a call that is not whole
+        self.is_stopped = False
+
+    def push(self, token: int) -> list[Part]:
+        """What can be shown now that this token is here."""
+        if self.is_stopped:
+            return []
+        if (name := self.names.get(token)) is None:
+            self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+            return self._text() if self.kind == "text" else []
+        parts = self.end()
+        if not self.is_stopped:
+            self.kind = {"<|python_start|>": "call", "<|output_start|>": "result"}.get(name, "text")  # type: ignore[assignment]
+        return parts
+
+    def end(self) -> list[Part]:
+        """What is left, when no more tokens come."""
+        if self.is_stopped:
+            return []
+        self.held += self.decoder.decode(b"", final=True)
+        self.decoder.reset()
+        parts = self._text() if self.kind == "text" else []
+        if self.held and not self.is_stopped:
+            parts.append(Part(self.kind, self.held))
+        self.held, self.kind = "", "text"
+        return parts
+
+    def _text(self) -> list[Part]:
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.is_stopped = True
+            ready, self.held = self.held[: min(found)], ""
+        else:
+            keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+            ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return [Part("text", ready)] if ready else []
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of text may be the beginning of stop."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
