@@ -27,7 +27,8 @@ class CodeFlags:
     """Of scripts that may run code which a model wrote."""
 
     unsafe_exec: bool = False
-    """Run it also where the kernel cannot keep it from your files or network, as NANOCHAT_ALLOW_UNSAFE_CODE=1 does."""
+    """Run code that the model wrote even where the kernel cannot keep it from your files or network; the same as
+    NANOCHAT_ALLOW_UNSAFE_CODE=1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -478,6 +478,36 @@ def test_without_any_layer_it_refuses_unless_told_to(monkeypatch):
     assert execute_code("print(1)").stdout == "1\n"
 
 
+LEVELS = {
+    Isolation(): "no namespaces, Landlock or seccomp, so model-written code could reach your files and network",
+    Isolation(seccomp=True): "no Landlock, so model-written code could reach your files",
+    Isolation(namespaces=True, scratch_limit=True): "no Landlock, so model-written code could reach your files",
+    Isolation(namespaces=True, seccomp=True): "no Landlock, so model-written code could reach your files",
+    Isolation(landlock=7): "no namespaces or seccomp, so model-written code could reach your network and processes",
+    Isolation(landlock=1, seccomp=True): "",
+    Isolation(landlock=1, namespaces=True): "",
+}
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=Isolation.describe)
+def test_below_the_minimum_code_is_refused_in_one_line_unless_told(monkeypatch, level):
+    monkeypatch.setattr(sandbox, "isolation_level", lambda: level)
+    monkeypatch.setenv(sandbox.ALLOW_UNSAFE, "0")
+    assert level.danger() == LEVELS[level]
+    if LEVELS[level]:
+        for ask in (sandbox.require_isolation, lambda: execute_code("1"), lambda: sandbox.check_function("", "f", "")):
+            with pytest.raises(
+                UserError, match=f"^this kernel grants {LEVELS[level]}: use another .*--unsafe-exec"
+            ) as e:
+                ask()
+            assert "\n" not in str(e.value)
+        sandbox.allow_unsafe(False)
+        with pytest.raises(UserError):
+            sandbox.require_isolation()
+    sandbox.allow_unsafe(True)
+    assert sandbox.require_isolation() == level
+
+
 def test_a_layer_that_fails_to_come_up_stops_the_program(monkeypatch, tmp_path):
     if os.uname().machine not in ("x86_64", "aarch64"):
         pytest.skip("needs a machine that seccomp has a table for")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint, cli
+from nanochat import checkpoint, cli, sandbox
 from nanochat.errors import UserError
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
 from nanochat.tasks import arithmetic
@@ -183,3 +183,16 @@ def test_two_ranks_train_as_one(store):
     rewards = [line["RL/reward"] for line in map(json.loads, (run_dir() / "metrics.jsonl").read_text().splitlines())
                if line["stage"] == "rl" and "RL/reward" in line]  # fmt: skip
     assert len(rewards) == 2 and min(rewards) > 0  # those of the second run, which took the place of the first's
+
+
+def test_questions_answered_by_code_are_refused_without_a_sandbox_unless_told(monkeypatch):
+    class Code(Arithmetic):
+        runs_code = True
+
+    monkeypatch.setattr(chat_rl, "make_task", lambda name, split, *more: Code(split))
+    monkeypatch.setattr(sandbox, "isolation_level", sandbox.Isolation)
+    monkeypatch.setenv(sandbox.ALLOW_UNSAFE, "0")
+    with pytest.raises(UserError, match=r"grants no namespaces, Landlock or seccomp.*--unsafe-exec"):
+        chat_rl.question_task("Arithmetic", "train", None)
+    sandbox.allow_unsafe(cli.parse(chat_rl.Settings, ["--unsafe-exec"]).unsafe_exec)
+    assert chat_rl.question_task("Arithmetic", "train", None).runs_code
