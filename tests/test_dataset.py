@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -142,6 +143,8 @@ def test_bytes_damaged_inside_a_shard_are_named(server):
     content[4:60] = bytes(56)
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{path.name}: row group 0 is damaged"):
+        list(parquet.read_documents(path))
+    with pytest.raises(UserError, match=rf"{path.name} has changed since it was written"):
         list(iter_documents("fineweb-edu", "train"))
 
 
@@ -784,7 +787,32 @@ def test_a_flipped_byte_is_mended_from_where_the_text_came(server, folder, monke
             assert f"{path} has changed" in capsys.readouterr().out
 
 
-def test_a_damaged_ready_shard_is_refused_and_a_damaged_copy_is_mended(folder):
+def test_readers_refuse_changed_content_and_hash_a_shard_once(folder, monkeypatch):
+    monkeypatch.setattr(files, "LARGE_BYTES", 0)
+    (folder / "a.jsonl").write_text(jsonl(shard_texts(7)))
+    source, read = f"local:{folder}", []
+    get(source)
+    path = list_shards(source, "train")[0]
+    os.utime(path)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 60)  # a file that was changed just now is not remembered
+    hash_file = files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path) or hash_file(path))
+    for _ in range(3):
+        files._hashes.clear()  # as another process
+        list_shards(source, "train")
+    assert read == [path]
+    flip(path, keep_time=True)
+    for use in (lambda: list_shards(source, "train"), lambda: list(iter_documents(source, "train"))):
+        with pytest.raises(
+            UserError, match=f"{path} has changed since it was written: run `.*dataset --source={source}`"
+        ):
+            use()
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the first rank of each node looks
+    assert list_shards(source, "train") == [path]
+
+
+def test_a_damaged_ready_shard_is_refused_and_a_damaged_copy_is_mended(folder, capsys):
     for i in range(3):
         write_table(folder / f"shard_{i:05d}.parquet", pa.array(shard_texts(i)), compression="none")
     source = f"local:{folder}"
@@ -806,6 +834,8 @@ def test_a_damaged_ready_shard_is_refused_and_a_damaged_copy_is_mended(folder):
     assert "\n" not in str(caught.value)
     path.touch()
     get(source)
+    said = f"{source}: of other content and date than when taken over, trained on as it is: {path.name}"
+    assert said in capsys.readouterr().out and manifest(source)["changed"] == path.name
     assert "shard 1, document 8: naïve café" in list(iter_documents(source, "train"))
 
 

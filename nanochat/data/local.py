@@ -77,6 +77,10 @@ def take_folder(source: str, num_files: int) -> None:
                 split = "val" if path == val else "train"
                 files[path.name] = adopt_shard(path, folder / path.name, split, known and known["sha256"])
         _check_splits(source, val, files)
+        before = manifest["files"] if manifest.get("source") == source else {}
+        if edited := [name for name in files if name in before and files[name]["sha256"] != before[name]["sha256"]]:
+            about["changed"] = ", ".join(edited)
+            print(f"{source}: of other content and date than when taken over, trained on as it is: {about['changed']}")
     elif changed or not parquet.all_here(folder, manifest):
         files = convert(inputs, folder)
     else:

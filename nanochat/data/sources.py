@@ -3,7 +3,9 @@ Getting them is nanochat.dataset's."""
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +14,10 @@ from cyclopts import Parameter
 
 from nanochat.data import parquet
 from nanochat.errors import UserError
-from nanochat.files import hold
+from nanochat.files import content_hash, hold
 from nanochat.paths import data_dir
 
+HASHING_THREADS = 16
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
@@ -68,8 +71,8 @@ def command(source: str) -> str:
 
 
 def list_shards(source: str, split: Split) -> list[Path]:
-    """Shards of one split in order: those the manifest names, checked for presence and size. Raises UserError naming
-    the command that gets them when there are none or one is damaged."""
+    """Shards of one split in order: those the manifest names, checked for presence, size and content. Raises UserError
+    naming the command that gets them when there are none or one is damaged."""
     source = canonical(source)
     entries = _entries(source, split)
     if not hold(data_dir(source)):
@@ -79,6 +82,11 @@ def list_shards(source: str, split: Split) -> list[Path]:
         if size != entry["size"]:
             state = "is missing" if size is None else f"has {size:,} bytes instead of {entry['size']:,}"
             raise UserError(f"{path} {state}: run `{command(source)}` to mend it")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks on a node one is enough; see content_hash
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing leaves other threads alone
+            for (path, entry), digest in zip(entries.items(), pool.map(content_hash, entries), strict=True):
+                if entry.get("sha256", digest) != digest:
+                    raise UserError(f"{path} has changed since it was written: run `{command(source)}` to mend it")
     return list(entries)
 
 
