@@ -76,6 +76,13 @@ WRONG = {
     "another name": FUNCTION.replace("clamp", "clip"),
     "leaves before the tests": "import sys\n" + FUNCTION + "sys.exit(0)",
     "leaves in the tests": "import os\ndef clamp(values, top):\n    os._exit(0)",
+    "says that it is right": "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'ok')\n    except OSError: pass"
+    "\nos._exit(0)\ndef clamp(values, top): pass",
+    "equals everything": "class Any(list):\n    __eq__ = lambda self, other: True\n"
+    "def clamp(values, top):\n    return Any()",
+    "another check": "def check(f): pass\ndef clamp(values, top): return None",
+    "the check's frame": "import sys\ndef clamp(values, top):\n    f = sys._getframe(1)\n    while f:\n"
+    "        for part in ('check', 'candidate', 'test'): print(part in f.f_globals)\n        f = f.f_back",
 }
 
 
