@@ -13,6 +13,7 @@ rendering of conversations make them.
 """
 
 import codecs
+import contextlib
 import functools
 import itertools
 import json
@@ -29,12 +30,12 @@ from nanochat.chat_format import Piece, completion_pieces, conversation_pieces, 
 from nanochat.errors import UserError
 from nanochat.paths import tokenizer_dir
 from nanochat.tokenizer_io import (
+    FILES,
     fingerprint,
     huggingface_json,
     parse_ranks,
     rank_lines,
-    read_meta,
-    unusable,
+    read_ranks,
     write_files,
 )
 
@@ -101,15 +102,7 @@ class RustBPETokenizer:
     @classmethod
     def from_directory(cls, directory: str | Path) -> "RustBPETokenizer":
         """Load what `save` wrote. Raises UserError where files are missing, damaged or of two different tokenizers."""
-        directory = Path(directory)
-        meta = read_meta(directory)
-        try:
-            lines = (directory / "tiktoken.bpe").read_bytes()
-        except FileNotFoundError:
-            raise unusable(directory, "tiktoken.bpe is missing") from None
-        found = fingerprint(lines, meta["pattern"], meta["special_tokens"])
-        if found != meta["hash"]:
-            raise unusable(directory, f"tiktoken.bpe or meta.json was changed: hash {found}, saved as {meta['hash']}")
+        meta, lines = read_ranks(Path(directory))
         return cls(rustbpe.Tokenizer.from_ranks(parse_ranks(lines), meta["pattern"]), meta["special_tokens"])
 
     def save(self, directory: str | Path) -> None:
@@ -122,14 +115,21 @@ class RustBPETokenizer:
         }
         ranks = dict(self.get_mergeable_ranks())
         sizes = {"token_bytes": np.array(self.token_byte_lengths(), dtype=np.int32)}
-        files = {
-            "meta.json": (json.dumps(meta, indent=2) + "\n").encode(),
-            "tokenizer.json": huggingface_json(ranks, self.get_pattern(), self.get_special_tokens()).encode(),
-            "tokenizer_config.json": tokenizer_config(self.get_special_tokens()).encode(),
-            "token_bytes.safetensors": safetensors.numpy.save(sizes, {"tokenizer_hash": self.hash}),
-            "tiktoken.bpe": rank_lines(self._token_bytes),
-        }
-        write_files(Path(directory), files)
+        contents = (
+            (json.dumps(meta, indent=2) + "\n").encode(),
+            huggingface_json(ranks, self.get_pattern(), self.get_special_tokens()).encode(),
+            tokenizer_config(self.get_special_tokens()).encode(),
+            safetensors.numpy.save(sizes, {"tokenizer_hash": self.hash}),
+            rank_lines(self._token_bytes),
+        )
+        write_files(Path(directory), dict(zip(FILES, contents, strict=True)))
+
+    def keep(self, directory: Path) -> None:
+        """As `save`, which takes 3.7 s for 65,536 tokens, unless all is there; meta.json is written last."""
+        with contextlib.suppress(UserError):
+            if all((directory / name).is_file() for name in FILES) and read_ranks(directory)[0]["hash"] == self.hash:
+                return
+        self.save(directory)
 
     @functools.cached_property
     def hash(self) -> str:

@@ -16,6 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, parse_json
 
+FILES = ("meta.json", "tokenizer.json", "tokenizer_config.json", "token_bytes.safetensors", "tiktoken.bpe")
+
 
 def rank_lines(tokens: Sequence[bytes]) -> bytes:
     """The content of tiktoken.bpe: a line a token, in base64, a space and its id."""
@@ -51,6 +53,19 @@ def read_meta(directory: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or not {"pattern", "special_tokens", "hash"} <= meta.keys():
         raise unusable(directory, "meta.json is damaged: it lacks pattern, special_tokens or hash")
     return meta
+
+
+def read_ranks(directory: Path) -> tuple[dict[str, Any], bytes]:
+    """(meta.json, content of tiktoken.bpe). Raises UserError where they are missing, damaged or do not fit."""
+    meta = read_meta(directory)
+    try:
+        lines = (directory / "tiktoken.bpe").read_bytes()
+    except FileNotFoundError:
+        raise unusable(directory, "tiktoken.bpe is missing") from None
+    found = fingerprint(lines, meta["pattern"], meta["special_tokens"])
+    if found != meta["hash"]:
+        raise unusable(directory, f"tiktoken.bpe or meta.json was changed: hash {found}, saved as {meta['hash']}")
+    return meta, lines
 
 
 def unusable(directory: Path, why: str) -> UserError:

@@ -1,7 +1,7 @@
 """The CORE metric of a checkpoint: few-shot tasks of the evaluation bundle in the artifact store.
 
     python -m scripts.base_eval
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --max-per-task=500
+    python -m nanochat.launch --nproc-per-node=8 -- -m scripts.base_eval --max-per-task=500
 
 Scores go to base_eval/<tag>_<step>.csv, the answer to every item to the .jsonl beside it.
 """

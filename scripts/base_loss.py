@@ -1,7 +1,7 @@
 """Bits per byte of a checkpoint on train and validation text, beside simple baselines, and samples.
 
     python -m scripts.base_loss
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_loss --split-tokens=10485760
+    python -m nanochat.launch --nproc-per-node=8 -- -m scripts.base_loss --split-tokens=10485760
 
 The text is that which the model was trained on (--source names another); every predictor codes the same bytes. Another
 checkpoint, or another program's model of the same tokens, is scored on the very rows that --write-rows writes:

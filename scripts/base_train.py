@@ -1,7 +1,7 @@
 """Pretrain a base model on packed text.
 
     python -m scripts.base_train --depth=12
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=20 --run=d20
+    python -m nanochat.launch --nproc-per-node=8 -- -m scripts.base_train --depth=20 --run=d20
 
 One dial, --depth, sizes the model; width, heads, horizon and learning rates follow from it and are printed.
 """

@@ -2,7 +2,7 @@
 
     python -m scripts.chat_eval -i sft
     python -m scripts.chat_eval -i mid -a "ARC-Easy|GSM8K" -x 200
-    torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i rl -a GSM8K -t 1.0 -n 8
+    python -m nanochat.launch --nproc-per-node=8 -- -m scripts.chat_eval -i rl -a GSM8K -t 1.0 -n 8
 
 Scores go to chat_eval/<stage>_<tag>_<step>.csv, the answer to every item to the .jsonl beside it. A run with tasks,
 items or sampling of its own has `_` and 8 hex digits of them behind the step, so that it overwrites no other.

@@ -1,7 +1,7 @@
 """Reinforcement learning: the model answers questions, and answers that earn more than the others get likelier.
 
     python -m scripts.chat_rl --model-tag=d12
-    torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl --task=GSM8K
+    python -m nanochat.launch --nproc-per-node=8 -- -m scripts.chat_rl --task=GSM8K
 
 The method is in nanochat/train/rollouts.py; learning rates are those of the SFT run times --init-lr-frac.
 """

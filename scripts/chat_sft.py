@@ -1,7 +1,7 @@
 """Supervised fine-tuning: whole conversations, and the loss only on what the assistant says.
 
     python -m scripts.chat_sft --model-tag=d12
-    torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft --tasks=my_chats.jsonl,GSM8K
+    python -m nanochat.launch --nproc-per-node=8 -- -m scripts.chat_sft --tasks=my_chats.jsonl,GSM8K
 
 Sequence length, batch and learning rates are those of the stage before unless a flag says otherwise.
 """

@@ -1,7 +1,7 @@
 """Mid-training: the base model meets conversations, tool calls and multiple choice, as one stream of text.
 
     python -m scripts.mid_train --model-tag=d12
-    torchrun --standalone --nproc_per_node=8 -m scripts.mid_train --tasks=SmolTalk,MMLU,GSM8K,Identity*2
+    python -m nanochat.launch --nproc-per-node=8 -- -m scripts.mid_train --tasks=SmolTalk,MMLU,GSM8K,Identity*2
 
 Sequence length, batch and learning rates are those of the base run unless a flag says otherwise.
 """

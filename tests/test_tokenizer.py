@@ -23,7 +23,7 @@ from nanochat.tokenizer import (
     get_tokenizer,
     repaired,
 )
-from nanochat.tokenizer_io import huggingface_json, merges_from_ranks
+from nanochat.tokenizer_io import FILES, huggingface_json, merges_from_ranks
 from scripts.tok_eval import TEXTS
 
 VOCAB_SIZE = 900
@@ -103,6 +103,26 @@ def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
+
+
+def test_a_tokenizer_is_kept_where_it_is_and_written_where_it_is_not_whole(tmp_path):
+    one, other = (RustBPETokenizer.train_from_iterator([text] * 9, 280) for text in ("one and one", "quite another"))
+    for content in (None, b"", b"{}"):
+        for name in FILES:
+            one.keep(tmp_path)
+            before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+            one.keep(tmp_path)
+            assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
+            if content is None:
+                (tmp_path / name).unlink()
+            elif name in ("meta.json", "tiktoken.bpe"):  # what the tokenizer is read from
+                (tmp_path / name).write_bytes(content)
+            one.keep(tmp_path)
+            assert {path: path.read_bytes() for path in before} == {
+                path: content for path, (_, content) in before.items()
+            }
+    other.keep(tmp_path)
+    assert RustBPETokenizer.from_directory(tmp_path).hash == other.hash != one.hash
 
 
 def test_lone_surrogates_are_named(tokenizer):

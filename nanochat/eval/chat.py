@@ -242,7 +242,7 @@ def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[
             raise UserError(f"no task to score: {'; '.join(left_out)}")
         return tasks, left_out
     parsed = parse_tasks(names, "test", source)
-    left_out = [f"{task.name}: {task.source}" for task in parsed if isinstance(task, LeftOut)]
+    left_out = [f"{task.name}: {task.why}" for task in parsed if isinstance(task, LeftOut)]
     tasks = [task for task in parsed if not isinstance(task, LeftOut)]
     if not tasks:
         raise UserError(f"--task-name={names}: no task to score: {'; '.join(left_out)}")

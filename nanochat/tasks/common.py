@@ -100,7 +100,7 @@ class LeftOut(Task):
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__()
-        self.name, self.source = name, f"left out: {why}"
+        self.name, self.why, self.source = name, why, f"left out: {why}"
 
 
 class GeneratedTask(Task):

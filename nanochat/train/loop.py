@@ -42,7 +42,7 @@ def train(run: TrainingRun) -> Outcome:
     run.observer.start(device)
     saver = Saver(run.folder, run.model, run.optimizer, run.settings.keep_last, run.settings.keep_every)
     if run.tokenizer is not None and get_dist_info().rank == 0:  # the store may have another later
-        run.tokenizer.save(run.folder / "tokenizer")
+        run.tokenizer.keep(run.folder / "tokenizer")
     stop, console = StopSignal(), Console(run, device)
     try:
         run.warm_kernels(run)
