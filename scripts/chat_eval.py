@@ -76,8 +76,6 @@ def main(settings: Settings) -> None:
         print0(f"left out: {'; '.join(left_out)}")
     level = isolation_level() if any(task.runs_code for task in tasks) else None
     if level:
-        if danger := level.danger():
-            print0(f"WARNING: this kernel grants {danger}")
         print0(f"model-written code runs in this sandbox: {level.describe()}")
     engine = Engine(model, tokenizer)
     sampling = Sampling(

@@ -19,7 +19,7 @@ import torch
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.eval.scores import Composite, Record, TaskScore, gather_records, longest_first, pad_rows, write_scores
-from nanochat.runtime import rank_and_world
+from nanochat.runtime import print0, rank_and_world
 from nanochat.sandbox import require_isolation
 from nanochat.tasks.common import Conversation, LeftOut, Task
 from nanochat.tasks.registry import CHATCORE_TASKS, GRADED_TASKS, make_task, parse_tasks
@@ -257,8 +257,8 @@ def pick_tasks(names: str | None, source: str | None) -> tuple[list[Task], list[
 def ready(task: Task) -> Task:
     """The task. Raises UserError where its data is absent or its answers may not be run: now, not in an hour."""
     len(task)
-    if task.runs_code:
-        require_isolation()
+    if task.runs_code and (danger := require_isolation().danger()):
+        print0(f"WARNING: {task.name}: this kernel grants {danger}")
     return task
 
 

@@ -511,7 +511,7 @@ def test_script_runs_code_without_a_sandbox_when_told_and_says_so(with_code, mon
     run_script(monkeypatch, "-i", "sft", "-a", "HumanEval", "-m", "4", "--unsafe-exec")
     danger = "this kernel grants no namespaces, Landlock or seccomp, so model-written code could reach your files"
     console = capsys.readouterr().out
-    assert console.index(f"WARNING: {danger}") < console.index("HumanEval (")
+    assert console.index(f"WARNING: HumanEval: {danger}") < console.index("HumanEval (")
     assert any(danger.replace("this kernel grants", "This kernel granted") in note for note in section()["notes"])
 
 

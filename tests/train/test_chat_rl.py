@@ -185,7 +185,7 @@ def test_two_ranks_train_as_one(store):
     assert len(rewards) == 2 and min(rewards) > 0  # those of the second run, which took the place of the first's
 
 
-def test_questions_answered_by_code_are_refused_without_a_sandbox_unless_told(monkeypatch):
+def test_questions_answered_by_code_are_refused_without_a_sandbox_unless_told(monkeypatch, capsys):
     class Code(Arithmetic):
         runs_code = True
 
@@ -196,3 +196,4 @@ def test_questions_answered_by_code_are_refused_without_a_sandbox_unless_told(mo
         chat_rl.question_task("Arithmetic", "train", None)
     sandbox.allow_unsafe(cli.parse(chat_rl.Settings, ["--unsafe-exec"]).unsafe_exec)
     assert chat_rl.question_task("Arithmetic", "train", None).runs_code
+    assert "WARNING: Arithmetic: this kernel grants no namespaces" in capsys.readouterr().out
