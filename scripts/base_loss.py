@@ -43,16 +43,19 @@ from typing import Any
 import numpy as np
 
 from nanochat.checkpoint import load_model
+from nanochat.data.overlap import shared_lines
+from nanochat.data.sources import dataset_bytes
 from nanochat.data.text_rows import TextData
 from nanochat.errors import UserError, visible
 from nanochat.eval import row_files
-from nanochat.eval.bpb import baselines, scored_bytes, train_text
-from nanochat.eval.row_files import ALL_ROWS, IN_FULL, Bpb
+from nanochat.eval.baselines import XZ_BYTES, baselines, scored_bytes, train_text, up_to
+from nanochat.eval.row_files import ALL_ROWS, CLEAN, IN_FULL, Bpb
 from nanochat.eval.samples import make_samples
 from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.sections import keeps_results, write_section
 
 BASELINE_BYTES = 1 << 26  # train text that the baselines are counted on: 5 s for the 3-gram
+OVERLAP_BYTES = 1 << 30  # train text in which lines of validation documents are looked for: 15 s
 
 
 def main(settings: Settings) -> None:
@@ -64,17 +67,12 @@ def main(settings: Settings) -> None:
     token_bytes = np.array(tokenizer.token_byte_lengths())
     length = model.config.sequence_len
 
-    def measure(name: str, rows: np.ndarray) -> dict[str, Bpb]:
-        nats = row_files.score_rows(model, rows, settings.device_batch_size, device, rank, world_size)
-        found = row_files.by_kind(nats, rows)
-        for kind, bpb in found.items():
-            counts = f"{bpb.tokens:,} tokens, {bpb.bytes:,} bytes, {bpb.documents:,} documents"
-            print0(f"{name}, {kind}: {bpb.bpb:.4f} ± {bpb.stderr:.4f} bpb on {counts}")
-        return found
+    def score(rows: np.ndarray) -> np.ndarray:
+        return row_files.score_rows(model, rows, settings.device_batch_size, device, rank, world_size)
 
     if settings.rows is not None:
         rows = row_files.read_rows(settings.rows, length, token_bytes, tokenizer.get_bos_token_id())
-        found = measure(settings.rows.name, rows)
+        found = shown(settings.rows.name, row_files.by_kind(score(rows), rows))
         data: dict[str, Any] = {
             "settings": cli.as_dict(settings),
             "metrics": {**metrics("rows", found), "step": meta["step"]},
@@ -88,12 +86,18 @@ def main(settings: Settings) -> None:
     if source is None:
         raise UserError("this checkpoint does not say what text it was trained on; name it with --source")
     text, budget = TextData(source, tokenizer), max(settings.split_tokens, length)
-    train_rows = row_files.make_rows(text, "train", length, budget)
-    val_rows = row_files.make_rows(text, "val", length, budget, in_full=True)
+    train_rows, _ = row_files.make_rows(text, "train", length, budget)
+    val_rows, documents = row_files.make_rows(text, "val", length, budget, in_full=True)
     if settings.write_rows is not None and rank == 0:
         row_files.write_rows(settings.write_rows, val_rows)
-    train, val = measure("train", train_rows), measure("val", val_rows)
+    train = shown("train", row_files.by_kind(score(train_rows), train_rows))
+    nats = score(val_rows)
+    val = shown("val", row_files.by_kind(nats, val_rows))
     if rank == 0:
+        lines = shared_lines([tokenizer.decode(ids) for ids in documents], up_to(source, OVERLAP_BYTES))
+        overlapping = shown("val, documents", row_files.by_overlap(nats, val_rows, lines))
+        share = lines[:, 1].sum() / max(lines[:, 0].sum(), 1)
+        print0(f"{share:.1%} of {lines[:, 0].sum():,} validation lines of 40 characters stand in the train text")
         counted = train_text(source, BASELINE_BYTES)
         coded = scored_bytes(tokenizer, row_files.packed(val_rows)["tokens"], token_bytes)
         predictors = {**baselines(counted, coded), "this model": val[ALL_ROWS].bpb}
@@ -104,20 +108,38 @@ def main(settings: Settings) -> None:
             print0(f"--- {visible(sample['text'])}")
         data = {
             "settings": {**cli.as_dict(settings), "source": source},
-            "metrics": {**metrics("train", train), **metrics("val", val), "step": meta["step"]},
-            "tables": tables({"train": train, "val": val}, predictors),
+            "metrics": {
+                **metrics("train", train),
+                **metrics("val", val | overlapping),
+                "val_overlap": share,
+                "step": meta["step"],
+            },
+            "tables": tables({"train": train, "val": val}, predictors, overlapping),
             "samples": samples,
-            "facts": {"baseline_bytes": len(counted)},
+            "facts": {
+                "baseline_bytes": len(counted),
+                "xz_bytes": min(len(counted), XZ_BYTES),
+                "overlap_bytes": min(dataset_bytes(source, "train"), OVERLAP_BYTES),
+                "lines": lines[:, 0].sum(),
+            },
         }
         if kept:
             write_section("base_loss", "Base model loss", data)
     compute_cleanup()
 
 
+def shown(name: str, found: dict[str, Bpb]) -> dict[str, Bpb]:
+    for kind, bpb in found.items():
+        counts = f"{bpb.tokens:,} tokens, {bpb.bytes:,} bytes, {bpb.documents:,} documents"
+        print0(f"{name}, {kind}: {bpb.bpb:.4f} ± {bpb.stderr:.4f} bpb on {counts}")
+    return found
+
+
 def metrics(prefix: str, by_kind: dict[str, Bpb]) -> dict[str, float]:
-    """Of rows as they are packed, and of documents in full where they were measured."""
+    """Of rows as they are packed, of documents in full and of those that share nothing, where they were measured."""
     found: dict[str, float] = {}
-    for kind, name in ((ALL_ROWS, f"{prefix}_bpb"), (IN_FULL, f"{prefix}_bpb_in_full")):
+    names = {ALL_ROWS: f"{prefix}_bpb", IN_FULL: f"{prefix}_bpb_in_full", CLEAN: f"{prefix}_bpb_without_overlap"}
+    for kind, name in names.items():
         if kind in by_kind:
             found |= {name: by_kind[kind].bpb, f"{name}_stderr": by_kind[kind].stderr}
     return found
@@ -128,7 +150,9 @@ def kinds_table(title: str, by_kind: dict[str, Bpb]) -> dict[str, Any]:
     return {"title": title, "columns": columns, "rows": [[name, *found] for name, found in by_kind.items()]}
 
 
-def tables(results: dict[str, dict[str, Bpb]], predictors: dict[str, float]) -> list[dict[str, Any]]:
+def tables(
+    results: dict[str, dict[str, Bpb]], predictors: dict[str, float], overlapping: dict[str, Bpb]
+) -> list[dict[str, Any]]:
     columns = ["Split", "bpb", "Standard error", "Tokens", "Bytes"]
     splits = [[split, *by_kind[ALL_ROWS][:4]] for split, by_kind in results.items()]
     rows = [list(pair) for pair in predictors.items()]
@@ -136,6 +160,7 @@ def tables(results: dict[str, dict[str, Bpb]], predictors: dict[str, float]) -> 
         {"title": "Bits per byte", "columns": columns, "rows": splits},
         {"title": "The same validation text", "columns": ["Predictor", "Bits per byte"], "rows": rows},
         kinds_table("Validation text by kind of row", results["val"]),
+        kinds_table("Validation documents by what they share", overlapping),
     ]
 
 

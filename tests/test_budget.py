@@ -23,7 +23,7 @@ ANNEXES = (
     *(f"nanochat.tasks.{name}" for name in ("arithmetic", "customjson", "passages", "reasoning_gym", "text_choice")),
     *(f"nanochat.data.{name}" for name in ("bins", "local", "overlap", "pydocs")),
     *(f"nanochat.train.{name}" for name in ("coordinates", "monitor", "spectral", "tracking", "warmup")),
-    *(f"nanochat.eval.{name}" for name in ("offline_bundle", "row_files")),
+    *(f"nanochat.eval.{name}" for name in ("baselines", "offline_bundle", "row_files")),
 )
 
 

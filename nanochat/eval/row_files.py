@@ -42,6 +42,7 @@ class Kind(IntEnum):
 
 PACKED = (Kind.FITS, Kind.HEAD, Kind.REST, Kind.OTHER)
 ALL_ROWS, IN_FULL = "packed rows", "documents in full"
+CLEAN = "without lines of the train text"
 REPORTED: dict[str, Sequence[Kind]] = {
     ALL_ROWS: PACKED,
     "documents that fit a row": (Kind.FITS,),
@@ -88,9 +89,12 @@ class _Positions(Packer):
         return [np.arange(end - len(ids), end, dtype=np.uint32) for ids, end in zip(found, ends, strict=True)]
 
 
-def make_rows(data: TextData, split: Split, length: int, max_tokens: int, in_full: bool = False) -> np.ndarray:
+def make_rows(
+    data: TextData, split: Split, length: int, max_tokens: int, in_full: bool = False
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """The rows of data.fixed_rows, as described above, and with in_full the same documents in full, at least max_tokens
-    targets of them if there are so many. Raises UserError where not one row can be filled."""
+    targets of them if there are so many; and the tokens of the documents. Raises UserError where not one row can be
+    filled."""
     packer = _Positions(data.tokenizer, length + 1)
     found = data.fixed_rows(split, length, max_tokens, packer).astype(np.int64)
     places = np.maximum(found - packer.vocab_size, -1)  # -1: BOS
@@ -108,7 +112,7 @@ def make_rows(data: TextData, split: Split, length: int, max_tokens: int, in_ful
         rows = np.concatenate([rows, _rows_in_full(packer.documents, length, max_tokens, bos)])
     sizes = np.array(data.tokenizer.token_byte_lengths())
     rows["bytes"] = np.where(rows["kind"] > 0, sizes[rows["tokens"][:, 1:].astype(np.int64)], 0)
-    return rows
+    return rows, packer.documents
 
 
 def _windows(documents: Sequence[np.ndarray], length: int, enough: int) -> Iterator[tuple[int, np.ndarray, int]]:
@@ -225,11 +229,28 @@ def packed(rows: np.ndarray) -> np.ndarray:
     return rows[(rows["kind"] != Kind.IN_FULL).all(axis=1)]
 
 
-def bits_per_byte(nats: np.ndarray, rows: np.ndarray, kinds: Sequence[Kind]) -> Bpb:
-    """Of the targets of these kinds, of which there must be some."""
+def by_overlap(nats: np.ndarray, rows: np.ndarray, lines: np.ndarray) -> dict[str, Bpb]:
+    """Bits per byte of packed rows by how many of the lines of their document stand in training text, too.
+
+    lines: of each document, how many there are and how many stand there (overlap.shared_lines)."""
+    share = lines[:, 1] / np.maximum(lines[:, 0], 1)
+    groups = {CLEAN: share == 0, "with some": (share > 0) & (share < 0.5), "with half or more": share >= 0.5}
+    return {
+        name: bits_per_byte(nats, rows, PACKED, documents)
+        for name, documents in groups.items()
+        if (is_of(rows, PACKED) & documents[rows["document"]]).any()
+    }
+
+
+def bits_per_byte(
+    nats: np.ndarray, rows: np.ndarray, kinds: Sequence[Kind], documents: np.ndarray | None = None
+) -> Bpb:
+    """Of the targets of these kinds, and of those `documents` (D,) that are True; there must be some."""
     chosen = is_of(rows, kinds)
-    documents = rows["document"][chosen]
-    losses, sizes = (np.bincount(documents, values[chosen]) for values in (nats, rows["bytes"]))
+    if documents is not None:
+        chosen &= documents[rows["document"]]
+    owners = rows["document"][chosen]
+    losses, sizes = (np.bincount(owners, values[chosen]) for values in (nats, rows["bytes"]))
     ratio, count = losses.sum() / sizes.sum(), np.count_nonzero(sizes)
     # standard error of a ratio of sums: spread of the documents' residuals nats - ratio * bytes
     spread = ((losses - ratio * sizes) ** 2).sum()

@@ -15,10 +15,13 @@ from nanochat.eval import row_files
 from nanochat.eval.bpb import measure_bpb
 from nanochat.eval.row_files import (
     ALL_ROWS,
+    CLEAN,
     IN_FULL,
+    PACKED,
     Kind,
     bits_per_byte,
     by_kind,
+    by_overlap,
     make_rows,
     packed,
     read_rows,
@@ -73,7 +76,7 @@ documents = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda 
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_each_target_knows_whose_it_is(lengths, length):
     data = Tokens(lengths)
-    rows = make_rows(data, "val", length, 10**6)
+    rows, _ = make_rows(data, "val", length, 10**6)
     assert np.array_equal(rows["tokens"], data.fixed_rows("val", length, 10**6))
     owner = {int(t): (number, place) for number, ids in enumerate(data.documents) for place, t in enumerate(ids)}
     for row in rows:
@@ -90,7 +93,7 @@ def test_each_target_knows_whose_it_is(lengths, length):
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_documents_in_full_have_every_token_once_and_half_a_row_before_it(lengths, length):
     data = Tokens(lengths)
-    rows = make_rows(data, "val", length, 10**6, in_full=True)
+    rows, _ = make_rows(data, "val", length, 10**6, in_full=True)
     scored = np.zeros(VOCAB, int)
     for row in rows[len(packed(rows)) :]:
         context = 0  # tokens of the document before this one in the row; BOS begins anew
@@ -111,7 +114,7 @@ def test_documents_in_full_have_every_token_once_and_half_a_row_before_it(length
 
 
 def test_no_more_documents_in_full_than_asked_for():
-    rows = make_rows(Tokens([30, 30, 30, 30]), "val", 8, 45, in_full=True)
+    rows, _ = make_rows(Tokens([30, 30, 30, 30]), "val", 8, 45, in_full=True)
     assert set(rows["document"][rows["kind"] == Kind.IN_FULL]) == {0, 1}
 
 
@@ -128,7 +131,7 @@ def score(rows: np.ndarray, batch: int = 3, rank: int = 0, world_size: int = 1) 
 
 def test_the_score_of_packed_rows_is_that_of_the_rows_of_training():
     data = Tokens([7, 40, 3, 25, 90, 11])
-    rows = make_rows(data, "val", 16, 10**6, in_full=True)
+    rows, _ = make_rows(data, "val", 16, 10**6, in_full=True)
     plain = torch.from_numpy(data.fixed_rows("val", 16, 10**6).astype(np.int64))
     expected = measure_bpb(model, [(plain[:, :-1], plain[:, 1:])], torch.from_numpy(SIZES))
     found = by_kind(score(rows), rows)
@@ -139,6 +142,21 @@ def test_the_score_of_packed_rows_is_that_of_the_rows_of_training():
     assert sum(part.bytes for part in parts) == expected.bytes
     assert sum(part.bpb * part.bytes for part in parts) == pytest.approx(expected.bpb * expected.bytes)
     assert found[IN_FULL].tokens == 176 and found[IN_FULL].documents == 6
+
+
+def test_documents_are_told_apart_by_what_they_share():
+    rows, found = make_rows(Tokens([7, 40, 3, 25, 90, 11]), "val", 16, 10**6, in_full=True)
+    assert [len(ids) for ids in found] == [7, 40, 3, 25, 90, 11]
+    nats = score(rows)
+    lines = np.array([[5, 0], [9, 4], [0, 0], [2, 1], [3, 3], [4, 0]])
+    parts = by_overlap(nats, rows, lines)
+    packed_bytes = {n: rows["bytes"][(rows["document"] == n) & np.isin(rows["kind"], PACKED)].sum() for n in range(6)}
+    expected = {CLEAN: [0, 2, 5], "with some": [1], "with half or more": [3, 4]}
+    assert {name: part.bytes for name, part in parts.items()} == {
+        name: sum(packed_bytes[n] for n in numbers) for name, numbers in expected.items()
+    }
+    together = by_kind(nats, rows)[ALL_ROWS]
+    assert sum(p.bpb * p.bytes for p in parts.values()) == pytest.approx(together.bpb * together.bytes)
 
 
 def test_standard_error_is_over_documents():
@@ -157,7 +175,7 @@ def test_standard_error_is_over_documents():
 
 
 def test_ranks_share_the_rows_and_all_have_the_whole_score(monkeypatch):
-    rows = make_rows(Tokens([7, 40, 3, 25, 90, 11, 5]), "val", 16, 10**6, in_full=True)
+    rows, _ = make_rows(Tokens([7, 40, 3, 25, 90, 11, 5]), "val", 16, 10**6, in_full=True)
     alone, parts = score(rows), []
     monkeypatch.setattr(row_files, "gather", lambda part: parts.append(part) or [part])
     for rank in range(3):
@@ -168,7 +186,7 @@ def test_ranks_share_the_rows_and_all_have_the_whole_score(monkeypatch):
 
 
 def test_a_file_gives_the_same_score(tmp_path):
-    rows = make_rows(Tokens([7, 40, 3, 25, 90, 11]), "val", 16, 10**6, in_full=True)
+    rows, _ = make_rows(Tokens([7, 40, 3, 25, 90, 11]), "val", 16, 10**6, in_full=True)
     write_rows(tmp_path / "rows.npy", rows)
     assert np.array_equal(read_rows(tmp_path / "rows.npy", 16, SIZES, BOS), rows)
     # what the documentation tells another program to do
@@ -185,13 +203,13 @@ def test_a_plain_array_of_tokens_is_scored_too(tmp_path):
         np.save(tmp_path / "plain.npy", plain.astype(dtype))
         rows = read_rows(tmp_path / "plain.npy", 20, SIZES, BOS)
         found = by_kind(score(rows), rows)
-        ours = make_rows(data, "val", 16, 10**6)
+        ours, _ = make_rows(data, "val", 16, 10**6)
         assert list(found) == [ALL_ROWS] and found[ALL_ROWS].bpb == by_kind(score(ours), ours)[ALL_ROWS].bpb
         assert found[ALL_ROWS].documents == np.count_nonzero(plain[:, :-1] == BOS)  # pieces
 
 
 def test_files_that_do_not_fit_are_one_line(tmp_path):
-    rows = make_rows(Tokens([7, 40, 3, 25, 90, 11]), "val", 16, 10**6)
+    rows, _ = make_rows(Tokens([7, 40, 3, 25, 90, 11]), "val", 16, 10**6)
     path = tmp_path / "rows.npy"
 
     def refused(match: str, content, length: int = 16, sizes: np.ndarray = SIZES) -> None:

@@ -11,7 +11,7 @@ import pytest
 from nanochat import cli, dataset, report
 from nanochat.data import sources
 from nanochat.errors import UserError
-from nanochat.eval import bpb
+from nanochat.eval import baselines
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.samples import PROMPTS
 from nanochat.gpt import GPT, GPTConfig
@@ -76,7 +76,11 @@ def test_base_loss_of_an_untrained_model(trained, capsys):
     assert [sample["prompt"] for sample in found["samples"]] == [*PROMPTS, "", ""]
     for sample in found["samples"]:
         assert sample["text"].startswith(sample["prompt"])
-    assert trained in found["notes"][0] and found["synthetic"] is False
+    documents = found["tables"][3]["rows"]  # all share some: they are generated from a few templates
+    assert [row[0] for row in documents] == ["with some"] and "val_bpb_without_overlap" not in found["metrics"]
+    assert documents[0][4] == splits["val"][4] and 0 < found["metrics"]["val_overlap"] < 0.5
+    assert trained in found["notes"][0] and f"{found['facts']['lines']:,} lines" in found["notes"][2]
+    assert found["synthetic"] is False
     assert "xz -9e" in capsys.readouterr().out
 
 
@@ -104,10 +108,11 @@ def test_baselines_see_exactly_the_bytes_that_the_model_is_scored_on(trained):
     tokenizer = RustBPETokenizer.from_directory(tokenizer_dir())
     sizes = get_token_bytes().numpy()
     rows = base_loss.TextData(trained, tokenizer).fixed_rows("val", 128, 4096)
-    text = bpb.scored_bytes(tokenizer, rows, sizes)
+    text = baselines.scored_bytes(tokenizer, rows, sizes)
     assert len(text) == sizes[rows[:, 1:].astype(np.int64)].sum()
     assert b"<|bos|>" not in text
-    table = bpb.baselines(b"abc", text)
+    table = baselines.baselines(b"abc", text)
+    assert table["xz -9e after train text"] <= table["xz -9e"]
     assert table["xz -9e"] == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
