@@ -93,9 +93,10 @@ def check_connection() -> None:
         address = proxies.get(kind, "")
         if address and not _is_address(address if "://" in address else f"http://{address}", schemes):
             name = f"{kind}_proxy" if f"{kind}_proxy" in os.environ else f"{kind}_proxy".upper()
+            socks = "; for socks5, install socksio" * address.startswith("socks")  # and nothing else needs it
             raise UserError(
                 f"{name}={masked(address)}: expected {' or '.join(schemes)}, as in http://HOST:PORT; set it to such a "
-                "proxy, or unset it"
+                f"proxy, or unset it{socks}"
             )
     try:
         hooks = get_session().event_hooks["response"]

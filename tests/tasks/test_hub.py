@@ -465,7 +465,7 @@ def test_any_row_is_refused_or_rendered_and_graded(task, data):
         assert str(error)
         return
     if task == "HumanEval":
-        assert row["entry_point"] in humaneval.build_program(row["prompt"], "pass", row["entry_point"], row["test"])
+        assert row["entry_point"] in humaneval.build_check(row["prompt"], row["entry_point"], row["test"])
         return
     conversation = CHECKS[task](row)
     assert conversation_pieces(conversation)
