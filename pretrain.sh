@@ -18,6 +18,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source dev/settings.sh
 source dev/stages.sh
+STOPPED_CODE=75 # what this script ends with after a signal, whatever torchrun made of it: call again to continue
 
 # ---- Overrides: these and those of dev/settings.sh, in the environment as SHARDS=100 or as a flag, --shards=100
 
@@ -35,7 +36,7 @@ if [ "$FULLRUN" = 1 ]; then WHAT=fullrun; fi
 
 if [ -w . ] && command -v flock >/dev/null; then
   {
-    flock 9 || echo "this file system has no locks: on several nodes, set up each by \`bash dev/setup.sh\` before"
+    attend flock 9 || echo "this file system has no locks: on several nodes, set up each by \`bash dev/setup.sh\` before"
     source dev/setup.sh
   } 9>.setup.lock
 else
@@ -75,8 +76,6 @@ if [ "$MAX_RESTARTS" != 0 ]; then launch+=(--max-restarts="$MAX_RESTARTS"); fi
 if [ -n "$NPROC_PER_NODE" ]; then launch+=(--nproc-per-node="$NPROC_PER_NODE"); fi
 launch+=(-- -m)
 
-STOPPED_CODE=75 # what this script ends with after a signal, whatever torchrun made of it: call again to continue
-
 # ---- The stages, as dev/stages.sh writes them
 
 walk() {
@@ -90,4 +89,4 @@ fi
 check_stages
 echo "$WHAT d$DEPTH: run $TAG, $NODES x $PROCESSES processes, $SHARDS shards of $SOURCE, $DEVICE_BATCH_SIZE rows a pass"
 walk
-if [ "$WHAT" = fullrun ]; then python -m nanochat.report generate; fi
+if [ "$WHAT" = fullrun ]; then attend python -m nanochat.report generate; fi

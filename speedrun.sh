@@ -56,7 +56,7 @@ check_stages
 walk
 
 echo
-python -m nanochat.report generate
+attend python -m nanochat.report generate
 BEST=sft STORE=
 if [ "$RUN_RL" = 1 ]; then BEST=rl; fi
 if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then STORE="NANOCHAT_BASE_DIR=$(printf %q "$NANOCHAT_BASE_DIR") "; fi

@@ -18,6 +18,9 @@ stop() {
   exit 1
 }
 
+# What may take minutes: dev/stages.sh says how signals reach it.
+declare -F attend >/dev/null || attend() { "$@"; }
+
 is_recent_python() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
@@ -42,7 +45,7 @@ find_uv() {
   # --target leaves the system's packages alone, so it also works where pip refuses to touch them (PEP 668);
   # without any pip, venv may still bring one.
   if "$PYTHON" -m pip --version >/dev/null 2>&1; then
-    "$PYTHON" -m pip install --quiet --target .venv-uv "uv==$UV_VERSION"
+    attend "$PYTHON" -m pip install --quiet --target .venv-uv "uv==$UV_VERSION"
   else
     "$PYTHON" -m venv .venv-uv && .venv-uv/bin/pip install --quiet "uv==$UV_VERSION"
   fi || stop "cannot install uv with $PYTHON (see above): install uv yourself, or give $PYTHON pip or venv"
@@ -70,10 +73,10 @@ prepare() {
   fi
   rm -f "$VENV/.setup-stamp"
   echo "--- installing the locked dependencies into $VENV"
-  "$UV" pip sync --python "$VENV/bin/python" --require-hashes requirements.lock
+  attend "$UV" pip sync --python "$VENV/bin/python" --require-hashes requirements.lock
   echo "--- building rustbpe"
   PATH=$(dirname "$UV"):$PATH VIRTUAL_ENV=$(cd "$VENV" && pwd) \
-    "$VENV/bin/maturin" develop --uv --release --locked --manifest-path rustbpe/Cargo.toml
+    attend "$VENV/bin/maturin" develop --uv --release --locked --manifest-path rustbpe/Cargo.toml
   fingerprint >"$VENV/.setup-stamp"
 }
 

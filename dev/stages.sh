@@ -3,6 +3,51 @@
 # shellcheck disable=SC2154 # what the callers set
 set -euo pipefail
 
+# ---- Signals
+
+STOPPED= # the first that came
+RUNNING= # process that is told of them
+trap 'on_signal INT' INT
+trap 'on_signal TERM' TERM
+trap 'on_signal HUP' HUP
+trap 'on_signal QUIT' QUIT
+trap 'on_signal USR1' USR1
+
+# Where something runs that is not told (it takes seconds), bash comes here after its end.
+on_signal() {
+  STOPPED=${STOPPED:-$1}
+  if [ -z "$RUNNING" ]; then leave 0; fi
+  kill -TERM "$RUNNING" 2>/dev/null || true
+}
+
+# leave CODE: ends the script after a signal; CODE: of what was told of it, which has said how to continue. After a
+# scheduler's signal with STOPPED_CODE, where that is set.
+leave() {
+  local code=$1
+  case $code in 0 | 143) code=$((128 + $(kill -l "$STOPPED"))) ;; esac
+  if [ "$1" -eq 0 ]; then
+    printf '\nstopped by SIG%s\nto continue: %s\n' "$STOPPED" "${NANOCHAT_CONTINUE:-bash ${0##*/}}" >&2
+  fi
+  case $STOPPED in TERM | HUP | USR1) code=${STOPPED_CODE:-$code} ;; esac
+  exit "$code"
+}
+
+# attend COMMAND...: runs it in the background, because bash answers signals only between commands; it is told TERM for
+# whichever comes, also one to this shell alone. After a signal the script ends when the command has.
+attend() {
+  local code=0
+  "$@" &
+  RUNNING=$!
+  if [ -n "$STOPPED" ]; then kill -TERM "$RUNNING" 2>/dev/null || true; fi
+  while kill -0 "$RUNNING" 2>/dev/null; do
+    code=0
+    wait "$RUNNING" || code=$?
+  done
+  RUNNING=
+  if [ -n "$STOPPED" ]; then leave "$code"; fi
+  return "$code"
+}
+
 # ---- Names
 
 # The name of a folder: a plain name is its own, for others nanochat/paths.py says it.
@@ -125,7 +170,7 @@ hold_run() {
   local folder=$NANOCHAT_BASE_DIR/runs/$TAG
   if mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ]; then # where it cannot be, the runner says why
     exec 8>>"$folder/lock"
-    export RUN_LOCK=8
+    export RUN_LOCK=8 CHAIN_PID=$$
   fi
 }
 
@@ -146,25 +191,14 @@ hold_text() {
   fi
 }
 
-# Runs one stage unless it is done (see nanochat/pipeline.py). In the background, because bash answers signals only
-# between commands: the runner hands them to the stage, which saves its state before it leaves. Slurm sends USR1 to all
-# of us at once; the runner does not know it, so it is kept from it and told TERM. After a signal the script ends with
-# STOPPED_CODE, where that is set.
+# Runs one stage unless it is done (see nanochat/pipeline.py).
 stage() {
-  local runner code=0 stopped=
   [ -n "${RUN_LOCK:-}" ] || hold_run
-  (
-    trap '' USR1
-    exec python -m nanochat.pipeline run "$@"
-  ) &
-  runner=$!
-  trap ':' INT
-  trap 'stopped=1; kill -TERM "$runner" 2>/dev/null || true' TERM HUP USR1
-  while kill -0 "$runner" 2>/dev/null; do
-    code=0
-    wait "$runner" || code=$?
-  done
-  trap - INT TERM HUP USR1
-  if [ -n "$stopped" ] && [ -n "${STOPPED_CODE:-}" ]; then exit "$STOPPED_CODE"; fi
-  [ "$code" -eq 0 ] || exit "$code"
+  attend runner "$@" || exit $?
+}
+
+# Slurm sends USR1 to all of us at once; the runner does not know it, so it is kept from it and told TERM.
+runner() {
+  trap '' USR1
+  exec python -m nanochat.pipeline run "$@"
 }

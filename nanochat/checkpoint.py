@@ -67,7 +67,7 @@ from nanochat.files import atomic_write, atomic_write_text, from_json, sha256_fi
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, get_base_dir, slug, tokenizer_dir
-from nanochat.runtime import compute_dtype, get_dist_info, on_first_rank, print0
+from nanochat.runtime import compute_dtype, on_first_rank, print0
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.tokenizer_io import read_meta as read_tokenizer_meta
 
@@ -442,10 +442,17 @@ def update_meta(folder: Path, step: int, known: dict[str, Any]) -> None:
     _record(path, "meta.json", new)
 
 
-def mark_complete(folder: Path) -> None:
+def mark_complete(folder: Path, section: Path) -> None:
     """Say that the run writing into `folder` is done, its section of the report included (rank 0 calls this last)."""
-    if get_dist_info().rank == 0:
-        (folder / COMPLETE).touch()
+    atomic_write_text(folder / COMPLETE, f"{sha256_file(section)}  {os.path.relpath(section, get_base_dir())}\n")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether that was said, and the section is still as it was written (earlier versions did not say of which)."""
+    with suppress(OSError, ValueError):
+        digest, _, name = (folder / COMPLETE).read_text(errors="replace").strip().partition("  ")
+        return not digest or sha256_file(get_base_dir() / name) == digest
+    return False
 
 
 def prune(folder: Path, keep_last: int, keep_every: int = -1) -> None:

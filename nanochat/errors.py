@@ -8,13 +8,15 @@ import json
 import os
 import re
 import select
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 LONGEST = 1000  # characters of a message: what a user gave may be megabytes
 RANK_0_SECONDS = 3.0  # torchrun ends all ranks once one has: rank 0, which met the same, is to say so first
+UNFINISHED = 75  # EX_TEMPFAIL: the state is saved, run it again to continue
 CLOSED_PIPE = 128 + 13  # as a shell has it for a program that SIGPIPE ends
 # Control characters but tab and newline, and those that turn the direction of what follows
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -46,10 +48,11 @@ def exit_on_user_error(program: Callable[[], object]) -> None:
     """
     _prepare_streams()
     try:
-        try:
-            program()
-        finally:
-            sys.stdout.flush()  # here rather than as the interpreter ends, where it could not be caught
+        with _ctrl_c_is_an_exception():
+            try:
+                program()
+            finally:
+                sys.stdout.flush()  # here rather than as the interpreter ends, where it could not be caught
     except UserError as error:
         end(str(error))
     except OSError as error:
@@ -65,6 +68,20 @@ def exit_on_user_error(program: Callable[[], object]) -> None:
         end("JSON that is nested too deep to be read: look for a damaged file among those that were brought along")
     except KeyboardInterrupt:
         end("interrupted", code=130)
+
+
+@contextlib.contextmanager
+def _ctrl_c_is_an_exception() -> Iterator[None]:
+    """Within, where nanochat/__init__.py has made it end the program without a word; before and afterwards, while
+    modules are loaded and as the interpreter ends, an exception would be a stack trace."""
+    ours = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    try:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(message: str, code: int = 1) -> NoReturn:

@@ -4,14 +4,17 @@ of other people, JSON, the fields of an item, names of files, checked where it c
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import re
 import reprlib
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,21 +23,78 @@ from nanochat.errors import UserError
 
 T = TypeVar("T")
 
+STRANGER_SECONDS = 24 * 3600.0  # after which a file that a process of another host was writing counts as left
 LARGE_BYTES = 16 * 2**20  # files above this are hashed once (at about 1 GB/s) and remembered
 _hashes: dict[Path, dict[str, dict[str, Any]]] = {}  # store -> file -> newest line of hashes.jsonl
+_swept: set[Path] = set()  # folders, by this process
 _held: dict[Path, int] = {}  # folder -> file descriptor
 _remembering = threading.Lock()
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that becomes `path` on success and is removed on failure."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """A temporary path in the same folder, for a file or a folder, that becomes `path` on success and is removed on
+    failure."""
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        sweep(path.parent.glob("*.tmp"))
+    temporary = temporary_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, removed afterwards with what is still in it."""
+    folder = temporary_path(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def temporary_path(path: Path) -> Path:
+    """Beside `path`, for this process alone, and known to `sweep`."""
+    return path.with_name(f"{path.name}.{_process_space()}-{os.getpid()}.tmp")
+
+
+@functools.cache
+def _process_space() -> str:
+    """8 hex digits for the processes whose numbers mean the same: those of this host, or of this container."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def sweep(found: Iterable[Path]) -> None:
+    """Of these, remove what processes that were killed have left half written: those of `temporary_path` whose process
+    is gone, and those of another host that have not changed in a day."""
+    for path in found:
+        if (match := re.search(r"\.([0-9a-f]{8})-(\d+)\.tmp$", path.name)) is None:
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            try:
+                os.kill(int(match[2]), 0)
+                dead = False
+            except ProcessLookupError:
+                dead = True
+            except PermissionError:
+                dead = False
+            if match[1] != _process_space():
+                dead = time.time() - path.lstat().st_ctime > STRANGER_SECONDS
+            if dead:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

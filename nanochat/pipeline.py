@@ -35,15 +35,15 @@ from typing import IO, Annotated, Any, Literal
 from cyclopts import CycloptsError, Parameter
 
 from nanochat import cli, hardware, ledger, paths
-from nanochat.errors import UserError, end_with_parent
-from nanochat.files import link_files
+from nanochat.errors import UNFINISHED, UserError, end_with_parent
+from nanochat.files import link_files, sweep
 from nanochat.flags import NO_WANDB
-from nanochat.sections import duration
+from nanochat.sections import duration, sections_dir
 
-UNFINISHED = 75  # EX_TEMPFAIL: the stage saved its state and left early; run it again to continue
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 TAIL_LINES = 15
 SECONDS_TO_SAVE = 30.0  # that a stage is left when its runner was killed
-CHAIN_LOCKS = ("RUN_LOCK", "TEXT_LOCK")  # in which dev/stages.sh says what it has open
+CHAIN_VARIABLES = ("RUN_LOCK", "TEXT_LOCK", "CHAIN_PID")  # in which dev/stages.sh says what it has open, and who it is
 SAME_SIGNAL_SECONDS = 0.5
 
 # Settings that say where a run is kept or what it may do, not what it computes. Code of a model that may not be run
@@ -79,6 +79,7 @@ def main(settings: Settings, command: Sequence[str]) -> int:
     """Do what the settings say; returns the exit code."""
     if settings.action == "check":
         check(command, os.fsdecode(sys.stdin.buffer.read()))
+        sweep(paths.get_base_dir().rglob("*.tmp"))
         return 0
     run_dir, stage = paths.run_dir(), settings.stage
     if settings.action == "status":
@@ -91,12 +92,18 @@ def main(settings: Settings, command: Sequence[str]) -> int:
         )
     if not command and not settings.skip:
         raise UserError(f"run {stage}: no command; write it after `--`")
-    with locked(run_dir):
+    # TERM in place of all: Python that is just starting answers an INT with a stack trace, and bash may lose it
+    with ForwardedSignals(SIGNALS, kill=True, instead=signal.SIGTERM) as signals, locked(run_dir):
+        code = 0
         if settings.skip:
             ledger.append(run_dir, {"stage": stage, "status": "skipped", "reason": settings.skip})
             _say(f"{stage}: skipped, {settings.skip}")
-            return 0
-        return run_stage(stage, list(command), settings.inputs, settings.outputs)
+        else:
+            code = run_stage(stage, list(command), settings.inputs, settings.outputs, signals)
+    if code == 0 and signals.received:  # it came before the stage began, or after its end: what follows must not start
+        print(f"\nstopped by {signal.Signals(signals.received[0]).name}\n{_continue()}", file=sys.stderr, flush=True)
+        return 128 + signals.received[0]
+    return code
 
 
 def check(written: Sequence[str], stages: str) -> None:
@@ -133,12 +140,14 @@ def as_written(stage: str, message: str, written: Sequence[str]) -> str:
     return message
 
 
-def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Sequence[str]) -> int:
-    """Run `command` as `stage` of the current run unless it is done. Returns its exit code (128 + n for signal n).
+def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Sequence[str], heard: Any = None) -> int:
+    """Run `command` as `stage` of the current run unless it is done, or a signal came. Returns its exit code (128 + n
+    for signal n). heard: the signals, where they are heard already.
 
     Raises UserError when an input is missing or the command cannot be started.
     """
     run_dir = paths.run_dir()
+    signals: ForwardedSignals = heard or ForwardedSignals((), kill=False)
     for absent in ledger.missing(inputs):
         raise UserError(f"{stage} needs {absent}, which is not in {paths.get_base_dir()}: run the stage that writes it")
     basis = describe(command, inputs)
@@ -156,6 +165,8 @@ def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Se
     own = [name for name in outputs if name in paths.OWN and os.environ.get("NANOCHAT_RUN_ID")]
     for name in own:
         exchange(name, into_run=True)
+    if signals.received:
+        return 0
     log = run_dir / "logs" / f"{stage}.log"
     _say(f"{stage}: {reason}; {shlex.join(command)}")
     record = {
@@ -170,7 +181,7 @@ def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Se
     }
     ledger.append(run_dir, {**record, "status": "started"})
     started = time.perf_counter()
-    code, tail, stopped_by = _execute(command, log)
+    code, tail, stopped_by = _execute(command, log, signals)
     status, code = _status(code, stopped_by)
     if status == "finished" and (not_written := ledger.missing(outputs)):
         # it was told to stop and did so in good order: training saves and exits with 0
@@ -178,7 +189,10 @@ def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Se
         _say(f"{stage}: ended well but did not write {', '.join(not_written)} yet")
     for name in own if status == "finished" else []:
         exchange(name, into_run=False)
-    written = ledger.fingerprint(outputs) if status == "finished" else {}
+    section = (
+        sections_dir(run_dir) / f"{stage}.json"
+    )  # a number in the report is what the stage wrote, or it runs again
+    written = ledger.fingerprint([*outputs, str(section)]) if status == "finished" else {}
     seconds = time.perf_counter() - started
     ledger.append(run_dir, {**record, "status": status, "exit_code": code, "seconds": seconds, "outputs": written})
     _say_end(stage, status, code, seconds, tail, log)
@@ -225,9 +239,9 @@ def _why_again(before: ledger.Record | None, basis: dict[str, Any], key: str) ->
 class ForwardedSignals:
     """While open, notes signals that are sent to this process and hands them on to a child's process group.
 
-    A scheduler tells all processes of a job at once, and those that started us hand it on: one signal within half a
-    second is one. From the third on the user means it: the group is killed, where `kill` says so. instead: what the
-    group gets in place of each of them.
+    A scheduler tells all processes of a job at once, and those that started us hand it on: what comes within half a
+    second is one signal. From the third on the user means it: the group is killed, where `kill` says so. instead: what
+    the group gets in place of each of them, once.
     """
 
     def __init__(self, numbers: Iterable[int], kill: bool, instead: int | None = None) -> None:
@@ -235,11 +249,13 @@ class ForwardedSignals:
         self.received: list[int] = []
         self.group: int | None = None
         self._early: list[int] = []  # came before there was a group
-        self._came: dict[int, float] = {}  # when each signal came last
+        self._came = -math.inf  # when one came last
 
     def __enter__(self) -> "ForwardedSignals":
-        # SIGINT counts again, also in the child, where a shell has started us in the background with it ignored
-        self._before = {number: signal.signal(number, self._hand_on) for number in self.numbers}
+        # SIGINT and SIGQUIT count again, also in the child, where a shell has started us in the background with them
+        # ignored; SIGHUP does not, which nohup has ignored
+        heard = (n for n in self.numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
+        self._before = {number: signal.signal(number, self._hand_on) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -254,11 +270,15 @@ class ForwardedSignals:
             kill_group(child, self._early.pop(0))
 
     def _hand_on(self, number: int, _frame: FrameType | None) -> None:
-        before, self._came[number] = self._came.get(number, -math.inf), time.monotonic()
-        if self._came[number] - before < SAME_SIGNAL_SECONDS:
+        before, self._came = self._came, time.monotonic()
+        if self._came - before < SAME_SIGNAL_SECONDS:
             return
         self.received.append(number)
-        sent = signal.SIGKILL if self.kill and len(self.received) > 2 else self.instead or number
+        sent = self.instead or number
+        if self.kill and len(self.received) > 2:
+            sent = signal.SIGKILL
+        elif self.instead and len(self.received) > 1:
+            return  # it has been told: what comes again while a process is ending would kill it
         if self.group is None:
             self._early.append(sent)
         else:
@@ -276,19 +296,18 @@ def kill_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _execute(command: list[str], log: Path) -> tuple[int, deque[str], int | None]:
-    """Run `command` in a process group of its own, its output to stdout and `log`; signals to us are handed on.
+def _execute(command: list[str], log: Path, signals: ForwardedSignals) -> tuple[int, deque[str], int | None]:
+    """Run `command` in a process group of its own, its output to stdout and `log`; signals to us are handed on to it.
 
     Returns the exit code as a shell has it, the last lines of output, and the first signal we were sent.
     """
     environment = {**os.environ, "NANOCHAT_RUN_ID": paths.run_id(), "PYTHONUNBUFFERED": "1"}
-    for name in ("FORCE_COLOR", *CHAIN_LOCKS):  # logs stay plain text; the files are ours
+    for name in ("FORCE_COLOR", *CHAIN_VARIABLES):  # logs stay plain text; the files are ours
         environment.pop(name, None)
     arguments = [sys.executable, *command[1:]] if command[0] == "python" else command
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     log.parent.mkdir(parents=True, exist_ok=True)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with log.open("ab") as file, ForwardedSignals(numbers, kill=True) as signals:
+    with log.open("ab") as file:
         file.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
         file.flush()
         try:
@@ -308,9 +327,11 @@ def _execute(command: list[str], log: Path) -> tuple[int, deque[str], int | None
             reader = threading.Thread(target=_tee, args=(child.stdout, file, tail), daemon=True)
             reader.start()
             code = child.wait()
+            stopped_by = signals.received[0] if signals.received else None
+            signals.group = None
             kill_group(child.pid, signal.SIGKILL)  # a stage leaves no process behind that would hold the pipe open
             reader.join()
-    return exit_code(code), tail, signals.received[0] if signals.received else None
+    return exit_code(code), tail, stopped_by
 
 
 @contextmanager
@@ -322,7 +343,7 @@ def _ended_with_us(group: int, output: int, log: int) -> Iterator[None]:
     if watcher == 0:
         try:
             os.setsid()
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             os.close(end)
             os.read(alive, 1)  # returns once nobody has `end` open
@@ -364,7 +385,7 @@ def _status(code: int, stopped_by: int | None) -> tuple[str, int]:
     if code == UNFINISHED:
         return "unfinished", code
     if stopped_by is not None:  # even at exit code 0 it may have left early, and what comes after must not start
-        return "interrupted", code or 128 + stopped_by
+        return "interrupted", 128 + stopped_by if code in (0, 128 + signal.SIGTERM) else code
     return ("failed" if code else "finished"), code
 
 
@@ -377,8 +398,11 @@ def _say_end(stage: str, status: str, code: int, seconds: float, tail: Sequence[
         killed = f" (killed by {signal.Signals(code - 128).name})" if code - 128 in signal.valid_signals() else ""
         lines = [f"\nerror: {stage} failed with exit code {code}{killed} after {duration(seconds)}"]
         lines += [*(f"  | {line}" for line in tail), f"log: {log}"]
-    again = os.environ.get("NANOCHAT_CONTINUE") or shlex.join(sys.orig_argv)
-    print("\n".join([*lines, f"to continue: {again}"]), file=sys.stderr, flush=True)
+    print("\n".join([*lines, _continue()]), file=sys.stderr, flush=True)
+
+
+def _continue() -> str:
+    return f"to continue: {os.environ.get('NANOCHAT_CONTINUE') or shlex.join(sys.orig_argv)}"
 
 
 @contextmanager
@@ -393,6 +417,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     inherited, holder = _inherited("RUN_LOCK", path), os.getpid()
     if inherited is not None:
         end_with_parent(signal.SIGTERM)
+        if os.getppid() != int(os.environ.get("CHAIN_PID", os.getppid())):  # it ended before we asked to be told
+            raise UserError("the script that walks the stages has ended; run it again")
         with suppress(OSError, ValueError):
             fcntl.flock(int(os.environ.get("TEXT_LOCK", "")), fcntl.LOCK_SH)  # see nanochat.files.hold
         holder = os.getppid()

@@ -4,6 +4,7 @@ import datetime
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -59,9 +60,12 @@ def on_heartbeat(listener: Callable[[], object]) -> Callable[[], None]:
 
 def heartbeat() -> None:
     """Say from within long work (batches of an evaluation, sampled tokens, a disk) that this process is alive. Does
-    nothing until a watchdog listens."""
+    nothing until a watchdog listens. Raises Stopped as `interruptible` does: Python drops what is raised by a signal
+    that comes within a finalizer."""
     for listener in _on_heartbeat:
         listener()
+    if StopSignal.installed is not None:
+        StopSignal.installed.check()
 
 
 def print0(*values: object, **options: Any) -> None:
@@ -201,22 +205,46 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 so that the training loop can finish its step, save and leave.
+class Stopped(BaseException):
+    """A signal asked to stop within `interruptible`. No Exception: nothing is to take it for a failure of its own."""
 
-    The handler only sets a flag: saving inside it could interrupt a half-done optimizer step.
+
+class StopSignal:
+    """Remembers signals so that the training loop can finish its step, save and leave; a second Ctrl-C ends at once.
+
+    The handler only sets a flag (saving inside it could interrupt a half-done optimizer step), but within
+    `interruptible` it raises Stopped. What this process was started to ignore (nohup) stays ignored.
     """
+
+    installed: "StopSignal | None" = None  # the one that has the signals
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._open = False  # within `interruptible`
+        self._at = 0.0  # when the first signal came
         self._vote: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # of the last call
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        numbers = [signal.SIGTERM, signal.SIGUSR1]
+        others = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+        numbers += [number for number in others if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._remember) for number in numbers}
+        StopSignal.installed = self
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._at = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self._at > 1:  # the first one may have come by several ways
+            raise KeyboardInterrupt
+        self.check()
+
+    def check(self) -> None:
+        """Raise Stopped within `interruptible`, after a signal."""
+        if self._open and self.received is not None:
+            raise Stopped
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
+        StopSignal.installed = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -237,6 +265,22 @@ class StopSignal:
         if copied is not None:
             copied.synchronize()
         return answer.item() > 0
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Work that this rank does alone and that may be dropped, such as its part of an evaluation: a signal to stop
+    raises Stopped in it, wherever it is, in torch.compile too, which takes minutes and looks at no flag."""
+    stop = StopSignal.installed
+    if stop is None:
+        yield
+        return
+    try:
+        stop._open = True
+        stop.check()
+        yield
+    finally:
+        stop._open = False
 
 
 def _start_vote(vote: bool, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:

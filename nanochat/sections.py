@@ -17,8 +17,8 @@ from nanochat.files import atomic_write_text, inside
 STDERR_SUFFIXES = ("_stderr", " standard error")
 
 
-def write_section(stage: str, title: str, data: Mapping[str, Any]) -> None:
-    """Leave `stage`'s section for the report, as runs/<run id>/report/<stage>.json. Only rank 0 writes.
+def write_section(stage: str, title: str, data: Mapping[str, Any]) -> Path | None:
+    """Leave `stage`'s section for the report as runs/<run id>/report/<stage>.json, and return that. Only rank 0 writes.
 
     `data` may hold settings and metrics (name -> value; the standard error of metric `x` is `x_stderr` or
     `x standard error`), tables ({title, columns, rows}), samples ({prompt, text}), facts (numbers and short strings
@@ -27,11 +27,11 @@ def write_section(stage: str, title: str, data: Mapping[str, Any]) -> None:
     of evaluation stages, also go into the summary table.
     """
     if os.environ.get("RANK", "0") != "0":
-        return
+        return None
     section = {"stage": stage, "title": title, "time": time.time(), **data}
-    atomic_write_text(
-        inside(sections_dir(paths.run_dir()), f"{stage}.json"), json.dumps(plain(section), indent=1) + "\n"
-    )
+    path = inside(sections_dir(paths.run_dir()), f"{stage}.json")
+    atomic_write_text(path, json.dumps(plain(section), indent=1) + "\n")
+    return path
 
 
 def keeps_results(*folders: str) -> bool:

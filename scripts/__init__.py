@@ -1,0 +1,1 @@
+import nanochat  # noqa: F401 - Ctrl-C while a script is loaded

@@ -130,8 +130,8 @@ from nanochat.hardware import device_name
 from nanochat.optim.schedule import batch_lr_scale, make_schedule, window_length
 from nanochat.parallel import Policy
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir
-from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, get_dist_info, print0
-from nanochat.tokenizer import get_token_bytes
+from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, get_dist_info, interruptible, print0
+from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
 from nanochat.train.console import wandb_name, wandb_project
 from nanochat.train.coordinates import CoordRecorder
 from nanochat.train.loop import train
@@ -144,6 +144,7 @@ from nanochat.train.run import (
     compiles,
     describe_run,
     earlier_run,
+    final_samples,
     finish,
     parallelize_model,
 )
@@ -164,21 +165,13 @@ def default_tag(settings: Settings) -> str:
     return f"{settings.arch}_d{settings.depth}{width}{'_mup' if settings.mup else ''}{base}"
 
 
-class Samples:
-    """What the model says to fixed prompts: printed on the way, kept for the report."""
-
-    def __init__(self, model: GPT, data: TrainData) -> None:
-        self.model, self.tokenizer = model, data.tokenizer
-        self.latest: list[dict[str, str]] = []
-
-    def show(self, step: int) -> dict[str, float]:
-        """An evaluation without metrics."""
-        if get_dist_info().rank == 0 and self.tokenizer is not None:
-            with parallel.disable_compile(self.model):
-                self.latest = make_samples(self.model, self.tokenizer)
-            for sample in self.latest:
-                print0(f"--- {visible(sample['text'])}")
-        return {}
+def samples(model: GPT, tokenizer: RustBPETokenizer | None) -> list[dict[str, str]]:
+    """What the model says to fixed prompts, printed on the way (rank 0)."""
+    with parallel.disable_compile(model):
+        found = make_samples(model, tokenizer)
+    for sample in found:
+        print0(f"--- {visible(sample['text'])}")
+    return found
 
 
 def val_loss(
@@ -232,23 +225,33 @@ def coordinates(model: GPT, rows: np.ndarray, anew: bool) -> Callable[[int], dic
 
 
 def make_evaluations(
-    settings: Settings, model: GPT, forward: Callable[..., torch.Tensor], data: TrainData, samples: Samples, anew: bool
+    settings: Settings, model: GPT, forward: Callable[..., torch.Tensor], data: TrainData, last: int, anew: bool
 ) -> list[Evaluation]:
-    """What is measured on the way."""
+    """What is measured on the way to step `last`."""
+    tokenizer = data.tokenizer
+
+    def sample(step: int) -> dict[str, float]:
+        """An evaluation without metrics. The last samples are made after the loop: a resumed run may not come here."""
+        if get_dist_info().rank == 0 and step < last:
+            with interruptible():
+                samples(model, tokenizer)
+        return {}
+
     val = data.fixed_rows("val", settings.max_seq_len, max(settings.eval_tokens, settings.max_seq_len))
     evaluations = [Evaluation(settings.eval_every, True, val_loss(settings, forward, data, val, model.get_device()))]
-    if data.tokenizer is not None and settings.core_metric_every > 0:
+    if tokenizer is not None and settings.core_metric_every > 0:
         evaluations += core(settings, model, data)
-    if data.tokenizer is not None and settings.sample_every > 0:
-        evaluations.append(Evaluation(settings.sample_every, True, samples.show, optional="samples"))
+    if tokenizer is not None and settings.sample_every > 0:
+        evaluations.append(Evaluation(settings.sample_every, False, sample, optional="samples"))
     if settings.coord_check:
         record = coordinates(model, val, anew)
         evaluations.append(Evaluation(settings.coord_check_every, True, record, optional="coordinates"))
     return evaluations
 
 
-def announce(settings: Settings, model: GPT, data: TrainData, plan: BatchPlan, num_iterations: int, why: str) -> None:
-    """Everything that was derived from the settings, before anything is spent."""
+def announce(settings: Settings, model: GPT, data: TrainData, plan: BatchPlan, num_iterations: int, why: str) -> float:
+    """Everything that was derived from the settings, before anything is spent. Returns the share of tokens that packing
+    drops, from a sample: what has been dropped so far would be forgotten when a run is killed."""
     horizon = num_iterations * settings.total_batch_size
     device, ranks = model.get_device(), get_dist_info().world_size
     compiling = compiles(settings.compile, device)
@@ -263,6 +266,7 @@ def announce(settings: Settings, model: GPT, data: TrainData, plan: BatchPlan, n
     print0(f"data: {data.source}, {epochs:.2f} epochs, {100 * cropped:.1f} % of tokens cropped by packing")
     if epochs > 1:
         print0(f"warning: too little data: this horizon repeats it {epochs:.1f} times; get more of it, or train less")
+    return cropped
 
 
 def build_model(settings: Settings, data: TrainData, device: torch.device) -> tuple[GPT, Policy, int, str]:
@@ -307,15 +311,14 @@ def main(settings: Settings) -> None:
     if earlier is None:  # this very run is complete
         compute_cleanup()
         return
-    announce(settings, model, data, plan, num_iterations, why)
+    cropped = announce(settings, model, data, plan, num_iterations, why)
     if settings.mup:
         meta["mup"] = mup.as_records(GPT, config, settings.use_muon, init_spec(settings))
         print0(mup.format_table(meta["mup"]))
     print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
 
     # ---- train
-    samples = Samples(model, data)
-    evaluations = make_evaluations(settings, model, forward, data, samples, anew=not earlier)
+    evaluations = make_evaluations(settings, model, forward, data, num_iterations, anew=not earlier)
     rows, state = data.rows(settings.max_seq_len, settings.seed), earlier.get("loader")
     loader = RowLoader(rows, plan.rows_per_step, plan.device_batch_size, device, rank, world_size, state)
     width, base_width = config.n_embd, config.mup_base_width
@@ -345,8 +348,11 @@ def main(settings: Settings) -> None:
     )
     outcome = train(run)
     if outcome.finished:
-        metrics = {"cropped share": rows.cropped_share(), **outcome.metrics}
-        finish(run, "base_train", "Base model training", describe(run, metrics, samples.latest))
+        tokenizer = data.tokenizer
+        wanted = tokenizer is not None and settings.sample_every > 0
+        said = final_samples(run, lambda: samples(model, tokenizer)) if wanted else []
+        metrics = {"cropped share": cropped, **outcome.metrics}
+        finish(run, "base_train", "Base model training", describe(run, metrics, said))
     compute_cleanup()
 
 

@@ -67,6 +67,7 @@ from nanochat.config import LEARNING_RATES
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import TooLittleText, UserError
 from nanochat.eval.chat import evaluate_generative, ready
+from nanochat.eval.samples import make_chat_samples
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
 from nanochat.paths import checkpoint_dir
@@ -82,9 +83,9 @@ from nanochat.train.run import (
     Evaluation,
     TrainingRun,
     attempt,
-    chat_samples,
     describe_run,
     earlier_run,
+    final_samples,
     finish,
     load_parent,
 )
@@ -236,7 +237,7 @@ def main(settings: Settings) -> None:
     print0("before: " + " | ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
     outcome = train(run)
     if outcome.finished:  # on all ranks alike; one that was told to stop has no time for samples
-        samples = chat_samples(run, tokenizer)
+        samples = final_samples(run, lambda: make_chat_samples(model, tokenizer))
         data = describe(run, outcome.metrics, questions, test, samples)
         finish(run, "chat_rl", "Reinforcement learning", {**data, "notes": [note] if note else []})
     compute_cleanup()

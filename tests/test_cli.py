@@ -1,5 +1,6 @@
 import dataclasses
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -225,3 +226,24 @@ def test_under_torchrun_rank_0_answers(words, monkeypatch, capsys):
         parse(*words)
     assert end.value.code == (2 if words == ["--nonsense"] else 0)
     assert capsys.readouterr() == ("", "")
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == word:
+            os.kill(os.getpid(), signal.SIGINT)
+word, module = sys.argv.pop(1), sys.argv.pop(1)
+sys.meta_path.insert(0, Interrupts())
+sys.argv[0] = "-m"  # as Python has it while it looks for the module
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("during", ["cyclopts", "numpy", "nanochat.train.run", "pyarrow.parquet"])
+def test_ctrl_c_while_a_program_is_loaded_ends_it_without_a_trace(during):
+    words = [sys.executable, "-c", INTERRUPTED, during, "scripts.base_train", "--source=local:nowhere"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode in (-signal.SIGINT, 130), ended.stderr
+    assert "Traceback" not in ended.stderr and ended.stderr.count("\n") <= 1, ended.stderr

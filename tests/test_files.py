@@ -1,11 +1,14 @@
 import contextlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat import files
 from nanochat.errors import UserError
 from nanochat.files import DEEPEST, fields, inside, parse_json
 
@@ -72,3 +75,32 @@ def test_names_within_the_folder_and_links_within_it_are_followed(tmp_path):
     os.symlink("a", tmp_path / "real" / "link")
     for name in ("a/b.jsonl", "link/b.jsonl", "..b", "a/...", "模型.jsonl"):
         assert inside(tmp_path / "folder", name) == tmp_path / "folder" / name
+
+
+def test_what_killed_processes_left_goes_and_what_living_ones_write_stays(tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    ours = files.temporary_path(tmp_path / "ours")
+    space = ours.name.split(".")[1].partition("-")[0]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead = tmp_path / f"shard.parquet.{space}-{ended.pid}.tmp"
+    folder = tmp_path / "below" / f"eval_bundle.{space}-{ended.pid}.tmp"
+    foreign = tmp_path / f"a.00000000-{ended.pid}.tmp"
+    others = [tmp_path / "notes.tmp", tmp_path / f"a.{space}-1.tmp", foreign, ours]
+    folder.mkdir()
+    for path in (dead, folder / "x", *others):
+        path.touch()
+    files.sweep(tmp_path.rglob("*.tmp"))
+    assert not dead.exists() and not folder.exists() and all(path.exists() for path in others)
+    monkeypatch.setattr(files, "STRANGER_SECONDS", -1.0)
+    files.sweep(tmp_path.rglob("*.tmp"))
+    assert [path for path in others if not path.exists()] == [foreign]
+
+
+def test_the_first_write_into_a_folder_clears_what_was_left_there(tmp_path):
+    script = "import os, signal, sys; from pathlib import Path; from nanochat.files import atomic_write\n"
+    script += "with atomic_write(Path(sys.argv[1])) as t:\n    t.touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", script, tmp_path / "a"], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    files.atomic_write_text(tmp_path / "b", "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

@@ -303,6 +303,64 @@ def test_ctrl_c_reaches_the_stage_even_when_started_in_the_background(store):
     assert statuses("a") == ["started", "interrupted"]
 
 
+WALK = """
+cd {root}
+source dev/stages.sh
+NANOCHAT_BASE_DIR={store} TAG=adhoc NANOCHAT_CONTINUE="bash walk.sh"
+export NANOCHAT_BASE_DIR NANOCHAT_CONTINUE
+{command}
+touch {store}/after
+"""
+
+
+def walk(store, command):
+    """The chain's shell in a session of its own, as a terminal starts a script."""
+    script = WALK.format(root=ROOT, store=store, command=command)
+    return subprocess.Popen(["bash", "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize("whom", ["bash", "group"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
+def test_whichever_signal_comes_to_whomever_the_stage_saves_and_no_other_begins(store, name, whom):
+    (store / "stage.py").write_text(SAVES_WHEN_TOLD.format(code=75))
+    chain = walk(store, f"stage a -- python {store}/stage.py")
+    wait_for(store / "ready")
+    (os.kill if whom == "bash" else os.killpg)(chain.pid, signal.Signals[name])
+    _, error = chain.communicate(timeout=30)
+    assert chain.returncode == 75 and "to continue: bash walk.sh" in error and "Traceback" not in error
+    assert (store / "saved").exists() and not (store / "after").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("SIGINT", "sleep 1"), ("SIGUSR1", "x=$(sleep 1)"), ("SIGQUIT", "attend sleep 60")]
+    + [(name, "stage a -- sleep 60") for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1")],
+)
+def test_a_signal_to_the_shell_alone_ends_it_at_any_moment(store, name, command):
+    chain = walk(store, f"touch {store}/ready; {command}")
+    wait_for(store / "ready")
+    time.sleep(0.1)  # in the last case before the runner, which Python has to load, hears signals
+    chain.send_signal(signal.Signals[name])
+    _, error = chain.communicate(timeout=30)
+    assert chain.returncode in (128 + signal.Signals[name], 143) and not (store / "after").exists(), error
+    assert "Traceback" not in error
+
+
+def test_a_signal_after_the_last_work_of_a_stage_starts_no_other(store):
+    # hashing what was written: the stage is done, and found done by the next call
+    (store / "hashing.py").write_text(
+        "import os, signal\nfrom nanochat import ledger, pipeline\nfind = ledger.fingerprint\n"
+        "ledger.fingerprint = lambda p: [os.kill(os.getpid(), signal.SIGINT) for _ in p if p] and find(p)\n"
+        "pipeline.cli.run_with_command(pipeline.main, pipeline.Settings)\n"
+    )
+    words = ["run", "a", "--out", "out", "--", "bash", "-c", WRITE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, store / "hashing.py", *words]
+    runner = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+    assert runner.returncode == 130 and "stopped by SIGINT\nto continue: " in runner.stderr, runner.stderr
+    assert statuses("a") == ["started", "finished"]
+
+
 def test_two_pipelines_cannot_work_on_one_run(store):
     first = start("a", "--", "bash", "-c", 'touch "$NANOCHAT_BASE_DIR/ready"; sleep 60')
     wait_for(store / "ready")

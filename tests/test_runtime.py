@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -106,3 +107,85 @@ def test_printing_is_rank_0_s(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     common.print0("b")
     assert capsys.readouterr().out == "a 1\n"
+
+
+@pytest.fixture
+def stop():
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    installed = runtime.StopSignal()
+    yield installed
+    installed.restore()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM])
+def test_work_that_may_be_dropped_is_dropped_at_once_and_not_begun_again(stop, number):
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.received is None  # what is ignored stays ignored
+    with runtime.interruptible():
+        runtime.heartbeat()
+    with pytest.raises(runtime.Stopped), runtime.interruptible():
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+    runtime.heartbeat()  # elsewhere it is only remembered
+    assert stop.received == signal.Signals(number).name
+    with pytest.raises(runtime.Stopped), runtime.interruptible():
+        raise AssertionError("begun again")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_within_a_finalizer_is_found_at_the_next_heartbeat(stop):
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+
+    with pytest.raises(runtime.Stopped), runtime.interruptible():
+        Finalized()
+        runtime.heartbeat()
+
+
+def test_a_second_ctrl_c_ends_at_once_and_other_signals_do_not(stop):
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # as they come by several ways
+        os.kill(os.getpid(), number)
+    stop._at -= 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+
+
+def stopped_in_an_evaluation():
+    import torch.distributed as dist
+
+    from nanochat.eval.bpb import measure_bpb
+    from nanochat.eval.scores import gather_records
+
+    installed = runtime.StopSignal()
+    ones = torch.ones(2, 3, dtype=torch.long)
+
+    def model(x, y, loss_reduction):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.ones(2, 3)
+
+    outcomes = []
+    for measure in (
+        lambda: measure_bpb(model, [(ones, ones)], ones[0]),
+        lambda: gather_records(lambda: {dist.get_rank(): {"passed": True}}),
+    ):
+        try:
+            measure()
+            outcomes.append("measured")
+        except runtime.Stopped:
+            outcomes.append("stopped")
+    installed.restore()
+    return [*outcomes, installed.received]
+
+
+def test_where_a_signal_stops_one_rank_in_an_evaluation_all_leave_it_together():
+    left = ["stopped", "stopped"]
+    assert run_processes(2, stopped_in_an_evaluation) == [[*left, None], [*left, "SIGTERM"]]

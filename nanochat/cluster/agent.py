@@ -17,6 +17,7 @@ from typing import Any
 
 from nanochat import cli
 from nanochat.errors import UserError
+from nanochat.launch import SIGNALS
 from nanochat.pipeline import exit_code
 
 
@@ -57,6 +58,8 @@ def main(settings: Settings, command: Sequence[str]) -> int:
     try:
         run.run(run.parse_args(arguments))
     except SignalException as stopped:
+        for number in SIGNALS.split(","):  # another would be raised anywhere, as this one was
+            signal.signal(signal.Signals[number], signal.SIG_IGN)
         return exit_code(next(filter(None, codes), 0 if codes else -stopped.sigval))
     except ChildFailedError as error:
         # Ranks that left word of the same mistake are ended by torchrun while rank 0 says it: they are not the cause

@@ -33,7 +33,7 @@ from nanochat.launch import DEFAULT_PORT
 from nanochat.pipeline import ForwardedSignals, exit_code
 
 STOPPED = 128 + signal.SIGTERM
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 BEAT_SECONDS = 2.0
 GRACE_SECONDS = 60.0  # for a command here to end by itself once node 0 has ended
 

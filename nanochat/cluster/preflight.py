@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 from nanochat import paths, runtime
 from nanochat.errors import UserError
+from nanochat.files import temporary_path
 from nanochat.runtime import gather, print0, synchronize
 
 REPEATS = 5  # the best counts: what disturbs a measurement only ever makes it slower
@@ -132,7 +133,7 @@ def all_reduce_gbytes(device: torch.device) -> float:
 def disk_mbytes(folder: Path) -> float:
     """MB/s of one file of DISK_BYTES written to `folder` and flushed. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".preflight-{socket.gethostname()}-{os.getpid()}"
+    path = temporary_path(folder / "preflight")
     data = os.urandom(2**20) * (DISK_BYTES // 2**20)
     begun = time.perf_counter()
     try:

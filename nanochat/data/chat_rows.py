@@ -131,15 +131,13 @@ class ChatRows(RowSource):
         return {"seed": packer.seed, "conversations": len(packer.task), "sequence_len": packer.sequence_len}
 
     def seek(self, state: dict[str, Any]) -> None:
-        self._position = state["chunk"], state["taken"], 1
+        self._position = state["chunk"], state["taken"], len(self.packer.chunk(state["chunk"]).inputs)
 
     def _rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, int, int]]]:
         """(inputs (T,), targets (T,), position after it) of all rows from the position on."""
         number, taken, _ = self._position
         while True:
             chunk = self.packer.chunk(number)
-            self._cropped += chunk.cut
-            self._kept += chunk.inputs.size
             for row in range(taken, len(chunk.inputs)):
                 yield chunk.inputs[row], chunk.targets[row], (number, row + 1, len(chunk.inputs))
             number, taken = number + 1, 0

@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ import pyarrow.compute as pc
 
 from nanochat.data import overlap, parquet
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, temporary_folder
 from nanochat.paths import data_dir
 
 COMPRESSED = ("", ".gz", ".zst", ".bz2", ".lz4")
@@ -191,8 +190,7 @@ def convert(files: list[Path], target: Path) -> parquet.Manifest:
     unreadable input (with file and line) and for fewer than two documents."""
     target.mkdir(parents=True, exist_ok=True)
     buckets = min(MAX_BUCKETS, 1 + sum(path.stat().st_size for path in files) // BUCKET_BYTES)
-    with tempfile.TemporaryDirectory(dir=target, prefix="ordering-") as name:
-        folder = Path(name)
+    with temporary_folder(target / "ordering") as folder:
         _spread(files, folder, buckets)
         sizes, marks = (np.concatenate(parts) for parts in zip(*map(_measured, sorted(folder.iterdir())), strict=True))
         val_bytes = held_out_bytes(int(sizes.sum()))

@@ -22,7 +22,6 @@ class RowSource(ABC):
     sequence_len: int
     filler_token: int  # input of filler rows
     _position: Any
-    _kept = _cropped = 0  # tokens read so far that are in a row, and that are in none
 
     def start(self, rows_per_step: int, local: range) -> None:
         """local: the numbers, within each global batch of rows_per_step rows, of those that this rank wants."""
@@ -51,10 +50,6 @@ class RowSource(ABC):
     @abstractmethod
     def epoch(self, position: Any) -> float:
         """How often the data have been gone through."""
-
-    def cropped_share(self) -> float:
-        """Share of the tokens read so far that are in no row."""
-        return self._cropped / max(self._kept + self._cropped, 1)
 
     def close(self) -> None:  # noqa: B027
         """Stop what runs in the background."""

@@ -193,9 +193,6 @@ class TextRows(RowSource):
         units = [begun - 1 + taken / rows for begun, taken, rows in position.values() if begun]
         return sum(units) / max(len(position), 1) * self.rows_per_step / self.order.per_epoch
 
-    def cropped_share(self) -> float:
-        return self.packer.cropped_share()
-
     def close(self) -> None:
         self.packer.pool.shutdown(cancel_futures=True)
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from nanochat.eval.bundle import MARKER, TABLES, Bundle, load_bundle
-from nanochat.files import atomic_write_text, inside
+from nanochat.files import atomic_write_text, inside, temporary_folder
 from nanochat.tasks.passages import (
     Item,
     ItemMaker,
@@ -157,16 +157,13 @@ def copy_bundle(origin: Path, target: Path) -> Bundle:
 @contextlib.contextmanager
 def _replacing(target: Path, kind: str, source: str, left_out: list[str]) -> Iterator[Path]:
     """A new folder beside `target` that takes its place in the end: read back, and with what it is written down."""
-    folder, old = (target.with_name(f"{target.name}{suffix}") for suffix in (".tmp", ".old"))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    yield folder
-    marker: dict[str, Any] = {"kind": kind, "source": source, "left_out": left_out}
-    atomic_write_text(folder / MARKER, json.dumps(marker) + "\n")  # what load_bundle takes an empty bundle for
-    tasks = [task.label for task in load_bundle(folder).tasks]
-    atomic_write_text(folder / MARKER, json.dumps({**marker, "tasks": tasks}, indent=1) + "\n")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(folder, target)
-    shutil.rmtree(old, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target) as folder, temporary_folder(target.with_name(f"{target.name}.old")) as old:
+        yield folder
+        marker: dict[str, Any] = {"kind": kind, "source": source, "left_out": left_out}
+        atomic_write_text(folder / MARKER, json.dumps(marker) + "\n")  # what load_bundle takes an empty bundle for
+        tasks = [task.label for task in load_bundle(folder).tasks]
+        atomic_write_text(folder / MARKER, json.dumps({**marker, "tasks": tasks}, indent=1) + "\n")
+        if target.exists():
+            os.replace(target, old)
+        os.replace(folder, target)

@@ -13,7 +13,7 @@ import torch
 
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
-from nanochat.runtime import gather
+from nanochat.runtime import Stopped, gather, interruptible
 
 _WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
 
@@ -83,20 +83,22 @@ class Composite:
 def gather_records(measure: Callable[[], dict[int, Record]]) -> list[Record]:
     """The records that `measure` gives on each rank, in the order of their keys: the same list on every rank.
 
-    Where it fails on one rank, all ranks raise: none goes on to wait for others that have left.
+    Where it fails on one rank, or a signal stops one, all ranks raise: none goes on to wait for others that have left.
     """
-    failure: Exception | None = None
+    failure: Exception | Stopped | None = None
     records: dict[int, Record] = {}
     try:
-        records = measure()
-    except Exception as error:
+        with interruptible():
+            records = measure()
+    except (Exception, Stopped) as error:
         failure = error
-    everywhere = gather((records, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    problem = failure and (isinstance(failure, Stopped), f"{type(failure).__name__}: {failure}")
+    everywhere = gather((records, problem))
     if failure is not None:
         raise failure
     for rank, (_, elsewhere) in enumerate(everywhere):
         if elsewhere is not None:
-            raise UserError(f"rank {rank} could not go on: {elsewhere}")
+            raise Stopped if elsewhere[0] else UserError(f"rank {rank} could not go on: {elsewhere[1]}")
     found = {key: record for part, _ in everywhere for key, record in part.items()}
     return [found[key] for key in sorted(found)]
 

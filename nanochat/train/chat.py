@@ -18,6 +18,7 @@ from nanochat.data.rows import plan_batch
 from nanochat.dataloader import RowLoader, target_batches
 from nanochat.errors import TooLittleText, UserError, visible
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
+from nanochat.eval.samples import make_chat_samples
 from nanochat.flags import ChatTrainSettings, ParentFlags
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
@@ -31,10 +32,10 @@ from nanochat.train.observer import Observer
 from nanochat.train.run import (
     Evaluation,
     TrainingRun,
-    chat_samples,
     compiled,
     describe_run,
     earlier_run,
+    final_samples,
     finish,
     load_parent,
 )
@@ -159,7 +160,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
     )
     outcome = train(run)
     if outcome.finished:  # on all ranks alike; one that was told to stop has no time for samples
-        samples = chat_samples(run, tokenizer)
+        samples = final_samples(run, lambda: make_chat_samples(model, tokenizer))
         for sample in samples:
             print0(visible(f"--- {sample['prompt']}\n{sample['text']}"))
         metrics = {

@@ -190,21 +190,22 @@ class Tracker:
             return
         earlier = earlier or {}
         self.path = run_dir() / "metrics.jsonl"
-        self._drop_after(earlier.get("step"))
+        self._drop_after(earlier.get("step"), earlier.get("loop", {}).get("evaluated_step"))
         self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open for the length of the run
         if name != NO_WANDB:
             connect = pkgutil.resolve_name("nanochat.train.tracking:connect")  # an annex, which takes 1 s to import
             self.wandb = connect(project, name, self.stage, meta, earlier.get("wandb_id"), [f"{g}/*" for g in GROUPS])
             self.wandb_id = self.wandb.id
 
-    def _drop_after(self, step: int | None) -> None:
+    def _drop_after(self, step: int | None, evaluated: int | None) -> None:
         """A run that starts again, or resumes, repeats steps: its earlier records of them go (None: all of them). So do
-        the evaluations of the step itself, which come after its checkpoint."""
+        the evaluations of the step itself, which come after its checkpoint, unless it knows them (`evaluated`)."""
 
         def stays(record: dict[str, Any]) -> bool:
             if record.get("stage") != self.stage:
                 return True
-            return step is not None and (record["step"] < step or (record["step"] == step and TRAIN_LOSS in record))
+            known = TRAIN_LOSS in record or SKIPPED in record or evaluated == step
+            return step is not None and (record["step"] < step or (record["step"] == step and known))
 
         kept = [json.dumps(record) + "\n" for record in read_jsonl(self.path) if stays(record)]
         atomic_write_text(self.path, "".join(kept))

@@ -8,9 +8,11 @@ How the model is spread over ranks is run.policy's business (nanochat.parallel),
 
 import gc
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint, parallel
-from nanochat.errors import UserError
+from nanochat.errors import UNFINISHED, UserError
 from nanochat.optim.schedule import set_schedule
-from nanochat.runtime import IGNORE_INDEX, StopSignal, get_dist_info, print0
+from nanochat.runtime import IGNORE_INDEX, Stopped, StopSignal, gather, get_dist_info, interruptible, print0
 from nanochat.train.console import MAX_SKIPPED, Console, StepResult
 from nanochat.train.run import Evaluation, Outcome, TrainingRun, attempt, resume
 
@@ -45,9 +47,16 @@ def train(run: TrainingRun) -> Outcome:
         run.tokenizer.keep(run.folder / "tokenizer")
     stop, console = StopSignal(), Console(run, device)
     try:
-        run.warm_kernels(run)
+        with interruptible():
+            run.warm_kernels(run)
         console.restart()
         finished = _loop(run, stop, console, saver)
+    except Stopped:  # before the first step of this start was done: what there is to save is on the disk
+        print0(f"stopped by {stop.received} at step {run.state.step:,}; run again with --resume=auto")
+        if dist.is_initialized():  # other ranks may wait for this one within a step
+            sys.stdout.flush()
+            os._exit(UNFINISHED)
+        return Outcome(False, {})
     except torch.OutOfMemoryError:
         raise UserError(
             f"{device} is out of memory at a device batch of {run.loader.device_batch_size} rows: {run.memory_advice}"
@@ -75,6 +84,7 @@ def _loop(run: TrainingRun, stop: StopSignal, console: Console, saver: "Saver") 
     saved_step = state.step if state.step > 0 else -1
     if state.step:
         run.prepare(state.step - 1)  # the evaluations of the step that is resumed from may come again
+    first_step: AbstractContextManager[None] = interruptible()  # it compiles, and nothing is lost without it
     with garbage_collection() as collect:
         while True:
             last = state.step == run.num_iterations
@@ -94,16 +104,21 @@ def _loop(run: TrainingRun, stop: StopSignal, console: Console, saver: "Saver") 
             if stopping:
                 saver.wait()
                 return False
-            # Once in a while: evaluate.
-            if due:
-                _evaluate(run, console, due)
+            # Once in a while: evaluate. Where that is stopped it comes again at the next start.
+            if due and not _evaluate(run, console, due):
+                if state.step != saved_step:
+                    _save(run, console, saver, last)
+                saver.wait()
+                return False
             state.evaluated_step = state.step
             # Once: end.
             if last:
                 _finish(run, saver)
                 return True
 
-            result = train_step(run)
+            with first_step:
+                result = train_step(run)
+            first_step = nullcontext()
             console.step(result)
             console.log(run.observer.after_step(state.step, background=saver.group))
             collect(state.step)
@@ -153,17 +168,26 @@ def train_step(run: TrainingRun) -> StepResult:
     return StepResult(mean, norm, multiplier, run.monitor.after_update())
 
 
-def _evaluate(run: TrainingRun, console: Console, due: list[Evaluation]) -> None:
-    """Make these evaluations and record what they say."""
+def _evaluate(run: TrainingRun, console: Console, due: list[Evaluation]) -> bool:
+    """Make these evaluations and record what they say. False, on all ranks, where a signal stopped one of them: then
+    nothing is recorded."""
     state = run.state
     run.model.eval()
     metrics: dict[str, float] = {}
+    stopped = False
     with torch.no_grad(), parallel.unsharded_params(run.model, run.policy):
         for evaluation in due:
             run.observer.mark(state.step, "evaluate")
             measure, optional = partial(evaluation.run, state.step), evaluation.optional
-            metrics |= attempt(state, optional, measure, dict[str, float]()) if optional else measure()
+            try:
+                metrics |= attempt(state, optional, measure, dict[str, float]()) if optional else measure()
+            except Stopped:
+                stopped = True
+            if stopped := any(gather(stopped)):
+                break
     run.model.train()
+    if stopped:
+        return False
     if metrics:
         state.latest.update(metrics)
         for name, value in metrics.items():
@@ -173,6 +197,7 @@ def _evaluate(run: TrainingRun, console: Console, due: list[Evaluation]) -> None
         print0(f"step {state.step:05d} | " + " | ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         gc.collect()  # the schedule of the loop only looks at young objects
     console.restart()
+    return True
 
 
 def _save(run: TrainingRun, console: Console, saver: "Saver", last: bool) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from nanochat import checkpoint, cli, parallel
 from nanochat.config import LEARNING_RATES
 from nanochat.errors import UserError
-from nanochat.eval.samples import make_chat_samples
 from nanochat.files import from_json
 from nanochat.flags import ParentFlags, Resume, RunFlags
 from nanochat.gpt import GPT, GPTConfig
@@ -279,7 +278,7 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
         return {}
     if started_again:
         resume = "auto"  # torchrun started all ranks again (--max-restarts): what is there is this run's own
-    complete = (folder / checkpoint.COMPLETE).exists() and not started_again
+    complete = checkpoint.is_complete(folder) and not started_again
     if resume == "never":
         tag = "--model-tag" if meta_now["stage"] == "base" else "--out-tag"
         how, auto = (", complete", "leaves it as it is") if complete else ("", "continues it")
@@ -338,11 +337,11 @@ def compiled(model: GPT, policy: Policy, flag: bool | None) -> Callable[..., Ten
 # ---- after the loop
 
 
-def chat_samples(run: TrainingRun, tokenizer: RustBPETokenizer) -> list[dict[str, str]]:
-    """Answers to fixed prompts, on rank 0; every rank calls this."""
+def final_samples(run: TrainingRun, make: Callable[[], list[dict[str, str]]]) -> list[dict[str, str]]:
+    """What the trained model says to fixed prompts, by `make` on rank 0; every rank calls this."""
 
     def sample() -> list[dict[str, str]]:
-        return make_chat_samples(run.model, tokenizer) if get_dist_info().rank == 0 else []
+        return make() if get_dist_info().rank == 0 else []
 
     with parallel.unsharded_params(run.model.eval(), run.policy), parallel.disable_compile(run.model):
         return attempt(run.state, "samples", sample, [])
@@ -350,5 +349,6 @@ def chat_samples(run: TrainingRun, tokenizer: RustBPETokenizer) -> list[dict[str
 
 def finish(run: TrainingRun, section: str, title: str, data: Mapping[str, Any]) -> None:
     """Write the report's section and mark the run as complete (rank 0)."""
-    write_section(section, title, {**data, "notes": [*data.get("notes", []), *run.state.failures]})
-    checkpoint.mark_complete(run.folder)
+    written = write_section(section, title, {**data, "notes": [*data.get("notes", []), *run.state.failures]})
+    if written is not None:
+        checkpoint.mark_complete(run.folder, written)

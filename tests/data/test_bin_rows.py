@@ -194,15 +194,10 @@ def test_the_state_is_taken_between_steps_only(folder):
     data.close()
 
 
-def test_epoch_and_cropped_share(folder):
+def test_epoch(folder):
     data = loader(folder, len(ALL_ROWS), T, 8)
     take(data, 1)
     assert 0.97 < data.epoch() <= 1  # all rows taken; the tail of the last file is in none of them
-    total = sum(map(len, TRAIN))
-    take(data, 3)
-    assert data.source.cropped_share() == pytest.approx(
-        1 - ALL_ROWS.size / total, abs=0.05
-    )  # the next files are scanned too
     data.close()
 
 

@@ -171,6 +171,14 @@ def test_epochs_are_counted():
     loader.close()
 
 
+def test_epochs_are_those_of_the_run_before_where_nothing_is_left_to_do():
+    loader = loader_of(packer(), 3, 3)
+    take(loader, 7)
+    resumed = loader_of(packer(), 3, 3, state=loader.state_dict())
+    assert resumed.epoch() == loader.epoch() > 0
+    resumed.close()
+
+
 def test_rows_of_an_epoch_are_exact_for_few_chunks_and_close_for_many(monkeypatch):
     source = packer(count=400)
     true = sum(len(source.chunk(i).inputs) for i in range(source.per_epoch))

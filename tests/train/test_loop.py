@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 import weakref
 
 import numpy as np
@@ -17,7 +18,7 @@ from nanochat.eval.scores import gather_records
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim.schedule import lr_multiplier, muon_momentum
 from nanochat.paths import run_dir
-from nanochat.runtime import get_dist_info
+from nanochat.runtime import get_dist_info, interruptible
 from nanochat.train import loop
 from nanochat.train.console import Console
 from nanochat.train.loop import train
@@ -220,6 +221,50 @@ def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_next_start(
     assert checkpoint.committed_steps(folder) == [3] and evaluated == []
     assert train(start_again(folder, 3, evaluations=evaluations)).finished
     assert evaluated == [3] and checkpoint.read_meta(folder, 3)["val_bpb"] == 1.0
+
+
+def test_a_signal_within_an_evaluation_saves_at_once_and_the_evaluation_comes_again(folder):
+    evaluated = []
+
+    def measure(step):
+        evaluated.append(step)
+        with interruptible():
+            if evaluated == [3]:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+        return {"Loss/val_bpb": 1.0}
+
+    evaluations = [Evaluation(3, False, measure, optional="a long one")]
+    started = time.monotonic()
+    first = make_run(folder, 5, evaluations=evaluations, save_every=2)
+    assert not train(first).finished
+    assert time.monotonic() - started < 30
+    assert checkpoint.committed_steps(folder) == [2, 3] and evaluated == [3] and first.state.failures == []
+    assert train(start_again(folder, 5, evaluations=evaluations)).finished
+    assert evaluated == [3, 3]
+
+
+def test_a_signal_in_the_first_step_drops_it(folder):
+    class Stopping(FakeLoader):
+        def next_batch(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert not train(make_run(folder, 3, Stopping())).finished
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert checkpoint.committed_steps(folder) == []
+
+
+def test_what_was_evaluated_at_the_last_step_is_known_after_a_kill_behind_it(folder):
+    evaluations = [Evaluation(-1, True, lambda step: {"Loss/val_bpb": 1.0})]
+    assert train(make_run(folder, 3, evaluations=evaluations)).finished
+    records = (run_dir() / "metrics.jsonl").read_text()
+    again = start_again(folder, 3, evaluations=evaluations)
+    assert train(again).finished and again.state.latest["Loss/val_bpb"] == 1.0
+    assert (run_dir() / "metrics.jsonl").read_text() == records
 
 
 def spoil(run, what, steps):
