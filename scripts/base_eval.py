@@ -30,6 +30,7 @@ if __name__ == "__main__":
 from nanochat.checkpoint import load_model
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.core import evaluate_core, report_data, write_results
+from nanochat.eval.shortcuts import measure
 from nanochat.paths import eval_bundle_dir, get_base_dir, slug
 from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.sections import keeps_results, write_section
@@ -38,7 +39,7 @@ from nanochat.sections import keeps_results, write_section
 def main(settings: Settings) -> None:
     _, rank, _, _, device = compute_init(settings.device_type)
     kept = keeps_results("base_eval")
-    bundle = load_bundle(eval_bundle_dir())
+    bundle = measure(load_bundle(eval_bundle_dir()))
     about = {"settings": cli.as_dict(settings), "notes": bundle.notes}
     for note in bundle.notes:
         print0(note)

@@ -48,12 +48,14 @@ if __name__ == "__main__":
     cli.start(Settings)  # before torch is imported, which takes seconds
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from nanochat.checkpoint import load_model
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
 from nanochat.eval.chat import chat_core, evaluate, pick_tasks, report_data, write_results
+from nanochat.eval.shortcuts import best_of, of_task
 from nanochat.paths import get_base_dir, slug
 from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.sandbox import allow_unsafe, isolation_level
@@ -88,7 +90,9 @@ def main(settings: Settings) -> None:
     scores = []
     for task in tasks:
         started = time.perf_counter()
-        scores.append(evaluate(engine, task, sampling, settings.seed, **limits))
+        baseline, guess = best_of(of_task(task))
+        score = evaluate(engine, task, sampling, settings.seed, **limits)
+        scores.append(replace(score, baseline=baseline, guess=guess))
         print0(f"{scores[-1].name} ({scores[-1].how}): {scores[-1]}, {duration(time.perf_counter() - started)}")
     composites = chat_core(scores)
     for group in composites:

@@ -9,7 +9,7 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE_LINES = 14_268  # engine/: rows of their own lengths that join and leave, CUDA graphs, log-probabilities
+CORE_LINES = 14_355  # engine/: rows of their own lengths that join and leave, CUDA graphs, log-probabilities
 MODULE_LINES = 500
 ENTRIES = 42
 
@@ -23,7 +23,7 @@ ANNEXES = (
     *(f"nanochat.tasks.{name}" for name in ("arithmetic", "customjson", "passages", "reasoning_gym", "text_choice")),
     *(f"nanochat.data.{name}" for name in ("bins", "local", "overlap", "pydocs")),
     *(f"nanochat.train.{name}" for name in ("coordinates", "monitor", "spectral", "tracking", "warmup")),
-    *(f"nanochat.eval.{name}" for name in ("baselines", "offline_bundle", "row_files")),
+    *(f"nanochat.eval.{name}" for name in ("baselines", "offline_bundle", "row_files", "shortcuts")),
 )
 
 

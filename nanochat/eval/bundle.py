@@ -48,6 +48,8 @@ class Task:
     baseline: float
     items: list[dict[str, Any]]
     uri: str = ""
+    guess: str = ""
+    """How that is guessed, where it was measured: nanochat/eval/shortcuts.py."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

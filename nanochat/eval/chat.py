@@ -18,7 +18,17 @@ import torch
 
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
-from nanochat.eval.scores import Composite, Record, TaskScore, gather_records, longest_first, pad_rows, write_scores
+from nanochat.eval.scores import (
+    COLUMNS,
+    Composite,
+    Record,
+    TaskScore,
+    gather_records,
+    longest_first,
+    mean_stderr,
+    pad_rows,
+    write_scores,
+)
 from nanochat.runtime import print0, rank_and_world
 from nanochat.sandbox import require_isolation
 from nanochat.tasks.common import Conversation, LeftOut, Task
@@ -58,7 +68,7 @@ class ChatScore(TaskScore):
 
     def pass_at_stderr(self, j: int) -> float:
         """Standard error of pass_at[j] over the items."""
-        return statistics.pstdev(self._chances(j)) / math.sqrt(self.n)
+        return mean_stderr(statistics.pvariance(self._chances(j)), self.n)
 
     def _chances(self, j: int) -> list[float]:
         return [pass_at_k(self.num_samples, sum(record["samples_passed"]), j) for record in self.records]
@@ -289,12 +299,14 @@ def _score(task: Task, measure: Callable[[], dict[int, Record]], num_samples: in
 
 def write_results(scores: Sequence[ChatScore], composites: Sequence[Composite], folder: Path, name: str) -> Path:
     """Write <name>.csv (a row a task, and one a composite) and <name>.jsonl (a line an item). Returns the CSV."""
-    table: list[list[object]] = [["Task", "Type", "n", "Samples", "Baseline", "Accuracy", "stderr", "Centered"]]
+    columns = ["Task", "Type", "n", "Samples", "Baseline", "Accuracy", "stderr", "Centered", "Low", "High", "Guess"]
+    table: list[Sequence[object]] = [columns]
     for score in scores:
-        numbers = (f"{value:.6f}" for value in (score.baseline, score.accuracy, score.stderr, score.centered))
-        table.append([score.name, score.eval_type, score.n, score.num_samples, *numbers])
+        values = (score.baseline, score.accuracy, score.stderr, score.centered, *score.interval)
+        cells = (f"{value:.6f}" for value in values)
+        table.append([score.name, score.eval_type, score.n, score.num_samples, *cells, score.guess])
     for group in composites:
-        table.append([group.name, "", group.n, "", "", "", f"{group.stderr:.6f}", f"{group.value:.6f}"])
+        table.append([group.name, "", group.n, "", "", "", f"{group.stderr:.6f}", f"{group.value:.6f}", "", "", ""])
     return write_scores(folder, name, table, scores)
 
 
@@ -319,8 +331,8 @@ def report_data(tasks: Sequence[Task], scores: Sequence[ChatScore], composites: 
 
 
 def _tables(scores: Sequence[ChatScore]) -> list[dict[str, Any]]:
-    columns = ["Task", "Type", "Items", "Guessing %", "Accuracy", "Standard error", "Centered", "Source"]
-    rows = [[s.name, s.eval_type, s.n, 100 * s.baseline, s.accuracy, s.stderr, s.centered, s.source] for s in scores]
+    columns = ["Task", "Type", "Items", *COLUMNS, "Source"]
+    rows = [[score.name, score.eval_type, score.n, *score.cells, score.source] for score in scores]
     tables = [{"title": "Chat tasks", "columns": columns, "rows": rows}]
     sampled = [score for score in scores if score.num_samples > 1]
     if sampled:

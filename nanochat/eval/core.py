@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.eval.bundle import Bundle, Task
-from nanochat.eval.scores import Composite, Record, TaskScore, gather_records, longest_first, pad_rows, write_scores
+from nanochat.eval.scores import (
+    COLUMNS,
+    Composite,
+    Record,
+    TaskScore,
+    gather_records,
+    longest_first,
+    pad_rows,
+    write_scores,
+)
 from nanochat.runtime import heartbeat, rank_and_world
 from nanochat.tokenizer import RustBPETokenizer, repaired
 
@@ -190,6 +199,7 @@ def evaluate_task(
         name=task.label,
         baseline=0.01 * task.baseline,
         records=gather_records(measure),
+        guess=task.guess,
         kind=task.kind,
         num_fewshot=min(task.num_fewshot, len(items) - 1),
     )
@@ -226,23 +236,21 @@ def evaluate_core(
 
 def write_results(result: CoreResult, folder: Path, name: str) -> Path:
     """Write <name>.csv (a row a task, and one for the mean) and <name>.jsonl (a line an item). Returns the CSV."""
-    table: list[list[object]] = [["Task", "Accuracy", "Centered", "n", "stderr"]]
+    table: list[list[object]] = [["Task", "Accuracy", "Centered", "n", "stderr", "Low", "High", "Baseline", "Guess"]]
     for task in result.tasks:
-        table.append([task.name, f"{task.accuracy:.6f}", f"{task.centered:.6f}", task.n, f"{task.stderr:.6f}"])
-    table.append([result.name, "", f"{result.value:.6f}", result.n, f"{result.stderr:.6f}"])
+        more = [*(f"{value:.6f}" for value in (task.stderr, *task.interval, task.baseline)), task.guess]
+        table.append([task.name, f"{task.accuracy:.6f}", f"{task.centered:.6f}", task.n, *more])
+    table.append([result.name, "", f"{result.value:.6f}", result.n, f"{result.stderr:.6f}", "", "", "", ""])
     return write_scores(folder, name, table, result.tasks)
 
 
 def report_data(result: CoreResult) -> dict[str, Any]:
     """Metrics, table and facts of the report's section."""
-    columns = ["Task", "Kind", "Shots", "Items", "Guessing %", "Accuracy", "Standard error", "Centered"]
-    rows = [
-        [t.name, t.kind, t.num_fewshot, t.n, round(100 * t.baseline, 6), t.accuracy, t.stderr, t.centered]
-        for t in result.tasks
-    ]
+    rows = [[task.name, task.kind, task.num_fewshot, task.n, *task.cells] for task in result.tasks]
+    table = {"title": result.name, "columns": ["Task", "Kind", "Shots", "Items", *COLUMNS], "rows": rows}
     return {
         "metrics": {result.name: result.value, f"{result.name} standard error": result.stderr},
-        "tables": [{"title": result.name, "columns": columns, "rows": rows}],
+        "tables": [table],
         "facts": {"kind": result.kind, "source": result.source},
         "synthetic": result.kind != "published",
     }

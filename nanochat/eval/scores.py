@@ -15,9 +15,11 @@ from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
 from nanochat.runtime import Stopped, gather, interruptible
 
+_Z95 = 1.959964  # standard errors from the centre of a normal distribution that hold 95 % of it
 _WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
 
 Record = dict[str, Any]  # the outcome of one item, JSON-able
+COLUMNS = ["Guessing %", "Guess", "Accuracy", "Standard error", "95 %", "Centered"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class TaskScore:
     baseline: float
     """Accuracy of guessing, between 0 and 1."""
     records: list[Record] = field(repr=False)
+    guess: str = ""
+    """How that is guessed, where it was measured: nanochat/eval/shortcuts.py."""
     outcome: ClassVar[str] = "passed"
 
     @property
@@ -41,8 +45,21 @@ class TaskScore:
 
     @property
     def stderr(self) -> float:
-        """Binomial standard error of the accuracy: how much another draw of n items would move it."""
-        return math.sqrt(self.accuracy * (1.0 - self.accuracy) / self.n)
+        """Standard error of the accuracy: how much another draw of n items would move it. See mean_stderr."""
+        return mean_stderr(self.accuracy * (1.0 - self.accuracy), self.n)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy."""
+        centre = (self.accuracy + _Z95**2 / (2 * self.n)) / (1 + _Z95**2 / self.n)
+        half = _Z95 * mean_stderr(self.accuracy * (1.0 - self.accuracy), self.n, _Z95)
+        return max(0.0, min(centre - half, self.accuracy)), min(1.0, max(centre + half, self.accuracy))
+
+    @property
+    def cells(self) -> list[object]:
+        """Under COLUMNS in a table of the report."""
+        interval = "{:.3f} to {:.3f}".format(*self.interval)
+        return [round(100 * self.baseline, 6), self.guess, self.accuracy, self.stderr, interval, self.centered]
 
     @property
     def centered(self) -> float:
@@ -54,7 +71,8 @@ class TaskScore:
         return self.stderr / (1.0 - self.baseline)
 
     def __str__(self) -> str:
-        return f"accuracy {self.accuracy:.4f} ± {self.stderr:.4f}, centered {self.centered:.4f}, {self.n} items"
+        guess = f" ({100 * self.baseline:.4g} % by {self.guess})" if self.guess else ""
+        return f"accuracy {self.accuracy:.4f} ± {self.stderr:.4f}, centered {self.centered:.4f}{guess}, {self.n} items"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +96,14 @@ class Composite:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.value:.4f} ± {self.stderr:.4f}"
+
+
+def mean_stderr(variance: float, n: int, z: float = 1.0) -> float:
+    """Standard error of a mean of n values between 0 and 1: half of Wilson's interval at `z` of them, by `z`.
+
+    That of 0 right out of 100 is .005; sqrt(variance / n) would be 0. In the middle both are the same to 1 / n.
+    """
+    return math.sqrt(variance / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
 
 
 def gather_records(measure: Callable[[], dict[int, Record]]) -> list[Record]:

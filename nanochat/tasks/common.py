@@ -166,7 +166,7 @@ def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str
         raise UserError(f"multiple choice with {len(letters)} letters for {len(choices)} choices: {question[:60]!r}")
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
     asked = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-    return {**answered(asked, answer), "letters": list(letters)}
+    return {**answered(asked, answer), "letters": list(letters), "choices": list(choices)}
 
 
 # ---- calculations

@@ -1,16 +1,18 @@
 """Prose of a text source, and questions with one right choice made from it: for TextChoice and for offline CORE."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import regex
 
 MAX_CHARS = 10_000_000  # of documents read; ten times what the questions need
 MAX_RUN = 16  # sentences of a passage: a paragraph that goes on for pages is several
 MIN_DOCUMENTS = 8  # wrong choices come from three other documents; a text of fewer has passages instead
+MAX_WAITING = 64  # blocks that are not full; a question that joins none of them is left out
 MIN_SENTENCES = 500  # a text with fewer, and LINES times as many lines (posts, chats, code), is read line by line
 LINES = 4  # prose broken into lines has up to twice as many
 
@@ -56,7 +58,16 @@ class Passage:
         return "" if unspaced("".join(self.sentences)) else " "
 
 
-ItemMaker = Callable[[Passage, Sequence[Passage], random.Random], Item | None]
+class Pair(NamedTuple):
+    """A question and its right answer, from document number `document`."""
+
+    document: int
+    query: str
+    answer: str
+
+
+T = TypeVar("T")
+Maker = Callable[[Passage, random.Random], T | None]
 
 
 def find_passages(documents: Iterable[str]) -> list[Passage]:
@@ -139,48 +150,82 @@ def _letters(text: str) -> int:
     return width("".join(_LETTER.findall(text))) + text.count(" ")
 
 
-def draw_items(make: ItemMaker, passages: Sequence[Passage], rng: random.Random) -> list[Item]:
+def draw_items(make: Maker[T], passages: Sequence[Passage], rng: random.Random) -> list[T]:
     """What `make` gives for each passage, in random order; it may give nothing. Needs MIN_DOCUMENTS documents."""
     if len({passage.document for passage in passages}) < MIN_DOCUMENTS:
         return []
-    made = (make(passage, passages, rng) for passage in shuffled(passages, rng))
+    made = (make(passage, rng) for passage in shuffled(passages, rng))
     return [item for item in made if item is not None]
 
 
-def next_sentence(passage: Passage, passages: Sequence[Passage], rng: random.Random) -> Item | None:
-    """Which sentence follows: the true one, or one of three from other documents."""
+def draw_blocks(
+    make: Maker[Pair],
+    passages: Sequence[Passage],
+    rng: random.Random,
+    size: int = 4,
+    most: float = math.inf,
+    fits: Callable[[str, str], bool] = lambda query, wrong: True,
+) -> list[list[Pair]]:
+    """Pairs that `make` gives for passages, in blocks of `size` from different documents, whose answers are the choices
+    of each of its questions. A choice is then right as often as any other, so that its length, its words, its place
+    say nothing. `fits(query, answer of another)`; `most` is the width of a question with its choices."""
+    blocks: list[list[Pair]] = []
+    waiting: list[list[Pair]] = []
+
+    def joins(pair: Pair, block: list[Pair]) -> bool:
+        wide = max(width(one.query) for one in (*block, pair)) + sum(width(one.answer) for one in (*block, pair))
+        apart = all(one.document != pair.document and one.answer != pair.answer for one in block)
+        both = ((a.query, b.answer) for one in block for a, b in ((one, pair), (pair, one)))
+        return apart and wide <= most and all(itertools.starmap(fits, both))
+
+    for pair in draw_items(make, passages, rng):
+        block = next((block for block in waiting if joins(pair, block)), None)
+        if block is None:
+            waiting += [[pair]] if len(waiting) < MAX_WAITING else []
+            continue
+        block.append(pair)
+        if len(block) == size:
+            blocks.append(block)
+            waiting.remove(block)
+    return blocks
+
+
+def block_items(blocks: Iterable[Sequence[Pair]], rng: random.Random) -> list[Item]:
+    """Multiple-choice items, one a pair; within a block the right one is once at each place."""
+    items = []
+    for block in blocks:
+        places = shuffled(range(len(block)), rng)
+        for pair, place in zip(block, places, strict=True):
+            wrong = shuffled((one.answer for one in block if one is not pair), rng)
+            items.append({"query": pair.query, "choices": [*wrong[:place], pair.answer, *wrong[place:]], "gold": place})
+    return items
+
+
+def next_sentence(passage: Passage, rng: random.Random) -> Pair | None:
+    """Up to three sentences, and the one that follows."""
     if len(passage.sentences) < 2:
         return None
     cut = rng.randrange(1, len(passage.sentences))
-    wrong = [other.sentences[-1] for other in others(passages, passage, 3, rng)]
-    return choice(passage.joint.join(passage.sentences[max(0, cut - 3) : cut]), passage.sentences[cut], wrong, rng)
+    before = passage.joint.join(passage.sentences[max(0, cut - 3) : cut])
+    return Pair(passage.document, before, passage.sentences[cut])
 
 
-def seen_word(passage: Passage, passages: Sequence[Passage], rng: random.Random) -> Item | None:
-    """Which of four words stood in the sentence just read."""
+def seen_word(passage: Passage, rng: random.Random) -> Pair | None:
+    """A sentence, and a word that stood in it."""
     sentence = rng.choice(passage.sentences)
     words = long_words(sentence)
-    drawn = {rng.choice(long_words(other.sentences[0]) or [""]) for other in others(passages, passage, 3, rng)}
-    wrong = sorted(drawn)
-    if not words or len(wrong) < 3 or any(not word or word in sentence.lower() for word in wrong):
-        return None
-    return choice(f"Text: {sentence}\nA word from the text:", rng.choice(words), wrong, rng)
+    return Pair(passage.document, f"Text: {sentence}\nA word from the text:", rng.choice(words)) if words else None
+
+
+def unseen(query: str, word: str) -> bool:
+    """Whether a word of another sentence is a wrong answer to a question of seen_word."""
+    return word not in query.lower()
 
 
 def shuffled(values: Iterable[Any], rng: random.Random) -> list[Any]:
     values = list(values)
     rng.shuffle(values)
     return values
-
-
-def others(passages: Sequence[Passage], passage: Passage, count: int, rng: random.Random) -> list[Passage]:
-    """`count` different passages from other documents than that of `passage`; there must be some."""
-    chosen: dict[int, Passage] = {}
-    while len(chosen) < count:
-        index = rng.randrange(len(passages))
-        if passages[index].document != passage.document:
-            chosen[index] = passages[index]
-    return list(chosen.values())
 
 
 def words_of(text: str) -> list[str]:
@@ -203,9 +248,3 @@ def graphemes(text: str) -> list[str]:
 
 def long_words(sentence: str) -> list[str]:
     return [word for word in words_of(sentence) if width(word) >= 5 and word == word.lower()]
-
-
-def choice(query: str, true: str, wrong: list[str], rng: random.Random) -> Item:
-    """A multiple-choice item with the true choice at a random place."""
-    gold = rng.randrange(len(wrong) + 1)
-    return {"query": query, "choices": [*wrong[:gold], true, *wrong[gold:]], "gold": gold}

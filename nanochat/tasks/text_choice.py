@@ -17,7 +17,18 @@ from nanochat.data import sources
 from nanochat.errors import TooLittleText
 from nanochat.tasks.common import Conversation, Split, Task, item_rng, multiple_choice
 from nanochat.tasks.generated import generate, require
-from nanochat.tasks.passages import MAX_CHARS, Item, Passage, draw_items, find_passages, next_sentence, seen_word, width
+from nanochat.tasks.passages import (
+    MAX_CHARS,
+    Item,
+    Passage,
+    block_items,
+    draw_blocks,
+    find_passages,
+    next_sentence,
+    seen_word,
+    unseen,
+    width,
+)
 
 COUNTS: dict[Split, int] = {"train": 4000, "test": 400}
 MIN_ITEMS = 20
@@ -25,7 +36,7 @@ MIN_ITEMS = 20
 MAX_SENTENCE = 80  # longer ones make five sentences in one question too long for small models
 MAX_ITEM = 300  # of question and choices together: 90 tokens in the mean with all around them
 LETTERS = ("A", "B", "C", "D")
-RULES = 2  # count up when the making changes, so that items made by older rules are made again
+RULES = 3  # count up when the making changes, so that items made by older rules are made again
 
 
 class TextChoice(Task):
@@ -89,16 +100,15 @@ def _short(passages: Sequence[Passage], excluded: set[str]) -> list[Passage]:
 
 
 def _split_items(split: Split, passages: Sequence[Passage]) -> list[dict[str, Any]]:
-    pairs = _fitting(draw_items(next_sentence, passages, item_rng("next_sentence", split)))[: COUNTS[split] // 2]
-    words = _fitting(draw_items(seen_word, passages, item_rng("seen_word", split)))[: COUNTS[split] - len(pairs)]
+    rng = item_rng("next_sentence", split)
+    pairs = block_items(draw_blocks(next_sentence, passages, rng, most=MAX_ITEM), rng)[: COUNTS[split] // 2]
+    rng = item_rng("seen_word", split)
+    blocks = draw_blocks(seen_word, passages, rng, most=MAX_ITEM, fits=unseen)
+    words = block_items(blocks, rng)[: COUNTS[split] - len(pairs)]
     rows = [_row(f"Which sentence comes next? {item['query']}", item) for item in pairs]
     rows += [_row(item["query"], item) for item in words]
     item_rng("text_choice", split).shuffle(rows)
     return rows
-
-
-def _fitting(items: Iterable[Item]) -> list[Item]:
-    return [item for item in items if width(item["query"]) + sum(map(width, item["choices"])) <= MAX_ITEM]
 
 
 def _row(question: str, item: Item) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def test_only_the_letters_of_the_item_count():
     assert [record["index"] for record in score.records if record["passed"]] == [1, 3, 7, 9]
     p = 4 / 12
     assert score.n == 12 and score.accuracy == pytest.approx(p)
-    assert score.stderr == pytest.approx((p * (1 - p) / 12) ** 0.5)
+    assert score.stderr == pytest.approx((p * (1 - p) / 12 + 1 / (4 * 12**2)) ** 0.5 / (1 + 1 / 12))
     assert score.centered == pytest.approx((p - 0.25) / 0.75)
     assert score.centered_stderr == pytest.approx(score.stderr / 0.75)
     assert score.pass_at == {} and (score.name, score.eval_type, score.published) == ("Pick", "categorical", False)
@@ -310,7 +310,7 @@ def test_pass_at_of_a_task():
                       records=records)  # fmt: skip
     assert score.pass_at == pytest.approx({1: (1 / 3 + 0 + 2 / 3) / 3, 2: (2 / 3 + 0 + 1) / 3, 3: 2 / 3})
     assert score.pass_at[3] == pytest.approx(score.accuracy)
-    assert score.pass_at_stderr(3) == pytest.approx(score.stderr)  # 0 or 1 an item: binomial
+    assert score.pass_at_stderr(3) == pytest.approx(score.stderr)  # 0 or 1 an item
     assert 0 < score.pass_at_stderr(1) < score.stderr  # the mean of several samples spreads less
 
 
@@ -318,7 +318,7 @@ def test_composites_are_named_by_what_they_stand_on():
     five = [score_of(name, [1, 1, 0, 0], 0.25 if i < 3 else 0.0) for i, name in enumerate(CHATCORE_TASKS)]
     (whole,) = chat_core(five)
     assert whole.name == "ChatCORE" and whole.value == pytest.approx((3 * (0.25 / 0.75) + 2 * 0.5) / 5)
-    assert whole.stderr == pytest.approx(np.sqrt(3 * (0.25 / 0.75) ** 2 + 2 * 0.25**2) / 5)
+    assert whole.stderr == pytest.approx(five[4].stderr * np.sqrt(3 / 0.75**2 + 2) / 5)
     assert [task.name for task in whole.tasks] == list(CHATCORE_TASKS)
     other = [score_of("SpellingBee", [1, 0], published=False), score_of("Else", [1, 1], published=True)]
     part, offline = chat_core([*five[1:3], *other])
@@ -348,6 +348,7 @@ def test_written_files(tmp_path):
     table = [dict(zip(header, row, strict=True)) for row in rows]
     assert [row["Task"] for row in table] == ["Say", "Pick", "ChatCORE-offline"]
     assert [row["n"] for row in table] == ["3", "5", "8"]
+    assert float(table[1]["Low"]) < float(table[1]["Accuracy"]) < float(table[1]["High"])
     assert float(table[0]["Accuracy"]) == pytest.approx(2 / 3, abs=1e-6) and table[0]["Samples"] == "2"
     assert float(table[2]["Centered"]) == pytest.approx(composites[0].value, abs=1e-6)
     assert sorted(file.name for file in path.parent.iterdir()) == ["sft_d4_000010.csv", "sft_d4_000010.jsonl"]
@@ -439,7 +440,9 @@ def test_script_scores_what_has_data_and_reports(trained, monkeypatch, capsys):
     table = found["tables"][0]
     assert [row[0] for row in table["rows"]] == ["MMLU", "Say"] and len(found["tables"]) == 1
     row = dict(zip(table["columns"], table["rows"][0], strict=True))
-    assert row["Items"] == 20 and row["Guessing %"] == 25 and row["Source"] == "made up"
+    assert row["Items"] == 20 and row["Source"] == "made up"
+    assert row["Guessing %"] == 50 and row["Guess"] == "always A"  # measured: half of the right answers are
+    assert row["Centered"] == pytest.approx(2 * row["Accuracy"] - 1)
     metrics = found["metrics"]
     assert metrics["MMLU"] == row["Accuracy"] and metrics["MMLU standard error"] == row["Standard error"] > 0
     assert metrics["ChatCORE (1 of 5 tasks)"] == row["Centered"]
@@ -453,7 +456,7 @@ def test_script_scores_what_has_data_and_reports(trained, monkeypatch, capsys):
     assert found["samples"][0]["text"] == first["Say"]["completions"][0]
     assert found["samples"][1]["text"].startswith(f"{first['MMLU']['chosen']} (right answer: A)")
     notes = " ".join(found["notes"])
-    for words in ("MMLU (25 %)", "Say (0 %)", "binomial", "not comparable", "Left out: ARC-Easy"):
+    for words in ("MMLU (50 %)", "Say (0 %)", "Wilson", "not comparable", "Left out: ARC-Easy"):
         assert words in notes
     assert "sandbox" not in notes and "At most" not in notes
     assert [row[0] for row in csv.reader(path.open())][1:] == [

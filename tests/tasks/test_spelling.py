@@ -23,6 +23,7 @@ from nanochat.tasks.spelling import (
     SimpleSpelling,
     SpellingBee,
     _letter_to_count,
+    balanced,
     characters,
     load_words,
     spelled,
@@ -174,6 +175,28 @@ def test_answers_are_short(ready):
         assert answer <= 60 / 6 * max(6, len(word))
 
 
+@given(st.lists(st.dictionaries(st.integers(0, 4), st.lists(st.sampled_from("abc"), min_size=1, unique=True),
+                                min_size=1), max_size=50))  # fmt: skip
+def test_a_letter_is_asked_about_at_a_count_it_has(offered):
+    chosen = balanced(offered)
+    assert chosen == balanced(offered)
+    for letter, counts in zip(chosen, offered, strict=True):
+        assert any(letter in letters for letters in counts.values())
+
+
+def test_no_count_is_a_safe_guess(ready):
+    """Neither of all test words, nor of those with the same letter: at best one of three, for 0, 1 and 2."""
+    task = SpellingBee("test", ready, size=len(SpellingBee("test", ready).words))
+    by_letter: dict[str, Counter[int]] = {}
+    for index in range(len(task)):
+        text = parts_of(task, index)[1][0]["text"]
+        word, letter = text.split(":")[0].removeprefix("The word "), text.partition("Count ")[2][0]
+        by_letter.setdefault(letter, Counter())[word.count(letter)] += 1
+    total = sum(by_letter.values(), Counter())
+    assert len(task) > 40 and all(abs(total[count] / len(task) - 1 / 3) < 0.14 for count in (0, 1, 2))
+    assert sum(max(counts.values()) for counts in by_letter.values()) / len(task) < 0.45
+
+
 @given(st.integers(0, 5), st.integers(0, 15))
 def test_grading_of_counts(right, said):
     parts = [{"type": "text", "text": "..."}, {"type": "text", "text": f"\n#### {right}"}]
@@ -200,7 +223,8 @@ def test_sizes_and_sources(ready, task):
 
 @pytest.mark.parametrize("task", [SimpleSpelling, SpellingBee])
 def test_test_items_ask_for_different_words(ready, task):
-    words = load_words(ready, "test")
+    words = task("test", ready).words
+    assert set(words) <= set(load_words(ready, "test"))
     items = task("test", ready, size=len(words))
     asked = [str(items[index]["messages"][1]["content"]) for index in range(len(words))]
     assert len(set(asked)) == len(words)
