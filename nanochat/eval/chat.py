@@ -8,9 +8,10 @@ import math
 import os
 import random
 import statistics
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from nanochat.eval.scores import (
     pad_rows,
     write_scores,
 )
-from nanochat.runtime import print0, rank_and_world
+from nanochat.runtime import heartbeat, print0, rank_and_world
 from nanochat.sandbox import require_isolation
-from nanochat.tasks.common import Conversation, LeftOut, Task
+from nanochat.tasks.common import LeftOut, Task
 from nanochat.tasks.registry import CHATCORE_TASKS, GRADED_TASKS, make_task, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -172,7 +173,8 @@ def evaluate_generative(
     max_problems: int = -1,
     seed: int = 42,
 ) -> ChatScore:
-    """Generate `sampling.num_samples` answers to each item and grade them, `batch_size` items at a time.
+    """Generate `sampling.num_samples` answers to each item, as many at a time as `batch_size` items have, and grade
+    them as they come.
 
     An answer has at most `sampling.max_new_tokens` tokens and ends where prompt and answer fill the model's
     sequence_len. A prompt that leaves no room for a single token counts as failed.
@@ -188,20 +190,25 @@ def evaluate_generative(
         records = {index: _no_room(index, len(prompts[index]), limit) for index in local if room[index] < 1}
         # longest first, so that running out of memory shows at once; the index keeps the order fixed among equals
         order = sorted((index for index in local if room[index] >= 1), key=lambda index: (-len(prompts[index]), index))
+        answers = engine.answers(
+            [prompts[index] for index in order],
+            sampling,
+            [seed + index * sampling.num_samples for index in order],
+            limits=[room[index] for index in order],
+            rows=batch_size * sampling.num_samples,
+        )
+        graded: deque[tuple[int, list[str], list[Future[bool]]]] = deque()
+        # in threads, because grading code waits for a subprocess
         with ThreadPoolExecutor(max(1, min(_GRADERS, (os.cpu_count() or 1) // world))) as graders:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                generated = engine.generate_many(
-                    [prompts[index] for index in batch],
-                    replace(sampling, max_new_tokens=max(room[index] for index in batch)),
-                    seeds=[seed + index * sampling.num_samples for index in batch],
-                )
-                completions = {}
-                for index, (sequences, _) in zip(batch, generated, strict=True):
-                    # the batch ran as far as its roomiest item; cut, so that no answer depends on its neighbours
-                    begin, end = len(prompts[index]), len(prompts[index]) + room[index]
-                    completions[index] = [engine.tokenizer.decode(sequence[begin:end]) for sequence in sequences]
-                records |= _grade(task, conversations, completions, graders)
+            for number, sequences, _ in answers:
+                index = order[number]
+                texts = [engine.tokenizer.decode(sequence[len(prompts[index]) :]) for sequence in sequences]
+                right = [graders.submit(task.evaluate, conversations[index], text) for text in texts]
+                graded.append((index, texts, right))
+                while graded and all(one.done() for one in graded[0][2]):  # what fails, fails at once
+                    records |= _graded(*graded.popleft())
+            while graded:
+                records |= _graded(*graded.popleft())
         return records
 
     return _score(task, measure, sampling.num_samples)
@@ -212,17 +219,11 @@ def _no_room(index: int, length: int, limit: int) -> Record:
     return {"index": index, "passed": False, "completions": [], "samples_passed": [], "error": error}
 
 
-def _grade(
-    task: Task, conversations: dict[int, Conversation], completions: dict[int, list[str]], graders: ThreadPoolExecutor
-) -> dict[int, Record]:
-    """Records of the items of one batch. In threads, because grading code waits for a subprocess."""
-    pairs = [(conversations[index], text) for index, texts in completions.items() for text in texts]
-    right = graders.map(lambda pair: bool(task.evaluate(*pair)), pairs)  # in the order of pairs
-    records = {}
-    for index, texts in completions.items():
-        passed = [next(right) for _ in texts]
-        records[index] = {"index": index, "passed": any(passed), "completions": texts, "samples_passed": passed}
-    return records
+def _graded(index: int, texts: list[str], right: Sequence[Future[bool]]) -> dict[int, Record]:
+    """The record of one item, when all its answers are graded."""
+    passed = [bool(one.result()) for one in right]
+    heartbeat()  # grading may take longer than generating
+    return {index: {"index": index, "passed": any(passed), "completions": texts, "samples_passed": passed}}
 
 
 # ---- both

@@ -108,17 +108,17 @@ class ScriptedEngine:
         self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=sequence_len))
         self.tokenizer = TOKENIZER
         self.index = {tuple(TOKENIZER.render_for_completion(task[i])): i for i in range(len(task))}
-        self.answers = answers
+        self.answers_given = answers
         self.calls: list[dict] = []
 
-    def generate_many(self, prompts, sampling, seeds):
-        max_tokens, num_samples = sampling.max_new_tokens, sampling.num_samples
-        self.calls.append({"items": [self.index[tuple(p)] for p in prompts], "seeds": seeds, "max_tokens": max_tokens})
-        out = []
-        for prompt in prompts:
-            answers = [TOKENIZER.encode(a)[:max_tokens] for a in self.answers[self.index[tuple(prompt)]][:num_samples]]
-            out.append(([list(prompt) + ids for ids in answers], [[0] * len(prompt) + [1] * len(a) for a in answers]))
-        return out
+    def answers(self, prompts, sampling, seeds, limits, rows):
+        items = [self.index[tuple(prompt)] for prompt in prompts]
+        self.calls.append({"items": items, "seeds": seeds, "rows": rows})
+        for number in reversed(range(len(items))):  # in an order of its own
+            prompt = list(prompts[number])
+            texts = self.answers_given[items[number]][: sampling.num_samples]
+            answers = [TOKENIZER.encode(text)[: limits[number]] for text in texts]
+            yield number, [prompt + ids for ids in answers], [[0] * len(prompt) + [1] * len(ids) for ids in answers]
 
 
 def generative(engine, task: Task, **changes) -> ChatScore:
@@ -228,11 +228,10 @@ def test_generated_answers_are_graded_one_by_one():
         assert record["samples_passed"] == [answer == str(i) for answer in answers[i][:2]]
         assert record["passed"] == (str(i) in answers[i][:2])
     assert score.accuracy == pytest.approx(5 / 7) and score.num_samples == 2
-    assert [len(call["items"]) for call in engine.calls] == [3, 3, 1]
-    for call in engine.calls:
-        assert call["seeds"] == [100 + 2 * item for item in call["items"]] and call["max_tokens"] == 8
-    lengths = [len(text(item)) for call in engine.calls for item in call["items"]]
-    assert max(lengths[:3]) >= max(lengths[3:]) and lengths[-1] == min(lengths)
+    (call,) = engine.calls
+    assert call["seeds"] == [100 + 2 * item for item in call["items"]] and call["rows"] == 6
+    lengths = [len(TOKENIZER.render_for_completion(task[item])) for item in call["items"]]
+    assert lengths == sorted(lengths, reverse=True) and len(lengths) == 7
 
 
 def test_answers_end_where_the_context_does():
