@@ -63,11 +63,10 @@ def of_task(task: Task) -> dict[str, float]:
     """The shortcuts of a chat task over all its items, and `guessing`, what is said of it."""
     items = [task[index] for index in range(len(task))]
     found = of_answers([answer for answer in map(_answer, items) if answer])
-    choices = [(item["choices"], item["letters"].index(item["messages"][-1]["content"]))
+    choices = [(item["choices"], (item["letters"] if "letters" in item else item["choices"]).index(_answer(item)))
                for item in items if "choices" in item]  # fmt: skip
-    if choices:  # places are letters here
-        asked = (item["messages"][-2]["content"] for item in items)
-        found |= {name: value for name, value in of_choices(choices, asked).items() if not name.startswith("always")}
+    if choices:
+        found |= of_choices(choices, (item["messages"][-2]["content"] for item in items))
     return {"guessing": task.baseline, **found}
 
 

@@ -1,7 +1,6 @@
-"""Prose of a text source, and questions with one right choice made from it: for TextChoice and for offline CORE."""
+"""Prose of a text source, and questions with one right choice made from it: for the offline bundle."""
 
 import itertools
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -163,20 +162,18 @@ def draw_blocks(
     passages: Sequence[Passage],
     rng: random.Random,
     size: int = 4,
-    most: float = math.inf,
     fits: Callable[[str, str], bool] = lambda query, wrong: True,
 ) -> list[list[Pair]]:
     """Pairs that `make` gives for passages, in blocks of `size` from different documents, whose answers are the choices
     of each of its questions. A choice is then right as often as any other, so that its length, its words, its place
-    say nothing. `fits(query, answer of another)`; `most` is the width of a question with its choices."""
+    say nothing. `fits(query, answer of another)`."""
     blocks: list[list[Pair]] = []
     waiting: list[list[Pair]] = []
 
     def joins(pair: Pair, block: list[Pair]) -> bool:
-        wide = max(width(one.query) for one in (*block, pair)) + sum(width(one.answer) for one in (*block, pair))
         apart = all(one.document != pair.document and one.answer != pair.answer for one in block)
         both = ((a.query, b.answer) for one in block for a, b in ((one, pair), (pair, one)))
-        return apart and wide <= most and all(itertools.starmap(fits, both))
+        return apart and all(itertools.starmap(fits, both))
 
     for pair in draw_items(make, passages, rng):
         block = next((block for block in waiting if joins(pair, block)), None)

@@ -51,9 +51,7 @@ TASKS = {
     "SimpleSpelling": TaskRow("nanochat.tasks.spelling:SimpleSpelling", WORDS),
     "SpellingBee": TaskRow("nanochat.tasks.spelling:SpellingBee", WORDS),
     "Arithmetic": TaskRow("nanochat.tasks.arithmetic:Arithmetic", full_set=False),
-    "TextChoice": TaskRow(
-        "nanochat.tasks.text_choice:TextChoice", ("task_data/{source}/text_choice*",), full_set=False
-    ),
+    "TextChoice": TaskRow("nanochat.tasks.text_choice:TextChoice", WORDS, full_set=False),
     "Identity": TaskRow("nanochat.tasks.identity:Identity", graded=False),
 }
 GYM = "reasoning-gym/"  # and any generator of that package behind it; the user's own .jsonl files are tasks too

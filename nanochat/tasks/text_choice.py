@@ -1,115 +1,89 @@
-"""Questions with four choices made from the run's own text: train items from its train text, test items held out.
+"""Which of four words of the run's own text ends in a letter, or begins with it: worked out word by word.
 
-    task_data/<source>/text_choice_{train,test}.jsonl     {"question", "choices", "answer"} a line
-    task_data/<source>/text_choice.json                   what they were made from; written last
+    Which of these words ends in b: apple, crab, tent, zoo?
+    The word apple: a p p l e no; crab: c r a b yes
+    #### crab
 
-Two kinds, mixed: which sentence comes next (at most half), and which of four words stood in the sentence. They are
-those of the offline bundle, from shorter passages, as questions in a chat.
+Four questions in a row have the same four words, each the answer of one, at each place once: length, place and
+frequency of a word say nothing. Letters of choices, `A` for a sentence, stayed at chance in models of every size tried:
+they have to find a match and carry its letter over at once, in one token. Here the letter that decides stands right
+before each `yes` and `no`.
 """
 
-import itertools
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import random
+from collections.abc import Callable
 from typing import Any
 
-from nanochat.data import sources
 from nanochat.errors import TooLittleText
-from nanochat.tasks.common import Conversation, Split, Task, item_rng, multiple_choice
-from nanochat.tasks.generated import generate, require
-from nanochat.tasks.passages import (
-    MAX_CHARS,
-    Item,
-    Passage,
-    block_items,
-    draw_blocks,
-    find_passages,
-    next_sentence,
-    seen_word,
-    unseen,
-    width,
-)
+from nanochat.tasks.common import Conversation, Split, answered, item_rng, worded
+from nanochat.tasks.spelling import QUOTATION, QUOTES, WordTask, characters
 
-COUNTS: dict[Split, int] = {"train": 4000, "test": 400}
-MIN_ITEMS = 20
-# Widths (nanochat/tasks/passages.py): characters, but for scripts in which one says more.
-MAX_SENTENCE = 80  # longer ones make five sentences in one question too long for small models
-MAX_ITEM = 300  # of question and choices together: 90 tokens in the mean with all around them
-LETTERS = ("A", "B", "C", "D")
-RULES = 3  # count up when the making changes, so that items made by older rules are made again
+CHOICES = 4
+LONGEST = 8  # letters of a word, so that the answer stays below 96 tokens
+_WHICH = "[Which|Which one|Which word] of [these words|these|the words|the following words]"
+_WORDS = "[: {words}|? {words}|: {words}?]"
+QUESTIONS = {
+    "ends": f"{_WHICH} [ends in|ends with|has at its end] [|the letter ]{{letter}}{_WORDS}",
+    "begins": f"{_WHICH} [begins with|starts with|has at its beginning] [|the letter ]{{letter}}{_WORDS}",
+}
+_ASKED: dict[str, Callable[[list[str]], str]] = {
+    "ends": lambda letters: letters[-1],
+    "begins": lambda letters: letters[0],
+}
 
 
-class TextChoice(Task):
-    """Which sentence comes next, which word stood in the text: four choices, guessing is right in one of four."""
+class TextChoice(WordTask):
+    """Which of four words ends in, or begins with, a letter; the first of four is right in one of four."""
 
     name = "TextChoice"
-    eval_type = "categorical"
-    baseline = 0.25
+    baseline = 1 / CHOICES
 
-    def __init__(self, split: Split, source: str, **kwargs: Any) -> None:
-        """Items generated from the text `source`. Raises UserError before they are, or when they are damaged, and
-        TooLittleText where the text gave too few."""
-        super().__init__(**kwargs)
-        path = require(source, "text_choice", self.name) / f"text_choice_{split}.jsonl"
-        self.source = f"generated from the {'train' if split == 'train' else 'validation'} text of {source}"
-        self.items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if len(self.items) < MIN_ITEMS:
-            found = f"{len(self.items)} {split} items, at least {MIN_ITEMS} are needed"
-            raise TooLittleText(f"too little prose in {source}: {found} for TextChoice; get more data")
+    def __init__(self, split: Split, source: str, size: int | None = None, **kwargs: Any) -> None:
+        """Raises UserError before the words are there, and TooLittleText where few letters begin and end them."""
+        super().__init__(split, source, size, **kwargs)
+        self.words = [word for word in self.words if len(word) <= LONGEST]
+        different = {kind: len({letter(characters(word)) for word in self.words}) for kind, letter in _ASKED.items()}
+        self.kinds = [kind for kind, count in different.items() if count >= CHOICES]
+        if not self.kinds:
+            raise TooLittleText(
+                f"too few words in {source}: those of up to {LONGEST} letters begin with {different['begins']} letters "
+                f"and end in {different['ends']}; TextChoice needs {CHOICES}"
+            )
 
     def get_example(self, index: int) -> Conversation:
-        item = self.items[index]
-        return multiple_choice(item["question"], item["choices"], LETTERS, item["answer"])
+        block, member = divmod(index, CHOICES)
+        shared = item_rng(self.name, self.split, "block", block)
+        kind = shared.choice(self.kinds)
+        words = self._different(kind, shared)
+        places = shared.sample(range(CHOICES), CHOICES)
+        right = words.pop(member)
+        rng = item_rng(self.name, self.split, index)
+        rng.shuffle(words)
+        words.insert(places[member], right)
+        letter = _ASKED[kind](characters(right))
+        quotes = rng.choice(QUOTES)
+        question = worded(QUESTIONS[kind], rng).format(letter=letter, words=", ".join(map(quotes.format, words)))
+        return {**answered(question, _worked(kind, words, right)), "choices": words}
 
-    @classmethod
-    def prepare(cls, name: str, source: str, from_dir: Path | None = None) -> None:
-        """Make the items of both splits, unless that is done; few or none where there is too little text."""
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the line after the last `####` is the right word and nothing else."""
+        _, mark, said = completion.rpartition("####")
+        expected = conversation["messages"][-1]["content"].rpartition("####")[2].strip()
+        return bool(mark) and said.strip().partition("\n")[0].strip(f" {QUOTATION}.") == expected
 
-        def make() -> dict[str, str]:
-            texts = (sources.iter_documents(source, "train"), sources.iter_documents(source, "val"))
-            return {
-                f"text_choice_{split}.jsonl": "".join(json.dumps(row) + "\n" for row in rows)
-                for split, rows in make_items(*texts).items()
-            }
-
-        generate(source, "text_choice", (RULES, sorted(COUNTS.items()), MAX_CHARS, MAX_SENTENCE, MAX_ITEM), make)
-
-
-def make_items(train: Iterable[str], held_out: Iterable[str]) -> dict[Split, list[dict[str, Any]]]:
-    """Up to COUNTS items of each split, few or none where there is too little text; the same documents give the same.
-
-    A sentence of the held-out text that the train text read here has as well is not used for test.
-    """
-    train_passages, test_passages = find_passages(train), find_passages(held_out)
-    trained_on = {sentence for passage in train_passages for sentence in passage.sentences}
-    return {
-        "train": _split_items("train", _short(train_passages, set())),
-        "test": _split_items("test", _short(test_passages, trained_on)),
-    }
-
-
-def _short(passages: Sequence[Passage], excluded: set[str]) -> list[Passage]:
-    """Pairs of consecutive short sentences and single ones, none of them `excluded`, each sentence once."""
-    short = []
-    for passage in passages:
-        usable = (width(sentence) <= MAX_SENTENCE and sentence not in excluded for sentence in passage.sentences)
-        for fits, run in itertools.groupby(zip(usable, passage.sentences, strict=True), key=lambda pair: pair[0]):
-            sentences = [sentence for _, sentence in run] if fits else []
-            short += [Passage(passage.document, sentences[i : i + 2]) for i in range(0, len(sentences), 2)]
-    return short
+    def _different(self, kind: str, rng: random.Random) -> list[str]:
+        """Words of which no two end, or begin, with the same letter."""
+        found: dict[str, str] = {}
+        while len(found) < CHOICES:
+            word = rng.choice(self.words)
+            found.setdefault(_ASKED[kind](characters(word)), word)
+        return list(found.values())
 
 
-def _split_items(split: Split, passages: Sequence[Passage]) -> list[dict[str, Any]]:
-    rng = item_rng("next_sentence", split)
-    pairs = block_items(draw_blocks(next_sentence, passages, rng, most=MAX_ITEM), rng)[: COUNTS[split] // 2]
-    rng = item_rng("seen_word", split)
-    blocks = draw_blocks(seen_word, passages, rng, most=MAX_ITEM, fits=unseen)
-    words = block_items(blocks, rng)[: COUNTS[split] - len(pairs)]
-    rows = [_row(f"Which sentence comes next? {item['query']}", item) for item in pairs]
-    rows += [_row(item["query"], item) for item in words]
-    item_rng("text_choice", split).shuffle(rows)
-    return rows
-
-
-def _row(question: str, item: Item) -> dict[str, Any]:
-    return {"question": question, "choices": item["choices"], "answer": LETTERS[item["gold"]]}
+def _worked(kind: str, words: list[str], right: str) -> str:
+    """Word after word up to the right one: its letters, or the first of them, and whether it is the one."""
+    steps = []
+    for word in words[: words.index(right) + 1]:
+        letters = characters(word) if kind == "ends" else characters(word)[:1]
+        steps.append(f"{word}: {' '.join(letters)} {'yes' if word == right else 'no'}")
+    return f"The word {'; '.join(steps)}\n#### {right}"

@@ -57,10 +57,9 @@ def template_and_numbers(conversation: dict[str, Any]) -> list[Hashable]:
     raise AssertionError(f"no template fits {question}")
 
 
-def passage(conversation: dict[str, Any]) -> list[Hashable]:
-    """The sentences that are asked about."""
-    text = question_of(conversation).partition("\n-")[0]
-    return re.findall(r"The \w+ of [^.]*\.", text)
+def choices(conversation: dict[str, Any]) -> list[Hashable]:
+    """The words that are asked about."""
+    return list(conversation["choices"])
 
 
 def all_questions(conversation: dict[str, Any]) -> list[Hashable]:
@@ -87,7 +86,7 @@ TASKS: dict[str, tuple[Callable[..., Task], Callable[[dict[str, Any]], list[Hash
     "SpellingBee": (lambda split: SpellingBee(split, "pydocs", SIZE), spelled_words),
     "Arithmetic": (lambda split: Arithmetic(split, SIZE), template_and_numbers),
     "Arithmetic, small": (lambda split: Arithmetic(split, SIZE, steps=1, largest=9), template_and_numbers),
-    "TextChoice": (lambda split: TextChoice(split, "pydocs"), passage),
+    "TextChoice": (lambda split: TextChoice(split, "pydocs"), choices),
     "Identity": (Identity, all_questions),
     "FILE.jsonl": (lambda split: CustomJSON(custom_file(), split), own_words),
     "reasoning-gym": (lambda split: ReasoningGym("few_sums", split, SIZE), own_words),

@@ -167,7 +167,6 @@ def test_inputs_are_paths_below_the_store_each_once():
         f"task_data/{folder}/words.txt",
         f"task_data/{folder}/words.json",
         "task_data/hub/SmolTalk",
-        f"task_data/{folder}/text_choice*",
     ]
     assert task_inputs("Arithmetic,reasoning-gym/maze", "pydocs") == []
     assert task_inputs("/data/own.jsonl", "pydocs") == ["/data/own.jsonl"]

@@ -1,138 +1,134 @@
-"""text_choice.py: questions with one right choice, train and test from texts that share no sentence."""
+"""text_choice.py: one of four words is right, every word as often as any other, and the answer says it and no more."""
 
+import itertools
 import json
+import random
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanochat.errors import TooLittleText, UserError
-from nanochat.paths import task_data_dir
-from nanochat.tasks import text_choice
-from nanochat.tasks.text_choice import MAX_ITEM, MIN_ITEMS, TextChoice, make_items
-from tests.tasks.test_words import documents, other_process, put_text, source  # noqa: F401  (the fixture)
-
-NEXT = "Which sentence comes next? "
-SEEN = "Text: "
+from nanochat.eval.shortcuts import of_task
+from nanochat.tasks.spelling import QUOTATION, characters, load_words
+from nanochat.tasks.text_choice import CHOICES, LONGEST, TextChoice
+from nanochat.tokenizer import RustBPETokenizer
+from tests.tasks.test_words import documents, other_process, put_text
 
 
-def fields(item: dict) -> tuple[str, list[str], int]:
-    return item["question"], item["choices"], "ABCD".index(item["answer"])
-
-
-def check(items: list[dict], texts: list[str]) -> Counter[str]:
-    """Each item has one true choice and three that are not; returns how many there are of each kind."""
-    whole = [" ".join(text.split()) for text in texts]
-    kinds: Counter[str] = Counter()
-    for item in items:
-        question, choices, gold = fields(item)
-        assert len(choices) == 4 and len(question) - len(NEXT) + sum(map(len, choices)) <= MAX_ITEM
-        if question.startswith(NEXT):
-            follows = [any(f"{question.removeprefix(NEXT)} {choice}" in text for text in whole) for choice in choices]
-            assert follows == [place == gold for place in range(4)]
-            kinds["next"] += 1
-        else:
-            sentence = question.removeprefix(SEEN).removesuffix("\nA word from the text:")
-            assert any(sentence in text for text in whole)
-            assert [choice in sentence for choice in choices] == [place == gold for place in range(4)]
-            kinds["seen"] += 1
-    return kinds
-
-
-def test_items_have_one_right_choice_and_stand_in_their_own_text():
-    train, held_out = documents(150), documents(40, seed=1)
-    items = make_items(train, held_out)
-    for split, texts in (("train", train), ("test", held_out)):
-        kinds = check(items[split], texts)
-        assert kinds["next"] > MIN_ITEMS and kinds["seen"] > MIN_ITEMS
-        golds = Counter(item["answer"] for item in items[split])
-        assert all(abs(golds[letter] - len(items[split]) / 4) <= 2 for letter in "ABCD")
-        assert len({json.dumps(item) for item in items[split]}) == len(items[split])
-
-
-def test_no_more_than_asked_for_and_half_of_each_kind(monkeypatch):
-    monkeypatch.setattr(text_choice, "COUNTS", {"train": 60, "test": 40})
-    items = make_items(documents(150), documents(40, seed=1))
-    assert check(items["train"], documents(150)) == {"next": 30, "seen": 30}
-    assert check(items["test"], documents(40, seed=1)) == {"next": 20, "seen": 20}
-
-
-def test_sentences_of_the_train_text_are_not_asked_about_in_test():
-    train, fresh = documents(60), documents(40, seed=1)
-    alone = make_items(train, fresh)["test"]
-    mixed = [f"{copied}\n\n{text}" for copied, text in zip(train, fresh, strict=False)]
-    assert make_items(train, mixed)["test"] == alone
-    assert make_items(train, train)["test"] == []
-
-
-@pytest.mark.parametrize("held_out", [["Nothing."], ["No prose here."] * 50])
-def test_too_little_text_for_one_split(store, held_out):
-    """What there is can be trained on."""
-    put_text("pydocs", documents(60, seed=2), held_out)
+@pytest.fixture
+def ready(store) -> str:
+    rng = random.Random(4)
+    syllables = ["".join(pair) for pair in itertools.product("bdfgklmnprst", "aeiou")]
+    words = {"".join(rng.sample(syllables, 2)) + rng.choice(["", *"drnmst"]) for _ in range(1500)}
+    put_text("pydocs", [" ".join(sorted(words) * 6)] * 2, ["x"])
     TextChoice.prepare("TextChoice", "pydocs")
-    assert len(TextChoice("train", "pydocs")) > 100
-    with pytest.raises(TooLittleText, match=r"^too little prose in pydocs: 0 test items, at least 20 are needed"):
-        TextChoice("test", "pydocs")
+    return "pydocs"
 
 
-def test_a_few_long_documents_are_enough(monkeypatch):
-    """Wrong choices then come from other passages of the same document."""
-    items = make_items(documents(60, seed=2), ["\n\n".join(documents(20, seed=1))])
-    assert check(items["test"], documents(20, seed=1))["next"] > MIN_ITEMS
-
-
-def test_the_task(source):  # noqa: F811
-    TextChoice.prepare("TextChoice", source)
-    for split in ("train", "test"):
-        task = TextChoice(split, source)
-        assert task.eval_type == "categorical" and task.baseline == 0.25 and not task.published
-        assert len(task) == len((task_data_dir() / "pydocs" / f"text_choice_{split}.jsonl").read_text().splitlines())
-        assert len(TextChoice(split, source, stop=25)) == 25
-        conversation = task[3]
-        question, answer = (message["content"] for message in conversation["messages"])
-        assert question.startswith("Multiple Choice question: ") and f"={answer}\n" in question
-        assert conversation["letters"] == ["A", "B", "C", "D"]
-        assert [task.evaluate(conversation, letter) for letter in "ABCD"].count(True) == 1
-        assert task.evaluate(conversation, answer)
-    assert task.source == "generated from the validation text of pydocs"
-
-
-def test_made_once_for_the_same_text(source):  # noqa: F811
-    TextChoice.prepare("TextChoice", source)
-    path = task_data_dir() / "pydocs" / "text_choice_test.jsonl"
-    before, made = path.read_text(), path.stat()
-    TextChoice.prepare("TextChoice", source)
-    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
-    put_text(source, documents(150), documents(30, seed=7))
-    TextChoice.prepare("TextChoice", source)
-    assert path.read_text() != before
+def fields(task: TextChoice, index: int) -> tuple[str, list[str], str, str]:
+    """(question, words, worked answer, right word)."""
+    item = task[index]
+    question, answer = (message["content"] for message in item["messages"])
+    return question, item["choices"], *answer.split("\n#### ")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_damaged_items_are_refused_and_made_again(source, split):  # noqa: F811
-    TextChoice.prepare("TextChoice", source)
-    path = task_data_dir() / "pydocs" / f"text_choice_{split}.jsonl"
-    whole = path.read_bytes()
-    for damage in (lambda: path.write_bytes(whole[:-20]), path.unlink):
-        damage()
-        command = r"`python -m scripts\.chat_data --source=pydocs --tasks=TextChoice`"
-        with pytest.raises(UserError, match=rf"text_choice_{split}\.jsonl absent or damaged: run {command}") as caught:
-            TextChoice(split, source)
-        assert "\n" not in str(caught.value)
-        TextChoice.prepare("TextChoice", source)
-        assert path.read_bytes() == whole
+def test_one_word_is_right_and_the_answer_finds_it(ready, split):
+    task = TextChoice(split, ready, size=400)
+    known = set(load_words(ready, split))
+    kinds: Counter[str] = Counter()
+    for index in range(len(task)):
+        question, words, worked, right = fields(task, index)
+        assert set(words) <= known and len(set(words)) == CHOICES and max(map(len, words)) <= LONGEST
+        assert all(word in question for word in words)
+        kind = "ends" if any(each in question for each in (" ends ", " at its end")) else "begins"
+        place = -1 if kind == "ends" else 0
+        letter = right[place]
+        assert f" {letter}" in question and [word for word in words if word[place] == letter] == [right]
+        steps = worked.removeprefix("The word ").split("; ")
+        assert len(steps) == words.index(right) + 1
+        for word, step in zip(words, steps, strict=False):
+            letters = " ".join(word) if kind == "ends" else word[0]
+            assert step == f"{word}: {letters} {'yes' if word == right else 'no'}"
+        assert step.split()[-2] == letter  # what decides stands right before the decision
+        kinds[kind] += 1
+    assert 120 < kinds["ends"] < 280
 
 
-def test_absent_items_name_the_command(store):
-    command = r"`python -m scripts\.chat_data --source=pydocs --tasks=TextChoice`"
-    with pytest.raises(UserError, match=f"no text_choice of pydocs in .*{command}"):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_word_of_four_is_right_once_and_at_each_place(ready, split):
+    task = TextChoice(split, ready, size=200)
+    for block in range(0, len(task), CHOICES):
+        items = [fields(task, index) for index in range(block, block + CHOICES)]
+        assert len({frozenset(words) for _, words, _, _ in items}) == 1
+        assert {right for *_, right in items} == set(items[0][1])
+        assert sorted(words.index(right) for _, words, _, right in items) == list(range(CHOICES))
+    shortcuts = of_task(task)
+    assert {name: value for name, value in shortcuts.items() if value > 1 / CHOICES + 1e-9} == {}
+    assert "the longest" in shortcuts and "an untrained model" in shortcuts
+
+
+@given(st.text(max_size=20))
+def test_grading(text):
+    item = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "so\n#### crab"}]}
+    task = TextChoice.__new__(TextChoice)
+    for right in ("#### crab", "x\n####crab.", "no #### apple\n#### crab", "#### 'crab'", '#### "crab".\nDone.'):
+        assert task.evaluate(item, right), right
+    for wrong in ("crab", "", "####", "#### crab or apple", "#### crabs", "#### not crab", "#### crab #### apple"):
+        assert not task.evaluate(item, wrong), wrong
+    if task.evaluate(item, f"#### crab{text}"):
+        assert not text.partition("\n")[0].strip().strip(f" {QUOTATION}.") or "####" in text
+
+
+def test_answers_fit(ready):
+    task = TextChoice("train", ready, size=200)
+    conversations = [task[index] for index in range(len(task))]
+    texts = [each["messages"][1]["content"] for each in conversations]
+    apart = RustBPETokenizer.train_from_iterator([*documents(60), *texts], 2000)
+    for conversation in conversations:
+        prompt = len(apart.render_for_completion(conversation))
+        assert prompt < 100 and len(apart.render_conversation(conversation)[0]) - prompt <= 96
+
+
+def test_items_depend_on_their_place_alone(ready):
+    short, long = TextChoice("test", ready, size=6), TextChoice("test", ready)
+    assert [short[i] for i in range(6)] == [long[i] for i in range(6)]
+    assert len(long) == 256 and len(TextChoice("train", ready)) == 20_000 and long.eval_type == "generative"
+    assert long.source == "generated from words of pydocs" and not long.published and long.baseline == 0.25
+    words = {word for index in range(100) for word in TextChoice("train", ready)[index]["choices"]}
+    assert not words & set(load_words(ready, "test"))
+
+
+def test_too_few_letters(store):
+    words = [f"b{a}{e}b" for a in "bcdfghjklm" for e in "aeiou"]
+    put_text("pydocs", [" ".join(words * 5)] * 3, ["x"])
+    TextChoice.prepare("TextChoice", "pydocs")
+    with pytest.raises(TooLittleText, match=r"begin with 1 letters and end in 1; TextChoice needs 4") as caught:
+        TextChoice("train", "pydocs")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_alphabets(store):
+    words = ["слово", "книга", "город", "школа", "поле", "река", "небо", "дом", "хлеб", "снег", "мост", "лес", "язык"]
+    put_text("pydocs", [" ".join([*words, *(f"{word}{end}" for word in words for end in ("ы", "ам"))] * 6)] * 3, ["x"])
+    TextChoice.prepare("TextChoice", "pydocs")
+    task = TextChoice("train", "pydocs", size=40)
+    for index in range(40):
+        *_, worked, right = fields(task, index)
+        assert worked.split()[-1] == "yes" and worked.split()[-2] in (characters(right)[0], characters(right)[-1])
+
+
+def test_absent_words_name_the_command(store):
+    with pytest.raises(UserError, match=r"`python -m scripts\.chat_data --source=pydocs"):
         TextChoice("test", "pydocs")
 
 
-def test_same_items_in_every_process(source):  # noqa: F811
-    TextChoice.prepare("TextChoice", source)
-    path = task_data_dir() / "pydocs" / "text_choice_train.jsonl"
+def test_same_items_in_every_process(ready):
     code = (
-        "from nanochat.tasks.text_choice import make_items; from tests.tasks.test_words import documents; import json; "
-        "[print(json.dumps(item)) for item in make_items(documents(150), documents(40, seed=1))['train']]"
+        "import json; from nanochat.tasks.text_choice import TextChoice; task = TextChoice('train', 'pydocs', 40); "
+        "print(json.dumps([task[index] for index in range(40)]))"
     )
-    assert path.read_text() == other_process(code, "1")
+    task = TextChoice("train", ready, 40)
+    assert json.loads(other_process(code, "1")) == [task[index] for index in range(40)]
