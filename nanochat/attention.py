@@ -46,6 +46,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = -1, scale: f
     return _sdpa(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
 
 
+def offset_keys(k: Tensor, joined: Tensor, carried: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(k (B, T, H, D) where the slower half of the rotary dimensions is that of the token before, or 0 where a token is
+    not joined (B, T) to one; that half of k itself (B, T, H, 2, D/4)). carried: that half of the token before the first
+    (B, 1, H, 2, D/4). A query then finds what came behind an earlier occurrence of its own token."""
+    own, slow = k.unflatten(-1, (2, 2, -1)).unbind(-2)
+    before = torch.cat([slow[:, :1] if carried is None else carried, slow[:, :-1]], dim=1)
+    return torch.stack([own, before * joined[:, :, None, None, None]], dim=-2).flatten(-3), slow
+
+
 def visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """(queries, keys) bool: True where the query may look at the key (see causal_attention)."""
     query_position = torch.arange(keys - queries, keys, device=device).unsqueeze(1)

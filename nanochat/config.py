@@ -17,12 +17,14 @@ from nanochat.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Arch = Literal["nanochat", "speedrun"]
+Arch = Literal["nanochat", "speedrun", "ngram"]
 Init = Literal["uniform", "spectral"]
 ValueEmbeds = Literal["none", "ends", "gated"]
 F = TypeVar("F", bound="ArchFlags")
 
 MOST_POSITIONS = 2**20  # in a row: ten times as many get rotary tables
+NGRAMS = (0, 2, 3)  # what ngram_embeds may be: the KV cache remembers two tokens
+MOST_NGRAM_HEADS = 8  # more have no factors for their hashes
 GATE_CHANNELS = 12  # of the stream that gates look at: enough, and next to nothing to compute
 
 
@@ -32,8 +34,9 @@ class GPTConfig:
 
     Every architecture has rotary positions (arXiv 2104.09864), QK-norm (arXiv 2010.04245), grouped key/value heads
     (arXiv 2305.13245), squared ReLU (Primer, arXiv 2109.08668), RMSNorm (arXiv 1910.07467) without parameters, and
-    softcapped logits (Gemma 2, arXiv 2408.00118). Value embeddings are those of ResFormer (arXiv 2410.17897), the other
-    features those of the modded-nanogpt speedrun's records; ArchFlags, which has flags of their names, explains them.
+    softcapped logits (Gemma 2, arXiv 2408.00118). Value embeddings are those of ResFormer (arXiv 2410.17897),
+    n-gram embeddings those of arXiv 2501.16975 and 2601.07372, the other features those of the modded-nanogpt
+    speedrun's records; ArchFlags, which has flags of their names, explains them.
     """
 
     sequence_len: int = 2048
@@ -62,6 +65,13 @@ class GPTConfig:
     unet: bool = False
     x0_shortcut: bool = False
     value_embeds: ValueEmbeds = "none"
+    ngram_embeds: int = 0
+    """Longest run of tokens that has hashed embeddings; 0 = none."""
+    ngram_slots: int = 5
+    """Slots of each of their tables, in vocabularies."""
+    ngram_heads: int = 1
+    """Hashes of each n-gram, each for its share of the channels: two n-grams rarely share all of them."""
+    key_offset: bool = False
     attn_gate: bool = False
     smear: bool = False
     backout: bool = False
@@ -89,8 +99,15 @@ class GPTConfig:
             raise UserError(
                 f"window_pattern={self.window_pattern!r}: use the letters S (short) and L (long), as in SSSL"
             )
-        if self.rotary_half and self.head_dim % 4:
-            raise UserError(f"rotary_half needs a head_dim that divides by 4, not {self.head_dim}")
+        for name in ("rotary_half", "key_offset"):
+            if getattr(self, name) and self.head_dim % 4:
+                raise UserError(f"{name} needs a head_dim that divides by 4, not {self.head_dim}")
+        if self.ngram_embeds not in NGRAMS:
+            raise UserError(f"ngram_embeds={self.ngram_embeds}: use one of {', '.join(map(str, NGRAMS))}")
+        if self.ngram_embeds and self.n_embd % self.ngram_heads:
+            raise UserError(f"n_embd={self.n_embd} must be a multiple of ngram_heads={self.ngram_heads}")
+        if self.ngram_heads > MOST_NGRAM_HEADS:
+            raise UserError(f"ngram_heads={self.ngram_heads} is not between 1 and {MOST_NGRAM_HEADS}")
         if self.n_embd < GATE_CHANNELS and (self.attn_gate or self.smear or self.value_embeds == "gated"):
             raise UserError(f"n_embd={self.n_embd}: gates look at {GATE_CHANNELS} channels; make it wider")
 
@@ -172,6 +189,7 @@ CONSTANTS = {
     "value_lambdas": 0.5,
     "resid_lambdas": 1.0,
     "x0_lambdas": 0.0,
+    "ngram_lambdas": 0.1,
     "skip_weights": 1.0,
     "smear_lambda": 0.0,
     "backout_lambda": 0.0,
@@ -181,7 +199,7 @@ CONSTANTS = {
 def init_std(name: str, fan_out: int, fan_in: int, config: GPTConfig, spec: InitSpec) -> float:
     """Standard deviation of a matrix or table when it is drawn; 0: zeros. ValueError where no rule is for it."""
     part = name.removesuffix(".weight").split(".")[-1]
-    if part.endswith("gate") or (part == "c_proj" and spec.zero_proj):
+    if part.endswith("gate") or (part == "c_proj" and spec.zero_proj) or name.startswith("transformer.ngram_embeds."):
         return 0.0
     if name == "transformer.wte.weight":
         return 1.0
@@ -204,6 +222,7 @@ def init_parameter(name: str, values: "Tensor", config: GPTConfig, spec: InitSpe
         value_embeds                normal, config.value_embed_std
         c_q c_k c_v c_fc c_proj     as `init` says, times gain; c_proj 0 with zero_proj
         gates                       0: the factor 1
+        ngram_embeds                0
         learned scalars             CONSTANTS
     """
     part = name.split(".")[-1]
@@ -236,7 +255,8 @@ LEARNING_RATES = {
 }
 # Fields of GPTConfig that are flags of the same name.
 FEATURES = ("window_pattern", "long_window", "short_window", "rotary_base", "rotary_half", "attn_scale", "unet",
-            "x0_shortcut", "value_embeds", "attn_gate", "smear", "backout")  # fmt: skip
+            "x0_shortcut", "value_embeds", "ngram_embeds", "ngram_slots", "ngram_heads", "key_offset", "attn_gate",
+            "smear", "backout")  # fmt: skip
 CLASSIC: dict[str, Any] = {
     **{name: getattr(GPTConfig, name) for name in FEATURES},
     **LEARNING_RATES,
@@ -250,37 +270,44 @@ CLASSIC: dict[str, Any] = {
     "final_lr_frac": 0.0,
     "window_warmup": False,
 }
+# Record 26 of the modded-nanogpt speedrun: 12 layers, 768 wide, 275.7 million parameters with 50,304 tokens.
+SPEEDRUN: dict[str, Any] = {
+    "window_pattern": "LSSSLSSLSSSL",
+    "long_window": 1792,
+    "short_window": 896,
+    "document_mask": True,
+    "rotary_base": 1024.0,
+    "rotary_half": True,
+    "attn_scale": 0.12,
+    "scaled_logits": True,
+    "unet": True,
+    "x0_shortcut": True,
+    "value_embeds": "ends",
+    "drop_attention": True,
+    "matrix_lr": 0.05,
+    "embedding_lr": 0.6,
+    "unembedding_lr": 0.22,
+    "value_embedding_lr": 0.6,
+    "init_gain": 0.5,
+    "grad_clip": 0.0,
+    "warmdown_ratio": 0.45,
+    "final_lr_frac": 0.1,
+    "window_warmup": True,
+}
 # Where an architecture differs from the classic.
 ARCHS: dict[Arch, dict[str, Any]] = {
     # what the published sizes and losses are of
     "nanochat": {},
-    # record 26 of the modded-nanogpt speedrun: 12 layers, 768 wide, 275.7 million parameters with 50,304 tokens
-    "speedrun": {
-        "window_pattern": "LSSSLSSLSSSL",
-        "long_window": 1792,
-        "short_window": 896,
-        "document_mask": True,
-        "rotary_base": 1024.0,
-        "rotary_half": True,
-        "attn_scale": 0.12,
-        "scaled_logits": True,
-        "unet": True,
-        "x0_shortcut": True,
-        "value_embeds": "ends",
-        "drop_attention": True,
-        "matrix_lr": 0.05,
-        "embedding_lr": 0.6,
-        "unembedding_lr": 0.22,
-        "value_embedding_lr": 0.6,
-        "init_gain": 0.5,
-        "grad_clip": 0.0,
-        "warmdown_ratio": 0.45,
-        "final_lr_frac": 0.1,
-        "window_warmup": True,
-    },
+    "speedrun": SPEEDRUN,
+    # what learns most from each token of all that was measured (docs/decisions.md)
+    "ngram": {**SPEEDRUN, "ngram_embeds": 3, "key_offset": True},
 }
 # (tokens a step, tokens of the run) that the rates were tuned with; see schedule.batch_lr_scale
-TUNED_AT: dict[Arch, tuple[int, float]] = {"nanochat": (2**19, 11.2e9), "speedrun": (393_216, 688e6)}
+TUNED_AT: dict[Arch, tuple[int, float]] = {
+    "nanochat": (2**19, 11.2e9),
+    "speedrun": (393_216, 688e6),
+    "ngram": (393_216, 688e6),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +353,16 @@ class ArchFlags:
     value_embeds: ValueEmbeds | None = None
     """Embeddings of the tokens that join the values: ends = three tables, used by the first and again by the last three
     layers; gated = a table of its own and a learned gate for every second layer."""
+    ngram_embeds: Annotated[int | None, int_flag(gte=0, lte=3)] = None
+    """Hashed embeddings of each token with the one before it (2) and with the two before it (3) too, added to the
+    stream in front of every layer; 0: none."""
+    ngram_slots: Annotated[int | None, int_flag(gte=1)] = None
+    """Slots of each of their tables, in vocabularies (5)."""
+    ngram_heads: Annotated[int | None, int_flag(gte=1, lte=8)] = None
+    """Hashes of each n-gram, each for its share of the channels (1)."""
+    key_offset: bool | None = None
+    """The slower half of each key's rotary dimensions comes from the token before: finding what followed an earlier
+    occurrence takes one layer."""
     attn_gate: bool | None = None
     """A learned gate on each head's output, from the first 12 channels of its input."""
     smear: bool | None = None

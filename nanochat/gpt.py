@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat import mup
-from nanochat.attention import Mask, causal_attention, make_masks, masked_attention
-from nanochat.config import GATE_CHANNELS, LEARNING_RATES, InitSpec, init_parameter
+from nanochat.attention import Mask, causal_attention, make_masks, masked_attention, offset_keys
+from nanochat.config import GATE_CHANNELS, LEARNING_RATES, MOST_NGRAM_HEADS, NGRAMS, InitSpec, init_parameter
 from nanochat.config import GPTConfig as GPTConfig
 from nanochat.dtensor import fill_rows
 from nanochat.errors import UserError
@@ -26,6 +26,8 @@ from nanochat.optim.param_groups import check_parametrisation, make_param_groups
 
 LOGIT_CAP = 15.0
 ROTARY_MARGIN = 10  # the rotary table covers this many times sequence_len, so that generation may run past it
+NGRAM_PRIME = 2**31 - 1
+NO_TOKEN = -1  # stands for what is before the document or the row
 STATISTICS = ("mean", "std", "max", "min", "l2")  # of one activation tensor, in this order; l2 = root mean square
 
 
@@ -62,13 +64,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1).to(x.dtype)
 
 
+def ngram_slots(tokens: list[Tensor], factors: Tensor, slots: int) -> Tensor:
+    """(B, T, heads) rows of a table of heads x slots for the n-grams of `tokens`, n tensors (B, T) of which the first
+    is the text, the second the token before, and so on: multiply-add hashes by factors (n or more, heads) modulo a
+    prime (universal in the sense of Carter and Wegman, 1979)."""
+    key: Any = sum(
+        (token - NO_TOKEN + 1).unsqueeze(-1) * factor for token, factor in zip(tokens, factors, strict=False)
+    )
+    return key % NGRAM_PRIME % slots + slots * torch.arange(factors.size(1), device=key.device)
+
+
 class Cache(Protocol):
     """What the model needs of a KV cache (nanochat.engine.KVCache): rows of lengths of their own."""
 
     incoming: Tensor | None
     """(B,) how many of the tokens of this forward pass count, from the left; None: all of them, in every row."""
     last_tokens: Tensor
-    """(B,) int64: the last token of each row."""
+    """(B, 2) int64: the last tokens of each row."""
     document_starts: Tensor
     """(B,) int64: where the document begins that each row is in."""
 
@@ -76,6 +88,9 @@ class Cache(Protocol):
     def begin(self, num_tokens: int) -> Tensor: ...
     def advance(self, num_tokens: int) -> None: ...
     def last(self, x: Tensor) -> Tensor: ...
+    def note_tokens(self, idx: Tensor) -> None: ...
+    def carried(self, layer: int) -> Tensor: ...
+    def carry(self, layer: int, slow: Tensor, carried: Tensor) -> None: ...
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
     def mask(self, layer: int, window: int, first: Tensor | None) -> Tensor: ...
 
@@ -87,6 +102,8 @@ class ForwardContext(NamedTuple):
     sin: Tensor
     masks: "tuple[Mask | None, Mask | None]"
     """For layers with short and long windows; None: plain causal attention."""
+    joined: Tensor | None
+    """(B or 1, T) whether the token before is of the same document; None: nobody needs to know."""
     kv_cache: Cache | None
 
 
@@ -95,7 +112,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.window, self.is_long = config.window(layer), config.is_long(layer)
-        self.head_dim = config.head_dim
+        self.head_dim, self.key_offset = config.head_dim, config.key_offset
         self.scale = config.attn_scale or config.head_dim**-0.5
         self.c_q = Linear(config.n_embd, config.n_head * config.head_dim)
         self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
@@ -118,8 +135,15 @@ class CausalSelfAttention(nn.Module):
             v = self.join(v, value_embed.view(v.shape), x)
         # QK-norm keeps the attention logits bounded
         q, k = norm(rotate(q, ctx.cos, ctx.sin)), norm(rotate(k, ctx.cos, ctx.sin))
-        if ctx.kv_cache is not None:
-            k, v = ctx.kv_cache.insert(self.layer, k, v)
+        cache, slow, carried = ctx.kv_cache, None, None
+        if self.key_offset:
+            assert ctx.joined is not None
+            carried = cache.carried(self.layer) if cache is not None else None
+            k, slow = offset_keys(k, ctx.joined, carried)
+        if cache is not None:
+            k, v = cache.insert(self.layer, k, v)
+            if slow is not None and carried is not None:
+                cache.carry(self.layer, slow, carried)
         short, long = ctx.masks  # not indexed by a bool: torch 2.11 could not compile that
         mask = long if self.is_long else short
         if mask is not None:
@@ -193,6 +217,7 @@ class GPT(nn.Module):
     cos: Tensor
     sin: Tensor
     windows: Tensor
+    ngram_factors: Tensor
     block_masks = False  # whether masks are made for FlexAttention; parallel.compile_model sets it
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -210,6 +235,12 @@ class GPT(nn.Module):
         if tables:
             width = config.n_kv_head * config.head_dim
             self.transformer["value_embeds"] = nn.ModuleList(embedding(config.vocab_size, width) for _ in tables)
+        if config.ngram_embeds:
+            heads = config.ngram_heads
+            rows, width = heads * config.ngram_slots * config.vocab_size, config.n_embd // heads
+            ngrams = (embedding(rows, width) for _ in range(2, config.ngram_embeds + 1))
+            self.transformer["ngram_embeds"] = nn.ModuleList(ngrams)
+            self.ngram_lambdas = nn.Parameter(torch.empty(config.n_layer))
         if config.x0_shortcut:
             self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
@@ -244,11 +275,19 @@ class GPT(nn.Module):
         config, device = self.config, self.lm_head.weight.device
         length = config.sequence_len * ROTARY_MARGIN
         cos, sin = rotary_tables(length, config.head_dim, device, config.rotary_base, config.rotary_half)
-        return {
+        buffers = {
             "cos": cos,
             "sin": sin,
             "windows": torch.tensor(self._full_windows(), dtype=torch.float32, device=device),
         }
+        if config.ngram_embeds:  # powers of a primitive root, far apart; they are part of what a checkpoint means
+            powers = [
+                [104_729 * (MOST_NGRAM_HEADS * n + h) + 1 for h in range(config.ngram_heads)]
+                for n in range(max(NGRAMS))
+            ]
+            factors = [[pow(7, power, NGRAM_PRIME) for power in row] for row in powers]
+            buffers["ngram_factors"] = torch.tensor(factors, device=device)
+        return buffers
 
     def _full_windows(self) -> list[int]:
         """Of layers with short and long windows, in tokens, at the end of training."""
@@ -283,7 +322,7 @@ class GPT(nn.Module):
         x = self.run_blocks(self.embed(idx, kv_cache), idx, ctx)
         if kv_cache is not None:
             x = x if kv_cache.incoming is None else kv_cache.last(x).unsqueeze(1)
-            kv_cache.last_tokens.copy_(kv_cache.last(idx))
+            kv_cache.note_tokens(idx)
             kv_cache.advance(T)
         x = norm(x)
         scale = config.logit_multiplier
@@ -299,12 +338,37 @@ class GPT(nn.Module):
         x = norm(wte(idx).to(self.compute_dtype))  # type: ignore[operator]
         if not self.config.smear:
             return x
-        before, exists = _tokens_before(idx, kv_cache)
-        if self.config.document_token >= 0:
-            exists = exists & (idx != self.config.document_token)
+        before = self.tokens_before(idx, kv_cache, 1)[1]
         share = self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., :GATE_CHANNELS]).float())
-        share = (share * exists.unsqueeze(-1)).to(x.dtype)
-        return norm(x + share * norm(wte(before).to(self.compute_dtype)))  # type: ignore[operator]
+        share = (share * (before != NO_TOKEN).unsqueeze(-1)).to(x.dtype)
+        return norm(x + share * norm(wte(before.clamp(min=0)).to(self.compute_dtype)))  # type: ignore[operator]
+
+    def tokens_before(self, idx: Tensor, kv_cache: Cache | None, count: int) -> list[Tensor]:
+        """idx (B, T), the token before each, the one before that, ... up to `count` back; NO_TOKEN where the document
+        or the row has not begun there."""
+        if kv_cache is None:
+            past = torch.full_like(idx[:, :1], NO_TOKEN).expand(-1, 2)
+        else:
+            back = torch.arange(-2, 0, device=idx.device)
+            past = kv_cache.last_tokens.where(kv_cache.begin(idx.size(1))[:, :1] + back >= 0, NO_TOKEN)
+        text, tokens = torch.cat([past, idx], dim=1), [idx]
+        for steps in range(1, count + 1):
+            begun = tokens[-1] == NO_TOKEN
+            if self.config.document_token >= 0:
+                begun = begun | (tokens[-1] == self.config.document_token)
+            tokens.append(text[:, 2 - steps : text.size(1) - steps].masked_fill(begun, NO_TOKEN))
+        return tokens
+
+    def embed_ngrams(self, idx: Tensor, kv_cache: Cache | None) -> Tensor:
+        """(B, T, C) in the compute dtype: the sum of the embeddings of each token with those before it."""
+        tables: Any = self.transformer["ngram_embeds"]
+        tokens = self.tokens_before(idx, kv_cache, len(tables))
+        total: Any = None
+        slots = self.config.ngram_slots * self.config.vocab_size
+        for n, table in enumerate(tables, start=2):
+            part = table(ngram_slots(tokens[:n], self.ngram_factors, slots)).flatten(-2).to(self.compute_dtype)
+            total = part if total is None else total + part
+        return total
 
     def forward_context(self, idx: Tensor, kv_cache: Cache | None) -> ForwardContext:
         """Positions and masks of this forward pass; notes in the cache where documents begin."""
@@ -313,24 +377,27 @@ class GPT(nn.Module):
         if start + T > self.cos.size(1):
             raise UserError(f"{start + T} tokens are more than the {self.cos.size(1)} positions of the rotary table")
         begins = idx == config.document_token if config.document_token >= 0 else None
+        joined = None
+        if config.key_offset:
+            joined = self.tokens_before(idx, kv_cache, 1)[1] != NO_TOKEN
         if kv_cache is None:
             masks: Any = (None, None)
             if config.masked:
                 documents = begins.cumsum(1) if begins is not None else None
                 masks = make_masks(documents, self.windows, idx, blocks=self.block_masks)
-            return ForwardContext(self.cos[:, :T], self.sin[:, :T], masks, None)
+            return ForwardContext(self.cos[:, :T], self.sin[:, :T], masks, joined, None)
         position, first = kv_cache.begin(T), None
         if begins is not None:
             first = torch.where(begins, position, kv_cache.document_starts.unsqueeze(1)).cummax(1).values
             kv_cache.document_starts.copy_(kv_cache.last(first))
         if start == 0 and not config.masked:
-            return ForwardContext(self.cos[:, :T], self.sin[:, :T], (None, None), kv_cache)
+            return ForwardContext(self.cos[:, :T], self.sin[:, :T], (None, None), joined, kv_cache)
         layer_of_short, layer_of_long = self.typical_layers
         long = kv_cache.mask(layer_of_long, config.window(layer_of_long), first)
         short = long
         if layer_of_short != layer_of_long:
             short = kv_cache.mask(layer_of_short, config.window(layer_of_short), first)
-        return ForwardContext(self.cos[0, position], self.sin[0, position], (short, long), kv_cache)
+        return ForwardContext(self.cos[0, position], self.sin[0, position], (short, long), joined, kv_cache)
 
     def run_blocks(self, x: Tensor, idx: Tensor, ctx: ForwardContext) -> Tensor:
         """The stream (B, T, C) behind the last block, and what runs beside the blocks: skips, shortcut, backout."""
@@ -339,6 +406,7 @@ class GPT(nn.Module):
         if "value_embeds" in self.transformer:
             tables: Any = self.transformer["value_embeds"]
             values = [table(idx).to(self.compute_dtype) for table in tables]
+        ngrams = self.embed_ngrams(idx, ctx.kv_cache) if config.ngram_embeds else None
         middle = 2 * n // 3 - 1 if config.backout and n > 1 else -1
         outputs: dict[int, Tensor] = {}  # only what is needed again: without gradients the others are freed
         for layer, block in enumerate(self.transformer.h):  # type: ignore[arg-type]
@@ -346,6 +414,8 @@ class GPT(nn.Module):
                 x = x + self.skip_weights[layer - (n - n // 2)] * outputs[n - 1 - layer]
             if config.x0_shortcut:
                 x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
+            if ngrams is not None:
+                x = x + self.ngram_lambdas[layer] * ngrams
             table = config.value_table(layer)
             value_embed = values[table] if table is not None else None
             x = block(x, value_embed, ctx)  # gradient checkpointing would wrap this call
@@ -375,9 +445,10 @@ class GPT(nn.Module):
         """Let an inference copy have the weights that this model has now."""
         torch._foreach_copy_(list(twin.parameters()), list(self.parameters()))
 
-    def num_params(self) -> int:
-        """All parameters, embeddings included."""
-        return sum(param.numel() for param in self.parameters())
+    def num_params(self, lookups: bool = True) -> int:
+        """All parameters, embeddings included; lookups=False: without the tables that others have beside the embedding,
+        which cost next to no arithmetic (value and n-gram embeddings)."""
+        return sum(param.numel() for name, param in self.named_parameters() if lookups or not _is_lookup(name))
 
     def estimate_flops(self, row_len: int | None = None) -> float:
         """FLOPs per token of forward and backward: 6 x matmul parameters (lm_head counted, looking up embeddings not)
@@ -388,7 +459,7 @@ class GPT(nn.Module):
         matmul_params = sum(
             param.numel()
             for name, param in self.named_parameters()
-            if param.ndim == 2 and name != "transformer.wte.weight" and "value_embeds" not in name
+            if param.ndim == 2 and name != "transformer.wte.weight" and not _is_lookup(name)
         )
         spans = 0
         for layer in range(config.n_layer):
@@ -417,9 +488,5 @@ class GPT(nn.Module):
         return MuonAdamW(make_param_groups(named, self.config, scalings, use_muon, weight_decay, **rates))
 
 
-def _tokens_before(idx: Tensor, kv_cache: Cache | None) -> tuple[Tensor, Tensor]:
-    """(token before each of idx (B, T), whether there is one)."""
-    if kv_cache is None:
-        position = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
-        return torch.cat([idx[:, :1], idx[:, :-1]], dim=1), position > 0
-    return torch.cat([kv_cache.last_tokens.unsqueeze(1), idx[:, :-1]], dim=1), kv_cache.begin(idx.size(1)) > 0
+def _is_lookup(name: str) -> bool:
+    return name.startswith(("transformer.value_embeds.", "transformer.ngram_embeds."))

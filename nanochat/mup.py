@@ -147,7 +147,7 @@ def _expected(name: str) -> Kind | None:
     """What a parameter of this name must be; a second opinion, should the comparison of shapes have gone wrong."""
     if name == "lm_head.weight":
         return "output"
-    if name == "transformer.wte.weight" or name.startswith("transformer.value_embeds."):
+    if name.startswith(("transformer.wte.", "transformer.value_embeds.", "transformer.ngram_embeds.")):
         return "input"
     if name.startswith("transformer.h.") and name.split(".")[-2].startswith("c_"):
         return "hidden"

@@ -111,8 +111,7 @@ def shard_model(model: GPT, mesh: DeviceMesh | None, policy: Policy) -> None:
     shard: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
     parts: Any = model.transformer
     units = [parts["wte"], *parts["h"]]
-    if "value_embeds" in parts:
-        units += parts["value_embeds"]
+    units += [table for kind in ("value_embeds", "ngram_embeds") if kind in parts for table in parts[kind]]
     for unit in units:
         fully_shard(unit, **shard, reshard_after_forward=policy.reshard_after_forward)
     fully_shard(model.lm_head, **shard, reshard_after_forward=False)  # its backward pass comes at once

@@ -274,7 +274,7 @@ def build_model(settings: Settings, data: TrainData, device: torch.device) -> tu
     costs no memory; memory second, values last."""
     with torch.device("meta"):
         model = GPT(build_config(settings, data.vocab_size, data.document_token), compute_dtype(device))
-    num_iterations, why = plan_horizon(settings, model.num_params(), model.estimate_flops())
+    num_iterations, why = plan_horizon(settings, model.num_params(lookups=False), model.estimate_flops())
     policy = parallelize_model(model, settings, device)
     model.to_empty(device=device)
     model.init_weights(init_spec(settings))

@@ -18,7 +18,14 @@ from tests.models import make_config
 BOS = 0
 SMALL = {"n_layer": 6, "n_embd": 64, "head_dim": 16, "vocab_size": 97, "sequence_len": 64, "document_token": BOS}
 WINDOWS = {"long_window": 20, "short_window": 7}
-EVERYTHING = {"attn_gate": True, "smear": True, "backout": True}
+EVERYTHING = {
+    "attn_gate": True,
+    "smear": True,
+    "backout": True,
+    "ngram_embeds": 3,
+    "ngram_heads": 4,
+    "key_offset": True,
+}
 
 
 def build(randomise=True, document_token=BOS, **changes) -> GPT:
@@ -96,9 +103,10 @@ def test_every_parameter_learns():
 
 
 def test_new_features_begin_as_nothing():
-    """Gates, smear and backout start as the identity, so that switching one on does not change the first step."""
+    """Gates, smear, backout and n-gram embeddings start as the identity, so that switching one on does not change the
+    first step. An offset of the keys has no weights to begin with."""
     idx = text()
-    plain, full = build(randomise=False), build(randomise=False, **EVERYTHING)
+    plain, full = build(randomise=False), build(randomise=False, **{**EVERYTHING, "key_offset": False})
     for model in (plain, full):
         model.init_weights(head_std=0.1, zero_proj=False)
     torch.testing.assert_close(full(idx), plain(idx), atol=1e-4, rtol=1e-4)
@@ -114,22 +122,32 @@ def test_documents_in_a_row_are_as_if_alone(features):
     torch.testing.assert_close(packed[:, 20:], model(second), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("features", [EVERYTHING, {"value_embeds": "gated"}, {"document_token": -1, "smear": True}])
+@pytest.mark.parametrize(
+    "features",
+    [
+        EVERYTHING,
+        {"value_embeds": "gated"},
+        {"document_token": -1, "smear": True, "ngram_embeds": 3, "key_offset": True},
+    ],
+)
 @pytest.mark.parametrize("chunks", [[48], [13, 1, 1, 33], [1] * 48])
 @torch.no_grad()
 def test_kv_cache_gives_the_logits_of_the_full_forward(features, chunks):
     model, idx = build(**features), text()
-    cache = KVCache(2, 4, 48, 16, 6)
+    cache = KVCache(2, 4, 48, 16, 6, key_offset=model.config.key_offset)
     pieces = [model(piece, kv_cache=cache) for piece in idx.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("features", [EVERYTHING, {"document_token": -1, "smear": True}])
+@pytest.mark.parametrize(
+    "features", [EVERYTHING, {"document_token": -1, "smear": True, "ngram_embeds": 3, "key_offset": True}]
+)
 @torch.no_grad()
 def test_kv_cache_with_rows_of_their_own_lengths(features):
     """Tokens behind those that count are as if they were not there, in any part of a row."""
     model, idx = build(**features), text(3, 48, 4)
-    cache = KVCache(3, 4, 60, 16, 6, windows=[model.config.window(layer) for layer in range(6)])
+    windows = [model.config.window(layer) for layer in range(6)]
+    cache = KVCache(3, 4, 60, 16, 6, windows=windows, key_offset=model.config.key_offset)
     read = [0, 0, 0]
     for counts in ([5, 12, 1], [13, 2, 9], [1, 1, 1], [1, 1, 1], [20, 30, 3], [1, 1, 1]):
         width = max(counts)
@@ -197,7 +215,7 @@ def test_init_fills_poisoned_memory():
             model = GPT(changed)
         model.to_empty(device="cpu")
         for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.data.fill_(float("nan"))
+            tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
         model.init_weights()
         assert all(tensor.isfinite().all() for tensor in [*model.parameters(), *model.buffers()])
         idx = text()

@@ -33,7 +33,7 @@ class Batch:
         # one more position than asked for: on a GPU, a row takes part in one step more than it needs
         shape = (rows + prefills, config.n_kv_head, length + 1, config.n_embd // config.n_head, config.n_layer)
         windows = [config.window(layer) for layer in range(config.n_layer)]
-        self.cache = KVCache(*shape, self.device, dtype, windows)
+        self.cache = KVCache(*shape, self.device, dtype, windows, config.key_offset)
         self.graphs = Graphs(self.cache, forward, rows) if self.device.type == "cuda" else None
         self.waiting: deque[list[Row]] = deque()  # samples of one prompt each
         self.reading: list[list[Row]] = []  # those whose prompts are in the last places of the cache, in part

@@ -18,6 +18,8 @@ class KVCache:
 
     windows: how far back each layer looks (-1: to the start). A layer that looks back w positions needs no more than
     w + 1 + 2 * CHUNK, and keeps position p at p modulo that; k_cache and v_cache are then a list with a tensor a layer.
+    key_offset: of a model whose keys have a part of the token before; what the last token passes on to the next lies in
+    the next one's place already, and there is one place more.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         windows: Sequence[int] = (),
+        key_offset: bool = False,
     ) -> None:
         sizes = [
             seq_len if window < 0 else min(seq_len, window + 1 + 2 * CHUNK) for window in windows or [-1] * num_layers
@@ -40,16 +43,18 @@ class KVCache:
 
         self.k_cache: Any
         self.v_cache: Any
+        self.extra = int(key_offset)
         if min(sizes) == seq_len:
-            shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
+            shape = (num_layers, batch_size, seq_len + self.extra, num_heads, head_dim)
             self.k_cache, self.v_cache = zeros(*shape), zeros(*shape)
         else:
-            shapes = [(batch_size, size, num_heads, head_dim) for size in sizes]
+            shapes = [(batch_size, size + self.extra, num_heads, head_dim) for size in sizes]
             self.k_cache, self.v_cache = [zeros(*shape) for shape in shapes], [zeros(*shape) for shape in shapes]
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.lengths = np.zeros(batch_size, dtype=np.int64)  # the same on the host: no step waits for the device
-        self.last_tokens = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.last_tokens = torch.zeros(batch_size, 2, dtype=torch.long, device=device)
         self.document_starts = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self._two = torch.arange(2, device=device)
         self.incoming: Tensor | None = None  # (B,) tokens of the next forward pass that count; None: all of them
         self.max_seq_len = seq_len
         self.span: int | None = None  # positions to attend to, filled or not, where no step may depend on the host
@@ -110,6 +115,32 @@ class KVCache:
             keys[row, place], values[row, place] = k, v
         return keys[:, : min(end, size)], values[:, : min(end, size)]
 
+    def note_tokens(self, idx: Tensor) -> None:
+        """Remember the last tokens of each row, of idx (B, T) and what was before."""
+        text = torch.cat([self.last_tokens, idx], dim=1)
+        if self.incoming is None:
+            self.last_tokens.copy_(text[:, -2:])
+        else:
+            self.last_tokens.copy_(text.gather(1, self.incoming.long().unsqueeze(1) + self._two))
+
+    def carried(self, layer: int) -> Tensor:
+        """(B, 1, H, 2, D/4): what the last token of each row passes on to the next one's key."""
+        keys, (row, place) = self.get_layer_cache(layer)[0], self._places(layer, self.cache_seqlens)
+        return keys.unflatten(-1, (2, 2, -1))[row, place, :, :, 1].unsqueeze(1)
+
+    def carry(self, layer: int, slow: Tensor, carried: Tensor) -> None:
+        """Keep what the last of these tokens passes on, of slow (B, T, H, 2, D/4); called behind `insert`. Where no
+        token of a row counts, that is what was carried before."""
+        keys, count = self.get_layer_cache(layer)[0], slow.size(1)
+        counts = torch.full_like(self.cache_seqlens, count) if self.incoming is None else self.incoming
+        row, place = self._places(layer, self.cache_seqlens + counts)
+        keys.unflatten(-1, (2, 2, -1))[row, place, :, :, 1] = torch.cat([carried, slow], dim=1)[row, counts.long()]
+
+    def _places(self, layer: int, position: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) rows and the places in this layer of one position in each."""
+        size = self.get_layer_cache(layer)[0].size(1)
+        return torch.arange(len(position), device=position.device), position.long() % size
+
     def last(self, x: Tensor) -> Tensor:
         """(B, ...): of x (B, T, ...) what belongs to the last token of each row that counts."""
         if self.incoming is None:
@@ -160,12 +191,12 @@ class KVCache:
     def can_rewind(self, row: int, length: int) -> bool:
         """Whether all that positions from `length` on look at is still there."""
         lost = int(self.lengths[row]) - length
-        return lost <= CHUNK or all(layer.size(1) == self.max_seq_len for layer in self.k_cache)
+        return lost <= CHUNK or all(layer.size(1) >= self.max_seq_len for layer in self.k_cache)
 
     def rewind(self, row: int, tokens: Sequence[int], document_token: int) -> None:
         """Forget what this row holds behind these, its first tokens."""
         self.lengths[row] = self.cache_seqlens[row] = len(tokens)
-        self.last_tokens[row] = tokens[-1]
+        self.last_tokens[row] = torch.tensor([0, *tokens][-2:], device=self.last_tokens.device)
         begins = [i for i, token in enumerate(tokens) if token == document_token]
         self.document_starts[row] = begins[-1] if begins else 0
 
@@ -177,7 +208,7 @@ class KVCache:
         of, to = torch.tensor(list(sources), device=device), torch.tensor(list(targets), device=device)
         for cached in (self.k_cache, self.v_cache):
             for layer in cached:
-                used = layer[:, : min(most, layer.size(1))]
+                used = layer[:, : most + self.extra]
                 used[to] = used[of]
         for tensor in (self.cache_seqlens, self.last_tokens, self.document_starts):
             tensor[to] = tensor[of]
@@ -189,8 +220,8 @@ class KVCache:
         repeats, most = len(self.lengths) // len(other.lengths), other.get_pos()
         for mine, others in ((self.k_cache, other.k_cache), (self.v_cache, other.v_cache)):
             for layer, its in zip(mine, others, strict=True):
-                used = its[:, :most]
+                used = its[:, : most + self.extra]
                 layer[:, : used.size(1)] = used.repeat_interleave(repeats, dim=0)
         for name in ("cache_seqlens", "last_tokens", "document_starts"):
-            getattr(self, name).copy_(getattr(other, name).repeat_interleave(repeats))
+            getattr(self, name).copy_(getattr(other, name).repeat_interleave(repeats, dim=0))
         self.lengths[:] = np.repeat(other.lengths, repeats)

@@ -16,7 +16,7 @@ ADAMW_FOR_MATRICES = {"kind": "adamw", "betas": (0.9, 0.95), "eps": 1e-8}
 ADAMW_MATRIX_LR = 0.05  # times Muon's rate: 0.02 becomes 1e-3 at width 768, and goes with 1/width
 GATE_LR = 0.2  # times the rate of scalars: all 12 inputs of a gate move it, 0.1 a step together at 0.04
 
-FAMILIES = ("head", "embedding", "value embeddings", "gates", "scalars", "matrices")
+FAMILIES = ("head", "embedding", "value embeddings", "n-gram embeddings", "gates", "scalars", "matrices")
 
 
 def make_param_groups(
@@ -47,6 +47,7 @@ def make_param_groups(
         "head": {**ADAMW, "lr": rates["unembedding_lr"] * width_factor},
         "embedding": {**ADAMW, "lr": rates["embedding_lr"] * width_factor},
         "value embeddings": {**ADAMW, "lr": rates["value_embedding_lr"] * width_factor},
+        "n-gram embeddings": {**ADAMW, "lr": rates["value_embedding_lr"] * width_factor},
         "gates": {**ADAMW, "lr": rates["scalar_lr"] * GATE_LR},
         "scalars": {**ADAMW, "lr": rates["scalar_lr"]},
         "matrices": {**matrices, "weight_decay": weight_decay},
@@ -89,6 +90,8 @@ def _family(name: str, rule: ParamScaling, ndim: int) -> str:
         return "embedding"
     if name.startswith("transformer.value_embeds."):
         return "value embeddings"
+    if name.startswith("transformer.ngram_embeds."):
+        return "n-gram embeddings"
     return "scalars" if ndim == 1 else "gates"
 
 
