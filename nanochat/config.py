@@ -315,7 +315,8 @@ class ArchFlags:
     """Flags that fix the model, its first weights and what they are trained with; None: as --arch has it."""
 
     arch: Arch = "nanochat"
-    """nanochat: the classic; speedrun: modded-nanogpt's record 26. Each of its features is a flag of its own."""
+    """nanochat: the classic; speedrun: modded-nanogpt's record 26; ngram: that with hashed n-gram embeddings and a key
+    offset, the best at equal tokens. Each feature is a flag of its own."""
     depth: Annotated[int, int_flag(gte=1, lte=128)] = 20
     """Transformer layers; the one dial."""
     aspect_ratio: Annotated[int, int_flag(gte=1)] = 64
@@ -394,13 +395,14 @@ class ArchFlags:
 
     # ---- rates, at the batch and horizon that they were tuned with
     matrix_lr: Annotated[float | None, float_flag(gte=0)] = None
-    """Muon learning rate of the matrices (0.02; speedrun 0.05); all rates follow batch and horizon from there."""
+    """Muon learning rate of the matrices (0.02; speedrun, ngram 0.05); all rates follow batch and horizon."""
     embedding_lr: Annotated[float | None, float_flag(gte=0)] = None
-    """AdamW learning rate of the embedding at width 768 (0.2; speedrun 0.6); goes with width^-0.5, not under muP."""
+    """AdamW learning rate of the embedding at width 768 (0.2; speedrun, ngram 0.6); goes with width^-0.5, not under
+    muP."""
     unembedding_lr: Annotated[float | None, float_flag(gte=0)] = None
-    """The same of the head (0.004; speedrun 0.22)."""
+    """The same of the head (0.004; speedrun, ngram 0.22)."""
     value_embedding_lr: Annotated[float | None, float_flag(gte=0)] = None
-    """The same of value embeddings (0.2; speedrun 0.6)."""
+    """The same of value and n-gram embeddings (0.2; speedrun, ngram 0.6)."""
     scalar_lr: Annotated[float | None, float_flag(gte=0)] = None
     """AdamW learning rate of learned scalars and gates (0.04), at every width."""
     use_muon: bool = True

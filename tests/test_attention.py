@@ -13,6 +13,7 @@ from nanochat.attention import (
     dense_mask,
     make_masks,
     masked_attention,
+    offset_keys,
 )
 
 
@@ -113,3 +114,19 @@ def test_the_compiler_is_told_how_lists_of_blocks_are_laid_out():
     documents, window = documents_of([300, 100, 600], rows=2), torch.tensor(300.0)
     torch.library.opcheck(_mask_blocks, (documents, window))
     assert all(part.is_contiguous() for part in _mask_blocks(documents, window))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_offset_keys_take_half_of_their_slow_dimensions_from_the_token_before(carried):
+    k, joined = torch.randn(2, 5, 3, 8), torch.rand(2, 5) > 0.3
+    past = torch.randn(2, 1, 3, 2, 2) if carried else None
+    joined[:, 0] &= carried
+    found, slow = offset_keys(k, joined, past)
+    expected = k.clone()
+    for row, token in torch.cartesian_prod(torch.arange(2), torch.arange(5)).tolist():
+        for half in range(2):  # pairs (i, i + D/2) turn together; the last quarter of each half turns slowest
+            own = slice(4 * half + 2, 4 * half + 4)
+            before = k[row, token - 1, :, own] if token else past[row, 0, :, half] if carried else torch.zeros(3, 2)
+            expected[row, token, :, own] = before * joined[row, token]
+            assert torch.equal(slow[row, token, :, half], k[row, token, :, own])
+    assert torch.equal(found, expected)

@@ -1,6 +1,7 @@
 """The features of the speedrun architecture, and the flags that choose them."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from nanochat.attention import load_flex_attention
 from nanochat.config import ArchFlags, build_config, init_spec, resolve
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, ngram_slots
 from nanochat.optim.schedule import window_length
 from nanochat.parallel import disable_compile
 from tests.models import make_config
@@ -161,6 +162,34 @@ def test_kv_cache_with_rows_of_their_own_lengths(features):
         assert cache.lengths.tolist() == cache.cache_seqlens.tolist() == read
         for row, at in enumerate(read):
             torch.testing.assert_close(out[row], model(idx[row : row + 1, :at])[0, -1], atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_ngram_is_the_same_wherever_it_stands_and_two_rarely_share_all_slots():
+    model = build(ngram_embeds=3, ngram_slots=5, ngram_heads=2)
+    embed = functools.partial(model.embed_ngrams, kv_cache=None)
+    one, other = embed(torch.tensor([[BOS, 5, 6, 7, 8]])), embed(torch.tensor([[9, 4, 5, 6, 7]]))
+    assert torch.equal(one[0, 3], other[0, 4])
+    assert not torch.equal(one[0, 2], other[0, 3])  # what is before the two tokens is another: BOS, and 4
+    every = torch.cartesian_prod(torch.arange(97), torch.arange(97)).T
+    slots = ngram_slots([*every.unsqueeze(1)], model.ngram_factors, 5 * 97).squeeze(0)
+    assert slots.min() >= 0 and (slots.amax(0) < torch.tensor([5 * 97, 2 * 5 * 97])).all()
+    uses = slots[:, 0].bincount(minlength=5 * 97)
+    assert uses.min() > 0 and uses.max() < 60  # 19.4 on average
+    shared = len(slots) - len(slots.unique(dim=0))
+    assert shared < 1.3 * 97**4 / 2 / (5 * 97) ** 2  # as many pairs as chance has them
+
+
+def test_the_ngram_preset():
+    flags = resolve(ArchFlags(arch="ngram", depth=12))
+    with torch.device("meta"):
+        model, base = (
+            GPT(build_config(resolve(ArchFlags(arch=arch, depth=12)), 32768, 0)) for arch in ("ngram", "speedrun")
+        )
+    assert flags.matrix_lr == 0.05 and model.config.key_offset
+    assert model.num_params() - base.num_params() == 2 * 5 * 32768 * 768 + 12
+    assert model.estimate_flops() == base.estimate_flops()  # looking up is none
+    assert model.num_params(lookups=False) == base.num_params(lookups=False) + 12
 
 
 @torch.no_grad()

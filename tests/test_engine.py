@@ -239,12 +239,12 @@ def test_rows_join_and_leave_while_others_go_on(engine):
         assert [list(sequences), list(masks)] == [list(part) for part in found[number]]
 
 
-@pytest.fixture(scope="module")
-def windowed():
-    """With windows that are much shorter than the cache, documents, and the token before."""
+@pytest.fixture(scope="module", params=[{}, {"ngram_embeds": 3, "ngram_slots": 1, "key_offset": True}])
+def windowed(request):
+    """With windows that are much shorter than the cache, documents, and the tokens before."""
     config = GPTConfig(
         sequence_len=3000, vocab_size=110, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL",
-        short_window=20, long_window=60, document_token=BOS, smear=True,
+        short_window=20, long_window=60, document_token=BOS, smear=True, **request.param,
     )  # fmt: skip
     model = GPT(config)
     generator = torch.Generator().manual_seed(1)

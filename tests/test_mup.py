@@ -23,7 +23,8 @@ from nanochat.optim.buckets import lr_aspect_scale
 from tests import models
 from tests.processes import run_processes
 
-EVERYTHING = {"value_embeds": "gated", "attn_gate": True, "smear": True, "backout": True}
+EVERYTHING = {"value_embeds": "gated", "attn_gate": True, "smear": True, "backout": True, "ngram_embeds": 3,
+              "ngram_slots": 1, "key_offset": True}  # fmt: skip
 
 
 def make_config(width, base_width=0, arch="nanochat", head_dim=16, n_layer=2, **changes):
@@ -71,11 +72,14 @@ def test_all_factors_are_one_at_the_base_width(arch, changes, base_width, use_mu
 AT_FOUR_TIMES = {
     "transformer.wte.weight": ("input", 1, 1 / 4, 1, 1),
     "transformer.value_embeds.0.weight": ("input", 1, 1 / 4, 1, 1),
+    "transformer.ngram_embeds.0.weight": ("input", 1, 1 / 4, 1, 1),
+    "transformer.ngram_embeds.1.weight": ("input", 1, 1 / 4, 1, 1),
     "transformer.h.1.attn.value_gate.weight": ("input", 1, 1 / 4, 1, 1),
     "transformer.h.0.attn.gate.weight": ("input", 1, 1 / 4, 1, 1),
     "lm_head.weight": ("output", 1, 1 / 4, 1, 1 / 4),
     "resid_lambdas": ("scalar", 1, 1, 1, 1),
     "x0_lambdas": ("scalar", 1, 1, 1, 1),
+    "ngram_lambdas": ("scalar", 1, 1, 1, 1),
     "skip_weights": ("scalar", 1, 1, 1, 1),
     "smear_lambda": ("scalar", 1, 1, 1, 1),
     "smear_gate.weight": ("scalar", 1, 1, 1, 1),

@@ -65,7 +65,7 @@ class SweepSettings:
 
     # ---- each run
     arch: Arch = "nanochat"
-    """Architecture: nanochat or speedrun."""
+    """Architecture, as --arch of base_train."""
     depth: Annotated[int, int_flag(gte=1, lte=128)] = 6
     """Transformer layers."""
     head_dim: Annotated[int, int_flag(gte=2)] = 64
