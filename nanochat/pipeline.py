@@ -290,6 +290,12 @@ def exit_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
+def wait(child: subprocess.Popen[bytes]) -> int:
+    """Its return code. Looked for every 0.05 s: the system may give a signal to another thread of ours, and a wait
+    without limit would keep this one from handling it until the child ends (seen once in 14 runs of a test)."""
+    return child.wait(timeout=threading.TIMEOUT_MAX)
+
+
 def kill_group(group: int, number: int) -> None:
     """Send a signal to all processes of a group, if any are left."""
     with suppress(ProcessLookupError):
@@ -326,7 +332,7 @@ def _execute(command: list[str], log: Path, signals: ForwardedSignals) -> tuple[
             signals.attach(child.pid)
             reader = threading.Thread(target=_tee, args=(child.stdout, file, tail), daemon=True)
             reader.start()
-            code = child.wait()
+            code = wait(child)
             stopped_by = signals.received[0] if signals.received else None
             signals.group = None
             kill_group(child.pid, signal.SIGKILL)  # a stage leaves no process behind that would hold the pipe open

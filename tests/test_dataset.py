@@ -245,6 +245,26 @@ def test_damaged_manifest_is_said():
 # Local folders
 
 
+@pytest.mark.parametrize("field", ["split", "size", "sha256", "documents", "utf8_bytes"])
+@pytest.mark.parametrize("value", [None, "x", [], {}, True, ...], ids=repr)
+def test_an_entry_of_the_manifest_that_has_other_types_is_damage(folder, field, value):
+    (folder / "a.jsonl").write_text(jsonl(shard_texts(0)))
+    source = f"local:{folder}"
+    get(source)
+    about = manifest(source)
+    entry = about["files"]["shard_00000.parquet"]
+    if value is ...:
+        del entry[field]
+    elif isinstance(value, str) and isinstance(entry[field], str):
+        return
+    else:
+        entry[field] = value
+    (data_dir(source) / "manifest.json").write_text(json.dumps(about))
+    for use in (lambda: dataset_bytes(source, "train"), lambda: get(source), lambda: list_shards(source, "train")):
+        with pytest.raises(UserError, match=r"manifest\.json is damaged: delete .* and get the data again"):
+            use()
+
+
 def everything(source):
     train, val = (list(iter_documents(source, split)) for split in ("train", "val"))
     assert not set(train) & set(val)

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -267,6 +268,18 @@ time.sleep(1)
 (store / "received").write_text(str(len(received)))
 raise SystemExit(75)
 """
+
+
+def test_a_signal_that_another_thread_gets_is_handed_on_at_once():
+    started = time.monotonic()
+    with pipeline.ForwardedSignals([signal.SIGTERM], kill=False) as signals:
+        child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        signals.attach(child.pid)
+        killer = threading.Timer(0.3, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+        killer.start()
+        assert pipeline.wait(child) == -signal.SIGTERM
+        killer.join()
+    assert time.monotonic() - started < 30
 
 
 def test_a_signal_that_comes_by_several_ways_counts_once(store):

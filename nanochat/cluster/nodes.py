@@ -30,7 +30,7 @@ from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
 from nanochat.launch import DEFAULT_PORT
-from nanochat.pipeline import ForwardedSignals, exit_code
+from nanochat.pipeline import ForwardedSignals, exit_code, wait
 
 STOPPED = 128 + signal.SIGTERM
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -60,7 +60,7 @@ def lead(folder: Path, nodes: int, patience: float, command: Sequence[str]) -> i
             environment = {**os.environ, "NODES_FOLDER": str(folder), "NODES_ATTEMPT": attempt}
             child = subprocess.Popen(command, env=environment, start_new_session=True)
             signals.attach(child.pid)
-            code = exit_code(child.wait())
+            code = exit_code(wait(child))
     finally:
         ended.set()
         heart.join()

@@ -25,6 +25,7 @@ ROW_GROUP = 1024  # documents
 GROUP_BYTES = 2**30  # that a row group may take in memory, however small its file
 GROUP_RATIO = 100  # or so many times what it takes on the disk: text is compressed to a third
 CODECS = {"UNCOMPRESSED", "SNAPPY", "ZSTD"}  # what every reader has, rustbpe too, which reads shards by itself
+COUNTS: dict[str, dict[str, Any]] = {"documents": {"utf8_bytes": int}, "rows": {"origin": str}, "tokens": {}}
 Manifest = dict[str, Any]
 
 
@@ -35,7 +36,8 @@ def load_manifest(folder: Path) -> Manifest:
         manifest: Manifest = parse_json(path.read_bytes())
         (files,) = fields(manifest, files=dict)
         for name, entry in files.items():
-            fields(entry, split=str, size=int, sha256=str)
+            count = next((name for name in COUNTS if name in entry), "documents")
+            fields(entry, split=str, size=int, sha256=str, **{count: int}, **COUNTS[count])
             if Path(name).name != name:  # it is read, and removed, by this name
                 raise ValueError(f"{name} is not in {folder}")
     except FileNotFoundError:

@@ -130,7 +130,9 @@ def source_text(task: str) -> str:
     entries = parquet.load_manifest(folder(task))["files"].values()
     local = ", ".join(entry["sha256"][:8] for entry in entries if entry["origin"] == LOCAL)
     texts = [
-        f"{LOCAL} (sha256 {local})" if entry["origin"] == LOCAL else f"{entry['origin']} at {entry['served'][:7]}"
+        f"{LOCAL} (sha256 {local})"
+        if entry["origin"] == LOCAL
+        else f"{entry['origin']} at {str(entry.get('served'))[:7]}"
         for entry in entries
     ]
     return " and ".join(dict.fromkeys(texts)) or f"{HUB_TASKS[task].repo} at {HUB_TASKS[task].revision[:7]}"
@@ -174,7 +176,7 @@ def _usable(task: str, entries: parquet.Manifest) -> parquet.Manifest:
     return {
         name: entry
         for name, entry in entries.items()
-        if (entry["origin"] == LOCAL or (entry["origin"], entry["asked"]) == revision)
+        if (entry["origin"] == LOCAL or (entry["origin"], entry.get("asked")) == revision)
         and parquet.is_here(folder(task) / name, entry)
     }
 
