@@ -46,8 +46,7 @@ SECONDS_TO_SAVE = 30.0  # that a stage is left when its runner was killed
 CHAIN_VARIABLES = ("RUN_LOCK", "TEXT_LOCK", "CHAIN_PID")  # in which dev/stages.sh says what it has open, and who it is
 SAME_SIGNAL_SECONDS = 0.5
 
-# Settings that say where a run is kept or what it may do, not what it computes. Code of a model that may not be run
-# fails the stage, so permission given later cannot change what a finished one wrote.
+# Of where a run is kept or what it may do, not of what it computes. Code of a model that may not be run fails the stage.
 NEUTRAL_VARIABLES = frozenset(
     {"NANOCHAT_BASE_DIR", "NANOCHAT_RUN_ID", "NANOCHAT_CONTINUE", "NANOCHAT_ALLOW_UNSAFE_CODE"}
 )
@@ -113,7 +112,6 @@ def check(written: Sequence[str], stages: str) -> None:
         paths.checkpoint_dir(kind, paths.run_dir().name)
     if strange := [words for words in written if not words.isprintable()]:
         raise UserError(f"{strange[0]!a}: these are no letters in the encoding of this locale")
-    tracked = re.search(rf"\0--run=(?!{NO_WANDB}\0)", stages) is not None
     for listed in filter(None, stages.split("\0\0")):
         stage, *words = listed.strip("\0").split("\0")
         if "--" not in words or (name := ledger.stage_module(words)) is None:
@@ -122,7 +120,7 @@ def check(written: Sequence[str], stages: str) -> None:
             cli.check(name, words[words.index(name) + 1 :])
         except (CycloptsError, UserError) as error:
             raise UserError(as_written(stage, " ".join(str(error).split()), written)) from None
-    if tracked:
+    if re.search(rf"\0--run=(?!{NO_WANDB}\0)", stages):
         pkgutil.resolve_name("nanochat.train.tracking:warn")()  # an annex, which takes 1 s to import
 
 
@@ -291,8 +289,8 @@ def exit_code(returncode: int) -> int:
 
 
 def wait(child: subprocess.Popen[bytes]) -> int:
-    """Its return code. Looked for every 0.05 s: the system may give a signal to another thread of ours, and a wait
-    without limit would keep this one from handling it until the child ends (seen once in 14 runs of a test)."""
+    """Its return code. Looked for every 0.05 s: a wait without limit is not interrupted where another thread of ours
+    gets the signal, so that it would be handled only after the child's end."""
     return child.wait(timeout=threading.TIMEOUT_MAX)
 
 
