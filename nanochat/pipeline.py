@@ -46,7 +46,8 @@ SECONDS_TO_SAVE = 30.0  # that a stage is left when its runner was killed
 CHAIN_VARIABLES = ("RUN_LOCK", "TEXT_LOCK", "CHAIN_PID")  # in which dev/stages.sh says what it has open, and who it is
 SAME_SIGNAL_SECONDS = 0.5
 
-# Of where a run is kept or what it may do, not of what it computes. Code of a model that may not be run fails the stage.
+# Where a run is kept or what it may do, not what it computes. A model's code that may not be run fails the stage, so
+# permission given later changes nothing that a finished one wrote.
 NEUTRAL_VARIABLES = frozenset(
     {"NANOCHAT_BASE_DIR", "NANOCHAT_RUN_ID", "NANOCHAT_CONTINUE", "NANOCHAT_ALLOW_UNSAFE_CODE"}
 )
@@ -108,8 +109,7 @@ def main(settings: Settings, command: Sequence[str]) -> int:
 def check(written: Sequence[str], stages: str) -> None:
     """Raises UserError for the first mistake in the flags of `stages` (the words of `run`, an empty one after each),
     named as the user wrote it, and for a run whose folders are another's."""
-    for kind in ("base", "mid", "sft", "rl"):
-        paths.checkpoint_dir(kind, paths.run_dir().name)
+    [paths.checkpoint_dir(kind, paths.run_dir().name) for kind in ("base", "mid", "sft", "rl")]
     if strange := [words for words in written if not words.isprintable()]:
         raise UserError(f"{strange[0]!a}: these are no letters in the encoding of this locale")
     for listed in filter(None, stages.split("\0\0")):
