@@ -61,4 +61,5 @@ BEST=sft STORE=
 if [ "$RUN_RL" = 1 ]; then BEST=rl; fi
 if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then STORE="NANOCHAT_BASE_DIR=$(printf %q "$NANOCHAT_BASE_DIR") "; fi
 echo "talk to it:  source .venv/bin/activate && ${STORE}python -m scripts.chat_cli -i $BEST -g $TAG"
+echo "in browser:  source .venv/bin/activate && ${STORE}python -m scripts.chat_web -i $BEST -g $TAG    # http://127.0.0.1:8000"
 echo "next:        read report.md; make it larger (DEPTH=8 bash speedrun.sh) or train on your own text (SOURCE=local:DIR)"

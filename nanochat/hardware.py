@@ -32,6 +32,7 @@ class Gpu(NamedTuple):
     peak: float | None  # dense bf16 FLOP/s with fp32 accumulation; None: it has no bf16
     source: str  # of the peak; where a vendor prints only sparse figures, half of them
     usd: float | None  # per hour: usual on-demand price of cloud offers, rounded, as of PRICES_DATE; None: not known
+    bandwidth: float | None = None  # of its memory, bytes/s, by the same datasheet; None: not looked up
 
 
 # By a substring of the device name; the first that fits counts, so a name comes before those that are part of it.
@@ -40,10 +41,10 @@ GPUS = {
     "B200": Gpu(2250e12, "NVIDIA HGX B200 datasheet: 36 PFLOPS sparse over 8 GPUs", 5.0),
     "GH200": Gpu(989e12, "NVIDIA GH200 datasheet: 1,979 TFLOPS sparse", 2.0),
     "H200 NVL": Gpu(835e12, "NVIDIA H200 datasheet, NVL column: 1,671 TFLOPS sparse", 3.8),
-    "H200": Gpu(989e12, "NVIDIA H200 datasheet, SXM column: 1,979 TFLOPS sparse", 3.8),
+    "H200": Gpu(989e12, "NVIDIA H200 datasheet, SXM column: 1,979 TFLOPS sparse", 3.8, 4.8e12),
     "H100 NVL": Gpu(835e12, "NVIDIA H100 datasheet, NVL column: 1,671 TFLOPS sparse", 3.0),
     "H100 PCIe": Gpu(756e12, "NVIDIA H100 PCIe product brief: 1,513 TFLOPS sparse", 3.0),
-    "H100": Gpu(989e12, "NVIDIA H100 datasheet, SXM column: 1,979 TFLOPS sparse", 3.0),
+    "H100": Gpu(989e12, "NVIDIA H100 datasheet, SXM column: 1,979 TFLOPS sparse", 3.0, 3.35e12),
     "H800": Gpu(989e12, "H100 SXM with slower links", 3.0),
     "A100": Gpu(312e12, "NVIDIA A100 datasheet: 312 TFLOPS, 624 sparse", 1.8),
     "A800": Gpu(312e12, "A100 with slower links", 1.8),

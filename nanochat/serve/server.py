@@ -5,8 +5,9 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import itertools
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanochat.errors import UserError
 from nanochat.serve.answer import ANSWER_TOKENS, Answer, Metrics, ServerSettings
 from nanochat.serve.models import Models, Served
 from nanochat.serve.protocol import ApiError, ChatRequest, CompletionRequest, validation_message
+from nanochat.serve.text import newest_turns
 from nanochat.tokenizer import repaired
 
 MOST_BYTES = 4_000_000  # of a request's body
@@ -179,19 +181,23 @@ def _chat_prompt(served: Served, body: ChatRequest) -> tuple[list[int], int]:
     """(tokens, room for an answer). The oldest turns are left out, whole, where they and an answer do not fit."""
     roles = {"developer": "system"}
     messages = [{"role": roles.get(m.role, m.role), "content": m.text()} for m in body.messages]
-    system, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
-    if turns and turns[-1]["role"] == "assistant":
+    system, messages = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
+    if messages and messages[-1]["role"] == "assistant":
         raise ApiError(400, "messages: the last must be the user's", param="messages")
     wanted = min(body.most_tokens or ANSWER_TOKENS, served.context // 2)
-    while True:
+
+    def rendered(turns: Sequence[Any]) -> list[int]:
         try:
-            prompt = served.tokenizer.render_for_completion({"messages": system + turns})
+            return served.tokenizer.render_for_completion({"messages": [*system, *itertools.chain(*turns)]})
         except UserError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from None
-        if len(prompt) + wanted <= served.context:
-            return prompt, served.context - len(prompt)
-        if len(turns) < 3:
-            if len(prompt) < served.context and body.most_tokens is None:
-                return prompt, served.context - len(prompt)
-            raise _too_long(len(prompt), served.context, "messages")
-        turns = turns[2:]
+
+    prompt = rendered([messages])  # all of them, so that a mistake in what is left out is said, too
+    if len(prompt) + wanted > served.context:
+        pairs = [messages[i : i + 2] for i in range(0, len(messages), 2)]  # the last has the question only
+        kept = newest_turns(pairs[:-1], lambda turns: len(rendered([*turns, pairs[-1]])), served.context - wanted)
+        prompt = rendered([*kept, pairs[-1]])
+    room = served.context - len(prompt)
+    if room < (1 if body.most_tokens is None else wanted):
+        raise _too_long(len(prompt), served.context, "messages")
+    return prompt, room

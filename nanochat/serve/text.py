@@ -1,12 +1,14 @@
-"""The text of an answer, as its tokens come."""
+"""The text of an answer, as its tokens come, and what of a conversation the model still reads."""
 
+import bisect
 import codecs
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from nanochat.tokenizer import RustBPETokenizer
 
 Kind = Literal["text", "call", "result"]
+Turn = TypeVar("Turn")
 
 
 class Part(NamedTuple):
@@ -68,3 +70,49 @@ class AnswerText:
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of text may be the beginning of stop."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def answer_parts(tokenizer: RustBPETokenizer, tokens: Iterable[int]) -> Iterator[Part]:
+    """The parts of one answer, each as soon as its tokens are here."""
+    text = AnswerText(tokenizer)
+    for token in tokens:
+        yield from text.push(token)
+    yield from text.end()
+
+
+def readable(parts: Iterable[Part]) -> Iterator[str]:
+    """What to show of parts where there is nothing but text: a call of the calculator reads [2+3 → 5]."""
+    is_open = False
+    for kind, text in parts:
+        if kind == "result":
+            yield f" → {text}]" if is_open else f"[→ {text}]"
+            is_open = False
+            continue
+        if is_open:  # the call before got no result
+            yield "] " if kind == "call" else "]"
+        is_open = kind == "call"
+        yield f"[{text}" if is_open else text
+    if is_open:
+        yield "]"
+
+
+def turn_messages(tokenizer: RustBPETokenizer, turn: Sequence[int]) -> list[dict[str, Any]]:
+    """The two messages of a turn (from <|user_start|> to <|assistant_end|>), as nanochat.chat_format has them."""
+    kinds = {"text": "text", "call": "python", "result": "python_output"}
+    end = turn.index(tokenizer.encode_special("<|user_end|>"))
+    parts = list(answer_parts(tokenizer, turn[end + 2 : -1]))
+    if any(part.kind != "text" for part in parts):
+        content: Any = [{"type": kinds[part.kind], "text": part.text} for part in parts]
+    else:
+        content = "".join(part.text for part in parts)
+    return [
+        {"role": "user", "content": tokenizer.decode(turn[1:end])},
+        {"role": "assistant", "content": content},
+    ]
+
+
+def newest_turns(turns: Sequence[Turn], length: Callable[[Sequence[Turn]], int], room: int) -> Sequence[Turn]:
+    """Without as many of the oldest turns, whole, as it takes for the length of the rest to be within `room`. Few are
+    measured: where each had to be, a long conversation would hold up a server."""
+    first = bisect.bisect_left(range(len(turns)), True, key=lambda start: length(turns[start:]) <= room)
+    return turns[first:]

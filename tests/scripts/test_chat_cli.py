@@ -1,6 +1,9 @@
 """scripts/chat_cli.py, with an untrained model that says random things."""
 
 import io
+import json
+import os
+import pty
 import sys
 
 import pytest
@@ -13,9 +16,11 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError, visible
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import checkpoint_dir, tokenizer_dir
+from nanochat.serve.terminal import typed
+from nanochat.serve.text import answer_parts, readable
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_cli
-from scripts.chat_cli import Chat, Settings, readable
+from scripts.chat_cli import Chat, Settings
 from tests.checkpoints import save_checkpoint
 
 TOKENIZER = RustBPETokenizer.train_from_iterator(["the cat sat on the mat, 2 + 3 = 5 and café"] * 20, 300)
@@ -72,8 +77,12 @@ def expected(model: GPT, message: str, seed: int = 42, max_tokens: int = 12, bef
     return Engine(model, TOKENIZER).generate_batch(prompt, **options)[0][0][len(prompt) :]
 
 
+def pieces(tokens):
+    return readable(answer_parts(TOKENIZER, tokens))
+
+
 def shown(tokens: list[int]) -> str:
-    return visible("".join(readable(TOKENIZER, tokens)))  # control characters reach no terminal
+    return visible("".join(pieces(tokens)))  # control characters reach no terminal
 
 
 def special(*names: str) -> list[int]:
@@ -92,14 +101,14 @@ def call(expression: str, result: str | None) -> list[int]:
 
 @given(st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 10), max_size=40))
 def test_streamed_text_is_the_decoded_text(tokens):
-    assert "".join(readable(TOKENIZER, tokens)) == TOKENIZER.decode(tokens)
+    assert "".join(pieces(tokens)) == TOKENIZER.decode(tokens)
 
 
 def test_characters_come_whole():
     tokens = TOKENIZER.encode("a🙂é中")
-    pieces = list(readable(TOKENIZER, tokens))
-    assert "".join(pieces) == "a🙂é中" and "�" not in "".join(pieces)
-    assert len(tokens) > len(pieces)
+    found = list(pieces(tokens))
+    assert "".join(found) == "a🙂é中" and "�" not in "".join(found)
+    assert len(tokens) > len(found)
     assert shown(tokens[:3]) == "a�"  # cut within the emoji: said at the end, not before
 
 
@@ -115,7 +124,7 @@ def test_calls_of_the_calculator_are_readable():
 
 def test_pieces_come_as_soon_as_their_tokens():
     given = iter(TOKENIZER.encode("a cat"))
-    shown_so_far = readable(TOKENIZER, given)
+    shown_so_far = pieces(given)
     assert next(shown_so_far) == TOKENIZER.decode(TOKENIZER.encode("a cat")[:1])
     assert list(given) == TOKENIZER.encode("a cat")[1:]
 
@@ -141,7 +150,7 @@ def test_a_base_model_goes_on_with_the_text(stored, say, model):
 
 
 def test_an_answer_takes_at_most_half_of_the_context(stored, model):
-    chat = Chat(Engine(model, TOKENIZER), Settings(max_tokens=512))
+    chat = Chat(Engine(model, TOKENIZER), "sft/d1", Settings(max_tokens=512))
     assert chat.max_tokens == CONTEXT // 2
 
 
@@ -167,7 +176,7 @@ def test_the_model_reads_the_very_tokens_that_it_wrote(model, monkeypatch, capsy
         yield from (([token], [1]) for token in [*answer, *special("bos")])
 
     monkeypatch.setattr(Engine, "stream", stream)
-    chat = Chat(Engine(model, TOKENIZER), Settings(max_tokens=5))
+    chat = Chat(Engine(model, TOKENIZER), "sft/d1", Settings(max_tokens=5))
     chat.answer("a")
     chat.answer("b")
     assert prompts == [
@@ -199,17 +208,15 @@ def test_a_long_conversation_drops_its_oldest_turns(stored, say):
 
 
 def test_the_oldest_turns_go_when_the_context_is_full(model):
-    chat = Chat(Engine(model, TOKENIZER), Settings(max_tokens=12))  # of 96, so that 84 are left
+    chat = Chat(Engine(model, TOKENIZER), "sft/d1", Settings(max_tokens=12))  # of 96, so that 84 are left
     chat.turns = [[1] * 40, [2] * 30, [3] * 5]
-    chat._make_room(9)
-    assert list(map(len, chat.turns)) == [40, 30, 5]
-    chat._make_room(10)
-    assert list(map(len, chat.turns)) == [30, 5]
+    assert list(map(len, chat._kept(9))) == [40, 30, 5]
+    assert list(map(len, chat._kept(10))) == [30, 5]
+    assert list(map(len, chat._kept(50))) == [5]
     with pytest.raises(UserError, match=r"the message is 85 tokens long.* leaves 84 beside an answer of 12"):
-        chat._make_room(85)
-    assert list(map(len, chat.turns)) == [30, 5]  # a message that is refused costs no memory
-    chat._make_room(84)
-    assert chat.turns == []
+        chat._kept(85)
+    assert chat._kept(84) == []
+    assert len(chat.turns) == 3  # all of it is there to be saved
 
 
 class Terminal(io.StringIO):
@@ -231,6 +238,93 @@ def test_at_a_terminal_control_d_and_control_c_end_politely(stored, monkeypatch,
         chat_cli.main(Settings(device_type="cpu", max_tokens=5))
         out, err = capsys.readouterr()
         assert out.endswith("\n") and "Ctrl-D ends" in err
+
+
+# Commands
+
+
+def test_a_conversation_is_saved_and_gone_on_with(stored, say, model, tmp_path):
+    file, other = tmp_path / "talk here.json", tmp_path / "notes.txt"
+    other.write_text("mine")
+    out, err = say(f"the cat\n/save {file}\n/save {file}\n/save {other}\n/save\n/save {other}/x.json\n")
+    assert other.read_text() == "mine" and err.count("(1 turns are in") == 2 and err.count("error:") == 3
+    saved = json.loads(file.read_text())
+    answer = "".join(part.text for part in answer_parts(TOKENIZER, expected(model, "the cat")))
+    assert saved["model"] == "sft/d1" and saved["messages"][0] == {"role": "user", "content": "the cat"}
+    said = saved["messages"][1]["content"]
+    assert answer == (said if isinstance(said, str) else "".join(part["text"] for part in said))
+    out, err = say(f"/load {file}\nthe mat\n")
+    turn = TOKENIZER.render_conversation(saved)[0][1:]
+    assert out == shown(expected(model, "the mat", before=turn)) + "\n" and "(1 turns)" in err
+
+
+def test_calls_of_the_calculator_are_saved_as_such(model, tmp_path):
+    chat = Chat(Engine(model, TOKENIZER), "sft/d1", Settings())
+    answer = [*TOKENIZER.encode("so "), *call("2+3", "5"), *call("x", None)]
+    chat.turns = [[*asked("a"), *answer, *special("assistant_end")], [*asked("b"), *special("assistant_end")]]
+    before = list(chat.turns)
+    chat.save(tmp_path / "talk.json")
+    chat.turns = []
+    chat.load(tmp_path / "talk.json")
+    assert chat.turns == before
+
+
+NO_TALK = ["", "3", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user", "content": "x"}]}', "[" * 100_000,
+           '{"messages": [{"role": "assistant", "content": "x"}]}', "\udcff"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_TALK, ids=range(len(NO_TALK)))
+def test_what_is_no_conversation_is_said_in_one_line(model, tmp_path, text):
+    (tmp_path / "x").write_text(text, errors="surrogateescape")
+    chat = Chat(Engine(model, TOKENIZER), "sft/d1", Settings())
+    chat.turns = [[1, 2]]
+    for file, wanted in ((tmp_path / "x", "holds no conversation"), (tmp_path / "none", "No such"), (tmp_path, "dir")):
+        with pytest.raises(UserError, match=wanted) as caught:
+            chat.load(file)
+        assert "\n" not in str(caught.value) and chat.turns == [[1, 2]]
+
+
+def test_commands(stored, say, model):
+    out, err = say("/temp 0\nthe cat\n/temp\n/temp -1\n/temp nan\n/temp inf\n/nothing\n/help\n/EXIT\nthe cat\n")
+    prompt = [*special("bos"), *asked("the cat")]
+    greedy = Engine(model, TOKENIZER).generate_batch(prompt, max_tokens=12, temperature=0)[0][0][len(prompt) :]
+    assert out == shown(greedy) + "\n"
+    assert err.count("error: /temp") == 4 and "error: /nothing: no such command" in err and "/load FILE" in err
+    out, err = say("/usr/bin is\n /help\n")
+    first = expected(model, "/usr/bin is")
+    turn = [*asked("/usr/bin is"), *first, *special("assistant_end")]
+    assert out == f"{shown(first)}\n{shown(expected(model, '/help', 43, before=turn))}\n" and "error" not in err
+
+
+def test_another_model_goes_on(stored, say):
+    out, err = say("the cat\n/model base/wide\nthe mat\n/model base/none\n/model what\n/model sft\nthe cat\n/model\n")
+    assert out.count("\n") == 3 and "(base/wide)" in err and "(sft/d1; there are base/d1, base/wide, sft/d1)" in err
+    assert "no base checkpoint tagged none" in err and "no model of stage 'what'; there are base, sft" in err
+    assert "goes on with your text" in err
+
+
+def test_arrow_keys_bring_back_what_was_typed_in_this_session_and_before(tmp_path):
+    history = tmp_path / "history"
+
+    def session(*keys: bytes) -> list[str]:
+        child, terminal = pty.fork()
+        if child == 0:
+            sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+            with open(tmp_path / "seen", "w") as seen:
+                seen.writelines(line + "\n" for line in typed(history))
+            os._exit(0)
+        for line in (*keys, b"\x04"):
+            while b"> " not in os.read(terminal, 1000):  # else it is not ready for keys
+                pass
+            os.write(terminal, line)
+        os.waitpid(child, 0)
+        return (tmp_path / "seen").read_text().splitlines()
+
+    up = b"\x1b[A"
+    assert session(b"one\r", b"two\r", up + up + b"!\r") == ["one", "two", "one!"]
+    assert session(up + up + b"\x7f?\r") == ["tw?"]
+    assert history.read_text().splitlines() == ["one", "two", "one!", "tw?"]
+    assert history.stat().st_mode & 0o777 == 0o600
 
 
 # Which models there are
