@@ -89,4 +89,4 @@ fi
 check_stages
 echo "$WHAT d$DEPTH: run $TAG, $NODES x $PROCESSES processes, $SHARDS shards of $SOURCE, $DEVICE_BATCH_SIZE rows a pass"
 walk
-if [ "$WHAT" = fullrun ]; then attend python -m nanochat.report generate; fi
+if [ "$WHAT" = fullrun ]; then attend python -m nanochat.report generate ${USD_PER_HOUR:+--usd-per-hour="$USD_PER_HOUR"}; fi

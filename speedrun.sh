@@ -56,7 +56,7 @@ check_stages
 walk
 
 echo
-attend python -m nanochat.report generate
+attend python -m nanochat.report generate ${USD_PER_HOUR:+--usd-per-hour="$USD_PER_HOUR"}
 BEST=sft STORE=
 if [ "$RUN_RL" = 1 ]; then BEST=rl; fi
 if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then STORE="NANOCHAT_BASE_DIR=$(printf %q "$NANOCHAT_BASE_DIR") "; fi

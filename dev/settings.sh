@@ -18,6 +18,7 @@ WANDB_RUN=dummy      name of the run in Weights & Biases (also --run); dummy: no
 RUN_ID               name of the run (also --model-tag): of its checkpoints, and its folder below runs/
 EVAL_BUNDLE          folder with a CORE bundle in the published layout; otherwise one is generated
 TASK_DATA            folder with chat data sets (gsm8k/, mmlu/, ...), which are not downloaded then; not for tiny
+USD_PER_HOUR         price of the machine, for what the run has cost in the report; otherwise that is left out
 NANOCHAT_BASE_DIR=~/.cache/nanochat   where all artifacts live"
 SETTINGS=() # their names
 EXTRA=()    # flags handed on to base_train
@@ -127,6 +128,7 @@ check_settings() {
   expect '[1-9][0-9]{0,8}' "a whole number above 0" DEPTH VOCAB_SIZE SHARDS NPROC_PER_NODE DEVICE_BATCH_SIZE \
     TOTAL_BATCH_SIZE WAIT_SECONDS
   expect '0|[1-9][0-9]{0,8}' "a whole number" MAX_RESTARTS
+  expect '[0-9]{1,6}([.][0-9]{1,4})?' "a price such as 24 or 2.50" USD_PER_HOUR
   expect '0|1' "0 or 1" RUN_RL POSTTRAIN FULLRUN
   expect 'auto|tiny|mini|full' "auto, tiny, mini or full" PROFILE
   expect 'auto|ddp|fsdp|hsdp' "auto, ddp, fsdp or hsdp" PARALLEL

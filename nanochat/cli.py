@@ -43,6 +43,16 @@ def int_flag(gte: int | None = None, lte: int | None = None) -> Parameter:
     return Parameter(converter=_whole_number, validator=validators.Number(gte=gte, lte=lte))
 
 
+def count_flag() -> Parameter:
+    """How many there are to be, -1 for a default that the help names. 0 is refused rather than taken for that."""
+    return Parameter(converter=_whole_number, validator=(validators.Number(gte=-1), _not_zero))
+
+
+def _not_zero(type_: Any, value: int) -> None:
+    if value == 0:
+        raise ValueError("Must be >= 1, or -1")
+
+
 def seed_flag() -> Parameter:
     """A seed: as many bits as torch's generators take."""
     return int_flag(gte=0, lte=2**64 - 1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nanochat.cli import float_flag, int_flag, seed_flag
+from nanochat.cli import count_flag, float_flag, int_flag, seed_flag
 
 DeviceType = Literal["auto", "cpu", "cuda", "mps"]
 Fp8 = Literal["none", "head", "all"]
@@ -76,7 +76,7 @@ class ParentFlags(RunFlags):
     """Another name for what is written."""
     num_epochs: Annotated[float, float_flag(gte=0)] = 1.0
     """Passes over the conversations or questions."""
-    num_iterations: Annotated[int, int_flag(gte=-1)] = -1
+    num_iterations: Annotated[int, count_flag()] = -1
     """Optimizer steps; -1: from num_epochs."""
     init_lr_frac: Annotated[float, float_flag(gte=0)] = 1.0
     """Factor on all learning rates."""

@@ -1,4 +1,4 @@
-"""What this machine is: GPUs with their peaks and prices, memory, code and software, for the console and the report.
+"""What this machine is: GPUs with their peaks, memory, code and software, for the console and the report.
 
 torch takes seconds to import, and the stage runner needs none of it: it is imported where it is used.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,8 +19,6 @@ from nanochat.paths import REPO
 if TYPE_CHECKING:
     import torch
 
-PRICES_DATE = "mid 2025"
-
 PEAK_ALLOCATED = "Hardware/peak_memory_gib"  # most memory held by tensors so far; on a CPU peak RSS, GiB
 PEAK_RESERVED = "Hardware/peak_reserved_gib"  # most memory taken by the allocator so far, GiB
 
@@ -31,42 +28,36 @@ class Gpu(NamedTuple):
 
     peak: float | None  # dense bf16 FLOP/s with fp32 accumulation; None: it has no bf16
     source: str  # of the peak; where a vendor prints only sparse figures, half of them
-    usd: float | None  # per hour: usual on-demand price of cloud offers, rounded, as of PRICES_DATE; None: not known
     bandwidth: float | None = None  # of its memory, bytes/s, by the same datasheet; None: not looked up
 
 
 # By a substring of the device name; the first that fits counts, so a name comes before those that are part of it.
 GPUS = {
-    "GB200": Gpu(2500e12, "NVIDIA GB200 NVL72 datasheet: 360 PFLOPS sparse over 72 GPUs", 8.0),
-    "B200": Gpu(2250e12, "NVIDIA HGX B200 datasheet: 36 PFLOPS sparse over 8 GPUs", 5.0),
-    "GH200": Gpu(989e12, "NVIDIA GH200 datasheet: 1,979 TFLOPS sparse", 2.0),
-    "H200 NVL": Gpu(835e12, "NVIDIA H200 datasheet, NVL column: 1,671 TFLOPS sparse", 3.8),
-    "H200": Gpu(989e12, "NVIDIA H200 datasheet, SXM column: 1,979 TFLOPS sparse", 3.8, 4.8e12),
-    "H100 NVL": Gpu(835e12, "NVIDIA H100 datasheet, NVL column: 1,671 TFLOPS sparse", 3.0),
-    "H100 PCIe": Gpu(756e12, "NVIDIA H100 PCIe product brief: 1,513 TFLOPS sparse", 3.0),
-    "H100": Gpu(989e12, "NVIDIA H100 datasheet, SXM column: 1,979 TFLOPS sparse", 3.0, 3.35e12),
-    "H800": Gpu(989e12, "H100 SXM with slower links", 3.0),
-    "A100": Gpu(312e12, "NVIDIA A100 datasheet: 312 TFLOPS, 624 sparse", 1.8),
-    "A800": Gpu(312e12, "A100 with slower links", 1.8),
-    "A10G": Gpu(70e12, "NVIDIA A10G figures of Amazon EC2 G5: 70 TFLOPS, 140 sparse", 1.0),
-    "L40S": Gpu(362e12, "NVIDIA L40S datasheet: 362.05 TFLOPS, 733 sparse", 1.5),
-    "L40": Gpu(181e12, "NVIDIA L40 datasheet: 181.05 TFLOPS, 362.1 sparse", None),
-    "L4": Gpu(121e12, "NVIDIA L4 datasheet: 242 TFLOPS sparse", 0.8),
-    "V100": Gpu(None, "", 0.55),
-    "RTX 5090": Gpu(209.5e12, "NVIDIA RTX Blackwell GPU architecture paper: 209.5, 419 sparse", 0.7),
-    "RTX 4090": Gpu(165.2e12, "NVIDIA Ada GPU architecture paper: 165.2, 330.4 sparse", 0.4),
-    "RTX 3090": Gpu(71e12, "NVIDIA GA102 GPU architecture paper: 71, 142 sparse", 0.25),
+    "GB200": Gpu(2500e12, "NVIDIA GB200 NVL72 datasheet: 360 PFLOPS sparse over 72 GPUs"),
+    "B200": Gpu(2250e12, "NVIDIA HGX B200 datasheet: 36 PFLOPS sparse over 8 GPUs"),
+    "GH200": Gpu(989e12, "NVIDIA GH200 datasheet: 1,979 TFLOPS sparse"),
+    "H200 NVL": Gpu(835e12, "NVIDIA H200 datasheet, NVL column: 1,671 TFLOPS sparse"),
+    "H200": Gpu(989e12, "NVIDIA H200 datasheet, SXM column: 1,979 TFLOPS sparse", 4.8e12),
+    "H100 NVL": Gpu(835e12, "NVIDIA H100 datasheet, NVL column: 1,671 TFLOPS sparse"),
+    "H100 PCIe": Gpu(756e12, "NVIDIA H100 PCIe product brief: 1,513 TFLOPS sparse"),
+    "H100": Gpu(989e12, "NVIDIA H100 datasheet, SXM column: 1,979 TFLOPS sparse", 3.35e12),
+    "H800": Gpu(989e12, "H100 SXM with slower links"),
+    "A100": Gpu(312e12, "NVIDIA A100 datasheet: 312 TFLOPS, 624 sparse"),
+    "A800": Gpu(312e12, "A100 with slower links"),
+    "A10G": Gpu(70e12, "NVIDIA A10G figures of Amazon EC2 G5: 70 TFLOPS, 140 sparse"),
+    "L40S": Gpu(362e12, "NVIDIA L40S datasheet: 362.05 TFLOPS, 733 sparse"),
+    "L40": Gpu(181e12, "NVIDIA L40 datasheet: 181.05 TFLOPS, 362.1 sparse"),
+    "L4": Gpu(121e12, "NVIDIA L4 datasheet: 242 TFLOPS sparse"),
+    "V100": Gpu(None, ""),
+    "RTX 5090": Gpu(209.5e12, "NVIDIA RTX Blackwell GPU architecture paper: 209.5, 419 sparse"),
+    "RTX 4090": Gpu(165.2e12, "NVIDIA Ada GPU architecture paper: 165.2, 330.4 sparse"),
+    "RTX 3090": Gpu(71e12, "NVIDIA GA102 GPU architecture paper: 71, 142 sparse"),
 }
 
 
 def find_gpu(name: str) -> Gpu:
-    """The entry of GPUS for a device of this name; one without peak and price where nobody listed it."""
-    return next((gpu for key, gpu in GPUS.items() if key in name), Gpu(None, "", None))
-
-
-def unlisted(what: str, names: Iterable[str]) -> str:
-    """The message where the peak or the price of a card is not known."""
-    return f"the {what} of {' and '.join(dict.fromkeys(names))} is not in hardware.GPUS"
+    """The entry of GPUS for a device of this name; one without a peak where nobody listed it."""
+    return next((gpu for key, gpu in GPUS.items() if key in name), Gpu(None, ""))
 
 
 def device_name(device: torch.device) -> str:
@@ -101,13 +92,6 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
 
         metrics[PEAK_RESERVED] = torch.cuda.max_memory_reserved(device) / 2**30
     return metrics
-
-
-def usd_per_hour(names: Sequence[str]) -> float | None:
-    """What renting GPUs of these names costs; None without a GPU or where the price of one is not known."""
-    prices = [find_gpu(name).usd for name in names]
-    known = [price for price in prices if price is not None]
-    return sum(known) if known and len(known) == len(prices) else None
 
 
 def git(root: Path = REPO) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UserError
@@ -50,6 +50,8 @@ class Settings:
 
     action: Literal["generate", "reset"] = "generate"
     """generate or reset"""
+    usd_per_hour: Annotated[float | None, cli.float_flag(gte=0)] = None
+    """What the machine costs, for what the run has cost; default: that is left out."""
 
 
 def reset(run_dir: Path) -> None:
@@ -58,7 +60,7 @@ def reset(run_dir: Path) -> None:
     print(f"run {run_dir.name}: no sections left")
 
 
-def generate(run_dir: Path, copy_to: Path) -> Path:
+def generate(run_dir: Path, copy_to: Path, usd_per_hour: float | None = None) -> Path:
     """Write the report of a run to the store and copy it to `copy_to`. Returns the path of report.md there.
 
     Raises UserError when the run has left nothing to report.
@@ -72,7 +74,7 @@ def generate(run_dir: Path, copy_to: Path) -> Path:
     sections = [{**section, "notes": notes(section)} for section in sections]
     if not sections and not records:
         raise UserError(f"nothing to report in {run_dir}: run a stage first (bash speedrun.sh), or set NANOCHAT_RUN_ID")
-    report = collect(run_dir.name, sections, records)
+    report = collect(run_dir.name, sections, records, usd_per_hour)
     curve = loss_curve(run_dir)
     report["curve"] = CURVE if curve else None
 
@@ -142,7 +144,9 @@ def notes(section: Mapping[str, Any]) -> list[str]:
     return [*section["notes"], *(" ".join(part.split()) for part in text.split("\n\n") if part.strip())]
 
 
-def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Record]) -> dict[str, Any]:
+def collect(
+    run: str, sections: list[dict[str, Any]], records: list[ledger.Record], usd_per_hour: float | None
+) -> dict[str, Any]:
     """Everything that the report shows, as plain data; this is report.json."""
     newest: ledger.Record = next((record for record in reversed(records) if record.get("profile")), {})
     stages = [
@@ -156,9 +160,6 @@ def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Recor
         for row in (ledger.summarize(records) if records else [])
     ]
     stage_seconds = sum(row["seconds"] or 0.0 for row in stages)
-    machine = hardware.hardware()
-    gpus = [gpu["name"] for gpu in machine["gpus"]]
-    usd_per_hour = hardware.usd_per_hour(gpus)
     return {
         "title": f"nanochat report: {run}{data_label(sections)}",
         "run": run,
@@ -166,13 +167,11 @@ def collect(run: str, sections: list[dict[str, Any]], records: list[ledger.Recor
         "command": newest.get("continue"),
         "generated": time.time(),
         "git": hardware.git(),
-        "hardware": machine,
+        "hardware": hardware.hardware(),
         "software": hardware.software(),
         "cost": {
             "usd_per_hour": usd_per_hour,
             "usd": None if usd_per_hour is None else usd_per_hour * stage_seconds / 3600,
-            "prices_of": hardware.PRICES_DATE,
-            "why_none": hardware.unlisted("price", gpus) if gpus else "no GPU",
         },
         "stages": stages,
         "stage_seconds": stage_seconds,
@@ -346,7 +345,7 @@ def main(settings: Settings) -> None:
     if settings.action == "reset":
         reset(run_dir)
     else:
-        print(f"report of run {run_dir.name}: {generate(run_dir, copy_to=Path.cwd())}")
+        print(f"report of run {run_dir.name}: {generate(run_dir, Path.cwd(), settings.usd_per_hour)}")
 
 
 if __name__ == "__main__":

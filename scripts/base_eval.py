@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat import cli
-from nanochat.cli import int_flag
+from nanochat.cli import count_flag, int_flag
 from nanochat.flags import CheckpointFlags
 
 
@@ -18,7 +18,7 @@ from nanochat.flags import CheckpointFlags
 class Settings(CheckpointFlags):
     """Score a trained model on the CORE tasks."""
 
-    max_per_task: Annotated[int, int_flag(gte=-1)] = -1
+    max_per_task: Annotated[int, count_flag()] = -1
     """Items per task; -1 for all."""
     device_batch_size: Annotated[int, int_flag(gte=1)] = 8
     """Rows of full length per forward pass on each device; shorter prompts go more to a pass."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat import cli
-from nanochat.cli import alias, float_flag, int_flag
+from nanochat.cli import alias, count_flag, float_flag, int_flag
 from nanochat.config import ArchFlags, build_config, resolve
 from nanochat.data.rows import plan_batch
 from nanochat.data.sources import source_flag
@@ -29,7 +29,7 @@ class Settings(ArchFlags, RunFlags):
     source: Annotated[str, source_flag("bin:DIR, token files, or text as fetched by nanochat.dataset")] = "fineweb-edu"
 
     # ---- the horizon, in this order of precedence
-    num_iterations: Annotated[int, int_flag(gte=-1), alias("--iterations")] = -1
+    num_iterations: Annotated[int, count_flag(), alias("--iterations")] = -1
     """Optimizer steps; -1: from target_flops or target_param_data_ratio."""
     target_flops: Annotated[float, float_flag(gte=-1)] = -1.0
     """FLOPs to spend; -1: from target_param_data_ratio."""
@@ -51,7 +51,7 @@ class Settings(ArchFlags, RunFlags):
     """Validation tokens measured, at most."""
     core_metric_every: Annotated[int, int_flag(gte=-1)] = 2000
     """Steps between CORE evaluations; -1: never. Also at the end."""
-    core_metric_max_per_task: Annotated[int, int_flag(gte=-1)] = 500
+    core_metric_max_per_task: Annotated[int, count_flag()] = 500
     """Items per CORE task in these; -1: all."""
     sample_every: Annotated[int, int_flag(gte=-1)] = 2000
     """Steps between samples from fixed prompts; -1: never. Also at the end."""
@@ -79,7 +79,7 @@ def plan_horizon(settings: Settings, num_params: int, flops_per_token: float) ->
     batch = settings.total_batch_size
     if settings.num_iterations > 0:
         return settings.num_iterations, "--num-iterations"
-    if settings.target_flops > 0:
+    if settings.target_flops != -1:
         steps = round(settings.target_flops / (flops_per_token * batch))
         why = f"--target-flops={settings.target_flops:g}"
     elif settings.target_param_data_ratio > 0:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nanochat import cli
-from nanochat.cli import alias, float_flag, int_flag, seed_flag
+from nanochat.cli import alias, count_flag, float_flag, int_flag, seed_flag
 from nanochat.flags import CodeFlags, DeviceFlags
 
 
@@ -38,8 +38,9 @@ class Settings(CodeFlags, DeviceFlags):
     """Name of the run among the stage's checkpoints; default: the newest."""
     step: Annotated[int | None, int_flag(gte=0), alias("-s")] = None
     """Optimizer step of the checkpoint; default: the last."""
-    max_problems: Annotated[int, int_flag(gte=-1), alias("-x")] = -1
-    """Items per task, spread over it; -1 for all."""
+    max_problems: Annotated[int, count_flag(), alias("-x")] = -1
+    """Items per task; -1 for all. Of published data sets the first in the order in which others take parts of them, of
+    generated ones some that are spread over the task."""
     seed: Annotated[int, seed_flag()] = 42
     """Seed of sampling; each answer to each item has one of its own."""
 

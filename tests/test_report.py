@@ -154,11 +154,12 @@ def test_every_column_that_exists_and_chatcore_last(tmp_path):
     assert "| MMLU | - | 0.3000 ± 0.0100 |\n| ChatCORE | - | 0.2000 |\n" in text
 
 
-def test_cost_is_an_estimate_from_the_card_and_the_time_in_stages(tmp_path, monkeypatch):
+def test_cost_is_from_the_price_that_is_given_and_the_time_in_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "hardware", lambda: EIGHT)
     write_run()
-    text = generate(tmp_path)
-    assert "8 × NVIDIA H100" in text and "estimate" in text and "24.03 USD" in text and "24.00 USD an hour" in text
+    text = report.generate(paths.run_dir(), tmp_path, 24).read_text()
+    assert "8 × NVIDIA H100" in text and "24.03 USD" in text and "24.00 USD an hour" in text
+    assert "USD" not in generate(tmp_path)  # and none is guessed from the card
 
 
 def test_the_sentences_of_a_stage_stand_in_its_template(tmp_path, monkeypatch):

@@ -35,11 +35,25 @@ class Conversations(Protocol):
 
 
 class PackedChunk(NamedTuple):
-    """Rows of some conversations: inputs and targets, each (R, T) int32, and how many tokens were cut off."""
+    """Rows of some conversations: inputs and targets, each (R, T) int32; how many tokens were cut off, of how many
+    conversations, and how many of these have no target left."""
 
     inputs: np.ndarray
     targets: np.ndarray
     cut: int
+    shortened: int
+    emptied: int
+
+
+class Epoch(NamedTuple):
+    """What an epoch comes to, from some of it (from all where `exact`)."""
+
+    rows: int
+    trained: float  # share of the positions that carry a loss
+    cut: float  # share of the tokens cut off
+    shortened: float  # share of the conversations that are longer than a row
+    emptied: float  # share of those that nothing is trained on of, since all answers lie beyond the row
+    exact: bool
 
 
 @lru_cache(maxsize=4)
@@ -79,19 +93,24 @@ class ChatPacker:
         row_len, bos = self.sequence_len + 1, self.tokenizer.get_bos_token_id()
         # a stream has no need to cut conversations, but those of a million tokens are a mistake in any case
         longest = row_len if self.packing == "bestfit" else 1_000_000
-        rendered, cut = [], 0
+        rendered = []
+        cut = shortened = emptied = 0
         for item in items:
             ids, trained = self.tokenizer.render_conversation(self.task[item], max_tokens=1_000_000)
+            trained = trained if self.loss_on == "assistant" else [1] * len(ids)
             cut += max(0, len(ids) - longest)
-            ids, trained = ids[:longest], trained[:longest]
-            rendered.append((ids, trained if self.loss_on == "assistant" else [1] * len(ids)))
+            shortened += len(ids) > longest
+            emptied += any(trained) and not any(trained[:longest])
+            rendered.append((ids[:longest], trained[:longest]))
         if self.packing == "bestfit":
             tokens, masks = pack_conversations(rendered, row_len, pad=bos)
             order = np.random.default_rng((self.seed, key)).permutation(len(tokens))  # packing puts long ones first
             tokens, masks = tokens[order], masks[order]
         else:
             tokens, masks = stream_rows(rendered, row_len, pad=bos)
-        return PackedChunk(tokens[:, :-1], np.where(masks[:, 1:] == 1, tokens[:, 1:], IGNORE_INDEX), cut)
+        return PackedChunk(
+            tokens[:, :-1], np.where(masks[:, 1:] == 1, tokens[:, 1:], IGNORE_INDEX), cut, shortened, emptied
+        )
 
     def fingerprint(self) -> str:
         """16 hex digits over the number of conversations and the tokens of up to FINGERPRINTED of them, so that a run
@@ -102,20 +121,20 @@ class ChatPacker:
             digest.update(json.dumps([ids, mask]).encode())
         return digest.hexdigest()[:16]
 
-    def rows_per_epoch(self) -> tuple[int, float, float]:
-        """(rows in an epoch, share of positions that carry a loss, share of tokens cut off), from up to SAMPLED_CHUNKS
-        chunks of the first epoch."""
+    def rows_per_epoch(self) -> Epoch:
+        """From up to SAMPLED_CHUNKS chunks of the first epoch."""
         numbers = np.unique(np.linspace(0, self.per_epoch - 1, min(SAMPLED_CHUNKS, self.per_epoch)).astype(int))
-        rows = trained = cut = conversations = 0
+        rows = trained = cut = conversations = shortened = emptied = 0
         for number in numbers.tolist():
             chunk = self.chunk(number)
             rows += len(chunk.inputs)
             trained += int((chunk.targets != IGNORE_INDEX).sum())
-            cut += chunk.cut
+            cut, shortened, emptied = cut + chunk.cut, shortened + chunk.shortened, emptied + chunk.emptied
             conversations += min(CHUNK, len(self.task) - number * CHUNK)
         positions = rows * self.sequence_len
         estimate = max(1, round(rows * len(self.task) / conversations))
-        return estimate, trained / positions, cut / (cut + positions)
+        shares = trained / positions, cut / (cut + positions), shortened / conversations, emptied / conversations
+        return Epoch(estimate, *shares, exact=len(numbers) == self.per_epoch)
 
 
 class ChatRows(RowSource):

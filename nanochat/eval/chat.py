@@ -274,13 +274,14 @@ def ready(task: Task) -> Task:
 
 
 def chosen_items(task: Task, max_problems: int = -1) -> list[int]:
-    """Indices of the items to score: all in order, or the first `max_problems` of a fixed shuffle, which are spread
-    over the task. Raises UserError for a task without items."""
+    """Indices of the items to score: all in order, or `max_problems`: the first of a published data set, whose order is
+    that in which others take the first; else those of a fixed shuffle. Raises UserError for a task without items."""
     if len(task) == 0:
         raise UserError(f"{task.name}: no items to evaluate; check its data or the number of items requested")
     indices = list(range(len(task)))
     if max_problems > 0:
-        random.Random(1337).shuffle(indices)
+        if not task.published:
+            random.Random(1337).shuffle(indices)
         indices = indices[:max_problems]
     return indices
 

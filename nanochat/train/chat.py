@@ -102,12 +102,18 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
         why = "; ".join(f"{task.name}: {task.source}" for task in tasks)
         raise UserError(f"--tasks={settings.tasks}: nothing to train on; {why}; add a task such as Arithmetic")
     packer = ChatPacker(tokenizer, TaskMixture(tasks), length, settings.packing, settings.loss_on, settings.seed)
-    rows, trained_share, cut_share = packer.rows_per_epoch()
+    epoch = packer.rows_per_epoch()
+    rows = epoch.rows
     num_iterations = plan_steps(settings, rows, plan.rows_per_step)
     for name, conversations, times, origin, _ in task_rows(tasks):
         print0(f"{name}: {conversations:,} conversations x {times} ({origin})")
-    print0(f"{rows:,} rows of {length:,} tokens an epoch, {100 * trained_share:.1f} % of the positions trained on, "
-           f"{100 * cut_share:.1f} % of the tokens cut off")  # fmt: skip
+    print0(f"{rows:,} rows of {length:,} tokens an epoch, {100 * epoch.trained:.1f} % of the positions trained on, "
+           f"{100 * epoch.cut:.1f} % of the tokens cut off")  # fmt: skip
+    if epoch.exact and not epoch.trained:
+        raise UserError(f"--max-seq-len={length}: no answer lies within a row, nothing would be trained on; raise it")
+    if epoch.shortened:
+        print0(f"note: {epoch.shortened:.1%} of the conversations are longer than a row of {length:,} tokens and end "
+               f"with it; nothing is left to train on of {epoch.emptied:.1%}; --max-seq-len sets the row")  # fmt: skip
     print0(f"{num_iterations:,} steps of {batch:,} tokens = {num_iterations * batch / length / rows:.2f} epochs")
     if plan.note:
         print0(f"note: {plan.note}")
@@ -168,8 +174,10 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
             "ranks": world_size,
             "conversations": len(packer.task),
             "epochs": loader.epoch(),
-            "share of positions trained on": trained_share,
-            "cut share": cut_share,
+            "share of positions trained on": epoch.trained,
+            "cut share": epoch.cut,
+            "share of conversations longer than a row": epoch.shortened,
+            "share of conversations without a target in their row": epoch.emptied,
             **outcome.metrics,
         }
         finish(run, *SECTIONS[stage], describe(settings, meta, tasks, metrics, samples))

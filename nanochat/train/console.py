@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.flags import NO_WANDB
-from nanochat.hardware import device_name, memory_metrics, peak_flops, peak_memory_bytes, unlisted
+from nanochat.hardware import device_name, memory_metrics, peak_flops, peak_memory_bytes
 from nanochat.paths import run_dir
 from nanochat.runtime import get_dist_info, print0, synchronize
 from nanochat.train.observer import LateMetrics
@@ -31,6 +31,7 @@ TRAIN_LOSS = "Loss/train_loss"  # mean cross-entropy of the targets of a step, n
 GRAD_NORM = "Optimization/grad_norm"  # gradient norm before clipping: of all, /group: of a parameter group
 LR_MULTIPLIER = "Optimization/lr_multiplier"  # learning rates over their full ones
 SKIPPED = "Optimization/skipped_steps"  # so far, because loss or gradient were not finite
+TRAINED = frozenset({TRAIN_LOSS, GRAD_NORM, SKIPPED})  # what each training step has one of
 STEP_SECONDS = "Time/step_seconds"  # a step, evaluations and checkpoints left out, s
 TOKENS_PER_SECOND = "Time/tokens_per_second"  # training tokens over all ranks, 1/s
 MFU = "Hardware/mfu"  # FLOPs of the model over the dense bf16 peak of all devices
@@ -45,6 +46,8 @@ class StepResult(NamedTuple):
     """Of the gradient before clipping, 0-D. Where this or the loss is not finite, the step has changed nothing."""
     multiplier: float
     """Of the learning rates."""
+    has_loss: bool
+    """Whether any target counted. Where none did, the loss of 0 is none."""
     snapshot: LateMetrics | None
     """What the monitor saw, where it looked."""
 
@@ -58,7 +61,7 @@ class Console:
         self.flops_per_token = run.flops_per_token
         self.peak = peak_flops(device) if run.flops_per_token else None
         if self.peak is None and run.flops_per_token and device.type == "cuda":
-            print0(f"no MFU: {unlisted('bf16 peak', [device_name(device)])}")
+            print0(f"no MFU: the bf16 peak of {device_name(device)} is not in hardware.GPUS")
         self.tracker = Tracker(run.meta, run.wandb_name or run.settings.run, run.earlier, run.wandb_project)
         self.pending: list[tuple[int, StepResult, dict[str, float]]] = []
         self.seen = 0
@@ -103,8 +106,14 @@ class Console:
     def _record(self, step: int, result: StepResult, loss: float, norm: float, further: dict[str, float]) -> None:
         state = self.run.state
         self.skipped_in_a_row = 0
-        state.smoothed_loss = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * loss
-        metrics = {TRAIN_LOSS: loss, GRAD_NORM: norm, LR_MULTIPLIER: result.multiplier, **further}
+        metrics = {GRAD_NORM: norm, LR_MULTIPLIER: result.multiplier, **further}
+        if result.has_loss:
+            state.smoothed_loss = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * loss
+            metrics = {TRAIN_LOSS: loss, **metrics}
+        else:
+            state.without_loss += 1
+            if state.without_loss == 1:
+                print0(f"step {step:05d} has no target: nothing is learnt in such steps, and they have no loss")
         state.latest.update(metrics)
         if result.snapshot is not None:  # hundreds of metrics, which checkpoints need not keep
             metrics.update(result.snapshot.read())
@@ -136,7 +145,8 @@ class Console:
 
     def _print(self, step: int, seconds: float, rate: float, further: dict[str, float]) -> None:
         state, total = self.run.state, self.run.num_iterations
-        smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step - state.skipped))
+        losses = step - state.skipped - state.without_loss
+        smoothed = state.smoothed_loss / (1 - SMOOTHING**losses) if losses else math.nan
         pace = state.steady_seconds / state.steady_steps if state.steady_steps else seconds
         mfu = f" | mfu {100 * self._mfu(rate):.1f}%" if self.peak else ""
         also = "".join(f" | {name.split('/')[1]} {value:.4f}" for name, value in further.items())
@@ -157,6 +167,8 @@ class Console:
         result.update({f"minimum {name.split('/')[1]}": value for name, value in state.best.items()})
         if state.skipped:
             result["steps skipped (not finite)"] = state.skipped
+        if state.without_loss:
+            result["steps without a target"] = state.without_loss
         result["training minutes"] = state.seconds / 60
         if self.flops_per_token:
             result["training FLOPs"] = self.flops_per_token * state.step * self.run.tokens_per_step
@@ -204,7 +216,7 @@ class Tracker:
         def stays(record: dict[str, Any]) -> bool:
             if record.get("stage") != self.stage:
                 return True
-            known = TRAIN_LOSS in record or SKIPPED in record or evaluated == step
+            known = not TRAINED.isdisjoint(record) or evaluated == step
             return step is not None and (record["step"] < step or (record["step"] == step and known))
 
         kept = [json.dumps(record) + "\n" for record in read_jsonl(self.path) if stays(record)]

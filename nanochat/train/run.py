@@ -91,6 +91,8 @@ class LoopState:
     """Exponential moving average of the training loss, before bias correction."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite, so that they changed nothing."""
+    without_loss: int = 0
+    """Steps in which no target counted."""
     seconds: float = 0.0
     """Time spent in training steps, evaluations left out."""
     steady_steps: int = 0

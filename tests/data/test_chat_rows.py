@@ -98,8 +98,8 @@ def test_targets_follow_inputs():
 def test_long_conversations_are_cut_and_counted():
     source = packer(task=Numbers([40, 3]))
     chunk = source.chunk(0)
-    assert chunk.cut == 41 - 17 and source.rows_per_epoch()[2] > 0
-    assert packer("stream", task=Numbers([40, 3])).chunk(0).cut == 0
+    assert (chunk.cut, chunk.shortened, chunk.emptied) == (41 - 17, 1, 0) and source.rows_per_epoch().cut > 0
+    assert packer("stream", task=Numbers([40, 3])).chunk(0)[2:] == (0, 0, 0)
 
 
 def all_ranks(source, rows, device_batch, world, steps, state=None):

@@ -208,6 +208,9 @@ def test_a_subset_is_the_same_for_all_and_spread():
     task = Pick(100)
     few = chosen_items(task, 10)
     assert few == chosen_items(task, 20)[:10] and len(set(few)) == 10 and max(few) > 50
+    task.published = True  # its order is the published one
+    assert chosen_items(task, 10) == list(range(10))
+    task.published = False
     assert sorted(chosen_items(task, 1000)) == chosen_items(task) == list(range(100))
     score = evaluate_categorical(TinyModel(), TOKENIZER, task, CPU, batch_size=4, max_problems=10)
     assert [record["index"] for record in score.records] == sorted(few)

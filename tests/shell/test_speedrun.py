@@ -39,6 +39,7 @@ BEFORE_SETUP = [
     *[({"NPROC_PER_NODE": value}, f"NPROC_PER_NODE={value}: expected") for value in ("0", "abc", "-1", "1.5", "08")],
     *[({"DEPTH": value}, f"DEPTH={value}: expected") for value in ("0", "-4", " 4", "4 ", "0x4", "9" * 20, "4;ls")],
     ({"NANOCHAT_DTYPE": "fp16"}, "NANOCHAT_DTYPE=fp16: expected bfloat16 or float32"),
+    *[({"USD_PER_HOUR": value}, f"USD_PER_HOUR={value}: expected a price") for value in ("much", "-2", "2,5")],
     ({"PARALLEL": "zero"}, "PARALLEL=zero: expected auto, ddp, fsdp or hsdp"),
     ({"SOURCE": "local:"}, "SOURCE=local:: expected a folder"),
     ({"SOURCE": "local:requirements.lock"}, "SOURCE=local:requirements.lock: a file: name the folder"),

@@ -141,8 +141,8 @@ def test_two_ranks_train_as_one(store):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_batches_without_a_single_target_train_on(store, tmp_path):
-    """Answers that lie behind the end of the row: every target is masked, the loss is 0 and never NaN."""
+def test_batches_without_a_single_target_train_on_and_have_no_loss(store, tmp_path, capsys):
+    """Answers that lie behind the end of the row: every target is masked, which is said; the loss is never 0 or NaN."""
     question = {"role": "user", "content": "word1 " * 200}
     lines = [json.dumps([question, {"role": "assistant", "content": "yes"}])] * 6
     lines.append(json.dumps([{"role": "user", "content": "word2"}, {"role": "assistant", "content": "word3"}]))
@@ -151,7 +151,13 @@ def test_batches_without_a_single_target_train_on(store, tmp_path):
         device_batch_size=1, total_batch_size=64, out_tag="masked", eval_tokens=1024)  # fmt: skip
     records = [json.loads(line) for line in (run_dir() / "metrics.jsonl").read_text().splitlines()]
     losses = [line["Loss/train_loss"] for line in records if line["stage"] == "sft" and "Loss/train_loss" in line]
-    assert len(losses) == 14 and losses.count(0.0) >= 8 and all(loss >= 0 for loss in losses) and max(losses) > 0
+    steps = [line["step"] for line in records if line["stage"] == "sft" and "Optimization/grad_norm" in line]
+    assert steps == list(range(1, 15)) and len(losses) == 2 and min(losses) > 1
+    said = capsys.readouterr().out
+    assert "note: 85.7% of the conversations are longer than a row of 64 tokens" in said
+    assert "nothing is left to train on of 85.7%" in said and said.count("has no target") == 1
+    metrics = json.loads((run_dir() / "report" / "chat_sft.json").read_text())["metrics"]
+    assert metrics["steps without a target"] == 12 and 1 < metrics["final train_loss"] < 10
     assert all(value.isfinite().all() for value in last_weights("sft", "masked", 14).values())
 
 
@@ -186,6 +192,12 @@ def test_steps():
         (["--total-batch-size=100"], 1, "--total-batch-size=100 is no multiple of"),
         (["--max-seq-len=4096"], 1, "--max-seq-len=4096: the model was trained on rows of 128"),
         (["--packing=loose"], 2, "--packing"),
+        (["--num-iterations=0"], 2, "--num-iterations"),
+        (
+            ["--max-seq-len=4", "--packing=bestfit", "--loss-on=assistant"],
+            1,
+            "--max-seq-len=4: no answer lies within a row",
+        ),
     ],
 )
 def test_bad_input_is_one_line(store, monkeypatch, capsys, flags, code, message):
