@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,6 +59,11 @@ GPUS = {
 def find_gpu(name: str) -> Gpu:
     """The entry of GPUS for a device of this name; one without a peak where nobody listed it."""
     return next((gpu for key, gpu in GPUS.items() if key in name), Gpu(None, ""))
+
+
+def unlisted(what: str, names: Iterable[str]) -> str:
+    """The message where the peak or the bandwidth of a card is not known."""
+    return f"the {what} of {' and '.join(dict.fromkeys(names))} is not in hardware.GPUS"
 
 
 def device_name(device: torch.device) -> str:

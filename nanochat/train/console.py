@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.flags import NO_WANDB
-from nanochat.hardware import device_name, memory_metrics, peak_flops, peak_memory_bytes
+from nanochat.hardware import device_name, memory_metrics, peak_flops, peak_memory_bytes, unlisted
 from nanochat.paths import run_dir
 from nanochat.runtime import get_dist_info, print0, synchronize
 from nanochat.train.observer import LateMetrics
@@ -61,7 +61,7 @@ class Console:
         self.flops_per_token = run.flops_per_token
         self.peak = peak_flops(device) if run.flops_per_token else None
         if self.peak is None and run.flops_per_token and device.type == "cuda":
-            print0(f"no MFU: the bf16 peak of {device_name(device)} is not in hardware.GPUS")
+            print0(f"no MFU: {unlisted('bf16 peak', [device_name(device)])}")
         self.tracker = Tracker(run.meta, run.wandb_name or run.settings.run, run.earlier, run.wandb_project)
         self.pending: list[tuple[int, StepResult, dict[str, float]]] = []
         self.seen = 0
