@@ -103,6 +103,9 @@ def end(message: str, code: int = 1) -> NoReturn:
         sys.stdout.flush()
     except OSError:
         _drop_output()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        os._exit(code)  # other ranks may be in a collective: threads of gloo abort a Python that ends beside them
     sys.exit(code)
 
 

@@ -87,19 +87,15 @@ def main(settings: Settings, command: Sequence[str]) -> int:
     if settings.action == "reset":
         return reset(run_dir)
     if not stage:
-        raise UserError(
-            "run: no stage named; usage: python -m nanochat.pipeline run STAGE [--in P] [--out P] -- COMMAND"
-        )
+        raise UserError("run: no stage named; usage: nanochat.pipeline run STAGE [--in P] [--out P] -- COMMAND")
     if not command and not settings.skip:
         raise UserError(f"run {stage}: no command; write it after `--`")
     # TERM in place of all: Python that is just starting answers an INT with a stack trace, and bash may lose it
     with ForwardedSignals(SIGNALS, kill=True, instead=signal.SIGTERM) as signals, locked(run_dir):
-        code = 0
         if settings.skip:
             ledger.append(run_dir, {"stage": stage, "status": "skipped", "reason": settings.skip})
             _say(f"{stage}: skipped, {settings.skip}")
-        else:
-            code = run_stage(stage, list(command), settings.inputs, settings.outputs, signals)
+        code = 0 if settings.skip else run_stage(stage, list(command), settings.inputs, settings.outputs, signals)
     if code == 0 and signals.received:  # it came before the stage began, or after its end: what follows must not start
         print(f"\nstopped by {signal.Signals(signals.received[0]).name}\n{_continue()}", file=sys.stderr, flush=True)
         return 128 + signals.received[0]
@@ -144,8 +140,7 @@ def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Se
 
     Raises UserError when an input is missing or the command cannot be started.
     """
-    run_dir = paths.run_dir()
-    signals: ForwardedSignals = heard or ForwardedSignals((), kill=False)
+    run_dir, signals = paths.run_dir(), heard or ForwardedSignals((), kill=False)
     for absent in ledger.missing(inputs):
         raise UserError(f"{stage} needs {absent}, which is not in {paths.get_base_dir()}: run the stage that writes it")
     basis = describe(command, inputs)

@@ -172,8 +172,9 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def compute_cleanup() -> None:
-    """Leave the process group."""
+    """Leave the process group, all ranks together: one whose peer has gone aborts within a collective."""
     if dist.is_initialized():
+        barrier()
         dist.destroy_process_group()
 
 
