@@ -63,12 +63,12 @@ class TaskScore:
 
     @property
     def centered(self) -> float:
-        """0 = guessing, 1 = perfect."""
-        return (self.accuracy - self.baseline) / (1.0 - self.baseline)
+        """0 = guessing, 1 = perfect; 0 too where guessing is right always, as of items that all have one answer."""
+        return (self.accuracy - self.baseline) / (1.0 - self.baseline) if self.baseline < 1.0 else 0.0
 
     @property
     def centered_stderr(self) -> float:
-        return self.stderr / (1.0 - self.baseline)
+        return self.stderr / (1.0 - self.baseline) if self.baseline < 1.0 else 0.0
 
     def __str__(self) -> str:
         guess = f" ({100 * self.baseline:.4g} % by {self.guess})" if self.guess else ""

@@ -85,6 +85,8 @@ class Longest(Task):
 def test_chat_tasks():
     assert best_of(of_task(Yes("test", 9))) == (pytest.approx(2 / 3, abs=1e-6), "always 1000")
     assert best_of(of_task(Longest())) == (1.0, "the longest")
+    solved = TaskScore(name="x", baseline=1.0, records=[{"passed": True}, {"passed": False}])
+    assert solved.centered == solved.centered_stderr == 0  # nothing is above that, and no mean is infinite
     centred = TaskScore(name="bee", baseline=best_of(of_task(Yes("test", 9)))[0], records=[{"passed": False}] * 9)
     assert centred.centered < 0  # below guessing it lowers a mean
 
