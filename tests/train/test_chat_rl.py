@@ -55,6 +55,12 @@ def test_writes_a_checkpoint_and_a_section(store):
     assert checkpoint.load_model("rl", torch.device("cpu"))[2]["tag"] == "m"
 
 
+def test_several_tasks_are_practised_together(store):
+    rl(task="Arithmetic:30,Arithmetic:10*2", num_iterations=1)
+    section = json.loads((run_dir() / "report" / "chat_rl.json").read_text())
+    assert section["facts"]["questions"] == 50 and "test questions of Arithmetic" in section["tables"][0]["title"]
+
+
 class Lengths(Arithmetic):
     """Even a model that has learnt nothing earns something here, and not always the same."""
 
