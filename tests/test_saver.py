@@ -393,7 +393,8 @@ def test_whenever_it_is_killed_every_committed_checkpoint_is_whole(tmp_path):
         started = forked.Event()
         process = forked.Process(target=save_for_ever, args=(folder, started))
         process.start()
-        assert started.wait(60)
+        while not started.wait(1):  # on a busy machine two saves take more than a minute
+            assert process.is_alive()
         time.sleep(chance.uniform(0, 0.1))  # a save takes a few hundredths of a second
         process.kill()
         process.join()
