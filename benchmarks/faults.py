@@ -10,7 +10,6 @@ read-only is a tmpfs of the lane's own: as root, or in a user namespace where th
 """
 
 import ctypes
-import hashlib
 import json
 import os
 import random
@@ -29,63 +28,29 @@ from dataclasses import KW_ONLY, asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Annotated, Any
 
-import psutil
-
-from nanochat import cli, ledger
+from benchmarks.chain import LONGEST_SECONDS, TRAINS, Lane, artifacts, differences, prepare, undisturbed
+from nanochat import cli
 from nanochat.cli import float_flag, int_flag
 from nanochat.errors import UserError
-from nanochat.files import atomic_write_text, read_jsonl
-from nanochat.paths import REPO
+from nanochat.files import atomic_write_text
 
-RUN = "faults"
-PROFILE = """
-: "${DEPTH:=2}" "${VOCAB_SIZE:=1024}" "${NPROC_PER_NODE:=1}" "${DEVICE_BATCH_SIZE:=8}" "${TOTAL_BATCH_SIZE:=1024}"
-: "${SOURCE:=pydocs}" "${SHARDS:=1}"
-TOK_TRAIN=(--max-chars=1e6)
-BASE_TRAIN=(--head-dim=32 --max-seq-len=128 --num-iterations=30
-  --eval-every=10 --eval-tokens=4096 --core-metric-every=-1 --sample-every=1000 --save-every=5)
-BASE_LOSS=(--split-tokens=8192)
-BASE_EVAL=(--max-per-task=20)
-TASK_DATA=
-TASKS=SimpleSpelling,Arithmetic,TextChoice,Identity
-MID=(--tasks="Arithmetic:300,SimpleSpelling:400,TextChoice:100,Identity*2"
-  --num-iterations=20 --eval-every=10 --eval-tokens=4096 --save-every=5)
-SFT=(--tasks="Arithmetic:300,SimpleSpelling:400,TextChoice:100,Identity"
-  --num-iterations=20 --init-lr-frac=1 --eval-every=10 --eval-tokens=4096 --save-every=5)
-CHAT_EVAL=(-a "Arithmetic,SimpleSpelling,TextChoice" -m 8 -b 32 -x 32)
-RL=(--task=Arithmetic --num-iterations=10 --num-samples=4 --questions-per-step=4 --device-batch-size=16
-  --max-new-tokens=8 --init-lr-frac=0.15 --eval-every=5 --eval-questions=16 --eval-samples=2 --save-every=3)
-"""
-TRAINS = {"base_train": "base", "mid_train": "mid", "chat_sft": "sft", "chat_rl": "rl"}  # stage -> its checkpoints
 GENTLE = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # training saves
 KILLS = [("SIGKILL", whom) for whom in ("tree", "group", "bash", "runner", "stage")]
 KILLS += [(name, whom) for name in GENTLE for whom in ("bash", "group")]
 OTHERS = ("full disk", "read-only store", "damaged file")
 DAMAGES = ("cut in half", "one byte changed", "emptied", "gone", "bytes added")
 
-# What may differ between two runs that nothing disturbed: times, speeds, memory, hashes of files with these, and the
-# state of two generators that nothing seeds or draws from
-VOLATILE = re.compile(
-    r"(.*_)?(time|seconds|minutes|identity|usd)|generated|git|hardware|software|cost|commit|stages|command|numpy|python|"
-    r"steady_steps|steps averaged|(Time|Hardware)/.*|.*(per second|minutes|memory GiB)"
-)
-# Logs and locks; the ledger, which is read otherwise; indices with times; text that is made of the JSON beside it
-IGNORED = re.compile(
-    r"(.*/)?(lock|.*\.lock|logs/.*|stages\.jsonl|hashes\.jsonl|state/\.metadata)|(runs/[^/]+/)?report/.*\.(md|html)"
-)
 # Not damaged: logs, what the next start or the report writes anew, and what the run has a copy of its own of
 UNDAMAGED = re.compile(
-    r"(tokenizer|eval_bundle|task_data)/.*|(.*/)?(metrics\.jsonl|lock|.*\.lock|logs/.*)|(runs/[^/]+/)?report/.*\.(md|html|svg)|report/report\.json"
+    r"(tokenizer|eval_bundle|task_data)/.*|(.*/)?(metrics\.jsonl|lock|.*\.lock|logs/.*)|"
+    r"(runs/[^/]+/)?report/.*\.(md|html|svg)|report/report\.json"
 )
-SET_ASIDE = re.compile(r"(^|/)[^/]+?(\.damaged)?\.\d+/")  # folders that are kept beside those that took their place
 TROUBLE = re.compile(r"Traceback|Exception ignored|core dumped|terminate called|Segmentation fault")
 SAID = re.compile(r"^(\s*\| )?error: ", re.MULTILINE)
 END_SECONDS = 30.0  # that a chain may take to end after a signal
 SILENT_SECONDS = 120.0  # in which one that cannot go on has ended, or begun a stage
-STORE_MIB = 400
 
 
 @dataclass(frozen=True)
@@ -120,98 +85,6 @@ class Fault:
     code: int | None = None
     lost: int = 0  # training steps that were made and are in no checkpoint
     problems: list[str] = field(default_factory=list)
-
-
-class Lane:
-    """A store, and the chain that runs in it."""
-
-    def __init__(self, work: Path, number: int, mounts: bool) -> None:
-        self.number, self.tree, self.mounts, self.chain = number, work / "tree", mounts, 0
-        self.store, self.log = work / f"lane{number}" / "store", work / f"lane{number}" / "output.log"
-        self.run = self.store / "runs" / RUN
-        self.process: subprocess.Popen[bytes] | None = None
-        self.damaged: dict[Path, tuple[bytes, bytes | None]] = {}  # file -> what it was, what was made of it
-        ours = {"NANOCHAT_BASE_DIR": str(self.store), "RUN_ID": RUN, "PROFILE": "tiny", "RUN_RL": "1",
-                "SOURCE": f"local:{work / 'text'}", "UV_PROJECT_ENVIRONMENT": str(work / "venv"),
-                "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("NANOCHAT_")} | ours
-
-    def fresh(self) -> None:
-        """An empty store."""
-        self.close()
-        self.store.mkdir(parents=True)
-        if self.mounts:
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={STORE_MIB}m", "tmpfs", self.store], check=True)
-        self.chain, self.process = self.chain + 1, None
-        self.damaged.clear()
-
-    def close(self) -> None:
-        if self.mounts and self.store.is_mount():
-            subprocess.run(["umount", self.store], check=True)
-        shutil.rmtree(self.store, ignore_errors=True)
-
-    def start(self) -> None:
-        self.finished_before = {row["stage"] for row in self.summary() if row["status"] == "finished"}
-        with self.log.open("ab") as log:
-            self.begin = log.tell()
-            self.process = subprocess.Popen(["bash", "speedrun.sh"], cwd=self.tree, env=self.environment, stdout=log,
-                                            stdin=subprocess.DEVNULL, stderr=log, start_new_session=True)  # fmt: skip
-
-    def runs(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def summary(self) -> list[dict[str, Any]]:
-        return ledger.summarize(ledger.read(self.run))
-
-    def at_work(self) -> str:
-        """The stage that is running, or was when the runner was killed."""
-        records = ledger.read(self.run)
-        return records[-1]["stage"] if records and records[-1]["status"] == "started" else ""
-
-    def processes(self) -> list[psutil.Process]:
-        """What is alive of this chain, also what has lost its parent: that is a child of ours then (see main)."""
-        alive = []
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error, ChildProcessError):
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    if process.environ().get("NANOCHAT_BASE_DIR") == str(self.store):
-                        alive.append(process)
-                elif process.ppid() == os.getpid() and (self.process is None or process.pid != self.process.pid):
-                    os.waitpid(process.pid, os.WNOHANG)
-        return alive
-
-    def output(self) -> str:
-        """Of this start."""
-        with self.log.open("rb") as log:
-            log.seek(self.begin)
-            return log.read().decode(errors="replace")
-
-    def ends(self, seconds: float) -> bool:
-        """Whether the chain and all of its processes end in time."""
-        deadline = time.monotonic() + seconds
-        while self.runs() or self.processes():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.03)
-        return True
-
-    def kill_all(self) -> None:
-        while (found := self.processes()) or self.runs():
-            for process in found:
-                with suppress(psutil.Error):
-                    process.kill()
-            time.sleep(0.05)
-
-    def checkpoints(self) -> dict[str, Path]:
-        """Training stage -> its newest checkpoint, where it has one."""
-        folders = {stage: self.store / "checkpoints" / kind / RUN for stage, kind in TRAINS.items()}
-        found = {stage: sorted(folder.glob("step_??????/COMMITTED")) for stage, folder in folders.items()}
-        return {stage: paths[-1].parent for stage, paths in found.items() if paths}
-
-    def files(self) -> dict[str, Path]:
-        """Name in the store -> file."""
-        paths = (path for path in sorted(self.store.rglob("*")) if path.is_file())
-        return {path.relative_to(self.store).as_posix(): path for path in paths}
 
 
 # ---- faults
@@ -356,48 +229,6 @@ def judge(lane: Lane, fault: Fault, text: str) -> None:
         fault.problems.append(f"finished, and ran again: {', '.join(twice)}")
 
 
-# ---- what came out
-
-
-def settled(value: Any) -> Any:
-    """JSON without what may differ."""
-    if isinstance(value, dict):
-        return {key: settled(item) for key, item in value.items() if not VOLATILE.fullmatch(key)}
-    return [settled(item) for item in value] if isinstance(value, list) else value
-
-
-def artifacts(lane: Lane) -> dict[str, str]:
-    """Name -> content, or hash of it, of all that a chain has left."""
-    found = {}
-    for name, path in lane.files().items():
-        if IGNORED.fullmatch(name) or (lane.damaged and SET_ASIDE.search(name)):
-            continue
-        if path.suffix == ".json":
-            found[name] = json.dumps(settled(json.loads(path.read_bytes())), sort_keys=True)
-        elif path.name == "metrics.jsonl":
-            records = [settled(record) for record in read_jsonl(path)]
-            records = [record for record in records if record.keys() > {"stage", "step", "tokens"}]
-            found[name] = "\n".join(json.dumps(record, sort_keys=True) for record in records)
-        elif path.name in ("COMMITTED", "COMPLETE"):  # hashes of files with times are left out
-            lines = [line for line in path.read_text().splitlines() if not line.endswith((".json", "/.metadata"))]
-            found[name] = "\n".join(lines)
-        else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
-
-
-def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
-    """Files that differ, and the first place in them."""
-    out = [f"{name}: {'missing' if name in expected else 'not to be there'}" for name in expected.keys() ^ found.keys()]
-    for name in sorted(expected.keys() & found.keys()):
-        one, other = expected[name], found[name]
-        if one != other:
-            place = next((i for i, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), 0)
-            begin = max(0, place - 60)
-            out.append(f"{name}: {one[begin : place + 30]!r} became {other[begin : place + 30]!r}")
-    return out
-
-
 # ---- the run
 
 
@@ -454,7 +285,7 @@ def disturb(lane: Lane, rng: random.Random, expected: dict[str, str], typical: d
                     inject(lane, fault, rng)
                 plan.report(lane, fault)
                 fault = plan.next()
-            elif lane.ends(10 * SILENT_SECONDS) and lane.process is not None and lane.process.returncode:
+            elif lane.ends(LONGEST_SECONDS) and lane.process is not None and lane.process.returncode:
                 plan.report(lane, ended_by_itself(lane))
         found = differences(expected, artifacts(lane))
         with plan.lock:
@@ -462,40 +293,26 @@ def disturb(lane: Lane, rng: random.Random, expected: dict[str, str], typical: d
             print(f"       {name} at its end: {len(found)} differences", *found, sep="\n    ", flush=True)
 
 
-def undisturbed(lane: Lane) -> tuple[dict[str, str], dict[str, float]]:
-    """(artifacts, seconds of each stage)"""
-    lane.fresh()
-    lane.start()
-    assert lane.process is not None
-    if not lane.ends(60 * SILENT_SECONDS) or lane.process.returncode:
-        raise UserError(f"a chain that nothing disturbed failed: {lane.output()[-500:]}")
-    return artifacts(lane), {row["stage"]: row.get("seconds", 0.0) for row in lane.summary()}
-
-
-def prepare(folder: Path) -> bool:
-    """The program as it is now with a profile of its own, text to train on, an environment that is this one. Whether a
-    disk of a lane's own can be had."""
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, check=True, text=True).stdout
-    for name in files.split("\0")[:-1]:
-        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPO / name, folder / "tree" / name)
-    python = folder / "venv" / "bin" / "python"
-    for place in (python.parent, folder / "text", folder / "mount"):
-        place.mkdir(parents=True)
-    (folder / "tree" / "profiles" / "tiny.sh").write_text(PROFILE)
-    for name, text in topics.items():
-        (folder / "text" / f"{name}.txt").write_text(text, encoding="utf-8")
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    setup = (folder / "tree" / "dev" / "setup.sh").read_text()
-    stamp = re.search(r"^fingerprint\(\) \{\n.*?^\}$", setup, re.MULTILINE | re.DOTALL)
-    assert stamp is not None
-    script = f"set -e; VENV={folder}/venv; {stamp[0]}\nfingerprint >$VENV/.setup-stamp"  # nothing is to be installed
-    subprocess.run(["bash", "-c", script], cwd=folder / "tree", check=True)
-    mounts = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder / "mount"], capture_output=True).returncode == 0
-    if mounts:
-        subprocess.run(["umount", folder / "mount"], check=True)
-    return mounts
+def disturb_all(settings: Settings, lanes: list[Lane], kinds: tuple[str, ...]) -> Plan:
+    """Raises UserError where two chains that nothing disturbed differ."""
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        try:
+            (expected, typical), *others = pool.map(undisturbed, lanes)
+            for other, _ in others:
+                if found := differences(expected, other):
+                    raise UserError(f"two chains that nothing disturbed differ: {'; '.join(found)}")
+            print(f"undisturbed: {len(expected)} files, {sum(typical.values()):.0f} s", flush=True)
+            plan = Plan(settings, kinds)
+            seeds = [random.Random(f"{settings.seed} {lane.number}") for lane in lanes]
+            jobs = [pool.submit(disturb, *pair, expected, typical, plan) for pair in zip(lanes, seeds, strict=True)]
+            for job in jobs:
+                job.result()
+        except BaseException:
+            Lane.ending = True  # else the pool would wait for chains that go on and on
+            for lane in lanes:
+                lane.kill_all()
+            raise
+    return plan
 
 
 def main(settings: Settings) -> None:
@@ -511,18 +328,9 @@ def main(settings: Settings) -> None:
         print("no tmpfs can be mounted here: full disks and read-only stores are left out", flush=True)
     lanes = [Lane(folder, number, mounts) for number in range(1, settings.lanes + 1)]
     try:
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            (expected, typical), *others = pool.map(undisturbed, lanes)
-            for other, _ in others:
-                if found := differences(expected, other):
-                    raise UserError(f"two chains that nothing disturbed differ: {'; '.join(found)}")
-            print(f"undisturbed: {len(expected)} files, {sum(typical.values()):.0f} s", flush=True)
-            plan = Plan(settings, OTHERS if mounts else OTHERS[2:])
-            seeds = [random.Random(f"{settings.seed} {lane.number}") for lane in lanes]
-            jobs = [pool.submit(disturb, *pair, expected, typical, plan) for pair in zip(lanes, seeds, strict=True)]
-            for job in jobs:
-                job.result()
+        plan = disturb_all(settings, lanes, OTHERS if mounts else OTHERS[2:])
     finally:
+        Lane.ending = True
         for lane in lanes:
             lane.kill_all()
             lane.close()

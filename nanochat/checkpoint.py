@@ -443,15 +443,19 @@ def update_meta(folder: Path, step: int, known: dict[str, Any]) -> None:
 
 
 def mark_complete(folder: Path, section: Path) -> None:
-    """Say that the run writing into `folder` is done, its section of the report included (rank 0 calls this last)."""
-    atomic_write_text(folder / COMPLETE, f"{sha256_file(section)}  {os.path.relpath(section, get_base_dir())}\n")
+    """Say that the run writing into `folder` is done (rank 0 calls this last), and the SHA-256 of what nothing else of
+    it has: its section of the report, its tokenizer."""
+    kept = [section, *sorted(path for path in (folder / "tokenizer").glob("*") if path.suffix != ".tmp")]
+    lines = (f"{sha256_file(path)}  {os.path.relpath(path, get_base_dir())}\n" for path in kept)
+    atomic_write_text(folder / COMPLETE, "".join(lines))
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether that was said, and the section is still as it was written (earlier versions did not say of which)."""
+    """Whether that was said, and these are still as they were (earlier versions did not say what they are)."""
+    base = get_base_dir()
     with suppress(OSError, ValueError):
-        digest, _, name = (folder / COMPLETE).read_text(errors="replace").strip().partition("  ")
-        return not digest or sha256_file(get_base_dir() / name) == digest
+        sums = [line.partition("  ") for line in (folder / COMPLETE).read_text(errors="replace").splitlines()]
+        return all((base / name).is_file() and sha256_file(base / name) == digest for digest, _, name in sums)
     return False
 
 

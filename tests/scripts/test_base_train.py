@@ -75,6 +75,31 @@ def test_trains_saves_and_reports(prepared):
     assert ledger.missing([str(folder / "COMPLETE")]) == []
 
 
+def test_what_only_this_run_has_is_made_again_and_nothing_trained(prepared, capsys):
+    settings = Settings(**{**SMALL, "num_iterations": 3, "sample_every": 6, "resume": "auto"})
+    main(settings)
+    folder, report = checkpoint_dir("base", "d1"), run_dir() / "report" / "base_train.json"
+    section, records = json.loads(report.read_text()), (run_dir() / "metrics.jsonl").read_text()
+    weights = (folder / "step_000003" / "model.safetensors").read_bytes()
+    kept = (folder / "tokenizer" / "tokenizer.json").read_bytes()
+    report.write_text(report.read_text().replace('"steps": 3', '"steps": 4'))
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    capsys.readouterr()
+    main(settings)
+    out = capsys.readouterr().out
+    assert "resumed from step 3" in out and "tok/s" not in out
+    again = json.loads(report.read_text())
+    for one in (section, again):
+        for name in ("training minutes", "peak memory GiB"):
+            del one["metrics"][name]
+    assert {**again, "time": 0} == {**section, "time": 0}
+    assert (run_dir() / "metrics.jsonl").read_text() == records
+    assert (folder / "tokenizer" / "tokenizer.json").read_bytes() == kept
+    assert (folder / "step_000003" / "model.safetensors").read_bytes() == weights
+    main(settings)
+    assert "is complete: nothing to do" in capsys.readouterr().out
+
+
 def write_bundle(folder):
     """One multiple-choice task in the published layout."""
     (folder / "eval_data").mkdir(parents=True)
