@@ -42,6 +42,7 @@ def create_app(models: Models, settings: ServerSettings | None = None) -> FastAP
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     statuses, error = (400, 401, 404, 411, 413, 429, 503), {"description": "An error, in the protocol's shape"}
     errors: dict[int | str, dict[str, Any]] = dict.fromkeys(statuses, error)
+    answers = errors | {200: {"content": {"text/event-stream": {}}}}  # beside JSON, of what is streamed
 
     @app.exception_handler(ApiError)
     async def on_api_error(_: Request, error: ApiError) -> Response:
@@ -56,7 +57,7 @@ def create_app(models: Models, settings: ServerSettings | None = None) -> FastAP
     async def on_unknown(request: Request, _: Exception) -> Response:
         return _error_response(ApiError(404, f"{request.url.path[:100]}: no such path"))
 
-    @app.post("/v1/chat/completions", responses=errors)
+    @app.post("/v1/chat/completions", responses=answers)
     async def chat(body: ChatRequest, request: Request) -> Response:
         served = await _model(models, body.model)
         if served.stage == "base":
@@ -67,7 +68,7 @@ def create_app(models: Models, settings: ServerSettings | None = None) -> FastAP
         answer = Answer(served, settings, metrics, body, [prompt], room, is_chat=True)
         return await answer.respond(request)
 
-    @app.post("/v1/completions", responses=errors)
+    @app.post("/v1/completions", responses=answers)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         served = await _model(models, body.model)
         bos = served.tokenizer.get_bos_token_id()
@@ -88,7 +89,7 @@ def create_app(models: Models, settings: ServerSettings | None = None) -> FastAP
     async def health() -> dict[str, str]:
         return {"status": "ok", "model": models.default}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         metrics.rows.set(sum(scheduler.load for served in models.loaded() for scheduler in served.schedulers))
         return PlainTextResponse(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.serve.text import AnswerText, Part
+from nanochat.serve.text import AnswerText, Part, newest_turns, turn_messages
 from nanochat.tokenizer import RustBPETokenizer
 
 TOKENIZER = RustBPETokenizer.train_from_iterator(["the cat sat on the mat, 2 + 3 = 5 and café"] * 20, 300)
@@ -51,3 +51,25 @@ def test_calls_of_the_calculator_are_parts_of_their_own():
     assert joined(parts) == "it is !"
     open_call, rest = said(tokens[: tokens.index(special("<|python_end|>"))])
     assert joined(open_call) == "it is " and rest == [Part("call", "2+3")]
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 60))
+def test_the_newest_turns_that_fit(lengths, room):
+    kept = list(newest_turns(lengths, sum, room))
+    slow = list(lengths)
+    while slow and sum(slow) > room:
+        del slow[0]
+    assert kept == slow
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=9)
+PARTS = st.lists(
+    st.builds(dict, type=st.sampled_from(["python", "python_output"]), text=TEXTS.filter(bool)), min_size=1
+)
+
+
+@given(TEXTS, TEXTS | PARTS)
+def test_messages_of_a_turn_are_those_that_were_rendered(question, answer):
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    turn = TOKENIZER.render_conversation({"messages": messages})[0][1:]
+    assert turn_messages(TOKENIZER, turn) == messages
