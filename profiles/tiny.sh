@@ -15,9 +15,9 @@ BASE_EVAL=(--max-per-task=100)
 TASK_DATA= # no task below comes from there
 TASKS=SimpleSpelling,SpellingBee,Arithmetic,TextChoice,Identity
 # counts are shares: the steps take about half of each. Spelling needs the most, for each token has letters of its own
-MID=(--tasks="Arithmetic:6000,SimpleSpelling:12000,SpellingBee:3000,TextChoice:500,Identity*2" --packing=bestfit
+MID=(--tasks="Arithmetic:6000,SimpleSpelling:10000,SpellingBee:3000,TextChoice:2000,Identity*2" --packing=bestfit
   --loss-on=assistant --num-iterations=180 --eval-every=-1 --eval-tokens=65536 --save-every=50)
-SFT=(--tasks="Arithmetic:5000,SimpleSpelling:12000,SpellingBee:4000,TextChoice:500,Identity"
+SFT=(--tasks="Arithmetic:5000,SimpleSpelling:10000,SpellingBee:4000,TextChoice:2000,Identity"
   --num-iterations=150 --init-lr-frac=1 --eval-every=-1 --eval-tokens=65536 --save-every=50)
 CHAT_EVAL=(-a "Arithmetic,SimpleSpelling,SpellingBee,TextChoice" -m 110 -b 64)
 # all that can be practised, at a small rate: what is left out of it gets worse
