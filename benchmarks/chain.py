@@ -166,17 +166,21 @@ def artifacts(lane: Lane) -> dict[str, str]:
     for name, path in lane.files().items():
         if IGNORED.fullmatch(name) or (lane.damaged and SET_ASIDE.search(name)):
             continue
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         if path.suffix == ".json":
-            found[name] = json.dumps(settled(json.loads(path.read_bytes())), sort_keys=True)
+            with suppress(ValueError):  # what was damaged and stayed so has its hash
+                found[name] = json.dumps(settled(json.loads(path.read_bytes())), sort_keys=True)
         elif path.name == "metrics.jsonl":
             records = [settled(record) for record in read_jsonl(path)]
             records = [record for record in records if record.keys() > {"stage", "step", "tokens"}]
             found[name] = "\n".join(json.dumps(record, sort_keys=True) for record in records)
         elif path.name in ("COMMITTED", "COMPLETE"):  # hashes of files with times are left out
-            lines = [line for line in path.read_text().splitlines() if not line.endswith((".json", "/.metadata"))]
+            lines = [
+                line
+                for line in path.read_text(errors="replace").splitlines()
+                if not line.endswith((".json", "/.metadata"))
+            ]
             found[name] = "\n".join(lines)
-        else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 

@@ -26,6 +26,7 @@ class Stage(NamedTuple):
     needs: tuple[str, ...] = ()  # what it builds on: once one of these, or what those build on, ran again, it is stale
     column: str | None = None  # of the report's summary that its numbers are shown in
     optional: bool = False  # only large sources have it; where it did not run, nothing is pending
+    results: str = ""  # glob of what it writes where it finds something to measure; {run}: name of the run
 
 
 # Every stage in the order in which it runs and in which the report shows it.
@@ -37,14 +38,14 @@ STAGES = {
     "eval_bundle": Stage(("dataset", "dataset_rest")),
     "base_train": Stage(("dataset_rest", "tok_train"), "BASE"),
     "base_loss": Stage(("base_train",), "BASE"),
-    "base_eval": Stage(("base_train", "eval_bundle"), "BASE"),
+    "base_eval": Stage(("base_train", "eval_bundle"), "BASE", results="base_eval/{run}_[0-9]*"),
     "chat_data": Stage(("dataset", "dataset_rest")),
     "mid_train": Stage(("base_train", "chat_data"), "MID"),
-    "chat_eval_mid": Stage(("mid_train",), "MID"),
+    "chat_eval_mid": Stage(("mid_train",), "MID", results="chat_eval/mid_{run}_[0-9]*"),
     "chat_sft": Stage(("mid_train",), "SFT"),
-    "chat_eval_sft": Stage(("chat_sft",), "SFT"),
+    "chat_eval_sft": Stage(("chat_sft",), "SFT", results="chat_eval/sft_{run}_[0-9]*"),
     "chat_rl": Stage(("chat_sft",), "RL"),
-    "chat_eval_rl": Stage(("chat_rl",), "RL"),
+    "chat_eval_rl": Stage(("chat_rl",), "RL", results="chat_eval/rl_{run}_[0-9]*"),
 }
 
 # These describe a run and cannot change what a stage writes: editing the report must not retrain a model.
@@ -149,6 +150,11 @@ def fingerprint(patterns: Iterable[str]) -> Fingerprint:
 def missing(patterns: Iterable[str]) -> list[str]:
     """Those of `patterns` that match no file."""
     return [pattern for pattern in patterns if not _files(pattern)]
+
+
+def results(stage: str, run: str) -> str:
+    """Glob of the results that this stage of a run has written besides its outputs; empty: none."""
+    return STAGES.get(stage, Stage()).results.format(run=run)
 
 
 def unchanged(outputs: object) -> bool:

@@ -182,10 +182,9 @@ def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Se
         _say(f"{stage}: ended well but did not write {', '.join(not_written)} yet")
     for name in own if status == "finished" else []:
         exchange(name, into_run=False)
-    section = (
-        sections_dir(run_dir) / f"{stage}.json"
-    )  # a number in the report is what the stage wrote, or it runs again
-    written = ledger.fingerprint([*outputs, str(section)]) if status == "finished" else {}
+    # a number in the report is what the stage wrote, or it runs again
+    also = [str(sections_dir(run_dir) / f"{stage}.json"), *filter(None, [ledger.results(stage, run_dir.name)])]
+    written = ledger.fingerprint([*outputs, *also]) if status == "finished" else {}
     seconds = time.perf_counter() - started
     ledger.append(run_dir, {**record, "status": status, "exit_code": code, "seconds": seconds, "outputs": written})
     _say_end(stage, status, code, seconds, tail, log)

@@ -63,6 +63,22 @@ def test_a_stage_runs_again_when_its_command_input_output_or_setting_changes(sto
     assert times_run(store) == 5
 
 
+def test_an_evaluation_whose_section_or_results_were_damaged_runs_again(store):
+    results, section = store / "base_eval" / "adhoc_000003.csv", paths.run_dir() / "report" / "base_eval.json"
+    writes = f"{WRITE}; mkdir -p {results.parent} {section.parent}; echo 1 > {results}; echo 2 > {section}"
+    run("base_eval", writes)
+    run("base_eval", writes)
+    assert times_run(store) == 1
+    for count, path in enumerate((results, section), start=2):
+        path.write_text("3")
+        run("base_eval", writes)
+        run("base_eval", writes)
+        assert times_run(store) == count
+    (store / "base_eval" / "another_000003.csv").write_text("1")
+    run("base_eval", writes)
+    assert times_run(store) == 3
+
+
 def test_processes_and_tracking_do_not_make_it_other_work(monkeypatch):
     one = pipeline.describe(["python", "-m", "scripts.tok_train", "--run=a", "--x=1"], [])
     many = pipeline.describe(["torchrun", "--nproc_per_node=8", "-m", "scripts.tok_train", "--run=b", "--x=1"], [])
