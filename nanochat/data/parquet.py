@@ -42,7 +42,7 @@ def load_manifest(folder: Path) -> Manifest:
                 raise ValueError(f"{name} is not in {folder}")
     except FileNotFoundError:
         return {"files": {}}
-    except (ValueError, UserError):
+    except (TypeError, ValueError, UserError):  # TypeError: an entry that is a number
         raise UserError(f"{path} is damaged: delete {folder} and get the data again") from None
     return manifest
 
