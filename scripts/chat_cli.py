@@ -60,7 +60,7 @@ from nanochat.errors import UserError, visible
 from nanochat.files import atomic_write_text
 from nanochat.paths import get_base_dir
 from nanochat.runtime import compute_cleanup, compute_init
-from nanochat.serve.terminal import show_markdown, typed
+from nanochat.serve.terminal import literal, show_markdown, typed
 from nanochat.serve.text import answer_parts, newest_turns, readable, turn_messages
 from nanochat.tokenizer import RustBPETokenizer, repaired
 
@@ -185,12 +185,12 @@ class Chat:
             question = tokenizer.render_for_completion({"messages": [{"role": "user", "content": message}]})[1:]
         prompt = [bos, *itertools.chain(*self._kept(1 + len(question))), *question]
         written: list[int] = []
-        pieces = map(visible, readable(answer_parts(tokenizer, self._sample(prompt, written))))
+        parts = answer_parts(tokenizer, self._sample(prompt, written))
         console = Console(highlight=False)
         if sys.stdout.isatty() and not (self.is_base or console.is_dumb_terminal):
-            show_markdown(pieces, console)
+            show_markdown(map(visible, readable(parts, literal)), console)
         else:
-            for text in pieces:
+            for text in map(visible, readable(parts)):
                 print(text, end="", flush=True)
             print(flush=True)
         self.answers += 1

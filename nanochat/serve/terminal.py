@@ -1,12 +1,15 @@
 """A chat at a terminal: Markdown that streams, and lines that the arrow keys bring back."""
 
 import contextlib
+import itertools
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
@@ -17,16 +20,35 @@ from nanochat.files import atomic_write_text
 
 REFRESH = 0.08  # seconds between two pictures of what is being written
 LINES_KEPT = 1000  # of what was typed
+
+
+def _times(state: StateInline, silent: bool) -> bool:
+    """2*3*4 and 2**3 are arithmetic: stars between ASCII letters and digits are no emphasis."""
+    start, end = state.pos, state.pos
+    while end < state.posMax and state.src[end] == "*":
+        end += 1
+    around = state.src[start - 1 : start] + state.src[end : end + 1]
+    if end == start or len(around) < 2 or not (around.isascii() and around.isalnum()):
+        return False
+    if not silent:
+        state.pending += state.src[start:end]
+    state.pos = end
+    return True
+
+
 # HTML and images stay text, and the address of a link is shown: nothing that the model writes is out of sight
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("image")
+PARSER.inline.ruler.before("emphasis", "times", _times)
 
 
 class Page(Markdown):
-    """Markdown of one or more blocks; `gap`: with an empty line before it."""
+    """Markdown of one or more blocks, whose lines end where the model ended them; `gap`: an empty line comes first."""
 
     def __init__(self, text: str, gap: bool = False) -> None:
         super().__init__(text, hyperlinks=False)
         self.parsed, self.gap = PARSER.parse(text), gap
+        for token in itertools.chain(*(block.children or [] for block in self.parsed)):
+            token.type = "hardbreak" if token.type == "softbreak" else token.type
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.gap:
@@ -44,6 +66,11 @@ class _Tail:
         for line in console.render_lines(self.page, options.update(height=None), pad=False)[-console.height + 1 :]:
             yield from line
             yield Segment.line()
+
+
+def literal(text: str) -> str:
+    """What Markdown shows as `text`."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
 
 
 def show_markdown(pieces: Iterable[str], console: Console) -> None:

@@ -80,31 +80,34 @@ def answer_parts(tokenizer: RustBPETokenizer, tokens: Iterable[int]) -> Iterator
     yield from text.end()
 
 
-def readable(parts: Iterable[Part]) -> Iterator[str]:
-    """What to show of parts where there is nothing but text: a call of the calculator reads [2+3 → 5]."""
+def readable(parts: Iterable[Part], quoted: Callable[[str], str] = str) -> Iterator[str]:
+    """What to show of parts where there is nothing but text: a call of the calculator reads [2+3 → 5], as `quoted`."""
     is_open = False
     for kind, text in parts:
         if kind == "result":
-            yield f" → {text}]" if is_open else f"[→ {text}]"
+            yield quoted(f" → {text}]" if is_open else f"[→ {text}]")
             is_open = False
             continue
         if is_open:  # the call before got no result
-            yield "] " if kind == "call" else "]"
+            yield quoted("] " if kind == "call" else "]")
         is_open = kind == "call"
-        yield f"[{text}" if is_open else text
+        yield quoted(f"[{text}") if is_open else text
     if is_open:
-        yield "]"
+        yield quoted("]")
 
 
 def turn_messages(tokenizer: RustBPETokenizer, turn: Sequence[int]) -> list[dict[str, Any]]:
     """The two messages of a turn (from <|user_start|> to <|assistant_end|>), as nanochat.chat_format has them."""
     kinds = {"text": "text", "call": "python", "result": "python_output"}
     end = turn.index(tokenizer.encode_special("<|user_end|>"))
-    parts = list(answer_parts(tokenizer, turn[end + 2 : -1]))
-    if any(part.kind != "text" for part in parts):
-        content: Any = [{"type": kinds[part.kind], "text": part.text} for part in parts]
-    else:
-        content = "".join(part.text for part in parts)
+    content: Any = []
+    for kind, text in answer_parts(tokenizer, turn[end + 2 : -1]):
+        if kind == "text" and content and content[-1]["type"] == "text":
+            content[-1]["text"] += text
+        else:
+            content.append({"type": kinds[kind], "text": text})
+    if all(part["type"] == "text" for part in content):
+        content = "".join(part["text"] for part in content)
     return [
         {"role": "user", "content": tokenizer.decode(turn[1:end])},
         {"role": "assistant", "content": content},

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from nanochat.serve import terminal
-from nanochat.serve.terminal import LINES_KEPT, Page, show_markdown, typed
+from nanochat.serve.terminal import LINES_KEPT, Page, literal, show_markdown, typed
 
 TEXT = """# Title
 
@@ -93,6 +93,16 @@ def test_an_answer_is_seen_while_it_is_written(monkeypatch):
 @pytest.mark.parametrize("text", ["", " ", "\n\n"])
 def test_no_text_is_an_empty_line(text):
     assert screen(shown([text])) == ["", ""]
+
+
+def test_arithmetic_keeps_its_stars_and_lines_their_ends():
+    text = "12*7*2=84 and 2**3**2, **bold** and 这是**重点**内容\n(2+3)*4*5"
+    assert screen(shown([text]))[:2] == ["12*7*2=84 and 2**3**2, bold and 这是重点内容", "(2+3)*4*5"]
+
+
+@pytest.mark.parametrize("call", ["[12*7 → 84](x)", "['a_b_`c`'.count('*') → 0]", "[<b>#1*2*3&amp;\\\\ → ~~1~~]"])
+def test_calls_of_the_calculator_are_no_markdown(call):
+    assert screen(shown([f"so *it* is {literal(call)}"]))[0] == f"so it is {call}"
 
 
 def type_lines(monkeypatch, lines):

@@ -63,12 +63,12 @@ def test_the_newest_turns_that_fit(lengths, room):
 
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=9)
-PARTS = st.lists(
-    st.builds(dict, type=st.sampled_from(["python", "python_output"]), text=TEXTS.filter(bool)), min_size=1
-)
+KINDS = st.sampled_from(["python", "python_output"])
+CALLS = st.lists(st.builds(dict, type=KINDS, text=TEXTS.filter(bool)), min_size=1)
+PARTS = st.tuples(TEXTS.filter(bool), CALLS).map(lambda pair: [{"type": "text", "text": pair[0]}, *pair[1]])
 
 
-@given(TEXTS, TEXTS | PARTS)
+@given(TEXTS, TEXTS | CALLS | PARTS)
 def test_messages_of_a_turn_are_those_that_were_rendered(question, answer):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     turn = TOKENIZER.render_conversation({"messages": messages})[0][1:]
