@@ -350,7 +350,7 @@ class GPT(nn.Module):
             past = torch.full_like(idx[:, :1], NO_TOKEN).expand(-1, 2)
         else:
             back = torch.arange(-2, 0, device=idx.device)
-            past = kv_cache.last_tokens.where(kv_cache.begin(idx.size(1))[:, :1] + back >= 0, NO_TOKEN)
+            past = kv_cache.last_tokens.masked_fill(kv_cache.begin(idx.size(1))[:, :1] + back < 0, NO_TOKEN)
         text, tokens = torch.cat([past, idx], dim=1), [idx]
         for steps in range(1, count + 1):
             begun = tokens[-1] == NO_TOKEN

@@ -10,17 +10,19 @@ import torch
 
 from nanochat import parallel
 from nanochat.attention import GPU_KERNELS, make_masks, masked_attention
+from nanochat.engine import Engine, Sampling
 from nanochat.fp8 import CAPABILITY, apply_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.train.monitor import Monitor, MonitorSettings
 from nanochat.train.spectral import spectral_norms
 from tests.models import make_config
+from tests.test_engine import FakeTokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DDP = parallel.Policy("ddp", torch.float32)
 BOS = 0
-EVERYTHING = {"attn_gate": True, "smear": True, "backout": True}
+EVERYTHING = {"attn_gate": True, "smear": True, "backout": True, "ngram_embeds": 3, "key_offset": True}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def build(arch: str = "speedrun", dtype: torch.dtype = torch.float32, width: int
     generator = torch.Generator("cuda").manual_seed(2)
     with torch.no_grad():  # what begins as nothing takes part
         for name, param in model.named_parameters():
-            if "gate" in name or param.ndim == 1:
+            if "gate" in name or "ngram_embeds" in name or param.ndim == 1:
                 param.add_(0.2 * torch.randn(param.shape, generator=generator, device="cuda"))
     return model
 
@@ -114,6 +116,24 @@ def test_the_compiled_speedrun_model_is_the_eager_one(features):
             # sums of many terms that cancel, such as those of scalars, lose digits
             assert relative(param.grad, gradients[name]) < 2e-3, name
         model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("features", [{}, EVERYTHING])
+@torch.no_grad()
+def test_rows_decoded_by_recorded_steps_are_as_if_alone(features):
+    model = build(**features).eval()
+    engine, sampling = Engine(model, FakeTokenizer()), Sampling(max_new_tokens=12, temperature=0)
+    prompts = [[BOS, *range(7, 7 + length)] for length in (3, 40, 480)]
+    batch = engine.batch([engine.samples(i, prompt, sampling, 1) for i, prompt in enumerate(prompts)])
+    rows = [samples[0] for samples in batch.waiting]
+    while len(batch):
+        batch.step()
+    assert batch.graphs is not None and batch.graphs.recorded
+    for row, tokens in zip(rows, prompts, strict=True):
+        for token in row.tokens[len(tokens) :]:
+            logits = model(torch.tensor([tokens], device="cuda"))[0, -1]
+            assert logits[token] > logits.max() - 1e-3  # greedy but for rounding
+            tokens.append(token)
 
 
 def test_growing_windows_compile_nothing_and_wait_for_nothing():
