@@ -84,7 +84,7 @@ class Lane:
 
     def close(self) -> None:
         if self.mounts and self.store.is_mount():
-            subprocess.run(["umount", self.store], check=True)
+            subprocess.run(["umount", "-l", self.store], check=True)
         shutil.rmtree(self.store, ignore_errors=True)
 
     def start(self) -> None:
