@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -61,6 +61,7 @@ class Lane:
     """A store, and the chain that runs in it."""
 
     ending = False  # of all: no chain is started any more
+    shells: ClassVar[set[int]] = set()  # process numbers of those that were started, whose exit codes are wanted
 
     def __init__(self, work: Path, number: int, mounts: bool) -> None:
         self.number, self.tree, self.mounts, self.chain = number, work / "tree", mounts, 0
@@ -95,6 +96,7 @@ class Lane:
             self.begin = log.tell()
             self.process = subprocess.Popen(["bash", "speedrun.sh"], cwd=self.tree, env=self.environment, stdout=log,
                                             stdin=subprocess.DEVNULL, stderr=log, start_new_session=True)  # fmt: skip
+        Lane.shells.add(self.process.pid)
 
     def runs(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -115,7 +117,7 @@ class Lane:
                 if process.status() != psutil.STATUS_ZOMBIE:
                     if process.environ().get("NANOCHAT_BASE_DIR") == str(self.store):
                         alive.append(process)
-                elif process.ppid() == os.getpid() and (self.process is None or process.pid != self.process.pid):
+                elif process.ppid() == os.getpid() and process.pid not in Lane.shells:
                     os.waitpid(process.pid, os.WNOHANG)
         return alive
 
