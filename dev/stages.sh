@@ -39,9 +39,10 @@ attend() {
   "$@" &
   RUNNING=$!
   if [ -n "$STOPPED" ]; then kill -TERM "$RUNNING" 2>/dev/null || true; fi
-  while kill -0 "$RUNNING" 2>/dev/null; do
+  while :; do # a signal ends `wait` before the command has ended
     code=0
     wait "$RUNNING" || code=$?
+    kill -0 "$RUNNING" 2>/dev/null || break
   done
   RUNNING=
   if [ -n "$STOPPED" ]; then leave "$code"; fi

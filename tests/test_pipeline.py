@@ -375,6 +375,14 @@ def test_a_signal_to_the_shell_alone_ends_it_at_any_moment(store, name, command)
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(("command", "code"), [("attend false", 1), ("attend sh -c 'exit 7'", 7), ("stage ''", 1)])
+def test_what_fails_at_once_ends_the_chain_with_its_code(store, command, code):
+    for _ in range(3):  # it may have ended before the shell looks
+        chain = walk(store, command)
+        chain.communicate(timeout=30)
+        assert chain.returncode == code and not (store / "after").exists()
+
+
 def test_a_signal_after_the_last_work_of_a_stage_starts_no_other(store):
     # hashing what was written: the stage is done, and found done by the next call
     (store / "hashing.py").write_text(
