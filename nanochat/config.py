@@ -299,7 +299,7 @@ ARCHS: dict[Arch, dict[str, Any]] = {
     # what the published sizes and losses are of
     "nanochat": {},
     "speedrun": SPEEDRUN,
-    # what learns most from each token of all that was measured (docs/decisions.md)
+    # what learned most from each token of all that was tried (docs/decisions.md)
     "ngram": {**SPEEDRUN, "ngram_embeds": 3, "key_offset": True},
 }
 # (tokens a step, tokens of the run) that the rates were tuned with; see schedule.batch_lr_scale
