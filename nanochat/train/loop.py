@@ -8,8 +8,6 @@ How the model is spread over ranks is run.policy's business (nanochat.parallel),
 
 import gc
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint, parallel
-from nanochat.errors import UNFINISHED, UserError
+from nanochat.errors import UserError
 from nanochat.optim.schedule import set_schedule
 from nanochat.runtime import IGNORE_INDEX, Stopped, StopSignal, gather, get_dist_info, interruptible, print0
 from nanochat.train.console import MAX_SKIPPED, Console, StepResult
@@ -47,15 +45,12 @@ def train(run: TrainingRun) -> Outcome:
         run.tokenizer.keep(run.folder / "tokenizer")
     stop, console = StopSignal(), Console(run, device)
     try:
-        with interruptible():
+        with _starting():
             run.warm_kernels(run)
         console.restart()
         finished = _loop(run, stop, console, saver)
     except Stopped:  # before the first step of this start was done: what there is to save is on the disk
         print0(f"stopped by {stop.received} at step {run.state.step:,}; run again with --resume=auto")
-        if dist.is_initialized():  # other ranks may wait for this one within a step
-            sys.stdout.flush()
-            os._exit(UNFINISHED)
         return Outcome(False, {})
     except torch.OutOfMemoryError:
         raise UserError(
@@ -78,13 +73,18 @@ def train(run: TrainingRun) -> Outcome:
     return Outcome(finished, console.summary())
 
 
+def _starting() -> AbstractContextManager[None]:
+    """Warming up and the first step compile for minutes: a signal drops them, nothing is lost. Several ranks meet in
+    them, and none can leave: there the step is ended first."""
+    return nullcontext() if dist.is_initialized() else interruptible()
+
+
 def _loop(run: TrainingRun, stop: StopSignal, console: Console, saver: "Saver") -> bool:
     """All steps. False where it stopped before all was done; the state is saved in both cases."""
     state, save_every = run.state, run.settings.save_every
-    saved_step = state.step if state.step > 0 else -1
+    saved_step, start = state.step if state.step > 0 else -1, _starting()
     if state.step:
         run.prepare(state.step - 1)  # the evaluations of the step that is resumed from may come again
-    first_step: AbstractContextManager[None] = interruptible()  # it compiles, and nothing is lost without it
     with garbage_collection() as collect:
         while True:
             last = state.step == run.num_iterations
@@ -116,9 +116,9 @@ def _loop(run: TrainingRun, stop: StopSignal, console: Console, saver: "Saver") 
                 _finish(run, saver)
                 return True
 
-            with first_step:
+            with start:
                 result = train_step(run)
-            first_step = nullcontext()
+            start = nullcontext()
             console.step(result)
             console.log(run.observer.after_step(state.step, background=saver.group))
             collect(state.step)
