@@ -5,6 +5,7 @@ one that was stopped there. Two runs never share a folder.
 """
 
 import os
+import shutil
 import socket
 import time
 import traceback
@@ -302,6 +303,8 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
     if complete and meta["step"] == steps[-1]:
         print0(f"the run in {folder} is complete: nothing to do")
         return None
+    if (folder / checkpoint.COMPLETE).exists() and not checkpoint.is_complete(folder):
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # this or the section is damaged: both are written anew
     return meta
 
 
