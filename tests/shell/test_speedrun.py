@@ -184,6 +184,7 @@ def chat_data_read(made):
 def test_the_end_says_how_to_talk_to_the_model(tree, bare_path):
     done = shell(tree, "speedrun.sh", path=str(bare_path), RUN_ID="r")
     assert "python -m scripts.chat_cli -i sft -g r" in done.stdout
+    assert "python -m scripts.chat_web -i sft -g r" in done.stdout
     done = shell(tree, "speedrun.sh", path=str(bare_path), RUN_ID="r", RUN_RL="1")
     assert "python -m scripts.chat_cli -i rl -g r" in done.stdout
 
