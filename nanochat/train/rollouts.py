@@ -140,17 +140,25 @@ class RolloutLoader:
 
     def _answer(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
         """The answers to each question, with their rewards; as many at a time as the device batch allows."""
+        step = self.answered_at_once
+        groups = []
+        for first in range(0, len(places), step):
+            part = slice(first, first + step)
+            groups += self._answer_some(conversations[part], places[part])
+        return groups
+
+    def _answer_some(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
         tokenizer, count = self.engine.tokenizer, self.sampling.num_samples
         prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
         seeds = [self.seed * 1_000_003 + place * count for place in places]
-        rows = self.answered_at_once * count
-        groups: dict[int, list[Answer]] = {}
-        for number, sequences, masks in self.engine.answers(prompts, self.sampling, seeds, rows=rows, keep_stop=True):
-            said = [sequence[len(prompts[number]) :] for sequence in sequences]
+        results = self.engine.generate_many(prompts, self.sampling, seeds, keep_stop=True)
+        groups = []
+        for conversation, prompt, (sequences, masks) in zip(conversations, prompts, results, strict=True):
+            said = [sequence[len(prompt) :] for sequence in sequences]
             texts = [tokenizer.decode(tokens[:-1] if tokens[-1] in self.engine.stops else tokens) for tokens in said]
-            rewards = [self.task.reward(conversations[number], text) for text in texts]
-            groups[number] = [Answer(*answer) for answer in zip(sequences, masks, rewards, strict=True)]
-        return [groups[number] for number in range(len(prompts))]
+            rewards = [self.task.reward(conversation, text) for text in texts]
+            groups.append([Answer(*answer) for answer in zip(sequences, masks, rewards, strict=True)])
+        return groups
 
     def _rows(self, answers: list[Answer], weights: np.ndarray) -> RolloutBatch:
         """All answers as rows of self.width positions, padded with the stop token and no targets; then filler."""

@@ -100,10 +100,9 @@ def test_tool_output_is_no_target():
     """What the calculator put in was not sampled, so the model earns nothing for it."""
 
     class Caller(Engine):
-        def answers(self, prompts, sampling, *_, **options):
+        def generate_many(self, prompts, sampling, *_, **options):
             answer, mask, count = [40, 41, 42, END], [1, 0, 0, 1], sampling.num_samples
-            for i, p in enumerate(prompts):
-                yield i, [[*p, *answer]] * count, [[0] * len(p) + mask] * count
+            return [([[*p, *answer]] * count, [[0] * len(p) + mask] * count) for p in prompts]
 
     loader = make_loader()
     loader.engine = Caller(loader.engine.model, loader.engine.tokenizer)
