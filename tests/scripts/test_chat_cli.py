@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pty
+import select
+import subprocess
 import sys
 
 import pytest
@@ -16,7 +18,6 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError, visible
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import checkpoint_dir, tokenizer_dir
-from nanochat.serve.terminal import typed
 from nanochat.serve.text import answer_parts, readable
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_cli
@@ -306,18 +307,24 @@ def test_another_model_goes_on(stored, say):
 def test_arrow_keys_bring_back_what_was_typed_in_this_session_and_before(tmp_path):
     history = tmp_path / "history"
 
+    program = (  # a process of its own: a fork of this one, which has threads, can hang
+        "import sys, pathlib; from scripts.chat_cli import typed; seen = open(sys.argv[2], 'w');"
+        "seen.writelines(line + '\\n' for line in typed(pathlib.Path(sys.argv[1])))"
+    )
+
     def session(*keys: bytes) -> list[str]:
-        child, terminal = pty.fork()
-        if child == 0:
-            sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
-            with open(tmp_path / "seen", "w") as seen:
-                seen.writelines(line + "\n" for line in typed(history))
-            os._exit(0)
+        terminal, its_side = pty.openpty()
+        command = [sys.executable, "-c", program, history, tmp_path / "seen"]
+        child = subprocess.Popen(command, stdin=its_side, stdout=its_side)
+        os.close(its_side)
         for line in (*keys, b"\x04"):
-            while b"> " not in os.read(terminal, 1000):  # else it is not ready for keys
-                pass
+            shown = b""
+            while b"> " not in shown:  # else it is not ready for keys
+                assert select.select([terminal], [], [], 60)[0], shown
+                shown += os.read(terminal, 1000)
             os.write(terminal, line)
-        os.waitpid(child, 0)
+        assert child.wait(timeout=60) == 0
+        os.close(terminal)
         return (tmp_path / "seen").read_text().splitlines()
 
     up = b"\x1b[A"
