@@ -30,6 +30,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
+
 from benchmarks.chain import LONGEST_SECONDS, TRAINS, Lane, artifacts, differences, prepare, undisturbed
 from nanochat import cli
 from nanochat.cli import float_flag, int_flag
@@ -132,12 +134,22 @@ def inject(lane: Lane, fault: Fault, rng: random.Random) -> None:
     judge(lane, fault, text)
 
 
+def _parent_and_command(process: psutil.Process) -> tuple[int, list[str]]:
+    """(0, []) of one that has ended meanwhile."""
+    try:
+        return process.ppid(), process.cmdline()
+    except psutil.Error:
+        return 0, []
+
+
 def send(lane: Lane, fault: Fault) -> None:
     """The signal, to those that it is for."""
     assert lane.process is not None
     number, bash = signal.Signals[fault.kind], lane.process.pid
-    runners = [each for each in lane.processes() if each.ppid() == bash and "nanochat.pipeline" in each.cmdline()]
-    stages = [each for runner in runners for each in runner.children() if "nanochat.pipeline" not in each.cmdline()]
+    found = [(each, _parent_and_command(each)) for each in lane.processes()]
+    runners = [each for each, (parent, command) in found if parent == bash and "nanochat.pipeline" in command]
+    above = {each.pid for each in runners}
+    stages = [each for each, (parent, command) in found if parent in above and "nanochat.pipeline" not in command]
     chosen = {"runner": runners, "stage": stages}.get(fault.detail, [])
     for process in chosen:
         process.send_signal(number)

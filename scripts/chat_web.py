@@ -31,7 +31,7 @@ class Settings(DeviceFlags):
     """Answers that are written at the same time, on each device."""
     queue: Annotated[int, int_flag(gte=0)] = 256
     """Answers that may wait for their turn, on each device; more are told to come back."""
-    deadline: Annotated[float, float_flag(gt=0)] = 300.0
+    deadline: Annotated[float, float_flag(gte=1)] = 300.0
     """Seconds that an answer may take."""
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+import nanochat  # noqa: F401  (first, for it sets what Ctrl-C does in `python -c`, as which pytest-xdist starts workers)
+
 # Before torch is imported. Tests run side by side, and OpenMP threads that wait for a core spin: 166 s of CPU
 # instead of 30 for the same tests of muP on two busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
