@@ -50,8 +50,7 @@ class Scheduler:
 
     def __init__(self, engine: Engine, rows: int, most_waiting: int) -> None:
         self.engine, self.most_waiting = engine, most_waiting
-        length = engine.model.config.sequence_len
-        self.batch = Batch(engine.model, engine.ready(), rows, min(rows, PROMPTS_AT_ONCE), length, remember=True)
+        self.batch = self._new_batch(rows)
         self._changed = threading.Condition()
         self._joining: list[Ticket] = []
         self._leaving: list[Ticket] = []
@@ -129,11 +128,12 @@ class Scheduler:
         for ticket in set(self._tickets.values()):
             _call(ticket.loop, ticket.events.put_nowait, None)
         self._tickets.clear()
-        batch = self.batch
-        places = len(batch.cache.lengths) - batch.size
-        self.batch = Batch(
-            self.engine.model, self.engine.ready(), batch.size, places, self.engine.model.config.sequence_len, True
-        )
+        self.batch = self._new_batch(self.batch.size)
+
+    def _new_batch(self, rows: int) -> Batch:
+        model = self.engine.model
+        prefills, length = min(rows, PROMPTS_AT_ONCE), model.config.sequence_len
+        return Batch(model, self.engine.ready(), rows, prefills, length, remember=True)
 
 
 def _hand_over(events: list[tuple[Ticket, Event]]) -> None:

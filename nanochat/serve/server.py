@@ -94,7 +94,7 @@ def create_app(models: Models, settings: ServerSettings | None = None) -> FastAP
         metrics.rows.set(sum(scheduler.load for served in models.loaded() for scheduler in served.schedulers))
         return PlainTextResponse(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
-    page, policy = PAGE.read_text(encoding="utf-8"), None
+    page = PAGE.read_text(encoding="utf-8")
     policy = content_security_policy(page)
 
     @app.get("/", include_in_schema=False)
