@@ -24,18 +24,18 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from nanochat import cli, parallel
+from nanochat import cli
 from nanochat.config import LEARNING_RATES, TUNED_AT, GPTConfig, build_config, init_spec, resolve
 from nanochat.dataloader import RowLoader, open_data, row_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.files import append_jsonl, read_jsonl
-from nanochat.flags import DeviceType, RunFlags
+from nanochat.flags import DeviceType
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import batch_lr_scale, make_schedule, window_length
-from nanochat.runtime import compute_dtype, compute_init, synchronize
-from nanochat.studies.sweep import ResidentLoader
+from nanochat.runtime import compute_init, synchronize
+from nanochat.studies.short_run import ResidentLoader, build_model, short_run
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train.loop import train_step
 from nanochat.train.run import TrainingRun
@@ -94,12 +94,7 @@ class Bench:
         if self.built is None or self.built[0] != config:
             self.built = None
             torch._dynamo.reset()
-            with torch.device("meta"):
-                model = GPT(config, compute_dtype(self.device))
-            policy = parallel.parallelize_model(model, "ddp", self.device)
-            model.to_empty(device=self.device)
-            forward = parallel.compile_model(model, policy) if self.device.type == "cuda" else model
-            self.built = config, model, forward
+            self.built = config, *build_model(config, self.device)[:2]
         return self.built[1:]
 
     def run(self, line: str) -> dict[str, Any]:
@@ -117,20 +112,15 @@ class Bench:
             if flags.window_warmup:
                 model.set_window(window_length(step, settings.steps, config.long_window))
 
-        run = TrainingRun(
-            folder=Path(),
-            settings=RunFlags(),
-            meta={},
-            earlier={},
-            model=model,
-            forward=forward,
-            optimizer=model.setup_optimizer(**rates, weight_decay=flags.weight_decay, use_muon=flags.use_muon),
-            loader=ResidentLoader(self.rows, self.rows_per_step, flags.device_batch_size),
-            num_iterations=settings.steps,
-            tokens_per_step=settings.total_batch_size,
-            schedule=make_schedule(settings.steps, *ratios),
+        run = short_run(
+            model,
+            forward,
+            model.setup_optimizer(**rates, weight_decay=flags.weight_decay, use_muon=flags.use_muon),
+            ResidentLoader(self.rows, self.rows_per_step, flags.device_batch_size),
+            settings.steps,
+            settings.total_batch_size,
+            make_schedule(settings.steps, *ratios),
             grad_clip=flags.grad_clip or 0.0,
-            evaluations=[],
             prepare=grow_windows,
         )
         record: dict[str, Any] = {"run": line, "device": device_name(self.device), "parameters": model.num_params()}

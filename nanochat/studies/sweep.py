@@ -18,23 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanochat import cli, parallel
+from nanochat import cli
 from nanochat.config import LEARNING_RATES, TUNED_AT, ArchFlags, GPTConfig, build_config, init_spec, resolve
 from nanochat.data.rows import plan_batch
 from nanochat.data.sources import text_hash
 from nanochat.dataloader import RowLoader, open_data, row_batches
 from nanochat.errors import UserError
 from nanochat.files import append_jsonl, atomic_write_text, read_jsonl
-from nanochat.flags import RunFlags
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum
-from nanochat.runtime import compute_dtype
 from nanochat.studies import transfer
 from nanochat.studies.flags import Sweep, SweepSettings
+from nanochat.studies.short_run import ResidentLoader, build_model, short_run
 from nanochat.train.loop import train_step
-from nanochat.train.run import TrainingRun
 
 SWEPT: dict[Sweep, tuple[str, ...]] = {
     "all": tuple(LEARNING_RATES),
@@ -195,11 +193,7 @@ class Bench:
         """(the model, what to train with: compiled on CUDA)."""
         key = (mup, width)
         if key not in self.models:
-            with torch.device("meta"):
-                model = GPT(self.config(width, mup), compute_dtype(self.device))
-            policy = parallel.parallelize_model(model, "ddp", self.device)
-            model.to_empty(device=self.device)
-            self.models[key] = model, parallel.compile_model(model, policy) if self.device.type == "cuda" else model
+            self.models[key] = build_model(self.config(width, mup), self.device)[:2]
         return self.models[key]
 
     def optimizer(self, model: GPT, run: Run) -> MuonAdamW:
@@ -232,29 +226,6 @@ def use_rates_of(base: MuonAdamW, optimizer: MuonAdamW) -> None:
         group["lr"] = group["initial_lr"] = rate
 
 
-class ResidentLoader:
-    """Micro-batches of a whole run (nanochat.train.run.Loader), from rows that are on the device already."""
-
-    def __init__(self, rows: torch.Tensor, rows_per_step: int, device_batch_size: int) -> None:
-        """rows (steps x rows_per_step, T + 1) int32."""
-        self.device_batch_size = device_batch_size
-        self.batches_per_step = math.ceil(rows_per_step / device_batch_size)
-        self._parts = (part for step in rows.split(rows_per_step) for part in step.split(device_batch_size))
-
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        part = next(self._parts).long()
-        # contiguous, as in training: a model is compiled for each layout
-        return part[:, :-1].contiguous(), part[:, 1:].contiguous()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def epoch(self) -> float:
-        return 0.0
-
-    def close(self) -> None: ...
-
-
 def train_run(bench: Bench, run: Run) -> dict[str, Any]:
     """Train one model from the start; its record for runs.jsonl. Losses that are not finite become None.
 
@@ -266,20 +237,14 @@ def train_run(bench: Bench, run: Run) -> dict[str, Any]:
     model.init_weights(init_spec(flags), seed=run.seed)
     model.train()
     ratios: Any = flags.warmup_ratio, flags.warmdown_ratio, flags.final_lr_frac
-    training = TrainingRun(
-        folder=Path(),
-        settings=RunFlags(),
-        meta={},
-        earlier={},
-        model=model,
-        forward=forward,
-        optimizer=bench.optimizer(model, run),
-        loader=ResidentLoader(bench.batches(run.seed), bench.plan.rows_per_step, bench.plan.device_batch_size),
-        num_iterations=settings.steps,
-        tokens_per_step=settings.total_batch_size,
-        schedule=lambda step: (lr_multiplier(step, settings.steps, *ratios), muon_momentum(step)),
-        grad_clip=0.0,
-        evaluations=[],
+    training = short_run(
+        model,
+        forward,
+        bench.optimizer(model, run),
+        ResidentLoader(bench.batches(run.seed), bench.plan.rows_per_step, bench.plan.device_batch_size),
+        settings.steps,
+        settings.total_batch_size,
+        lambda step: (lr_multiplier(step, settings.steps, *ratios), muon_momentum(step)),
     )
     results = [train_step(training) for _ in range(settings.steps)]
     losses, norms = torch.stack([r.loss for r in results]), torch.stack([r.norm for r in results])
