@@ -71,18 +71,20 @@ name_run() {
 # what runs as one process a GPU.
 
 base_stages() {
-  local first_data=$DATA first=$SHARDS count=()
+  local first_data=$DATA first=$SHARDS count=() folder=()
 
   # Text. Of a large source, the first shards are enough for the tokenizer; the rest comes after it. What is made on
   # this machine is one piece; every other source in nanochat.dataset.SOURCES is a repository of numbered shards.
   case $SOURCE in
-    pydocs | local:*) ;;
+    pydocs) ;;
+    local:*) folder=(--in "$SOURCE") ;;
     *)
       first=$((SHARDS < 8 ? SHARDS : 8))
       first_data="$DATA/shard_0000[0-$((first - 1))].parquet" count=(-n "$first")
       ;;
   esac
-  stage dataset --out "$first_data" -- python -m nanochat.dataset --source="$SOURCE" ${count[@]+"${count[@]}"}
+  stage dataset ${folder[@]+"${folder[@]}"} --out "$first_data" \
+    -- python -m nanochat.dataset --source="$SOURCE" ${count[@]+"${count[@]}"}
   hold_text
 
   # Tokenizer

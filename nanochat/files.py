@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,20 +116,36 @@ def content_hash(path: Path) -> str:
     stat = path.stat()
     if stat.st_size <= LARGE_BYTES:
         return sha256_file(path)
+    mark = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return remembered(path, mark, stat.st_ctime, lambda: sha256_file(path))
+
+
+def remembered(path: Path, mark: Any, changed: float, compute: Callable[[], str]) -> str:
+    """What was computed of a file or folder when its `mark` was the same, the last time; changed: when that was."""
     base = paths.get_base_dir()
     with _remembering:
         if base not in _hashes:
             _hashes[base] = {str(known.get("file")): known for known in read_jsonl(base / "hashes.jsonl")}
-    mark = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     name = os.path.relpath(path, base)
     if (known := _hashes[base].get(name, {})).get("mark") == mark and isinstance(known.get("sha256"), str):
         return str(known["sha256"])
-    record = {"file": name, "mark": mark, "sha256": sha256_file(path)}
-    if time.time() - stat.st_ctime > 1:  # one that is being written may change without a later time
+    record = {"file": name, "mark": mark, "sha256": compute()}
+    if time.time() - changed > 1:  # what is being written may change without a later time
         with _remembering, contextlib.suppress(OSError):  # where the store cannot be written, it is read again
             _hashes[base][name] = record
             append_jsonl(base / "hashes.jsonl", record)
     return str(record["sha256"])
+
+
+def walk(folder: Path, onerror: Callable[[OSError], object] | None = None) -> Iterator[Path]:
+    """All below `folder` that is no folder, links followed, each folder once: two that lie in each other never end."""
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names)
 
 
 def hold(folder: Path, alone: bool = False) -> bool:

@@ -7,6 +7,7 @@ import ast
 import glob
 import hashlib
 import itertools
+import pkgutil
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat import paths
-from nanochat.files import append_jsonl, content_hash, read_jsonl
+from nanochat.files import append_jsonl, content_hash, read_jsonl, walk
 from nanochat.paths import REPO
 
 
@@ -53,6 +54,7 @@ DESCRIBING_MODULES = frozenset(f"nanochat.{name}" for name in ("hardware", "ledg
 
 Record = dict[str, Any]
 Fingerprint = dict[str, str]  # path as a reader would write it -> size and content hash
+TEXT_HASH = "nanochat.data.local:text_hash"
 STATUSES = frozenset({"started", "finished", "failed", "unfinished", "interrupted", "skipped"})
 
 
@@ -138,18 +140,20 @@ def span_seconds(records: Sequence[Record]) -> float:
 def fingerprint(patterns: Iterable[str]) -> Fingerprint:
     """Fingerprint of all files below `patterns`: files, folders or globs, relative to the store or absolute.
 
+    A source of text, local:DIR, is one entry: its documents may be a million files.
     A pattern that matches nothing adds nothing; `missing` finds those.
     """
-    base = paths.get_base_dir()
-    files = sorted({file for pattern in patterns for file in _files(pattern)})
+    base, patterns = paths.get_base_dir(), list(patterns)
+    texts = {name: pkgutil.resolve_name(TEXT_HASH)(name) for name in patterns if name.startswith("local:")}
+    files = sorted({file for pattern in patterns if pattern not in texts for file in _files(pattern)})
     names = [str(file.relative_to(base) if file.is_relative_to(base) else file) for file in files]
     with ThreadPoolExecutor() as pool:  # hashing leaves other threads alone
-        return dict(zip(names, pool.map(_fingerprint_file, files), strict=True))
+        return texts | dict(zip(names, pool.map(_fingerprint_file, files), strict=True))
 
 
 def missing(patterns: Iterable[str]) -> list[str]:
     """Those of `patterns` that match no file."""
-    return [pattern for pattern in patterns if not _files(pattern)]
+    return [pattern for pattern in patterns if not pattern.startswith("local:") and not _files(pattern)]
 
 
 def results(stage: str, run: str) -> str:
@@ -170,7 +174,7 @@ def _files(pattern: str) -> list[Path]:
     root = Path("/") if path.is_absolute() else paths.artifact(path.parts[0]).parent
     path = path.relative_to(root) if path.is_absolute() else path
     tops = [root / name for name in ([path] if (root / path).exists() else glob.glob(str(path), root_dir=root))]
-    below = [file for top in tops for file in (top.rglob("*") if top.is_dir() else [top])]
+    below = [file for top in tops for file in (walk(top) if top.is_dir() else [top])]
     return sorted(file for file in below if file.is_file() and file.suffix != ".tmp")
 
 

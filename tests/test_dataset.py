@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from nanochat import files
+from nanochat import files, ledger, paths, pipeline
 from nanochat.data import hub, local, overlap, parquet, pydocs, sources
 from nanochat.data.sources import HubSource, dataset_bytes, iter_documents, list_shards
 from nanochat.dataset import Settings, main
@@ -439,6 +439,80 @@ def test_changed_folder_is_converted_again_unchanged_is_not(folder, capsys):
     list_shards(source, "train")[0].write_bytes(b"broken")
     get(source)
     assert sorted(itertools.chain(*everything(source))) == ["one", "three", "two"]
+
+
+def test_a_touched_folder_is_as_it_was_and_text_of_the_same_size_and_date_is_not(folder, capsys):
+    source, path = f"local:{folder}", folder / "a.jsonl"
+    for name in ("a.jsonl", "caf\udce9.jsonl"):  # as Latin-1 had it
+        (folder / name).write_text(jsonl([f"{name!a} one", "two"]))
+    (folder / "\udce9.txt.gz").write_bytes(gzip.compress(b"three"))
+    with (folder / "\udce9.parquet").open("wb") as file:
+        file.write(parquet_bytes(["four"]))
+    get(source)
+    assert sum(map(len, everything(source))) == 5
+    kept = (data_dir(source) / "manifest.json").read_bytes()
+    os.utime(path, (1, 1))
+    get(source)
+    assert (data_dir(source) / "manifest.json").read_bytes() == kept
+    assert "shards are here" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("two", "six"))
+    os.utime(path, (1, 1))
+    get(source)
+    assert "six" in list(itertools.chain(*everything(source)))
+
+
+def edits(folder, shards):
+    """What is done to a folder, and whether its text is another then."""
+    for path in (folder / "a.txt", folder / "sub" / "b.txt") if not shards else ():
+        yield lambda path=path: path.write_text(path.read_text()[::-1]), True
+        yield lambda path=path: os.utime(path, (2, 2)), False
+    new = parquet_bytes(["x", "y"])
+    yield lambda: (folder / "shard_00002.parquet").write_bytes(new), True
+    yield lambda: [(folder / "shard_00002.parquet").write_bytes(new)], False
+    yield lambda: (folder / "shard_00002.parquet").rename(folder / "shard_00003.parquet"), True
+    yield lambda: (folder / "notes.pdf").write_text("not read"), False
+    yield lambda: (folder / "shard_00003.parquet").unlink(), True
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_dataset_stage_is_done_until_the_folder_has_another_text(folder, tmp_path, shards):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("text that is linked")
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    (folder / "a.txt").write_text("text of our own")
+    for number in range(2 if shards else 0):
+        (folder / f"shard_{number:05d}.parquet").write_bytes(parquet_bytes(shard_texts(number)))
+    source = f"local:{folder}"
+    program = "import sys; from nanochat.data.local import take_folder; take_folder(sys.argv[1], -1)"
+    command = ["python", "-c", program, source]
+
+    def stage():
+        assert pipeline.run_stage("dataset", command, [source], [f"base_data/{data_dir(source).name}"]) == 0
+        return sum(record["status"] == "started" for record in ledger.read(paths.run_dir()))
+
+    runs = stage()
+    assert stage() == runs == 1
+    for edit, is_other in edits(folder, shards):
+        before = ledger.fingerprint([source])
+        edit()
+        assert (ledger.fingerprint([source]) != before) == is_other
+    assert stage() == runs + (not shards)  # of the shards there are those of before
+    assert len(list(itertools.chain(*everything(source)))) == (20 if shards else 2)
+
+
+def test_a_folder_is_read_again_only_when_something_was_done_to_it(folder, monkeypatch):
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("abc")
+    (folder / "link.txt").symlink_to("0.txt")
+    now, read, hash_file = time.time(), [], files.sha256_file
+    monkeypatch.setattr(time, "time", lambda: now + 60)
+    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path) or hash_file(path))
+    for _ in range(3):
+        files._hashes.clear()  # as another process
+        first = ledger.fingerprint([f"local:{folder}"])
+    assert len(read) == 4
+    os.utime(folder / "0.txt", (3, 3))
+    assert ledger.fingerprint([f"local:{folder}"]) == first and len(read) == 8
 
 
 def test_relative_and_absolute_paths_are_one_source(folder, monkeypatch):

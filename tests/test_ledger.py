@@ -54,6 +54,19 @@ def test_fingerprint_sees_content_names_and_globs(store):
     assert ledger.fingerprint([str(store / "data")]) == ledger.fingerprint(["data"])
 
 
+def test_what_is_linked_counts_and_circles_end(store, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (store / "tasks").mkdir()
+    for name in ("one", "two"):
+        (other / name).symlink_to(other)
+    (other / "test.jsonl").write_text("{}")
+    (store / "tasks" / "gsm8k").symlink_to(other)
+    before = ledger.fingerprint(["tasks"])
+    assert list(before) == ["tasks/gsm8k/test.jsonl"]
+    (other / "test.jsonl").write_text("[]")
+    assert ledger.fingerprint(["tasks"]) != before
+
+
 def test_a_small_file_rewritten_with_the_same_content_is_unchanged(store):
     (store / "tokenizer.json").write_text("{}")
     before = ledger.fingerprint(["tokenizer.json"])

@@ -20,6 +20,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ import pyarrow.compute as pc
 
 from nanochat.data import overlap, parquet
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, temporary_folder
+from nanochat.files import atomic_write, content_hash, remembered, temporary_folder, walk
 from nanochat.paths import data_dir
 
-COMPRESSED = ("", ".gz", ".zst", ".bz2", ".lz4")
+COMPRESSED = {"": None, ".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 VAL_SHARE = 0.01
 MIN_VAL_BYTES = 500_000  # fewer measure little, so of less than 50 MB more than VAL_SHARE is held out, but
 MAX_VAL_SHARE = 0.1  # never more than this
@@ -52,40 +53,55 @@ def take_folder(source: str, num_files: int) -> None:
     """Convert the folder of `source`, or link its shards when it is in the standard layout (num_files of them for
     training, -1: all); nothing when it is unchanged."""
     origin, folder = Path(source.removeprefix("local:")), data_dir(source)
-    inputs = input_files(origin)
-    ready = [path for path in inputs if path.parent == origin and path.match("shard_*.parquet")]
-    if any(path.is_dir() for path in origin.glob("shard_*.parquet")):  # as Spark writes one file: parts in a folder
-        ready = []
+    inputs, ready = _taken(origin)
     manifest = parquet.load_manifest(folder)
-    hash_ = fingerprint(origin, ready or inputs)
-    about = {"source": source, "kind": "local files", "synthetic": False, "fingerprint": hash_}
-    if left_out := _left_out(origin, ready or inputs):
+    about = {"source": source, "kind": "local files", "synthetic": False, **fingerprint(origin, inputs)}
+    if left_out := _left_out(origin, inputs):
         print(f"{source}: left out {left_out}")
         about["left_out"] = left_out
-    changed = any(manifest.get(key) != about[key] for key in ("source", "fingerprint"))
+    before = manifest["files"] if manifest.get("source") == source else {}
+    # another date of the same text is no change, and another text of the same date is damage to a ready shard
+    same = [key for key in ("content", "dates") if manifest.get(key) == about[key]]
+    changed = not before or same in ([], [] if ready else ["dates"])
     if changed:
         parquet.about_to_replace(folder)
     if ready:
-        *train, val = ready
+        *train, val = inputs
         if not train:
             raise UserError(f"--source={source}: {val.name} stands alone: one shard is needed to train on besides")
-        files = {} if changed else manifest["files"]
+        files = {} if changed else dict(before)
         for path in [val, *(train if num_files == -1 else train[:num_files])]:
             known = files.get(path.name)
             if not parquet.is_here(folder / path.name, known):
                 split = "val" if path == val else "train"
                 files[path.name] = adopt_shard(path, folder / path.name, split, known and known["sha256"])
         _check_splits(source, val, files)
-        before = manifest["files"] if manifest.get("source") == source else {}
         if edited := [name for name in files if name in before and files[name]["sha256"] != before[name]["sha256"]]:
             about["changed"] = ", ".join(edited)
             print(f"{source}: of other content and date than when taken over, trained on as it is: {about['changed']}")
     elif changed or not parquet.all_here(folder, manifest):
         files = convert(inputs, folder)
     else:
+        files = before
+    if files == before and "content" in same:
         print(f"{source}: shards are here")
-        return
-    parquet.replace_shards(folder, about, files)
+    else:
+        parquet.replace_shards(folder, about, files)
+
+
+def _taken(origin: Path) -> tuple[list[Path], bool]:
+    """The files below `origin` that are read, and whether they are shards that are ready."""
+    inputs = input_files(origin)
+    ready = [path for path in inputs if path.parent == origin and path.match("shard_*.parquet")]
+    if any(path.is_dir() for path in origin.glob("shard_*.parquet")):  # as Spark writes one file: parts in a folder
+        ready = []
+    return ready or inputs, bool(ready)
+
+
+def text_hash(source: str) -> str:
+    """Changes with the text that a source has to offer: once it does, the dataset stage runs again."""
+    origin = Path(source.removeprefix("local:"))
+    return fingerprint(origin, _taken(origin)[0])["content"]
 
 
 def _check_splits(source: str, val: Path, files: parquet.Manifest) -> None:
@@ -100,18 +116,12 @@ def _check_splits(source: str, val: Path, files: parquet.Manifest) -> None:
 
 
 def all_files(folder: Path) -> Iterator[Path]:
-    """Files below `folder`, links followed, each folder read once. Raises UserError for a link that leads nowhere."""
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for path in (Path(place, name) for name in names):
-            if path.is_symlink() and not path.exists() and _is_text(path):
-                raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: copy that too")
-            if path.is_file():
-                yield path
+    """Files below `folder`. Raises UserError for a link that leads nowhere, and for folders that may not be read."""
+    for path in walk(folder, onerror=_refuse):
+        if path.is_symlink() and not path.exists() and _is_text(path):
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: copy that too")
+        if path.is_file():
+            yield path
 
 
 def _refuse(error: OSError) -> None:
@@ -128,9 +138,9 @@ def input_files(folder: Path) -> list[Path]:
         raise UserError(f"--source=local:{folder}: no such folder")
     found = [path for path in all_files(folder) if _is_text(path)]
     if not found:
+        packed = ", ".join(filter(None, COMPRESSED))
         raise UserError(
-            f"--source=local:{folder}: no .parquet, {', '.join(FORMATS)} files there (or {', '.join(COMPRESSED[1:])} "
-            "of the latter)"
+            f"--source=local:{folder}: no .parquet, {', '.join(FORMATS)} files there (or {packed} of the latter)"
         )
     return sorted(found)
 
@@ -143,13 +153,25 @@ def _left_out(folder: Path, taken: list[Path]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())[:10])
 
 
-def fingerprint(folder: Path, files: list[Path]) -> str:
-    """Changes when a file is added, removed, resized or touched (names, sizes and times; contents are not read)."""
-    digest = hashlib.sha256()
+def fingerprint(folder: Path, files: list[Path]) -> dict[str, str]:
+    """Of text files in `folder`: `dates` changes when one is added, removed, resized or touched, `content` with names
+    and contents. They are read when something was done to one since the last time (as files.content_hash has it)."""
+    dates, touched, content, newest = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), 0.0
     for path in files:
         stat = path.stat()
-        digest.update(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+        name = os.fsencode(path.relative_to(folder))
+        dates.update(b"%s\0%d\0%d\n" % (name, stat.st_size, stat.st_mtime_ns))
+        touched.update(b"%s\0%d\0%d\n" % (name, stat.st_ino, stat.st_ctime_ns))
+        newest = max(newest, stat.st_ctime)
+
+    def read() -> str:
+        with ThreadPoolExecutor() as pool:  # hashing leaves other threads alone
+            for path, digest in zip(files, pool.map(content_hash, files), strict=True):
+                content.update(b"%s\0%s\n" % (os.fsencode(path.relative_to(folder)), digest.encode()))
+        return content.hexdigest()
+
+    mark = [dates.hexdigest(), touched.hexdigest()]
+    return {"dates": mark[0], "content": remembered(folder, mark, newest, read)}
 
 
 def adopt_shard(path: Path, target: Path, split: str, known: str | None = None) -> parquet.Manifest:
@@ -392,7 +414,9 @@ def _lines(path: Path, cut: bool = False) -> Iterator[tuple[int, str]]:
     number, longest = 1, LONGEST_PART if cut else LONGEST_LINE
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
-        with pa.input_stream(str(path), compression="detect") as raw, io.BufferedReader(raw, 1 << 20) as stream:
+        file = pa.OSFile(os.fsencode(path))  # bytes: a name need not be UTF-8
+        raw = pa.input_stream(file, COMPRESSED.get(path.suffix.lower()))
+        with file, raw, io.BufferedReader(raw, 1 << 20) as stream:
             while part := stream.readline(longest):
                 goes_on = len(part) == longest and not part.endswith(b"\n")
                 if goes_on and not cut:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,7 +115,7 @@ def open_shard(path: Path, name: str | None = None) -> pq.ParquetFile:
     """Open one shard. Raises UserError (under `name`) when it is not parquet or lacks a string column `text`."""
     name = name or str(path)
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(pa.OSFile(os.fsencode(path)))  # bytes: a name need not be UTF-8
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{name} does not exist") from None

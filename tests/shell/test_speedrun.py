@@ -159,6 +159,11 @@ def test_the_chain_and_the_ledgers_table_say_the_same(tree, bare_path):
         writers[stage] = {"below": below, "outs": re.findall(r"--out (\S+)", line)}
 
 
+def test_text_of_a_folder_is_read_by_the_dataset_stage(tree, bare_path):
+    made = calls(tree, bare_path, SOURCE=f"local:{tree}/profiles")
+    assert re.search(rf"run dataset --in local:{tree}/profiles --out base_data/local-\S+ -- ", made[0])
+
+
 def test_the_chat_stages_hang_together(tree, bare_path):
     made = calls(tree, bare_path, RUN_RL="1", RUN_ID="r")
     lines = {line.split()[3]: line for line in made if "nanochat.pipeline run" in line}
