@@ -188,4 +188,4 @@ def as_dict(settings: Any, without: Sequence[str] = ()) -> dict[str, Any]:
 
 def _program_name() -> str:
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return f"python -m {module.name}" if module else os.path.basename(sys.argv[0])
+    return f"python -m {module.name.removesuffix('.__main__')}" if module else os.path.basename(sys.argv[0])

@@ -38,7 +38,7 @@ STAGES = {
     "dataset_rest": Stage(optional=True),
     "eval_bundle": Stage(("dataset", "dataset_rest")),
     "base_train": Stage(("dataset_rest", "tok_train"), "BASE"),
-    "base_loss": Stage(("base_train",), "BASE"),
+    "base_loss": Stage(("base_train",), "BASE", results="base_loss/{run}_[0-9]*"),
     "base_eval": Stage(("base_train", "eval_bundle"), "BASE", results="base_eval/{run}_[0-9]*"),
     "chat_data": Stage(("dataset", "dataset_rest")),
     "mid_train": Stage(("base_train", "chat_data"), "MID"),

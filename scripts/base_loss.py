@@ -10,6 +10,7 @@ checkpoint, or another program's model of the same tokens, is scored on the very
     python -m scripts.base_loss --model-tag=d12-other --rows=rows.npy
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,8 @@ from nanochat.eval import row_files
 from nanochat.eval.baselines import XZ_BYTES, baselines, scored_bytes, train_text, up_to
 from nanochat.eval.row_files import ALL_ROWS, CLEAN, IN_FULL, Bpb
 from nanochat.eval.samples import make_samples
+from nanochat.files import atomic_write_text
+from nanochat.paths import get_base_dir, slug
 from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.sections import keeps_results, write_section
 
@@ -62,7 +65,7 @@ def main(settings: Settings) -> None:
     if settings.rows and settings.write_rows:
         raise UserError(f"--rows={settings.rows} --write-rows={settings.write_rows}: expected one of them")
     _, rank, _, world_size, device = compute_init(settings.device_type)
-    kept = keeps_results()
+    kept = keeps_results("base_loss")
     model, tokenizer, meta = load_model(settings.stage, device, tag=settings.model_tag, step=settings.model_step)
     token_bytes = np.array(tokenizer.token_byte_lengths())
     length = model.config.sequence_len
@@ -94,7 +97,10 @@ def main(settings: Settings) -> None:
     nats = score(val_rows)
     val = shown("val", row_files.by_kind(nats, val_rows))
     if rank == 0:
-        lines = shared_lines([tokenizer.decode(ids) for ids in documents], up_to(source, OVERLAP_BYTES))
+        texts = [tokenizer.decode(ids) for ids in documents]
+        if kept:
+            write_documents(settings.stage, meta, row_files.by_document(nats, val_rows, texts))
+        lines = shared_lines(texts, up_to(source, OVERLAP_BYTES))
         overlapping = shown("val, documents", row_files.by_overlap(nats, val_rows, lines))
         share = lines[:, 1].sum() / max(lines[:, 0].sum(), 1)
         print0(f"{share:.1%} of {lines[:, 0].sum():,} validation lines of 40 characters stand in the train text")
@@ -143,6 +149,13 @@ def metrics(prefix: str, by_kind: dict[str, Bpb]) -> dict[str, float]:
         if kind in by_kind:
             found |= {name: by_kind[kind].bpb, f"{name}_stderr": by_kind[kind].stderr}
     return found
+
+
+def write_documents(stage: str, meta: dict[str, Any], documents: list[dict[str, Any]]) -> None:
+    """base_loss/<tag>_<step>.jsonl, a line a document, which `nanochat.report compare` pairs with another run's."""
+    name = f"{'' if stage == 'base' else f'{stage}_'}{slug(str(meta['tag']))}_{meta['step']:06d}.jsonl"
+    lines = (json.dumps(record) + "\n" for record in documents)
+    atomic_write_text(get_base_dir() / "base_loss" / name, "".join(lines))
 
 
 def kinds_table(title: str, by_kind: dict[str, Bpb]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE_LINES = 14_584  # a folder of the user's text counts by its content, links in it too
+CORE_LINES = 14_627  # a folder of the user's text counts by its content, links in it too
 MODULE_LINES = 500
 ENTRIES = 42
 
@@ -23,6 +23,7 @@ ANNEXES = (
     *(f"nanochat.tasks.{name}" for name in ("arithmetic", "customjson", "passages", "reasoning_gym", "text_choice")),
     *(f"nanochat.data.{name}" for name in ("bins", "local", "overlap", "pydocs")),
     *(f"nanochat.train.{name}" for name in ("coordinates", "monitor", "spectral", "tracking", "warmup")),
+    *(f"nanochat.report.{name}" for name in ("compare", "events", "plots")),
     *(f"nanochat.eval.{name}" for name in ("baselines", "offline_bundle", "row_files", "shortcuts")),
 )
 

@@ -205,7 +205,7 @@ def test_only_rank_0_writes(monkeypatch):
 def test_without_a_name_the_run_that_was_last_at_work_is_reported(monkeypatch):
     write_run()
     monkeypatch.delenv("NANOCHAT_RUN_ID")
-    assert report._current_run().name == "tiny-d4"
+    assert report.current_run().name == "tiny-d4"
 
 
 def test_loss_curve_is_well_formed_and_against_tokens(tmp_path):

@@ -13,6 +13,7 @@ piece of a row may lose its end. Those of Kind.IN_FULL have every token of their
 that overlap by half, so that a target has BOS or half a row before it.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
@@ -240,6 +241,24 @@ def by_overlap(nats: np.ndarray, rows: np.ndarray, lines: np.ndarray) -> dict[st
         for name, documents in groups.items()
         if (is_of(rows, PACKED) & documents[rows["document"]]).any()
     }
+
+
+def by_document(nats: np.ndarray, rows: np.ndarray, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """A record a document: a hash of its text, and nats and bytes as it is packed and in full. Two models whose
+    documents have equal hashes and bytes can be compared document by document, whatever their tokenizers."""
+    sums = []
+    for kinds in (PACKED, (Kind.IN_FULL,)):
+        chosen = is_of(rows, kinds)
+        owners = rows["document"][chosen]
+        sums += [np.bincount(owners, values[chosen], len(texts)) for values in (nats, rows["bytes"])]
+    names = ("nats", "bytes", "nats_in_full", "bytes_in_full")
+    found = zip(texts, *(column.tolist() for column in sums), strict=True)
+    records = ({"document": _hash(text), **dict(zip(names, values, strict=True))} for text, *values in found)
+    return [record for record in records if record["bytes"] or record["bytes_in_full"]]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def bits_per_byte(

@@ -6,7 +6,7 @@ import math
 import os
 import pkgutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -196,6 +196,7 @@ class Tracker:
         """earlier: meta of the checkpoint that the run goes on from: its W&B run goes on too."""
         self.stage = meta["stage"]
         self.active = get_dist_info().rank == 0
+        self.failed = False  # a record could not be written
         self.wandb: Any = None
         self.wandb_id: str | None = None
         if not self.active:
@@ -228,13 +229,22 @@ class Tracker:
         check_names(metrics)
         if not self.active:
             return
-        self.file.write(json.dumps({"stage": self.stage, "step": step, "tokens": tokens, **metrics}) + "\n")
+        self._try(self.file.write, json.dumps({"stage": self.stage, "step": step, "tokens": tokens, **metrics}) + "\n")
         if self.wandb is not None:
             self.wandb.log({"step": step, "tokens": tokens, **metrics})
 
+    def _try(self, write: Callable[..., object], *text: str) -> None:
+        """A full disk is no reason to end a run; what was not written comes with the next record that can be."""
+        try:
+            write(*text)
+        except OSError as error:
+            if not self.failed:
+                print0(f"warning: {self.path} takes no records ({error}): make room; training goes on")
+            self.failed = True
+
     def close(self) -> None:
         if self.active:
-            self.file.close()
+            self._try(self.file.close)
             if self.wandb is not None:
                 self.wandb.finish()
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from nanochat.paths import run_dir
 
 ANSWER_SECONDS = 20.0  # that W&B has to say whether it takes our key
@@ -43,6 +41,8 @@ def connect(project: str, name: str, group: str, config: dict[str, Any], known: 
     asked: dict[str, Any] = {"project": project, "group": group, "config": config, "id": known}
     asked["name"] = None if known else name
     try:
+        import wandb  # within: one that is broken, or not there, is no reason either
+
         settings = wandb.Settings(init_timeout=START_SECONDS, finish_timeout=END_SECONDS)
         if why := _refusal():
             run = _offline(why, asked)
@@ -72,6 +72,8 @@ def warn() -> None:
 def _refusal() -> str | None:
     """Why W&B would not take a run, and what to do; None where it would, or is not asked. Never waits for an answer of
     the user, and never for long for one of the network."""
+    import wandb
+
     settings = wandb.setup().settings
     if settings.mode in ("offline", "disabled", "shared", "dryrun"):
         return None
@@ -91,6 +93,8 @@ def _refusal() -> str | None:
 
 
 def _offline(why: str, asked: dict[str, Any]) -> Any:
+    import wandb
+
     run = wandb.init(**asked, mode="offline", dir=os.environ.get("WANDB_DIR") or run_dir())
     folder = Path(run.dir).parent
     later = f"`wandb sync {folder}` sends its records later"

@@ -14,6 +14,7 @@ from nanochat.errors import UserError
 from nanochat.eval import baselines
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.samples import PROMPTS
+from nanochat.files import read_jsonl
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import checkpoint_dir, get_base_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
@@ -76,6 +77,12 @@ def test_base_loss_of_an_untrained_model(trained, capsys):
     assert [sample["prompt"] for sample in found["samples"]] == [*PROMPTS, "", ""]
     for sample in found["samples"]:
         assert sample["text"].startswith(sample["prompt"])
+    (path,) = (get_base_dir() / "base_loss").glob("*.jsonl")
+    lines = read_jsonl(path)
+    for kind in ("", "_in_full"):
+        nats, size = (sum(line[f"{name}{kind}"] for line in lines) for name in ("nats", "bytes"))
+        assert nats / size / np.log(2) == pytest.approx(found["metrics"][f"val_bpb{kind}"], rel=1e-6)
+    assert len({line["document"] for line in lines}) == len(lines) > 10
     documents = found["tables"][3]["rows"]  # all share some: they are generated from a few templates
     assert [row[0] for row in documents] == ["with some"] and "val_bpb_without_overlap" not in found["metrics"]
     assert documents[0][4] == splits["val"][4] and 0 < found["metrics"]["val_overlap"] < 0.5

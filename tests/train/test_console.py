@@ -1,4 +1,7 @@
+import errno
+import io
 import json
+import sys
 import time
 from datetime import datetime
 from typing import ClassVar
@@ -6,6 +9,7 @@ from typing import ClassVar
 import pytest
 
 from nanochat.files import read_jsonl
+from nanochat.flags import NO_WANDB
 from nanochat.paths import run_dir
 from nanochat.train.console import GROUPS, Tracker, check_names, wandb_name, wandb_project
 
@@ -211,3 +215,35 @@ def test_a_tracker_that_does_not_start_ends_no_run(failures, wandb_of_a_terminal
     tracker.close()
     assert modes == [None, "offline"]
     assert "cannot start" in capsys.readouterr().out
+
+
+def test_a_package_that_is_broken_ends_no_run(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    tracker = Tracker({"stage": "base"}, "name")
+    tracker.log(1, 10, {"Loss/train_loss": 1.0})
+    tracker.close()
+    assert "warning: no W&B: " in capsys.readouterr().out
+    assert len(read_jsonl(run_dir() / "metrics.jsonl")) == 1
+
+
+def test_a_full_disk_ends_no_run_and_what_was_not_written_comes_later(monkeypatch, capsys):
+    tracker = Tracker({"stage": "base"}, NO_WANDB)
+    raw = tracker.file.buffer.raw
+
+    class Full(io.FileIO):
+        full = True
+
+        def write(self, data):
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    disk = Full(raw.name, "a")
+    tracker.file = io.TextIOWrapper(io.BufferedWriter(disk), line_buffering=True)
+    for step in range(3):
+        tracker.log(step, step, {"Loss/train_loss": 1.0})
+    assert capsys.readouterr().out.count("No space left on device") == 1
+    disk.full = False
+    tracker.log(3, 3, {"Loss/train_loss": 1.0})
+    tracker.close()
+    assert [record["step"] for record in read_jsonl(run_dir() / "metrics.jsonl")] == [0, 1, 2, 3]

@@ -1,57 +1,31 @@
-"""The report of a run: every stage leaves a section, `generate` puts them together.
+"""The report of a run: every stage leaves a section, `generate` puts them together. __main__.py has the commands."""
 
-    python -m nanochat.report generate     report.md, report.json, report_loss.svg; copied to the current directory
-    python -m nanochat.report reset        forget the sections of the current run
-
-The run is the one named by NANOCHAT_RUN_ID, otherwise the one that was last at work.
-"""
-
-import dataclasses
-import io
 import json
-import math
 import os
+import pkgutil
 import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from nanochat import cli, hardware, ledger, paths
+from nanochat import hardware, ledger, paths
 from nanochat.errors import UserError
-from nanochat.files import atomic_write_text, fields, parse_json, read_jsonl
+from nanochat.files import atomic_write_text, fields, parse_json
 from nanochat.sections import STDERR_SUFFIXES, duration, metric_text, number, plain, sections_dir
 
 TEMPLATES = paths.REPO / "report"
 CURVE = "report_loss.svg"
-CURVES = {
-    "Loss/train_loss": "Training loss (nats per token)",
-    "Loss/val_bpb": "Validation bits per byte",
-    "Loss/val_loss": "Validation loss (nats per token)",
-}
-MOST_POINTS = 800  # of a curve
 # What Markdown gives a meaning: anywhere, at the end of a word, and at the beginning of a line
 _MARKUP = re.compile(r"[\\`*~\[\]]|(?<![^\W_])_|_(?![^\W_])")
 _BEGINS = re.compile(r"^(?!-$)( ?\d*)([-+#.)])(?=[ #]|$)")  # "-" alone is how nothing is written
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-DARK_PAGE = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(0.9) hue-rotate(180deg) } }</style>"
-
 COLUMNS = tuple(dict.fromkeys(stage.column for stage in ledger.STAGES.values() if stage.column))
 BPB_METRICS = ("val_bpb", "train_bpb")
 EMPTY: dict[str, Any] = {"settings": {}, "metrics": {}, "facts": {}, "tables": [], "samples": [], "notes": []}
 OFFLINE_SOURCES = frozenset({"pydocs"})
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Put the report of a run together, or forget its sections."""
-
-    action: Literal["generate", "reset"] = "generate"
-    """generate or reset"""
-    usd_per_hour: Annotated[float | None, cli.float_flag(gte=0)] = None
-    """What the machine costs, for what the run has cost; default: that is left out."""
 
 
 def reset(run_dir: Path) -> None:
@@ -75,25 +49,35 @@ def generate(run_dir: Path, copy_to: Path, usd_per_hour: float | None = None) ->
     if not sections and not records:
         raise UserError(f"nothing to report in {run_dir}: run a stage first (bash speedrun.sh), or set NANOCHAT_RUN_ID")
     report = collect(run_dir.name, sections, records, usd_per_hour)
-    curve = loss_curve(run_dir)
-    report["curve"] = CURVE if curve else None
+    plots = pkgutil.resolve_name("nanochat.report.plots:plots")(
+        run_dir, report
+    )  # an annex, which takes 0.5 s to import
+    report["curve"] = CURVE if any(plot.file == CURVE for plot in plots) else None
+    report["plots"] = [{"file": plot.file, "about": plot.about} for plot in plots]
 
-    environment = _templates(escape)
+    environment = templates(escape)
     for section in sections if paths.is_writable(sections_dir(run_dir)) else []:
         text = environment.get_template("section.md.j2").render(section=section)
         atomic_write_text(sections_dir(run_dir) / f"{section['stage']}.md", text)
     files = {
         "report.md": environment.get_template("report.md.j2").render(report),
+        "report.html": page("report.html.j2", {**report, "plots": plots, "highlights": highlights(report)}),
         "report.json": json.dumps(plain(report), indent=1) + "\n",
-        **({CURVE: curve} if curve else {}),
+        **{plot.file: plot.svg for plot in plots},
     }
+    return write_files(files, copy_to) / "report.md"
+
+
+def write_files(files: Mapping[str, str], copy_to: Path) -> Path:
+    """Write files to the store's report folder and to `copy_to`, and return the last of them that can be written.
+    Raises UserError where neither can."""
     folders = [folder for folder in (paths.report_dir(), copy_to) if paths.is_writable(folder)]
     if not folders:
         raise UserError(f"neither {paths.report_dir()} nor {copy_to} can be written: call this from another folder")
     for folder in folders:
         for name, text in files.items():
             atomic_write_text(folder / name, text)
-    return folders[-1] / "report.md"
+    return folders[-1]
 
 
 def read_sections(run_dir: Path) -> list[dict[str, Any]]:
@@ -136,7 +120,7 @@ def notes(section: Mapping[str, Any]) -> list[str]:
     stage = section["stage"]
     names = [f"notes/{name}.md.j2" for name in (stage, stage.rpartition("_")[0])]
     try:
-        text = _templates(finalize=None).select_template(names).render(section)  # escaped where they are shown
+        text = templates(finalize=None).select_template(names).render(section)  # escaped where they are shown
     except jinja2.TemplatesNotFound:
         text = ""
     except (jinja2.UndefinedError, TypeError, ValueError) as error:
@@ -211,6 +195,20 @@ def summary(sections: list[dict[str, Any]]) -> dict[str, Any]:
     return {"columns": ["Metric", *columns], "rows": rows}
 
 
+def highlights(report: Mapping[str, Any]) -> dict[str, str]:
+    """What the page shows first: the scores of the last stage that has them, size and time."""
+    found = {}
+    for name, *cells in report["summary"]["rows"]:
+        if name == "val bpb" or name.startswith(("CORE", "ChatCORE")):
+            found[name.replace("val bpb", "bits per byte, held-out text")] = next(
+                c for c in reversed(cells) if c != "-"
+            )
+    metrics = {section["stage"]: section["metrics"] for section in report["sections"]}.get("base_train", {})
+    if isinstance(metrics.get("parameters"), int):
+        found["parameters"] = f"{metrics['parameters'] / 1e6:,.1f}M"
+    return found | ({"in all stages": duration(report["stage_seconds"])} if report["stages"] else {})
+
+
 def _rank(name: str) -> tuple[int, str]:
     """CORE first, then bits per byte, then single tasks by name, ChatCORE last."""
     if name in BPB_METRICS:
@@ -219,39 +217,21 @@ def _rank(name: str) -> tuple[int, str]:
     return 3 if "chatcore" in lower else 0 if "core" in lower else 2, name
 
 
-def loss_curve(run_dir: Path) -> str | None:
-    """Training loss and validation bpb of base training over tokens as SVG, readable on light and dark pages; None
-    when there are no points. The same points always give the same text."""
-    records = [record for record in read_jsonl(run_dir / "metrics.jsonl") if record.get("stage") == "base"]
-    curves = {}
-    for name, title in CURVES.items():
-        points = [(record["tokens"], record[name]) for record in records if isinstance(record.get(name), int | float)]
-        if points:
-            stride = math.ceil(len(points) / MOST_POINTS)
-            curves[title] = [*points[:-1:stride], points[-1]]
-    return _draw(curves) if curves else None
+def page(template: str, values: Mapping[str, Any]) -> str:
+    """A page of HTML that needs no other file; whatever the values say is text in it."""
+    from markupsafe import Markup
+
+    def text(value: Any) -> Any:
+        return _CONTROL.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = templates(text, html=True)
+    return str(environment.get_template(template).render(values))
 
 
-def _draw(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    import matplotlib  # half a second, which only the report pays
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "nanochat", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(4.5 * len(curves), 3), layout="constrained")
-        axes = figure.subplots(1, len(curves), squeeze=False)[0]
-        for axis, (title, points) in zip(axes, curves.items(), strict=True):
-            axis.plot(*zip(*points, strict=True), marker="." if len(points) <= 32 else "")
-            axis.set(title=title, xlabel="tokens")
-            axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-            axis.grid(alpha=0.3)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue().replace("<defs>", f"<defs>{DARK_PAGE}", 1)
-
-
-def _templates(finalize: Callable[[Any], Any] | None) -> Any:
+def templates(finalize: Callable[[Any], Any] | None, html: bool = False) -> Any:
     """finalize: what is done with each value that a template shows."""
     import jinja2
+    from markupsafe import Markup
 
     class Environment(jinja2.Environment):
         """`facts.items` is the fact of that name, and only without one the method of dict."""
@@ -265,7 +245,7 @@ def _templates(finalize: Callable[[Any], Any] | None) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # this is Markdown, for which `finalize` is
+        autoescape=html,  # for Markdown `finalize` is there
         finalize=finalize,
     )
     environment.filters.update(
@@ -280,6 +260,7 @@ def _templates(finalize: Callable[[Any], Any] | None) -> Any:
         date=lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)),
         metric=metric_text,
         shown=shown_metrics,
+        svg=Markup,
     )
     return environment
 
@@ -331,22 +312,10 @@ def fence(text: str) -> Markdown:
     return Markdown(f"{marks}text\n{_CONTROL.sub(chr(0xFFFD), text)}\n{marks}")
 
 
-def _current_run() -> Path:
+def current_run() -> Path:
     """The named run; when none is named and nothing was started by hand, the run that was last at work."""
     if "NANOCHAT_RUN_ID" in os.environ:
         return paths.run_dir()
     ledgers = paths.run_dir().parent.glob("*/stages.jsonl")
     newest = max(ledgers, key=lambda path: path.stat().st_mtime, default=None)
     return paths.run_dir() if newest is None else newest.parent
-
-
-def main(settings: Settings) -> None:
-    run_dir = _current_run()
-    if settings.action == "reset":
-        reset(run_dir)
-    else:
-        print(f"report of run {run_dir.name}: {generate(run_dir, Path.cwd(), settings.usd_per_hour)}")
-
-
-if __name__ == "__main__":
-    cli.run(main, Settings)
