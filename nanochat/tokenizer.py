@@ -82,6 +82,7 @@ class RustBPETokenizer:
         max_chars: int | None = None,
         doc_cap: int | None = None,
         progress: Callable[[int, int, int], object] | None = None,
+        pattern: str | None = None,
     ) -> tuple["RustBPETokenizer", int, int]:
         """(tokenizer, documents, characters) from the non-empty texts of parquet shards, in order, each cut after
         doc_cap characters, up to max_chars in all. Read and split on all threads, without passing through Python.
@@ -93,7 +94,7 @@ class RustBPETokenizer:
         size = _mergeable(vocab_size)
         try:
             documents, characters = core.train_from_parquet(
-                list(paths), size, max_chars=max_chars, doc_cap=doc_cap, progress=progress
+                list(paths), size, max_chars=max_chars, doc_cap=doc_cap, pattern=pattern, progress=progress
             )
         except ValueError as error:
             raise UserError(str(error)) from None

@@ -9,6 +9,16 @@ MOST_CHARACTERS = 1_000_000  # of a request's texts together
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
+# What clients send though it asks for nothing: settings that would change the answer, at values that change none.
+NEUTRAL: dict[str, list[Any]] = {
+    "tool_choice": ["auto", "none"],
+    "function_call": ["auto", "none"],
+    "parallel_tool_calls": [True],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "repetition_penalty": [1],
+}
+
 
 class ApiError(Exception):
     """An answer of another kind than 200, in the protocol's shape."""
@@ -42,7 +52,8 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> "Options":
         harmless = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "best_of"}
-        unknown = sorted(name for name, value in (self.model_extra or {}).items() if value and name not in harmless)
+        extra = {name: value for name, value in (self.model_extra or {}).items() if value and name not in harmless}
+        unknown = sorted(name for name, value in extra.items() if value not in NEUTRAL.get(name, []))
         if unknown:
             raise ValueError(f"{', '.join(unknown)[:200]}: not supported by this server")
         return self

@@ -8,6 +8,7 @@ import pytest
 import tiktoken
 import tiktoken.load
 import tiktoken_ext.openai_public
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from nanochat.paths import run_dir, tokenizer_dir
 from nanochat.tokenizer import get_tokenizer
 from scripts import tok_eval, tok_train
 from scripts.tok_eval import TEXTS
+from tests.test_rustbpe import O200K_PATTERN
 
 DOCUMENTS = {"train": [TEXTS["news"], "", TEXTS["code"], TEXTS["science"]], "val": [TEXTS["maths"]]}
 
@@ -77,6 +79,39 @@ def test_short_text_is_noted(store, capsys):
     tok_train.main(tok_train.Settings(vocab_size=5000))
     (note,) = _section("tok_train")["notes"]
     assert f"{get_tokenizer().get_vocab_size():,} tokens instead of 5,000" in note and note in capsys.readouterr().out
+
+
+MARKED = {
+    "Hindi": "भारत एक विशाल देश है जहाँ अनेक भाषाएँ बोली जाती हैं",
+    "Tamil": "தமிழ் மொழி உலகின் பழமையான மொழிகளில் ஒன்று",
+    "Thai": "ประเทศไทยมีประชากรประมาณเจ็ดสิบล้านคนที่นี่",
+    "accents of their own": "Cafe\u0301, e\u0301te\u0301 et a\u0300 bientot\u0302",
+}
+UNMARKED = {
+    "English": "The cat's café, 1234 naïve tests",
+    "Russian": "Она сидела дома и ждала",
+    "Arabic": "مرحبا كيف حالك اليوم",
+    "Chinese": "我们今天在这里学习汉语",
+    "emoji": "❤\ufe0f👍🏽 1\ufe0f\u20e3 ok ❤\ufe0f❤\ufe0f",
+}
+
+
+@pytest.mark.parametrize("name", [*MARKED, *UNMARKED])
+def test_words_keep_their_vowel_signs_where_they_have_many(store, name, capsys):
+    """Cut at each, Hindi had 5.1 bytes a token of 4,096, kept in 9.1. All other text is tokenized as it was."""
+    text = (MARKED | UNMARKED)[name]
+    write_shard(store / "train.parquet", [f"{text}. {text}!"] * 20)
+    tok_train.main(tok_train.Settings(vocab_size=400, pattern="default"))
+    plain = get_tokenizer()
+    tok_train.main(tok_train.Settings(vocab_size=400))
+    chosen, notes = get_tokenizer(), _section("tok_train")["notes"]
+    assert any("have vowel signs" in note for note in notes) == (name in MARKED)
+    assert (chosen.hash == plain.hash) == (name in UNMARKED)
+    assert chosen.decode(chosen.encode(text)) == text
+    published = tokenizers.Tokenizer.from_file(str(tokenizer_dir() / "tokenizer.json"))
+    assert published.encode(text, add_special_tokens=False).ids == chosen.encode(text)
+    if name in MARKED:
+        assert chosen.get_pattern() == O200K_PATTERN and len(chosen.encode(text)) < len(plain.encode(text))
 
 
 @pytest.mark.parametrize("documents", [[], ["", ""]])

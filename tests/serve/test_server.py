@@ -18,6 +18,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serve.answer import ServerSettings
 from nanochat.serve.models import Models, Served
+from nanochat.serve.protocol import ChatRequest
 from nanochat.serve.scheduler import Scheduler
 from nanochat.serve.server import create_app
 from nanochat.serve.text import AnswerText
@@ -180,6 +181,24 @@ def test_mistakes_are_one_line_in_the_protocols_shape(address, body, said):
     error = answer.json()["error"]
     assert answer.status_code in (400, 404) and said in error["message"] and "\n" not in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("options", "accepted"),
+    [
+        ({"tool_choice": "auto", "tools": [], "parallel_tool_calls": True, "functions": None}, True),
+        ({"response_format": {"type": "text"}, "modalities": ["text"], "logit_bias": {}}, True),
+        ({"tool_choice": "required"}, False),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, False),
+        ({"response_format": {"type": "json_object"}}, False),
+        ({"modalities": ["text", "audio"]}, False),
+        ({"repetition_penalty": 1.1}, False),
+    ],
+)
+def test_settings_are_refused_only_where_they_would_change_the_answer(options, accepted):
+    request = {"messages": [{"role": "user", "content": "Hi"}], **options}
+    with contextlib.nullcontext() if accepted else pytest.raises(ValueError, match="not supported by this server"):
+        ChatRequest.model_validate(request)
 
 
 def test_what_is_no_json_or_too_large(address):
