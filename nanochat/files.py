@@ -57,6 +57,19 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         _remove(folder)
 
 
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A new folder that takes `target`'s place in the end: whoever is killed meanwhile leaves the old one, the new one,
+    or for an instant none, but never files of both."""
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target) as folder, temporary_folder(target.with_name(f"{target.name}.old")) as old:
+        yield folder
+        if target.exists():
+            os.replace(target, old)
+        os.replace(folder, target)
+
+
 def temporary_path(path: Path) -> Path:
     """Beside `path`, for this process alone, and known to `sweep`."""
     return path.with_name(f"{path.name}.{_process_space()}-{os.getpid()}.tmp")
@@ -162,13 +175,13 @@ def hold(folder: Path, alone: bool = False) -> bool:
     return True
 
 
-def link_files(source: Path, target: Path, replace: bool = True, prune: bool = False) -> None:
+def link_files(source: Path, target: Path, replace: bool = True) -> None:
     """All files below `source` also below `target`, as hard links (copies where the disk has none): those that are
     replaced or deleted in one later stay as they are in the other. replace: also where `target` has another of that
-    name; prune: remove what only `target` has."""
-    wanted = {file.relative_to(source) for file in source.rglob("*") if file.is_file() and file.suffix != ".tmp"}
+    name."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in sorted(wanted):
+    files = [file for file in source.rglob("*") if file.is_file() and file.suffix != ".tmp"]
+    for name in sorted(file.relative_to(source) for file in files):
         if not replace and (target / name).exists():
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -177,9 +190,6 @@ def link_files(source: Path, target: Path, replace: bool = True, prune: bool = F
                 os.link((source / name).resolve(), temporary)
             except OSError:
                 shutil.copyfile(source / name, temporary)
-    for file in [*target.rglob("*")] if prune else []:
-        if file.is_file() and file.relative_to(target) not in wanted:
-            file.unlink()
 
 
 def append_jsonl(path: Path, record: dict[str, Any], sync: bool = False) -> None:

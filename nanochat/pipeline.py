@@ -36,7 +36,7 @@ from cyclopts import CycloptsError, Parameter
 
 from nanochat import cli, hardware, ledger, paths
 from nanochat.errors import UNFINISHED, UserError, end_with_parent
-from nanochat.files import link_files, sweep
+from nanochat.files import link_files, replaced_folder, sweep
 from nanochat.flags import NO_WANDB
 from nanochat.sections import duration, sections_dir
 
@@ -193,13 +193,18 @@ def run_stage(stage: str, command: list[str], inputs: Sequence[str], outputs: Se
 
 def exchange(name: str, into_run: bool) -> None:
     """Give this run its own copy of a folder of the store, or the store what the run has made of it, whole, while no
-    other run does. Of task_data, which holds data of many sources, each keeps what it has and the other lacks."""
+    other run does; a store that has none takes none from the run (it had been killed between the two). Of task_data,
+    which holds data of many sources, each keeps what it has and the other lacks."""
     store, own = paths.get_base_dir() / name, paths.run_dir() / name
     source, target = (store, own) if into_run else (own, store)
-    whole = name != "task_data"
     with (paths.get_base_dir() / "lock").open("a") as file:
         _lock(file, fcntl.LOCK_EX)
-        link_files(source, target, replace=whole or not into_run, prune=whole)
+        if name == "task_data":
+            link_files(source, target, replace=not into_run)
+        elif source.is_dir() and any(source.iterdir()):
+            with replaced_folder(target) as folder:
+                link_files(source, folder)
+        own.mkdir(parents=True, exist_ok=True)  # from now on the run reads and writes there: paths.artifact
 
 
 def describe(command: Sequence[str], inputs: Sequence[str]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def main(settings: Settings) -> None:
         print(f"{target} holds a published bundle, which is kept; move it away to have one made from {settings.source}")
         return
     else:
-        if target.exists() and any(target.iterdir()) and not (target / "core.yaml").exists():
+        if any(path.is_file() for path in target.rglob("*")) and not (target / "core.yaml").exists():
             raise UserError(f"{target} is there but holds no core.yaml; move it away, then run this again")
         bundle = write_offline_bundle(iter_documents(settings.source, "val"), settings.source, target)
     items = sum(len(task.items) for task in bundle.tasks)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -534,6 +535,35 @@ def test_what_a_run_reads_is_its_own_and_the_store_has_the_newest(store, monkeyp
     assert paths.artifact(name) == store / name
     monkeypatch.delenv("NANOCHAT_RUN_ID")
     assert paths.artifact(name) == store / name
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_killed_while_folders_change_hands_keeps_a_whole_one(store, monkeypatch):
+    """Killed before its bundle was in the store, the next start emptied the run's copy as well."""
+    as_run(monkeypatch, "a")
+    words = ["python", "-c", "from nanochat.paths import artifact as a; d = a('eval_bundle'); d.mkdir(exist_ok=True); "
+             "[(d / n).write_text('1') for n in 'abc']"]  # fmt: skip
+    settings = pipeline.Settings("run", "make", outputs=("eval_bundle",))
+    whole, replace = {name: "1" for name in "abc"}, os.replace
+    for calls in range(12):  # of os.replace, after which it is killed
+        left = calls
+
+        def killed(source, target):
+            nonlocal left
+            if (left := left - 1) < 0:
+                raise Killed
+            replace(source, target)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(os, "replace", killed)
+            pipeline.main(settings, words)
+        pipeline.exchange("eval_bundle", into_run=True)
+        assert content(paths.run_dir() / "eval_bundle") in ({}, whole)
+        assert content(store / "eval_bundle") in ({}, whole)
+    assert content(store / "eval_bundle") == whole
 
 
 def test_data_of_tasks_are_handed_from_run_to_run_but_not_replaced(store, monkeypatch):

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import dataclasses
 import json
-import os
 import random
 import shutil
 from collections import Counter
@@ -21,7 +20,7 @@ import yaml
 
 from nanochat.eval.bundle import MARKER, TABLES, Bundle, Task, load_bundle
 from nanochat.eval.shortcuts import best_of, of_bundle_task
-from nanochat.files import atomic_write_text, inside, temporary_folder
+from nanochat.files import atomic_write_text, inside, replaced_folder
 from nanochat.tasks.passages import (
     Item,
     Pair,
@@ -188,13 +187,9 @@ def copy_bundle(origin: Path, target: Path) -> Bundle:
 @contextlib.contextmanager
 def _replacing(target: Path, kind: str, source: str, left_out: list[str]) -> Iterator[Path]:
     """A new folder beside `target` that takes its place in the end: read back, and with what it is written down."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(target) as folder, temporary_folder(target.with_name(f"{target.name}.old")) as old:
+    with replaced_folder(target) as folder:
         yield folder
         marker: dict[str, Any] = {"kind": kind, "source": source, "left_out": left_out}
         atomic_write_text(folder / MARKER, json.dumps(marker) + "\n")  # what load_bundle takes an empty bundle for
         tasks = [task.label for task in load_bundle(folder).tasks]
         atomic_write_text(folder / MARKER, json.dumps({**marker, "tasks": tasks}, indent=1) + "\n")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(folder, target)
