@@ -178,7 +178,10 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """Softmax attention where the mask lets it look: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D)."""
+    """Softmax attention where the mask lets it look: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D). Keys may
+    be in fewer rows: then each of them is that of several rows of queries, one behind the other."""
+    if q.size(0) != k.size(0):
+        return masked_attention(q.reshape(k.size(0), -1, *q.shape[2:]), k, v, mask, scale).view(q.shape)
     if isinstance(mask, Tensor) and q.size(1) == 1 and q.device.type == "cpu":
         return _decode_attention(q, k, v, mask, scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

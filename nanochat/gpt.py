@@ -312,11 +312,13 @@ class GPT(nn.Module):
         kv_cache: Cache | None = None,
         loss_reduction: Reduction = "mean",
         loss_weights: Tensor | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in fp32 for idx (B, T); with targets (B, T; -1 = no loss) the cross-entropy in nats instead,
         a scalar, or (B*T,) for loss_reduction="none", each loss times its weight in loss_weights (B, T) if given. With
         a KV cache, idx continues what the cache holds; where its rows take in different numbers of tokens, the logits
-        are those after each row's last (B, 1, V)."""
+        are those after each row's last (B, 1, V). at: rows and columns (N,), the only places whose logits (N, V) are
+        wanted: with 65,536 tokens the head is most of a small model's work."""
         config, T = self.config, idx.size(1)
         ctx = self.forward_context(idx, kv_cache)
         x = self.run_blocks(self.embed(idx, kv_cache), idx, ctx)
@@ -324,7 +326,7 @@ class GPT(nn.Module):
             x = x if kv_cache.incoming is None else kv_cache.last(x).unsqueeze(1)
             kv_cache.note_tokens(idx)
             kv_cache.advance(T)
-        x = norm(x)
+        x = norm(x if at is None else x[at])
         scale = config.logit_multiplier
         if targets is not None:
             weights = loss_weights.flatten() if loss_weights is not None else None

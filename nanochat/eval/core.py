@@ -1,15 +1,18 @@
 """The CORE metric: few-shot tasks in the published bundle layout, scored in large batches.
 
-The model is any callable `idx (B, T) int64 -> logits (B, T, V)`, so models from elsewhere can be graded too. Every rank
-must hold the full model: ranks score different items and meet only in one gather at the end of each task.
+A GPT reads what rows share once (nanochat.eval.tree). Any other callable `idx (B, T) int64 -> logits (B, T, V)` can be
+graded too, and gets rows in full. Every rank must hold the full model: ranks score different items and meet only in one
+gather at the end of each task.
 """
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -26,13 +29,23 @@ from nanochat.eval.scores import (
     pad_rows,
     write_scores,
 )
+from nanochat.eval.tree import Row, Scorer, common_length, make_stems
+from nanochat.gpt import GPT
 from nanochat.runtime import heartbeat, rank_and_world
-from nanochat.tokenizer import RustBPETokenizer, repaired
+from nanochat.tokenizer import repaired
 
 _CHUNK_ITEMS = 512  # items rendered and encoded at a time: bounds memory on the tasks with 10,000 items
+_MOST_REMEMBERED = 64  # tasks whose rows are kept for the next evaluation, some 3 MB each
 _CHUNK_LOGITS = 1 << 26  # logits turned to fp32 at a time: 256 MiB
 
 Model = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer: ids of texts, each behind a token. With `hash`, rows are remembered by it."""
+
+    def encode(self, text: list[str], prepend: int) -> list[list[int]]: ...
+    def get_bos_token_id(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,14 +65,6 @@ class CoreResult(Composite):
     tasks: list[CoreScore]
     kind: str
     source: str
-
-
-class Row(NamedTuple):
-    """One prompt for the model; the answer is tokens[start:end], 1 <= start < end."""
-
-    tokens: list[int]
-    start: int
-    end: int
 
 
 # ---- prompts
@@ -85,37 +90,65 @@ def pick_shots(task: Task, items: Sequence[dict[str, Any]], index: int) -> list[
 
     Fewer where a truncated task has too few other items.
     """
-    others = [i for i in range(len(items)) if i != index]
-    count = min(task.num_fewshot, len(others))
-    return [items[i] for i in random.Random(1234 + index).sample(others, count)]
+    others = len(items) - 1
+    found = random.Random(1234 + index).sample(range(others), min(task.num_fewshot, others))
+    return [items[i + (i >= index)] for i in found]
 
 
-def make_rows(kind: str, tokens: list[list[int]], max_tokens: int) -> list[Row]:
+def make_rows(kind: str, tokens: Sequence[Sequence[int] | np.ndarray], max_tokens: int) -> list[Row]:
     """Encoded prompts of one item -> rows to score, the last `max_tokens` tokens of each."""
     if kind == "language_modeling":
         without, full = tokens
         # the common prefix is all of `without`, unless the tokenizer merged across the border
-        starts, tokens = [_common([without, full])], [full]
+        starts, tokens = [common_length([without, full])], [full]
     elif kind == "multiple_choice":
         # where one option begins another, the shorter would have no answer left to score: it keeps its last token
-        starts = [min(_common(tokens), min(map(len, tokens)) - 1)] * len(tokens)
+        starts = [min(common_length(tokens), min(map(len, tokens)) - 1)] * len(tokens)
     else:
-        suffix = _common([row[::-1] for row in tokens])
+        suffix = common_length([row[::-1] for row in tokens])
         starts = [len(row) - suffix for row in tokens]
     return [_fit(row, start, max_tokens) for row, start in zip(tokens, starts, strict=True)]
 
 
-def _common(sequences: list[list[int]]) -> int:
-    """Length of the common prefix."""
-    columns = enumerate(zip(*sequences, strict=False))
-    return next((i for i, column in columns if len(set(column)) > 1), min(map(len, sequences)))
-
-
-def _fit(tokens: list[int], start: int, max_tokens: int) -> Row:
+def _fit(tokens: Sequence[int] | np.ndarray, start: int, max_tokens: int) -> Row:
     """The last `max_tokens` tokens, of which one at least is before the answer and one in it (identical options)."""
     cut = max(0, len(tokens) - max_tokens)
     end = len(tokens) - cut
     return Row(tokens[cut:], min(max(start - cut, 1), end - 1), end)
+
+
+_remembered: dict[str, list[list[Row]]] = {}
+
+
+def prepare(
+    task: Task,
+    tokenizer: Tokenizer,
+    items: Sequence[dict[str, Any]],
+    chosen: Sequence[int],
+    max_tokens: int,
+) -> list[list[Row]]:
+    """The rows of each chosen item. They are remembered by hashes of items and tokenizer, so that the evaluations of a
+    training run encode their prompts once."""
+
+    def make() -> list[list[Row]]:
+        prompts = [render_prompts(task, items[i], pick_shots(task, items, i)) for i in chosen]
+        flat = [repaired(prompt) for prompt in itertools.chain.from_iterable(prompts)]  # JSON spells any code point
+        encoded = iter(tokenizer.encode(flat, prepend=tokenizer.get_bos_token_id()))
+        return [
+            make_rows(task.kind, [np.array(next(encoded), dtype=np.int32) for _ in texts], max_tokens)
+            for texts in prompts
+        ]
+
+    name = getattr(tokenizer, "hash", None)
+    if name is None or len(items) > _CHUNK_ITEMS:
+        return make()
+    parts = [name, task.kind, task.delimiter, task.num_fewshot, items, list(chosen), max_tokens]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if key not in _remembered:
+        if len(_remembered) >= _MOST_REMEMBERED:
+            del _remembered[next(iter(_remembered))]
+        _remembered[key] = make()
+    return _remembered[key]
 
 
 # ---- scoring
@@ -130,7 +163,7 @@ def score_rows(
     exact = np.zeros(len(rows), dtype=bool)
     for numbers, width in longest_first([len(row.tokens) for row in rows], max_tokens, tokens_per_forward):
         heartbeat()
-        idx = pad_rows([rows[number].tokens for number in numbers], width, pad)
+        idx = pad_rows([np.asarray(rows[number].tokens).tolist() for number in numbers], width, pad)
         lengths = [rows[number].end - rows[number].start for number in numbers]
         where = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)])
         column = torch.tensor([c for number in numbers for c in range(rows[number].start, rows[number].end)])
@@ -159,7 +192,7 @@ def _answer_losses(
 
 def evaluate_task(
     model: Model,
-    tokenizer: RustBPETokenizer,
+    tokenizer: Tokenizer,
     task: Task,
     device: torch.device,
     *,
@@ -167,27 +200,34 @@ def evaluate_task(
     device_batch_size: int = 16,
     max_per_task: int = -1,
 ) -> CoreScore:
-    """Score one task over all ranks. `max_per_task` items, -1 for all; of prompts the last `sequence_len` tokens."""
+    """Score one task over all ranks. `max_per_task` items, -1 for all; of prompts the last `sequence_len` tokens, or as
+    many as the model has positions for."""
     lines = list(range(len(task.items)))
     random.Random(1337).shuffle(lines)
     lines = lines[:max_per_task] if max_per_task > 0 else lines
     items = [task.items[line] for line in lines]
-    bos = tokenizer.get_bos_token_id()
+    budget = device_batch_size * sequence_len
+    # half of the table: what is padded behind a row still has a place in it
+    limit = max(2, min(sequence_len, model.cos.size(1) // 2) if isinstance(model, GPT) else sequence_len)
+
+    def score(rows: list[list[Row]]) -> tuple[np.ndarray, np.ndarray]:
+        pad, flat = tokenizer.get_bos_token_id(), list(itertools.chain.from_iterable(rows))
+        if not isinstance(model, GPT):
+            return score_rows(model, flat, device, pad=pad, max_tokens=limit, tokens_per_forward=budget)
+        numbers = itertools.accumulate((len(of_item) for of_item in rows), initial=0)
+        scorer = Scorer(model, device, pad, limit, budget)
+        scorer.add(
+            [stem for of_item, number in zip(rows, numbers, strict=False) for stem in make_stems(of_item, number)]
+        )
+        return scorer.result(len(flat))
 
     def measure() -> dict[int, Record]:
         rank, world = rank_and_world()
         local = range(rank, len(items), world)
         records: dict[int, Record] = {}
         for chunk in (local[i : i + _CHUNK_ITEMS] for i in range(0, len(local), _CHUNK_ITEMS)):
-            prompts = [render_prompts(task, items[i], pick_shots(task, items, i)) for i in chunk]
-            flat = [repaired(prompt) for prompt in itertools.chain.from_iterable(prompts)]  # JSON spells any code point
-            encoded = iter(tokenizer.encode(flat, prepend=bos))
-            rows = [make_rows(task.kind, [list(next(encoded)) for _ in texts], sequence_len) for texts in prompts]
-            flat_rows = list(itertools.chain.from_iterable(rows))
-            budget = device_batch_size * sequence_len
-            means, exact = score_rows(
-                model, flat_rows, device, pad=bos, max_tokens=sequence_len, tokens_per_forward=budget
-            )
+            rows = prepare(task, tokenizer, items, chunk, limit)
+            means, exact = score(rows)
             first = 0
             for i, item_rows in zip(chunk, rows, strict=True):
                 outcome = _grade(task.kind, items[i], means[first : first + len(item_rows)], bool(exact[first]))
@@ -215,7 +255,7 @@ def _grade(kind: str, item: dict[str, Any], means: np.ndarray, exact: bool) -> R
 
 def evaluate_core(
     model: Model,
-    tokenizer: RustBPETokenizer,
+    tokenizer: Tokenizer,
     bundle: Bundle,
     device: torch.device,
     *,
@@ -240,7 +280,8 @@ def write_results(result: CoreResult, folder: Path, name: str) -> Path:
     for task in result.tasks:
         more = [*(f"{value:.6f}" for value in (task.stderr, *task.interval, task.baseline)), task.guess]
         table.append([task.name, f"{task.accuracy:.6f}", f"{task.centered:.6f}", task.n, *more])
-    table.append([result.name, "", f"{result.value:.6f}", result.n, f"{result.stderr:.6f}", "", "", "", ""])
+    values = [f"{value:.6f}" for value in (result.value, result.stderr, *result.interval)]
+    table.append([result.name, "", values[0], result.n, *values[1:], "", ""])
     return write_scores(folder, name, table, result.tasks)
 
 
@@ -251,6 +292,10 @@ def report_data(result: CoreResult) -> dict[str, Any]:
     return {
         "metrics": {result.name: result.value, f"{result.name} standard error": result.stderr},
         "tables": [table],
-        "facts": {"kind": result.kind, "source": result.source},
+        "facts": {
+            "kind": result.kind,
+            "source": result.source,
+            "interval": "{:.4f} to {:.4f}".format(*result.interval),
+        },
         "synthetic": result.kind != "published",
     }

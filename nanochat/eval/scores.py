@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from nanochat.errors import UserError
@@ -16,6 +17,7 @@ from nanochat.files import atomic_write_text
 from nanochat.runtime import Stopped, gather, interruptible
 
 _Z95 = 1.959964  # standard errors from the centre of a normal distribution that hold 95 % of it
+_BOOTSTRAP_DRAWS, _BOOTSTRAP_SEED = 10_000, 1234
 _WIDTH = 64  # rows are padded to a multiple of this: few distinct shapes, little padding
 
 Record = dict[str, Any]  # the outcome of one item, JSON-able
@@ -89,6 +91,18 @@ class Composite:
     @property
     def stderr(self) -> float:
         return math.sqrt(sum(task.centered_stderr**2 for task in self.tasks)) / len(self.tasks)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the value by the bootstrap: the items of each task drawn again, as many, with repeats."""
+        draws, total = np.random.default_rng(_BOOTSTRAP_SEED), np.zeros(_BOOTSTRAP_DRAWS)
+        for task in self.tasks:
+            outcomes, counts = np.unique([float(record[task.outcome]) for record in task.records], return_counts=True)
+            # how often each outcome comes up among n items that are drawn again
+            accuracy = draws.multinomial(task.n, counts / task.n, size=_BOOTSTRAP_DRAWS) @ outcomes / task.n
+            total += (accuracy - task.baseline) / (1.0 - task.baseline) if task.baseline < 1.0 else 0.0
+        low, high = np.quantile(total / len(self.tasks), (0.025, 0.975))
+        return float(low), float(high)
 
     @property
     def n(self) -> int:
