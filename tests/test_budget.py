@@ -11,15 +11,16 @@ import grimp
 ROOT = Path(__file__).resolve().parent.parent
 CORE_LINES = 14_946  # eval/tree.py: what the options of an item share is read once; folders change hands whole
 MODULE_LINES = 500
-ENTRIES = 42
+ENTRIES = 43  # hf/ is the newest
 
 # What could be deleted without touching the rest of nanochat/, which is what PROFILE=full runs: width studies,
-# clusters, tasks on generated questions, offline text, token files, instruments. Scripts attach them, or a table names
-# them.
+# clusters, tasks on generated questions, offline text, token files, instruments, other programs' formats. Scripts
+# attach them, or a table names them.
 ANNEXES = (
     "nanochat.studies",
     "nanochat.cluster",
     "nanochat.serve",
+    "nanochat.hf",
     *(f"nanochat.tasks.{name}" for name in ("arithmetic", "customjson", "passages", "reasoning_gym", "text_choice")),
     *(f"nanochat.data.{name}" for name in ("bins", "local", "overlap", "pydocs")),
     *(f"nanochat.train.{name}" for name in ("coordinates", "monitor", "spectral", "tracking", "warmup")),

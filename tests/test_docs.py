@@ -21,7 +21,21 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
 # Commands of others: only the files of ours that they name are looked for.
 OTHERS = frozenset(
-    {"git", "cd", "source", "export", "uv", "cp", "volc", "sbatch", "sky", "kubectl", "tensorboard", "wandb"}
+    {
+        "git",
+        "cd",
+        "source",
+        "export",
+        "uv",
+        "cp",
+        "volc",
+        "sbatch",
+        "sky",
+        "kubectl",
+        "tensorboard",
+        "wandb",
+        "transformers",
+    }
 )
 
 

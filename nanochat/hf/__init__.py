@@ -1,0 +1,1 @@
+"""Checkpoints as Hugging Face Transformers reads them, and back: export, load, push."""
