@@ -130,3 +130,17 @@ def test_offset_keys_take_half_of_their_slow_dimensions_from_the_token_before(ca
             expected[row, token, :, own] = before * joined[row, token]
             assert torch.equal(slow[row, token, :, half], k[row, token, :, own])
     assert torch.equal(found, expected)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31 - 1))
+@settings(max_examples=20, deadline=None)
+def test_rows_of_queries_may_share_their_keys(rows, branches, steps, seed):
+    """Against keys that are there once for each row of queries."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows * branches, steps, 4, 8, generator=generator)
+    k, v = torch.randn(2, rows, 7, 2, 8, generator=generator)
+    mask = torch.rand(rows, 1, branches * steps, 7, generator=generator) < 0.6
+    mask[..., 0] = True
+    alone = mask.view(rows * branches, 1, steps, 7)
+    expected = masked_attention(q, *(x.repeat_interleave(branches, dim=0) for x in (k, v)), alone, 0.5)
+    torch.testing.assert_close(masked_attention(q, k, v, mask, 0.5), expected)

@@ -144,6 +144,13 @@ def test_kv_cache_gives_the_logits_of_the_full_forward(pattern, chunks):
     assert cache.get_pos() == 24 and cache.cache_seqlens.tolist() == [24, 24]
 
 
+def test_logits_of_some_places_are_those_among_all():
+    model = build()
+    idx, at = torch.randint(97, (3, 16)), (torch.tensor([0, 2, 2, 1]), torch.tensor([15, 0, 3, 3]))
+    torch.testing.assert_close(model(idx, at=at), model(idx)[at])
+    assert model(idx, at=(at[0][:0], at[1][:0])).shape == (0, 97)
+
+
 def test_all_masked_batch_gives_zero_loss_and_gradient():
     model = build()
     idx = torch.randint(97, (2, 8))
