@@ -50,7 +50,7 @@ VOLATILE = re.compile(
 )
 # Logs and locks; the ledger, which is read otherwise; indices with times; text that is made of the JSON beside it
 IGNORED = re.compile(
-    r"(.*/)?(lock|.*\.lock|logs/.*|stages\.jsonl|hashes\.jsonl|state/\.metadata)|(runs/[^/]+/)?report/.*\.(md|html)"
+    r"(.*/)?(lock|.*\.lock|logs/.*|stages\.jsonl|hashes\.jsonl|state/\.metadata)|(runs/[^/]+/)?report/.*\.(md|html|svg)"
 )
 SET_ASIDE = re.compile(r"(^|/)[^/]+?(\.damaged)?\.\d+/")  # folders that are kept beside those that took their place
 LONGEST_SECONDS = 2 * 3600.0
