@@ -12,13 +12,12 @@ Encoding looks for special tokens in text only where it is told to (allowed_spec
 rendering of conversations make them.
 """
 
-import codecs
 import contextlib
 import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
@@ -230,14 +229,6 @@ class RustBPETokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text, special tokens by their names; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of ids as they come, a piece for each, and at the end what is left: together `decode` of them all.
-        A piece is empty while a character is not whole; none ever holds half of one."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for one in ids:
-            yield decoder.decode(self.decode_bytes([one]))
-        yield decoder.decode(b"", final=True)
 
     def id_to_token(self, id: int) -> str:
         return self.decode([id])

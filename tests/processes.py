@@ -52,6 +52,33 @@ multiprocessing.set_forkserver_preload(
 )
 
 
+def _apart(
+    rank: int, world: int, port: int, environment: dict[str, str], function: Callable[[], Any], errors: str
+) -> None:
+    os.dup2(os.open(errors, os.O_WRONLY), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    function()
+
+
+class Apart:
+    """A process of a test that may end as it likes: nothing waits for it, no process group is made."""
+
+    def __init__(self, rank: int, world: int, port: int, function: Callable[[], Any]) -> None:
+        self.errors = tempfile.NamedTemporaryFile(mode="r")  # noqa: SIM115 (it lives as long as this)
+        about = (rank, world, port, dict(os.environ), function, self.errors.name)
+        self.process = multiprocessing.get_context("forkserver").Process(target=_apart, args=about)
+        self.process.start()
+
+    def end(self, seconds: float) -> tuple[int | None, str]:
+        """(exit code, what it said on stderr) once it has ended; None: it has not within so many seconds."""
+        self.process.join(seconds)
+        return self.process.exitcode, self.errors.read()
+
+
 def run_processes(world_size: int, function: Callable[..., Any], *args: Any, heard: bool = False) -> list[Any]:
     """Results of `function(*args)` (a module-level function; plain Python or numpy results) by rank.
 

@@ -168,18 +168,6 @@ def test_an_unknown_special_token_cannot_be_allowed(tokenizer):
         tokenizer.encode("text", allowed_special={"<|end|>"})
 
 
-@given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
-def test_a_stream_never_holds_half_a_character(tokenizer, ids):
-    pieces = list(tokenizer.decode_stream(iter(ids)))
-    assert "".join(pieces) == tokenizer.decode(ids)
-    assert len(pieces) == len(ids) + 1
-
-
-def test_a_stream_waits_for_the_rest_of_a_character(tokenizer):
-    pieces = list(tokenizer.decode_stream("a€".encode()))  # single bytes are tokens of their own
-    assert pieces == ["a", "", "", "€", ""]
-
-
 @given(text=odd_text)
 def test_text_never_becomes_a_special_token(tokenizer, text):
     first_special = tokenizer.get_bos_token_id()

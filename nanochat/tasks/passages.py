@@ -238,10 +238,5 @@ def ending(sentence: str) -> tuple[str, str]:
     return found[1].strip(), found[2]
 
 
-def graphemes(text: str) -> list[str]:
-    """What a reader takes for one character each."""
-    return regex.findall(r"\X", text)
-
-
 def long_words(sentence: str) -> list[str]:
     return [word for word in words_of(sentence) if width(word) >= 5 and word == word.lower()]

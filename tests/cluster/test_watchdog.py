@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,27 +14,16 @@ import torch.distributed as dist
 
 from nanochat.cluster import watchdog
 from nanochat.cluster.watchdog import RankStatus, diagnosis
-from tests.processes import free_port, run_processes
+from tests.processes import Apart, free_port, run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 2.0
 ENOUGH = 90  # seconds for processes to start on a busy machine, and far below the 30 minutes they would hang
 
 
-def start(world: int, scenario: str) -> list[subprocess.Popen]:
-    """One Python process a rank, joined by gloo, that runs a function of this file."""
-    port = str(free_port())
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", f"from tests.cluster import test_watchdog; test_watchdog.{scenario}()"],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+def start(world: int, scenario: Callable[[], None]) -> list[Apart]:
+    port = free_port()
+    return [Apart(rank, world, port, scenario) for rank in range(world)]
 
 
 def read_the_shard():
@@ -92,9 +82,8 @@ def stop_rank_0():
 
 
 def test_a_hanging_rank_is_named_with_its_stack_and_all_end():
-    ranks = start(3, "hang_on_rank_1")
-    errors = [rank.communicate(timeout=ENOUGH)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 1, 1]
+    codes, errors = zip(*(rank.end(ENOUGH) for rank in start(3, hang_on_rank_1)), strict=True)
+    assert codes == (1, 1, 1)
     line, stack = re.search(r"(rank \d on \S+ is behind the others.*)\n((?s:.*))", errors[0]).groups()
     assert line.startswith("rank 1 on ") and ": in step 3, phase data for " in line
     assert "in read_the_shard" in stack
@@ -103,26 +92,25 @@ def test_a_hanging_rank_is_named_with_its_stack_and_all_end():
 
 
 def test_a_stopped_rank_is_named_as_giving_no_answer():
-    ranks = start(2, "stop_rank_1")
+    ranks = start(2, stop_rank_1)
     try:
-        error = ranks[0].communicate(timeout=ENOUGH)[1]
-        assert ranks[0].returncode == 1
-        assert re.search(rf"rank 1 on \S+ gives no answer .*process {ranks[1].pid}\); last heard of in ", error)
+        code, error = ranks[0].end(ENOUGH)
+        assert code == 1
+        stopped = rf"rank 1 on \S+ gives no answer .*process {ranks[1].process.pid}\); last heard of in "
+        assert re.search(stopped, error)
         assert "is behind the others" not in error
     finally:
-        ranks[1].kill()
-        ranks[1].communicate()
+        ranks[1].process.kill()
 
 
 def test_a_rank_ends_though_the_store_stopped_with_rank_0():
-    ranks = start(2, "stop_rank_0")
+    ranks = start(2, stop_rank_0)
     try:
-        error = ranks[1].communicate(timeout=ENOUGH)[1]
-        assert ranks[1].returncode == 1
+        code, error = ranks[1].end(ENOUGH)
+        assert code == 1
         assert "in all_reduce" in error
     finally:
-        ranks[0].kill()
-        ranks[0].communicate()
+        ranks[0].process.kill()
 
 
 def alone():
@@ -139,9 +127,8 @@ def alone():
 
 
 def test_a_lone_process_ends_with_its_stack_but_long_phases_may_take_long():
-    process = start(1, "alone")[0]
-    error = process.communicate(timeout=ENOUGH)[1]
-    assert process.returncode == 1
+    code, error = start(1, alone)[0].end(ENOUGH)
+    assert code == 1
     before, after = error.split("came this far")
     assert "watchdog" not in before
     assert "in step 8, phase data" in after and "in read_the_shard" in after
@@ -188,8 +175,7 @@ def miss_a_collective():
 
 
 def test_collectives_fail_after_the_lowered_timeout():
-    ranks = start(2, "miss_a_collective")
-    errors = [rank.communicate(timeout=ENOUGH)[1] for rank in ranks]
+    errors = [rank.end(ENOUGH)[1] for rank in start(2, miss_a_collective)]
     assert 0.9 < float(re.search(r"failed after (\S+) s", errors[0]).group(1)) < 30
 
 

@@ -171,6 +171,7 @@ def test_items_of_the_installed_package(store, tmp_path, monkeypatch, within):
 @pytest.mark.parametrize(
     "content, message",
     [(b"not gzip", "is damaged"), (gzip.compress(b" " * 20_000_000), "is damaged .*more than 10,000,000 bytes")],
+    ids=["text", "bomb"],  # not the bytes: workers of pytest must agree on the names
 )
 def test_a_damaged_package(store, tmp_path, monkeypatch, content, message):
     package(tmp_path / "site", content, within=True)

@@ -14,7 +14,6 @@ from nanochat.tasks.passages import (
     draw_items,
     ending,
     find_passages,
-    graphemes,
     unspaced,
     words_of,
 )
@@ -50,7 +49,6 @@ def test_words():
     assert words_of("今天天气很好，カタカナ") == ["今天", "天气", "很好", "カタカナ"]
     assert words_of("हिन्दी भाषा") == ["हिन्दी", "भाषा"]
     assert unspaced("我们 use API") is False and unspaced("我们在使用API接口") and unspaced("ภาษาไทย")
-    assert graphemes("नि") == ["नि"]
     assert ending("The end of it.") == ("The end of", "it") and ending("a f(x).") == ("", "")
     assert ending("我们是学生。") == ("我们是", "学生")
 
