@@ -62,4 +62,4 @@ if [ "$RUN_RL" = 1 ]; then BEST=rl; fi
 if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then STORE="NANOCHAT_BASE_DIR=$(printf %q "$NANOCHAT_BASE_DIR") "; fi
 echo "talk to it:  source .venv/bin/activate && ${STORE}python -m scripts.chat_cli -i $BEST -g $TAG"
 echo "in browser:  source .venv/bin/activate && ${STORE}python -m scripts.chat_web -i $BEST -g $TAG    # http://127.0.0.1:8000"
-echo "next:        read report.md; make it larger (DEPTH=8 bash speedrun.sh) or train on your own text (SOURCE=local:DIR)"
+echo "next:        open report.html; make it larger (DEPTH=8 bash speedrun.sh) or train on your own text (SOURCE=local:DIR)"

@@ -39,6 +39,12 @@ class Run(NamedTuple):
     sections: dict[str, dict[str, Any]]
     records: list[dict[str, Any]]
 
+    def origin(self) -> tuple[Any, Any, Any]:
+        """Hash of the tokenizer, hash and name of the text; None: not known, as of runs made by hand."""
+        of = {stage: section["metrics"] for stage, section in self.sections.items()}
+        source = self.sections.get("base_train", {}).get("settings", {}).get("source")
+        return of.get("tok_train", {}).get("hash"), of.get("dataset", {}).get("fingerprint"), source
+
     def flops_per_token(self) -> float | None:
         value = self.sections.get("base_train", {}).get("metrics", {}).get("FLOPs per token")
         return float(value) if isinstance(value, int | float) else None
@@ -51,9 +57,14 @@ class Run(NamedTuple):
         step = section.get("metrics", {}).get("step")
         if not isinstance(step, int):
             return []
-        pattern = re.compile(rf"{prefix}{re.escape(str(tag))}_{step:06d}(_[0-9a-f]{{8}})?\.jsonl")
-        there = [path for path in (self.folder.parents[1] / folder).glob("*.jsonl") if pattern.fullmatch(path.name)]
-        return read_jsonl(max(there, key=lambda path: path.stat().st_mtime)) if there else []
+        record = ledger.last_run(ledger.read(self.folder), stage) or {}
+        store, name = self.folder.parents[1], f"{prefix}{tag}_{step:06d}"
+        pattern = re.compile(rf"{re.escape(name)}(_[0-9a-f]{{8}})?\.jsonl")
+        written = dict(record["outputs"]) if isinstance(record.get("outputs"), dict) else {}
+        # those that the pipeline knows go before others of the same checkpoint, made by hand with other settings
+        there = [path for path in (store / folder).glob("*.jsonl") if pattern.fullmatch(path.name)]
+        there.sort(key=lambda path: (f"{folder}/{path.name}" in written, path.stat().st_mtime))
+        return read_jsonl(there[-1]) if there else []
 
     def items(self, stage: str) -> dict[str, str]:
         """Hashes of the files that the items of this stage come from, as the ledger has them; empty: not known."""
@@ -88,6 +99,7 @@ def compare(folders: Sequence[Path], copy_to: Path) -> Path:
         "results": [results(runs[0], run) for run in runs[1:]],
         "multipliers": [multiplier(*pair) for pair in itertools.combinations(runs, 2)],
         "plots": [plot] if plot else [],
+        "apart": not comparable(runs),
     }
     shown = {**values, "plots": [{"file": plot.file, "about": plot.about}] if plot else []}
     files = {
@@ -272,11 +284,18 @@ def _axes(run: Run, track: Track) -> dict[str, Callable[[Mapping[str, Any]], flo
     return {"tokens": track.tokens, **of_flops, "minutes of training": track.minutes}
 
 
+def comparable(runs: Sequence[Run]) -> dict[str, str]:
+    """Losses that say the same of all runs: bits per byte of the same text, and nats of the same text's same tokens."""
+    tokenizers, texts, sources = zip(*(run.origin() for run in runs), strict=True)
+    if len(set(texts if None not in texts else sources)) > 1:
+        return {}
+    validation = {"Loss/val_bpb": "Validation bits per byte"}
+    return validation if len(set(tokenizers)) > 1 else {"Loss/train_loss": "Training loss", **validation}
+
+
 def curves(runs: Sequence[Run]) -> Plot | None:
     """Losses of the base models over tokens, FLOPs and minutes."""
-    names = {"Loss/train_loss": "Training loss", "Loss/val_bpb": "Validation bits per byte"}
-    if len({run.sections.get("tok_train", {}).get("metrics", {}).get("hash") for run in runs}) > 1:
-        del names["Loss/train_loss"]  # nats per token of other tokens
+    names = comparable(runs)
     panels = []
     for metric, title in names.items():
         for axis in ("tokens", "training FLOPs", "minutes of training"):
@@ -302,14 +321,16 @@ def multiplier(first: Run, second: Run) -> dict[str, Any]:
     bound. The interval takes the loss to be reached 1.96 standard errors higher and lower.
     """
     tracks = [Track(run.records, "base") for run in (first, second)]
-    for metric in ("Loss/val_bpb", "Loss/train_loss"):
-        found = [track.points(metric, track.tokens) for track in tracks]
-        if metric == "Loss/train_loss":
-            found = [smooth(points) for points in found]
+    none = {"first": first.name, "second": second.name, "rows": []}
+    names = comparable((first, second))
+    if not names:
+        return {**none, "why": "they were trained and measured on different text"}
+    for metric in reversed(names):
+        found = [_curve(track, metric, track.tokens) for track in tracks]
         if min(map(len, found)) >= 3:
             break
     else:
-        return {"first": first.name, "second": second.name, "why": "fewer than 3 losses of one of them", "rows": []}
+        return {**none, "why": "fewer than 3 losses of one of them"}
     better = 0 if found[0][-1][1] <= found[1][-1][1] else 1
     loss = found[1 - better][-1][1]
     stderr = _loss_stderr(metric, first, second, tracks)
@@ -317,9 +338,7 @@ def multiplier(first: Run, second: Run) -> dict[str, Any]:
     runs = (first, second)
     axes = [_axes(run, track) for run, track in zip(runs, tracks, strict=True)]
     for axis in (axis for axis in axes[0] if axis in axes[1]):
-        points = [track.points(metric, axes[place][axis]) for place, track in enumerate(tracks)]
-        if metric == "Loss/train_loss":
-            points = [smooth(each) for each in points]
+        points = [_curve(track, metric, axes[place][axis]) for place, track in enumerate(tracks)]
         if not all(points):
             continue
         spent = points[1 - better][-1][0]
@@ -331,6 +350,15 @@ def multiplier(first: Run, second: Run) -> dict[str, Any]:
     name = "validation bits per byte" if metric == "Loss/val_bpb" else "training loss in nats per token"
     return {"first": first.name, "second": second.name, "better": runs[better].name, "other": runs[1 - better].name,
             "of": name, "loss": loss, "stderr": stderr, "rows": rows, "why": ""}  # fmt: skip
+
+
+def _curve(track: Track, metric: str, x: Any) -> list[tuple[float, float]]:
+    """Validation losses as they are; training losses smoothed, but for the ends, which are single losses."""
+    points = track.points(metric, x)
+    if metric == "Loss/val_bpb":
+        return points
+    side = len(points) // 40
+    return smooth(points)[side : len(points) - side]
 
 
 def reached(points: Sequence[tuple[float, float]], loss: float) -> float | None:

@@ -7,13 +7,14 @@ from nanochat import ledger, paths, sections
 TASKS = [{"task": "copy", "line": line, "correct": line % 3 == 0} for line in range(30)]
 
 
-def write_run(name, monkeypatch, *, slower=1.0, right=TASKS, nats=2.0, bundle="10 aa", steps=60, **settings):
+def write_run(name, monkeypatch, *, slower=1.0, right=TASKS, nats=2.0, bundle="10 aa", steps=60, text="t", **settings):
     """A base model whose loss falls as 8 / step^0.3, `slower` times later; its scores and the ledger."""
     monkeypatch.setenv("NANOCHAT_RUN_ID", name)
     folder = paths.run_dir()
     about = {"settings": {"depth": 4, "model_tag": name, **settings}}
     training = {"FLOPs per token": 100.0, "parameters": 7_300_000}
     sections.write_section("base_train", "Training", {**about, "metrics": training})
+    sections.write_section("dataset", "Text", {"metrics": {"fingerprint": text}})
     scored = {"val_bpb": 1.5, "val_bpb_stderr": 0.1, "step": steps}
     sections.write_section("base_loss", "Loss", {"settings": {"model_tag": name}, "metrics": scored})
     core = {"CORE": 0.2, "CORE standard error": 0.05, "step": steps}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat.errors import UserError
 from nanochat.report.compare import compare, paired_mean, paired_ratio, reached
-from tests.report.runs import TASKS, write_run
+from tests.report.runs import TASKS, write, write_run
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40)
 
@@ -93,6 +93,23 @@ def test_items_that_may_not_be_the_same_are_not_paired_and_this_is_said(store, m
     assert found["notes"] == [
         "base_eval: not paired, since not all of its results are there or come from the same files"
     ]
+
+
+def test_losses_of_different_text_are_not_compared(store, monkeypatch, tmp_path):
+    compare([write_run("a", monkeypatch), write_run("b", monkeypatch, text="u", slower=2.0)], tmp_path)
+    found = read(tmp_path)
+    assert found["plots"] == [] and found["multipliers"][0]["rows"] == []
+    assert "different text" in (tmp_path / "compare.md").read_text()
+
+
+def test_of_few_validations_the_training_losses_are_taken(store, monkeypatch, tmp_path):
+    runs = [write_run(name, monkeypatch, slower=slower) for name, slower in (("fast", 1.0), ("slow", 2.0))]
+    for folder in runs:
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        write(folder / "metrics.jsonl", [record for record in records if "Loss/train_loss" in record])
+    compare(runs, tmp_path)
+    (each,) = read(tmp_path)["multipliers"]
+    assert each["of"].startswith("training loss") and each["rows"][0][3] == pytest.approx(2.0, rel=0.03)
 
 
 def test_one_run_is_not_compared(store, monkeypatch, tmp_path):
