@@ -60,7 +60,12 @@ def seed_flag() -> Parameter:
 
 def float_flag(gte: float | None = None, lte: float | None = None) -> Parameter:
     """A float flag with its valid range, both ends included."""
-    return Parameter(validator=validators.Number(gte=gte, lte=lte))
+    return Parameter(validator=(validators.Number(gte=gte, lte=lte), _finite))
+
+
+def _finite(type_: Any, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):  # of an infinite rate all weights would be NaN
+        raise ValueError("Must be a finite number")
 
 
 def alias(*names: str) -> Parameter:
@@ -101,7 +106,7 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     """As `read`; ends the process after --help, and with one line (exit 2) when the words do not fit."""
     if strange := [word for word in argv if any("\ud800" <= character <= "\udfff" for character in word)]:
         errors.end(f"{strange[0]!a}: these bytes are no text in the encoding of this locale", code=2)
-    if os.environ.get("RANK", "0") != "0" and not {"--help", "-h"}.isdisjoint(argv):
+    if errors.is_other_rank() and not {"--help", "-h"}.isdisjoint(argv):
         sys.exit(0)  # rank 0 shows it
     try:
         settings = read(cls, argv)

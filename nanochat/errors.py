@@ -84,20 +84,24 @@ def _ctrl_c_is_an_exception() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def is_other_rank() -> bool:
+    """Whether torchrun has started this process beside a rank 0, which says what all of them meet."""
+    return os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def end(message: str, code: int = 1) -> NoReturn:
     """End the process with one line on stderr; under torchrun rank 0's, and what only another rank met it says."""
     line = visible(masked(" ".join(message.split())))
     if len(line) > LONGEST:
         line = f"{line[: LONGEST * 3 // 4]} … {line[-LONGEST // 4 :]}"
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    if not is_other_rank():
         with contextlib.suppress(OSError, ValueError):
             print(f"error: {line}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"message": f"error: {line}", "errorCode": code, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": about}, file)
-    if rank != "0":
+    if is_other_rank():
         time.sleep(RANK_0_SECONDS)
     try:
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from nanochat import cli
 from nanochat.cli import alias, count_flag, float_flag, int_flag
 from nanochat.config import ArchFlags, build_config, resolve
 from nanochat.data.rows import plan_batch
-from nanochat.data.sources import source_flag
+from nanochat.data.sources import source_flag, text_hash
 from nanochat.errors import UserError
 from nanochat.flags import NO_WANDB, Fp8, RunFlags
 
@@ -305,7 +305,9 @@ def main(settings: Settings) -> None:
 
     # ---- where it goes, and whether some of it is there already
     recipe = {**{name: getattr(settings, name) for name in RECIPE}, **rates}
-    meta = describe_run("base", settings, config, data.tokenizer_hash, recipe, num_iterations, data=data.fingerprint)
+    # a folder may be edited; what is fetched only grows, and that trains no finished run again
+    text = text_hash(data.source) if data.source.startswith("local:") else data.fingerprint
+    meta = describe_run("base", settings, config, data.tokenizer_hash, recipe, num_iterations, data=text)
     folder = checkpoint_dir("base", settings.model_tag or default_tag(settings))
     earlier = earlier_run(folder, settings.resume, meta)
     if earlier is None:  # this very run is complete

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+from cyclopts import CycloptsError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +55,17 @@ def parse(*words):
 )
 def test_spellings_of_one_flag(words):
     assert parse(*words).device_batch_size == 8
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400"])
+def test_a_number_is_finite(value):
+    @dataclasses.dataclass(frozen=True)
+    class Rate:
+        rate: Annotated[float | None, float_flag(gte=0)] = None
+
+    assert cli.read(Rate, []).rate is None and cli.read(Rate, ["--rate=1e-3"]).rate == 1e-3
+    with pytest.raises(CycloptsError, match=r"--rate. Must be"):
+        cli.read(Rate, [f"--rate={value}"])
 
 
 def test_nothing_given_is_the_defaults():
@@ -222,6 +234,7 @@ def test_words_too_long_or_without_a_meaning_are_one_short_line(word, capsys):
 def test_under_torchrun_rank_0_answers(words, monkeypatch, capsys):
     monkeypatch.setattr("nanochat.errors.RANK_0_SECONDS", 0.0)
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(SystemExit) as end:
         parse(*words)
     assert end.value.code == (2 if words == ["--nonsense"] else 0)

@@ -387,6 +387,10 @@ def test_long_txt_is_cut_at_blank_lines(folder):
             r"cannot be read",
         ),
         ("a.jsonl", b'{"text":' + b"[" * 100_000, r"a\.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'{"text": ""}\n{"text": null}\n', r"no text in .*a\.jsonl: nothing to train on"),
+        ("a.txt", b" \n\t", r"no text in .*a\.txt"),
+        ("a.csv", b"id,text\n", r"no text in .*a\.csv"),
+        ("a.parquet", parquet_bytes(["", " "]), r"no text in .*a\.parquet"),
     ],
 )
 def test_local_mistakes_name_file_and_line(folder, name, content, message):

@@ -137,6 +137,7 @@ def test_a_message_is_never_megabytes(capsys):
 
 def test_under_torchrun_rank_0_says_it_and_the_others_leave_word(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(errors, "RANK_0_SECONDS", 0.0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank in ("0", "1"):
         path = tmp_path / rank
         monkeypatch.setenv("RANK", rank)
@@ -146,3 +147,11 @@ def test_under_torchrun_rank_0_says_it_and_the_others_leave_word(tmp_path, monke
         assert end.value.code == 1
         assert json.loads(path.read_text())["message"]["message"] == "error: no shards"
         assert capsys.readouterr().err == ("error: no shards\n" if rank == "0" else "")
+
+
+@pytest.mark.parametrize("rank", ["5", "a", "-1"])
+def test_a_rank_that_nobody_has_started_says_it_itself(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit):
+        exit_on_user_error(failing(UserError("RANK alone")))
+    assert capsys.readouterr().err == "error: RANK alone\n"

@@ -15,19 +15,23 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, logging
-
 from nanochat.errors import UserError, masked
 from nanochat.files import atomic_write, sha256_file
+
+try:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, logging
+except ValueError as error:  # it reads its settings, ports and seconds among them, as it is imported
+    named = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
+    raise UserError(f"{named}: not all of these variables can be used ({error}); correct or unset them") from None
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0  # seconds, doubled after each failed attempt: 15 s in all
@@ -103,6 +107,8 @@ def check_connection() -> None:
     except OSError as error:
         file = os.environ.get("SSL_CERT_FILE", "")
         raise UserError(f"SSL_CERT_FILE={file}: cannot be read ({error}); correct or unset it") from None
+    if not all(map(str.isascii, build_hf_headers().values())):
+        raise UserError("HF_TOKEN, or what `hf auth login` has kept, has letters that are no ASCII: copy it again")
     if _check_redirect not in hooks:
         hooks.append(_check_redirect)
 

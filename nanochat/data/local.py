@@ -215,6 +215,10 @@ def convert(files: list[Path], target: Path) -> parquet.Manifest:
     with temporary_folder(target / "ordering") as folder:
         _spread(files, folder, buckets)
         sizes, marks = (np.concatenate(parts) for parts in zip(*map(_measured, sorted(folder.iterdir())), strict=True))
+        if not sizes.any():
+            raise UserError(
+                f"no text in {', '.join(map(str, files[:3]))}{' …' * (len(files) > 3)}: nothing to train on"
+            )
         val_bytes = held_out_bytes(int(sizes.sum()))
         most = min(MAX_VAL_BYTES, int(sizes.sum() * MAX_VAL_SHARE))
         held, torn = overlap.hold_out(overlap.clusters(marks), sizes, val_bytes, most)
@@ -324,7 +328,7 @@ def _measured(path: Path) -> tuple[np.ndarray, np.ndarray]:
         sizes = pc.binary_length(table["text"]).take(order).to_numpy().astype(np.int64)
         marks = np.frombuffer(b"".join(table["marks"].take(order).to_pylist()), np.uint64)
     sizes[1:][pc.equal(keys[1:], keys[:-1]).to_numpy()] = 0
-    return sizes, marks.reshape(len(sizes), -1)
+    return sizes, marks.reshape(len(sizes), 1 + overlap.PAIRS)
 
 
 def _ordered(folder: Path) -> Iterator[str]:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from nanochat.data import parquet
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, read_jsonl, sha256_file
+from nanochat.files import atomic_write, read_jsonl, sha256_file, walk
 from nanochat.paths import task_data_dir
 from nanochat.tasks.common import Conversation, Split, Task
 
@@ -308,7 +308,8 @@ def _find(task: str, split: str, origin: Path) -> list[Path]:
         if all(path.is_file() for path in exact):
             return exact
     begins = re.compile(rf"{split}(?![A-Za-z])")
-    found = sorted(path for root in roots for path in root.rglob("*.parquet") if begins.match(path.name))
+    files = (path for root in roots for path in walk(root) if path.suffix == ".parquet" and path.is_file())
+    found = sorted(path for path in files if begins.match(path.name))
     if sum(other.repo == data.repo for other in HUB_TASKS.values()) > 1:  # the others' files may lie there as well
         found = [path for path in found if task.casefold() in str(path.relative_to(origin)).casefold().split("/")]
     folders = sorted({str(path.parent) for path in found})

@@ -295,7 +295,8 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
         return {}
     before, now = meta["settings"], meta_now["settings"]
     changed = [key for key, value in now.items() if key not in OBSERVERS and before.get(key) != value]
-    changed += [key.removesuffix("_hash") for key in ORIGINS if meta.get(key) != meta_now.get(key)]
+    origins = {"data": meta_now.get("data"), **meta}  # of text, earlier versions kept no hash
+    changed += [key.removesuffix("_hash") for key in ORIGINS if origins.get(key) != meta_now.get(key)]
     if changed:
         kept = checkpoint.set_aside(folder).name
         print0(f"the run in {folder} differs in {', '.join(changed)}: kept as {kept}, starting anew")

@@ -1,6 +1,8 @@
 import importlib.util
 import os
 import socket
+import subprocess
+import sys
 from base64 import b64decode
 
 import pytest
@@ -53,6 +55,28 @@ def test_endpoint_is_read_at_call_time(monkeypatch):
 
 
 PASSWORD = "s3cret"
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("HF_ENDPOINT", "http://me:secret@mirror:99999", "HF_ENDPOINT: not all of these variables can be used"),
+        ("HF_ENDPOINT", "http://[::1", "HF_ENDPOINT: not all of these variables can be used"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "1 min", "HF_HUB_DOWNLOAD_TIMEOUT: not all of these variables can be used"),
+        ("HF_TOKEN", "hf_tökén", "HF_TOKEN, or what `hf auth login` has kept, has letters that are no ASCII"),
+    ],
+)
+def test_settings_that_the_hubs_client_chokes_on_are_one_line(tmp_path, name, value, said):
+    """In a new process: some of them as the client is imported."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "nanochat.dataset", "-n", "1"],
+        env={**kept, "NANOCHAT_BASE_DIR": str(tmp_path), name: value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    assert "secret" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanochat import checkpoint, cli, ledger
+from nanochat.data.local import take_folder
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir, tokenizer_dir
@@ -98,6 +99,19 @@ def test_what_only_this_run_has_is_made_again_and_nothing_trained(prepared, caps
     assert (folder / "step_000003" / "model.safetensors").read_bytes() == weights
     main(settings)
     assert "is complete: nothing to do" in capsys.readouterr().out
+
+
+def test_a_folder_of_text_that_was_edited_is_trained_on_anew(prepared, capsys):
+    source = f"local:{prepared}/text"
+    settings = Settings(**{**SMALL, "source": source, "num_iterations": 1, "eval_every": -1, "resume": "auto"})
+    (prepared / "text").mkdir()
+    for name, said in (("a", "saved"), ("a", "is complete: nothing to do"), ("b", "differs in data: kept as d1.1")):
+        (prepared / "text" / f"{name}.txt").write_text("\n\n".join(words(ord(name) + n) for n in range(30)))
+        take_folder(source, -1)
+        main(settings)
+        assert said in capsys.readouterr().out
+    meta = checkpoint_dir("base", "d1") / "step_000001" / "meta.json"
+    assert json.loads(meta.read_text())["data"]
 
 
 def write_bundle(folder):

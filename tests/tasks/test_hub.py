@@ -165,9 +165,14 @@ def test_absent_data_and_absent_splits_are_said():
 @pytest.mark.parametrize(
     "place", ["gsm8k", "GSM8K", "gsm8k/main", "Gsm8k/deep/down"], ids=["repo", "task", "hub layout", "anywhere"]
 )
-def test_files_are_found_in_folders_of_several_names(tmp_path, place):
+@pytest.mark.parametrize("linked", [False, True])
+def test_files_are_found_in_folders_of_several_names(tmp_path, place, linked):
     folder = tmp_path / "data" / place
-    folder.mkdir(parents=True)
+    if linked:
+        (tmp_path / "elsewhere").mkdir()
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(tmp_path / "elsewhere")
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "train-00000-of-00001.parquet").write_bytes(parquet_rows([gsm8k_row(7)]))
     (folder / "test.parquet").write_bytes(parquet_rows([gsm8k_row(8)]))
     assert hub.take_local("GSM8K", tmp_path / "data") == ["train", "test"]
