@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat.calculator import use_calculator
+from nanochat.engine.calculator import use_calculator
 from nanochat.errors import UserError
 from nanochat.tokenizer import RustBPETokenizer
 

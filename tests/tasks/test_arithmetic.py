@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.calculator import use_calculator
+from nanochat.engine.calculator import use_calculator
 from nanochat.errors import UserError
 from nanochat.tasks.arithmetic import NAMES, TEMPLATES, THINGS, Arithmetic
 from nanochat.tasks.common import Task, answer_number, item_rng, worded

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from nanochat.calculator import use_calculator
 from nanochat.chat_format import conversation_pieces
+from nanochat.engine.calculator import use_calculator
 from nanochat.paths import task_data_dir
 from nanochat.tasks.arithmetic import TEMPLATES, Arithmetic
 from nanochat.tasks.common import Task

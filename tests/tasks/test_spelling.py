@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.calculator import use_calculator
+from nanochat.engine.calculator import use_calculator
 from nanochat.errors import UserError
 from nanochat.tasks.common import item_rng
 from nanochat.tasks.spelling import (

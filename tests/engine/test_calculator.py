@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.calculator import use_calculator
+from nanochat.engine.calculator import use_calculator
 
 
 @pytest.mark.parametrize(
