@@ -2,7 +2,7 @@
 
 A tokenizer directory holds five files:
     tiktoken.bpe               one line a token: base64 of its bytes, a space, its id (what from_directory reads)
-    meta.json                  split pattern, special tokens, vocabulary size and hash; written last
+    meta.json                  pattern, special tokens, vocabulary size, hash, sums of the other files; written last
     tokenizer.json             the same tokenizer for the `tokenizers` library and what is built on it
     tokenizer_config.json      by which transformers loads that, with the chat template (nanochat.chat_format)
     token_bytes.safetensors    int32 (vocab,): what get_token_bytes returns, for programs without this module
@@ -14,6 +14,7 @@ rendering of conversations make them.
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -27,6 +28,7 @@ import safetensors.numpy
 import rustbpe
 from nanochat.chat_format import Piece, completion_pieces, conversation_pieces, tokenizer_config
 from nanochat.errors import UserError
+from nanochat.files import sha256_file
 from nanochat.paths import tokenizer_dir
 from nanochat.tokenizer_io import (
     FILES,
@@ -34,6 +36,7 @@ from nanochat.tokenizer_io import (
     huggingface_json,
     parse_ranks,
     rank_lines,
+    read_meta,
     read_ranks,
     write_files,
 )
@@ -107,29 +110,35 @@ class RustBPETokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write the files of a tokenizer directory. A full disk leaves the previous ones as they were."""
-        meta = {
+        ranks = dict(self.get_mergeable_ranks())
+        sizes = {"token_bytes": np.array(self.token_byte_lengths(), dtype=np.int32)}
+        files = {
+            "tokenizer.json": huggingface_json(ranks, self.get_pattern(), self.get_special_tokens()).encode(),
+            "tokenizer_config.json": tokenizer_config(self.get_special_tokens()).encode(),
+            "token_bytes.safetensors": safetensors.numpy.save(sizes, {"tokenizer_hash": self.hash}),
+            "tiktoken.bpe": rank_lines(self._token_bytes),
+        }
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        meta = (json.dumps({**self._meta(), "sha256": sums}, indent=2) + "\n").encode()
+        write_files(Path(directory), {"meta.json": meta, **files})
+
+    def keep(self, directory: Path) -> None:
+        """As `save`, which takes 3.7 s for 65,536 tokens, unless all is there as it was written."""
+        with contextlib.suppress(UserError, OSError):
+            meta = read_meta(directory)
+            sums = meta.pop("sha256", {})
+            if meta == self._meta() and sums == {name: sha256_file(directory / name) for name in FILES[1:]}:
+                return
+        self.save(directory)
+
+    def _meta(self) -> dict[str, Any]:
+        """What meta.json says of the tokenizer."""
+        return {
             "pattern": self.get_pattern(),
             "special_tokens": self.get_special_tokens(),
             "vocab_size": self.get_vocab_size(),
             "hash": self.hash,
         }
-        ranks = dict(self.get_mergeable_ranks())
-        sizes = {"token_bytes": np.array(self.token_byte_lengths(), dtype=np.int32)}
-        contents = (
-            (json.dumps(meta, indent=2) + "\n").encode(),
-            huggingface_json(ranks, self.get_pattern(), self.get_special_tokens()).encode(),
-            tokenizer_config(self.get_special_tokens()).encode(),
-            safetensors.numpy.save(sizes, {"tokenizer_hash": self.hash}),
-            rank_lines(self._token_bytes),
-        )
-        write_files(Path(directory), dict(zip(FILES, contents, strict=True)))
-
-    def keep(self, directory: Path) -> None:
-        """As `save`, which takes 3.7 s for 65,536 tokens, unless all is there; meta.json is written last."""
-        with contextlib.suppress(UserError):
-            if all((directory / name).is_file() for name in FILES) and read_ranks(directory)[0]["hash"] == self.hash:
-                return
-        self.save(directory)
 
     @functools.cached_property
     def hash(self) -> str:
