@@ -18,7 +18,7 @@ from benchmarks.output import Output, write_json
 from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.errors import UserError
-from nanochat.fp8 import E4M3, E5M2, MULTIPLE, fp8_linear, quantize, require_fp8, transposed
+from nanochat.kernels.fp8 import E4M3, E5M2, MULTIPLE, fp8_linear, quantize, require_fp8, transposed
 from nanochat.loss import fused_head_loss
 from nanochat.runtime import compute_init
 

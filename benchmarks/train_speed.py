@@ -31,8 +31,8 @@ from nanochat import attention, cli
 from nanochat.cli import int_flag
 from nanochat.config import ArchFlags, build_config, resolve
 from nanochat.errors import UserError
-from nanochat.fp8 import Fp8, apply_fp8
 from nanochat.hardware import peak_flops, peak_memory_bytes
+from nanochat.kernels.fp8 import Fp8, apply_fp8
 from nanochat.parallel import Parallel
 from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.studies.short_run import ResidentLoader, build_model, short_run

@@ -7,10 +7,10 @@ where they are used. Shapes: B rows, T tokens, C channels, H heads of D channels
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat import mup
@@ -19,7 +19,9 @@ from nanochat.config import GATE_CHANNELS, LEARNING_RATES, MOST_NGRAM_HEADS, NGR
 from nanochat.config import GPTConfig as GPTConfig
 from nanochat.dtensor import fill_rows
 from nanochat.errors import UserError
-from nanochat.fp8 import Linear
+from nanochat.kernels.fp8 import Linear
+from nanochat.kernels.mlp import mlp
+from nanochat.kernels.pointwise import norm, rotate_norm
 from nanochat.loss import Head, Reduction, head_loss, softcap
 from nanochat.optim import MuonAdamW
 from nanochat.optim.param_groups import check_parametrisation, make_param_groups
@@ -29,11 +31,6 @@ ROTARY_MARGIN = 10  # the rotary table covers this many times sequence_len, so t
 NGRAM_PRIME = 2**31 - 1
 NO_TOKEN = -1  # stands for what is before the document or the row
 STATISTICS = ("mean", "std", "max", "min", "l2")  # of one activation tensor, in this order; l2 = root mean square
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, no parameters, fp32 machine epsilon."""
-    return F.rms_norm(x, (x.size(-1),))
 
 
 def rotary_tables(
@@ -56,12 +53,6 @@ def rotary_tables(
 def embedding(entries: int, width: int) -> nn.Embedding:
     """A table to be filled by init_weights: nn.Embedding's own normal values would on meta import torch._dynamo."""
     return nn.Embedding(entries, width, _weight=torch.empty(entries, width))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, H, D): pairs (i, i + D/2) turned by -angle (the sense published weights use)."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1).to(x.dtype)
 
 
 def ngram_slots(tokens: list[Tensor], factors: Tensor, slots: int) -> Tensor:
@@ -107,6 +98,14 @@ class ForwardContext(NamedTuple):
     kv_cache: Cache | None
 
 
+class Parts(NamedTuple):
+    """What a forward pass calls one after the other."""
+
+    embed: Callable[..., Tensor]
+    blocks: Any
+    loss: Callable[..., Tensor]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -134,7 +133,7 @@ class CausalSelfAttention(nn.Module):
         if value_embed is not None:
             v = self.join(v, value_embed.view(v.shape), x)
         # QK-norm keeps the attention logits bounded
-        q, k = norm(rotate(q, ctx.cos, ctx.sin)), norm(rotate(k, ctx.cos, ctx.sin))
+        q, k = rotate_norm(q, ctx.cos, ctx.sin), rotate_norm(k, ctx.cos, ctx.sin)
         cache, slow, carried = ctx.kv_cache, None, None
         if self.key_offset:
             assert ctx.joined is not None
@@ -168,13 +167,15 @@ def _gate(linear: Linear, x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
+    fused = False  # whether by kernels of our own; parallel.compile_model sets it
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return mlp(x, self.c_fc, self.c_proj, self.fused)
 
 
 def summarize(x: Tensor) -> Tensor:
@@ -313,26 +314,29 @@ class GPT(nn.Module):
         loss_reduction: Reduction = "mean",
         loss_weights: Tensor | None = None,
         at: tuple[Tensor, Tensor] | None = None,
+        parts: "Parts | None" = None,
     ) -> Tensor:
         """Logits (B, T, V) in fp32 for idx (B, T); with targets (B, T; -1 = no loss) the cross-entropy in nats instead,
         a scalar, or (B*T,) for loss_reduction="none", each loss times its weight in loss_weights (B, T) if given. With
         a KV cache, idx continues what the cache holds; where its rows take in different numbers of tokens, the logits
         are those after each row's last (B, 1, V). at: rows and columns (N,), the only places whose logits (N, V) are
-        wanted: with 65,536 tokens the head is most of a small model's work."""
-        config, T = self.config, idx.size(1)
-        ctx = self.forward_context(idx, kv_cache)
-        x = self.run_blocks(self.embed(idx, kv_cache), idx, ctx)
+        wanted: with 65,536 tokens the head is most of a small model's work. parts: what is called for the model's."""
+        embed, blocks, loss = parts or Parts(self.embed, self.transformer.h, self.loss)
+        T, ctx = idx.size(1), self.forward_context(idx, kv_cache)
+        x = self.run_blocks(embed(idx, kv_cache), idx, ctx, blocks)
         if kv_cache is not None:
             x = x if kv_cache.incoming is None else kv_cache.last(x).unsqueeze(1)
             kv_cache.note_tokens(idx)
             kv_cache.advance(T)
-        x = norm(x if at is None else x[at])
-        scale = config.logit_multiplier
         if targets is not None:
-            weights = loss_weights.flatten() if loss_weights is not None else None
-            flat = x.flatten(0, 1), self.lm_head, targets.flatten()
-            return head_loss(*flat, LOGIT_CAP, loss_reduction, weights, scale)
-        return softcap(self.lm_head(x).float(), LOGIT_CAP, scale)
+            return loss(x if at is None else x[at], targets, loss_reduction, loss_weights)
+        return softcap(self.lm_head(norm(x if at is None else x[at])).float(), LOGIT_CAP, self.config.logit_multiplier)
+
+    def loss(self, x: Tensor, targets: Tensor, reduction: Reduction, weights: Tensor | None) -> Tensor:
+        """Of the stream (B, T, C) behind the last block."""
+        weights = weights.flatten() if weights is not None else None
+        flat = norm(x).flatten(0, 1), self.lm_head, targets.flatten()
+        return head_loss(*flat, LOGIT_CAP, reduction, weights, self.config.logit_multiplier)
 
     def embed(self, idx: Tensor, kv_cache: Cache | None) -> Tensor:
         """(B, T, C), normed, in the compute dtype; with `smear` each takes up some of the one before it."""
@@ -401,7 +405,7 @@ class GPT(nn.Module):
             short = kv_cache.mask(layer_of_short, config.window(layer_of_short), first)
         return ForwardContext(self.cos[0, position], self.sin[0, position], (short, long), joined, kv_cache)
 
-    def run_blocks(self, x: Tensor, idx: Tensor, ctx: ForwardContext) -> Tensor:
+    def run_blocks(self, x: Tensor, idx: Tensor, ctx: ForwardContext, blocks: Any) -> Tensor:
         """The stream (B, T, C) behind the last block, and what runs beside the blocks: skips, shortcut, backout."""
         config, n, x0 = self.config, self.config.n_layer, x
         values: list[Tensor] = []
@@ -411,7 +415,7 @@ class GPT(nn.Module):
         ngrams = self.embed_ngrams(idx, ctx.kv_cache) if config.ngram_embeds else None
         middle = 2 * n // 3 - 1 if config.backout and n > 1 else -1
         outputs: dict[int, Tensor] = {}  # only what is needed again: without gradients the others are freed
-        for layer, block in enumerate(self.transformer.h):  # type: ignore[arg-type]
+        for layer, block in enumerate(blocks):
             if config.unet and layer >= n - n // 2:
                 x = x + self.skip_weights[layer - (n - n // 2)] * outputs[n - 1 - layer]
             if config.x0_shortcut:

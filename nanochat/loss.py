@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.fp8 import E4M3, E5M2, MULTIPLE, Linear, Scaled, matmul, quantize, scale_of, to_format, transposed
+from nanochat.kernels.fp8 import E4M3, E5M2, MULTIPLE, Linear, Scaled, matmul, quantize, scale_of, to_format, transposed
 from nanochat.runtime import IGNORE_INDEX, kernel
 
 Reduction = Literal["mean", "sum", "none"]
@@ -76,7 +76,7 @@ def fused_head_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: float, scale: float = 1.0, fp8: bool = False
 ) -> Tensor:
     """Summed loss of hidden (N, C) against targets (N,), each times its weight (N,), by the head's weight (V, C). fp8:
-    with 8-bit matmuls (nanochat.fp8), forward and backward."""
+    with 8-bit matmuls (nanochat.kernels.fp8), forward and backward."""
     total, _, _ = _fused_head_loss(hidden, weight, targets, weights, cap, scale, fp8)
     return total
 

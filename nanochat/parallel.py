@@ -21,6 +21,7 @@ from nanochat.attention import load_flex_attention
 from nanochat.errors import UserError
 from nanochat.flags import Parallel
 from nanochat.gpt import GPT
+from nanochat.kernels.mlp import has_fused_mlp
 from nanochat.runtime import allow_variants, get_dist_info, print0, ranks_per_node
 
 Strategy = Literal["ddp", "fsdp", "hsdp"]
@@ -144,6 +145,8 @@ def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
     model.block_masks = model.get_device().type == "cuda"  # compiled, FlexAttention skips what is masked
     if model.block_masks and model.config.masked:
         load_flex_attention()
+    for block in model.transformer.h:  # type: ignore[union-attr]
+        block.mlp.fused = has_fused_mlp(model.get_device(), model.compute_dtype)
     allow_variants()
     if policy.strategy == "ddp":
         return torch.compile(model, dynamic=False, fullgraph=True)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from nanochat.errors import UserError, end_with_parent
 from nanochat.flags import DeviceType
+from nanochat.paths import get_base_dir
 
 T = TypeVar("T")
 
@@ -100,6 +101,8 @@ def compute_init(device_type: DeviceType = "auto") -> tuple[bool, int, int, int,
             )
         device = torch.device("cuda", info.local_rank)
         torch.cuda.set_device(device)
+        # in the store, where the next stage finds what this one has compiled; /tmp may go with the machine
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_base_dir() / "compiled"))
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(42)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that is killed would leave us behind, with the GPU

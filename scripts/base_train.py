@@ -37,8 +37,12 @@ class Settings(ArchFlags, RunFlags):
     """Training tokens per parameter."""
 
     # ---- the batch
-    device_batch_size: Annotated[int, int_flag(gte=1)] = 32
-    """Rows per forward pass on each device, at most; lower it when memory runs out, the result stays the same."""
+    device_batch_size: Annotated[int | None, int_flag(gte=1)] = None
+    """Rows per forward pass on each device, at most; default: what fits into its memory, 32 at most. The result stays
+    the same."""
+    activation_memory_budget: Annotated[float, float_flag(gte=0, lte=1)] = 1.0
+    """Share of what a forward pass leaves for the backward pass that is kept; the rest is computed again. Compiled
+    models only."""
     total_batch_size: Annotated[int, int_flag(gte=1)] = 524_288
     """Tokens per optimizer step over all devices, a multiple of max_seq_len."""
 
@@ -99,7 +103,7 @@ def check(settings: Settings) -> None:
         from nanochat.train.monitor import monitor_settings  # which imports torch
 
         monitor_settings(settings.monitor_interval)
-    plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size=1)
+    plan_batch(settings.total_batch_size, settings.device_batch_size or 1, settings.max_seq_len, world_size=1)
     build_config(settings, vocab_size=65_536, document_token=0)
     plan_horizon(settings, num_params=10**15, flops_per_token=1)  # that there is one
 
@@ -124,9 +128,9 @@ from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.core import evaluate_core
 from nanochat.eval.samples import make_samples
-from nanochat.fp8 import apply_fp8
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
+from nanochat.kernels.fp8 import apply_fp8
 from nanochat.optim.schedule import batch_lr_scale, make_schedule, window_length
 from nanochat.parallel import Policy
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir
@@ -135,6 +139,7 @@ from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
 from nanochat.train.console import wandb_name, wandb_project
 from nanochat.train.coordinates import CoordRecorder
 from nanochat.train.loop import train
+from nanochat.train.memory import Batch, choose_rows, keep_activations, memory_advice
 from nanochat.train.monitor import Monitor, monitor_settings
 from nanochat.train.observer import Observer
 from nanochat.train.run import (
@@ -269,17 +274,26 @@ def announce(settings: Settings, model: GPT, data: TrainData, plan: BatchPlan, n
     return cropped
 
 
-def build_model(settings: Settings, data: TrainData, device: torch.device) -> tuple[GPT, Policy, int, str]:
-    """(model, how it is spread over ranks, optimizer steps, why so many): shapes first, so that an impossible horizon
-    costs no memory; memory second, values last."""
+def build_model(settings: Settings, data: TrainData, device: torch.device) -> tuple[Settings, GPT, Policy, int, str]:
+    """(settings with a device batch, model, how it is spread over ranks, steps, why so many): shapes first, so that an
+    impossible horizon costs no memory; memory second, values last."""
     with torch.device("meta"):
         model = GPT(build_config(settings, data.vocab_size, data.document_token), compute_dtype(device))
     num_iterations, why = plan_horizon(settings, model.num_params(lookups=False), model.estimate_flops())
     policy = parallelize_model(model, settings, device)
+    if settings.device_batch_size is None:
+        rows = choose_rows(model, policy, device, batch_of(settings))
+        settings = cli.replace(settings, device_batch_size=rows)
     model.to_empty(device=device)
     model.init_weights(init_spec(settings))
     apply_fp8(model, settings.fp8)
-    return model, policy, num_iterations, why
+    return settings, model, policy, num_iterations, why
+
+
+def batch_of(settings: Settings) -> Batch:
+    """What the memory of a rank depends on."""
+    rows = -(-settings.total_batch_size // settings.max_seq_len // get_dist_info().world_size)
+    return Batch(rows, settings.max_seq_len, settings.use_muon, settings.activation_memory_budget)
 
 
 def main(settings: Settings) -> None:
@@ -288,9 +302,10 @@ def main(settings: Settings) -> None:
     watched = monitor_settings(settings.monitor_interval)
     data = open_data(settings.source)
     settings = cli.replace(settings, source=data.source)
-    plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
+    keep_activations(settings.activation_memory_budget)
 
-    model, policy, num_iterations, why = build_model(settings, data, device)
+    settings, model, policy, num_iterations, why = build_model(settings, data, device)
+    plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
     config, forward = model.config, compiled(model, policy, settings.compile)
 
     # ---- the optimizer; its rates and the batch are what later stages go on with
@@ -345,6 +360,7 @@ def main(settings: Settings) -> None:
         observer=ClusterObserver(),
         warm_kernels=warm_kernels if settings.warm_kernels else lambda run: None,
         flops_per_token=model.estimate_flops(),
+        memory_advice=memory_advice(model, policy, batch_of(settings), plan.device_batch_size),
         wandb_name=wandb_name(settings.run, settings.arch, width, base_width, datetime.now()),
         wandb_project=wandb_project(settings.arch, settings.mup),
     )

@@ -11,9 +11,12 @@ import torch
 from nanochat import parallel
 from nanochat.attention import GPU_KERNELS, make_masks, masked_attention
 from nanochat.engine import Engine, Sampling
-from nanochat.fp8 import CAPABILITY, apply_fp8
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import pointwise
+from nanochat.kernels.fp8 import CAPABILITY, apply_fp8
 from nanochat.optim import MuonAdamW
+from nanochat.studies.short_run import ResidentLoader, build_model, short_run
+from nanochat.train.loop import train_step
 from nanochat.train.monitor import Monitor, MonitorSettings
 from nanochat.train.spectral import spectral_norms
 from tests.models import make_config
@@ -159,6 +162,45 @@ def test_growing_windows_compile_nothing_and_wait_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+
+
+def test_a_step_of_the_loop_waits_for_nothing_and_its_schedule_compiles_nothing():
+    config = GPTConfig(sequence_len=256, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=256)
+    model, forward, policy = build_model(config, torch.device("cuda"))
+    model.init_weights()
+    rows = torch.randint(0, 512, (4, 257), device="cuda", dtype=torch.int32)
+    loader, schedule = ResidentLoader(rows, 4, 2), lambda step: (1 / (step + 1), 0.85 + 0.01 * step)
+    run = short_run(model, forward, model.setup_optimizer(), loader, 9, 1024, schedule, grad_clip=1.0, policy=policy)
+    for _ in range(2):
+        train_step(run)
+    torch.cuda.synchronize()
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [train_step(run) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+    assert all(result.loss.isfinite() for result in results)
+
+
+@pytest.mark.parametrize("arch", ["nanochat", "speedrun"])
+def test_gradients_in_bf16_are_no_further_off_than_by_plain_operations(arch, monkeypatch):
+    """Against fp32, at the same weights, each path compiled."""
+    inputs, targets = text()
+
+    def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        torch._dynamo.reset()
+        model = build(arch, dtype)
+        parallel.compile_model(model, DDP)(inputs, targets).backward()
+        return {name: param.grad for name, param in model.named_parameters() if param.ndim == 2}
+
+    ours = gradients(torch.bfloat16)
+    monkeypatch.setattr(pointwise, "_learns_on_gpu", lambda x: False)
+    plain, wanted = gradients(torch.bfloat16), gradients(torch.float32)
+    errors, before = ({name: relative(g, wanted[name]) for name, g in grads.items()} for grads in (ours, plain))
+    assert sum(errors.values()) <= 1.1 * sum(before.values())
+    assert all(errors[name] <= 1.5 * before[name] + 1e-3 for name in errors)
 
 
 def losses_of(model: GPT, optimizer: MuonAdamW, steps: int) -> list[float]:

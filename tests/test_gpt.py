@@ -6,7 +6,8 @@ import torch
 from nanochat.attention import causal_attention, visible
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig, norm, rotary_tables, rotate
+from nanochat.gpt import GPT, GPTConfig, rotary_tables
+from nanochat.kernels.pointwise import norm, rotate
 
 SMALL = {"sequence_len": 32, "vocab_size": 97, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
 

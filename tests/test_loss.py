@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import loss
-from nanochat.fp8 import E4M3, E5M2, quantize
 from nanochat.gpt import Head
+from nanochat.kernels.fp8 import E4M3, E5M2, quantize
 
 
 def reference(hidden, head, targets, cap, scale=1.0):

@@ -17,7 +17,8 @@ from nanochat.config import LEARNING_RATES, ArchFlags, InitSpec, resolve
 from nanochat.dtensor import is_sharded, local
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig, norm
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels.pointwise import norm
 from nanochat.mup import Dim, InfShape
 from nanochat.optim.buckets import lr_aspect_scale
 from tests import models

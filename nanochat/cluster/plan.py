@@ -59,6 +59,7 @@ from nanochat.gpt import GPT
 from nanochat.hardware import GPUS
 from nanochat.parallel import make_policy
 from nanochat.sections import duration
+from nanochat.train.memory import MARGIN, Sizes, training_bytes
 
 GB = 1e9
 PEAK_FLOPS = GPUS["H100"].peak or 0.0
@@ -74,7 +75,6 @@ class Measurement(NamedTuple):
     tokens_per_step: int  # of the run, over all its GPUs
     tokens_per_second: float
     mfu: float  # of forward and backward alone, the optimizer left out
-    peak_bytes: float
     where: str
 
 
@@ -82,10 +82,10 @@ class Measurement(NamedTuple):
 # three are benchmarks/results/parallel_h200.jsonl.
 TWO = "two H200 of one host, torch 2.11, 2026-11-22"
 MEASURED = (
-    Measurement(12, 32768, 32, 524_288, 538_348, 0.483, 23.7 * 2**30, "one H200, torch 2.11, 2026-11-22"),
-    Measurement(20, 65536, 16, 524_288, 151_912, 0.548, 36.8 * 2**30, f"ddp, {TWO}"),
-    Measurement(26, 65536, 8, 524_288, 77_534, 0.554, 38.3 * 2**30, f"ddp, {TWO}"),
-    Measurement(32, 65536, 8, 524_288, 47_439, 0.592, 56.4 * 2**30, f"fsdp, {TWO}"),
+    Measurement(12, 32768, 32, 524_288, 538_348, 0.483, "one H200, torch 2.11, 2026-11-22"),
+    Measurement(20, 65536, 16, 524_288, 151_912, 0.548, f"ddp, {TWO}"),
+    Measurement(26, 65536, 8, 524_288, 77_534, 0.554, f"ddp, {TWO}"),
+    Measurement(32, 65536, 8, 524_288, 47_439, 0.592, f"fsdp, {TWO}"),
 )
 
 # Measured on two H200 of one host, d12: 1.97 times the tokens/s of one
@@ -95,10 +95,6 @@ NVLINK_BYTES_PER_SECOND = 258e9
 # There, under fsdp: the whole optimizer step (both all-to-alls, AdamW, clipping) against its Newton-Schulz products at
 # MATMUL_FLOPS: 0.34 at d20 (24 ms), 0.41 at d26 (55 ms), 0.46 at d32 (114 ms)
 OPTIMIZER_EFFICIENCY = 0.41
-
-# Bytes kept for the backward pass for each token, layer and unit of width. From d12 above: its peak less weights,
-# gradients, optimizer state and bf16 copies, over 65,536 tokens x 12 layers x 768.
-ACTIVATION_BYTES = 38.7
 
 # Assumptions, none of them measured here
 NETWORK_EFFICIENCY = 0.8  # of that, what collectives reach
@@ -111,7 +107,7 @@ class Shapes(NamedTuple):
     width: int
     params: int
     matrices: int  # of these, parameters of the blocks: Muon's
-    head: int  # parameters of the head; the embedding has as many
+    sizes: Sizes
     flops_per_token: float  # forward and backward
 
 
@@ -119,10 +115,9 @@ class Shapes(NamedTuple):
 def shapes(depth: int, vocab_size: int, row_len: int = 2048) -> Shapes:
     """The classic model of that depth, in rows of row_len tokens."""
     with torch.device("meta"):
-        model = GPT(build_config(resolve(ArchFlags(depth=depth, max_seq_len=row_len)), vocab_size))
-    matrices = sum(param.numel() for name, param in model.named_parameters() if name.startswith("transformer.h."))
-    head = model.lm_head.weight.numel()
-    return Shapes(model.config.n_embd, model.num_params(), matrices, head, model.estimate_flops())
+        model = GPT(build_config(resolve(ArchFlags(depth=depth, max_seq_len=row_len)), vocab_size), torch.bfloat16)
+    sizes = Sizes.of(model)
+    return Shapes(model.config.n_embd, sizes.params, sizes.matrices, sizes, model.estimate_flops())
 
 
 class Step(NamedTuple):
@@ -167,29 +162,13 @@ class Plan:
 
     def memory(self) -> dict[str, float]:
         """Bytes on each GPU by purpose."""
-        settings, model, policy = self.settings, self.model, self.policy
-        parts = {"ddp": 1, "fsdp": self.world, "hsdp": settings.gpus_per_node}[policy.strategy]
-        state = (4 if settings.use_muon else 8) * model.matrices + 8 * (model.params - model.matrices)
-        block = model.matrices / settings.depth
-        if policy.strategy == "ddp":
-            copies = 2.0 * (model.matrices + model.head)  # one of each weight, kept until the backward pass
-        elif policy.reshard_after_forward:
-            copies = 2.0 * (2 * block + 2 * model.head) + 4.0 * block  # two blocks, both ends; gradients of one block
-        else:
-            copies = 2.0 * model.params
-        unsharded = policy.strategy != "ddp" and policy.accumulate_unsharded and self.passes > 1
-        return {
-            "weights, fp32": 4.0 * model.params / parts,
-            "gradients, fp32": 4.0 * model.params / parts + (4.0 * model.params if unsharded else 0.0),
-            "optimizer state, fp32": state / (self.world if policy.strategy == "ddp" else parts),
-            "weights to compute, bf16": copies,
-            "activations (estimated)": ACTIVATION_BYTES
-            * (self.rows * settings.max_seq_len * settings.depth * model.width),
-        }
+        settings, tokens = self.settings, self.rows * self.settings.max_seq_len
+        shared = self.passes, self.world, settings.gpus_per_node, settings.use_muon
+        return training_bytes(self.model.sizes, self.policy, tokens, *shared)
 
     def fits(self) -> bool:
         """Whether it fits with a margin of 10 %, for what is not counted and for fragmentation."""
-        return sum(self.memory().values()) <= 0.9 * self.settings.gpu_memory_gb * GB
+        return sum(self.memory().values()) <= MARGIN * self.settings.gpu_memory_gb * GB
 
     def traffic(self) -> tuple[float, float]:
         """Bytes (inside the node, between nodes) that each GPU sends in a step.
@@ -291,7 +270,6 @@ def main(settings: Settings) -> None:
 Measured
   MFU of a GPU             {100 * share:.1f} % of {peak} without the optimizer, {origin}
   matmul, bf16             {MATMUL_FLOPS / 1e12:g} TFLOP/s, one H200, 8192³
-  activations              {ACTIVATION_BYTES:g} bytes a token, layer and unit of width, d12 on one H200
   inside a node            {NVLINK_BYTES_PER_SECOND / GB:g} GB/s a GPU, two H200 of one host
   optimizer                its products at {100 * OPTIMIZER_EFFICIENCY:g} % of the matmul rate, two H200
   (two H200 of one host reached {100 * TWO_GPU_EFFICIENCY:g} % of twice one at d12)

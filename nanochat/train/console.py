@@ -33,6 +33,7 @@ LR_MULTIPLIER = "Optimization/lr_multiplier"  # learning rates over their full o
 SKIPPED = "Optimization/skipped_steps"  # so far, because loss or gradient were not finite
 TRAINED = frozenset({TRAIN_LOSS, GRAD_NORM, SKIPPED})  # what each training step has one of
 STEP_SECONDS = "Time/step_seconds"  # a step, evaluations and checkpoints left out, s
+DATA_SECONDS = "Time/data_seconds"  # that this rank's host waited for the batches of a step, s
 TOKENS_PER_SECOND = "Time/tokens_per_second"  # training tokens over all ranks, 1/s
 MFU = "Hardware/mfu"  # FLOPs of the model over the dense bf16 peak of all devices
 
@@ -50,6 +51,8 @@ class StepResult(NamedTuple):
     """Whether any target counted. Where none did, the loss of 0 is none."""
     snapshot: LateMetrics | None
     """What the monitor saw, where it looked."""
+    data_seconds: float = 0.0
+    """That the host waited for the batches."""
 
 
 class Console:
@@ -106,7 +109,7 @@ class Console:
     def _record(self, step: int, result: StepResult, loss: float, norm: float, further: dict[str, float]) -> None:
         state = self.run.state
         self.skipped_in_a_row = 0
-        metrics = {GRAD_NORM: norm, LR_MULTIPLIER: result.multiplier, **further}
+        metrics = {GRAD_NORM: norm, LR_MULTIPLIER: result.multiplier, DATA_SECONDS: result.data_seconds, **further}
         if result.has_loss:
             state.smoothed_loss = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * loss
             metrics = {TRAIN_LOSS: loss, **metrics}

@@ -166,7 +166,7 @@ def train_step(run: TrainingRun) -> StepResult:
     norm = run.optimizer.step(max_norm=run.grad_clip if run.grad_clip > 0 else None, loss=mean)
     run.optimizer.zero_grad(set_to_none=True)
     run.state.step += 1
-    return StepResult(mean, norm, multiplier, has_loss, run.monitor.after_update())
+    return StepResult(mean, norm, multiplier, has_loss, run.monitor.after_update(), waited)
 
 
 def _evaluate(run: TrainingRun, console: Console, due: list[Evaluation]) -> bool:

@@ -39,8 +39,8 @@ PROJECT = "nanochat"  # in Weights & Biases
 # folder itself.
 OBSERVERS = {"run", "eval_every", "eval_tokens", "eval_questions", "eval_samples", "core_metric_every",
              "core_metric_max_per_task", "sample_every", "save_every", "resume", "device_type", "device_batch_size",
-             "model_tag", "out_tag", "parallel", "use_fsdp", "keep_last", "keep_every", "monitor_interval",
-             "coord_check", "coord_check_every", "warm_kernels", "unsafe_exec"}  # fmt: skip
+             "activation_memory_budget", "model_tag", "out_tag", "parallel", "use_fsdp", "keep_last", "keep_every",
+             "monitor_interval", "coord_check", "coord_check_every", "warm_kernels", "unsafe_exec"}  # fmt: skip
 
 # ---- what the loop works with
 

@@ -53,7 +53,6 @@ def test_the_run_that_was_measured_is_predicted():
     row = plan.MEASURED[0]
     sizes = {"depth": row.depth, "vocab_size": row.vocab_size, "total_batch_size": row.tokens_per_step}
     one, two = (Plan(Settings(**sizes, gpus_per_node=n, device_batch_size=row.device_batch_size)) for n in (1, 2))
-    assert sum(one.memory().values()) == pytest.approx(row.peak_bytes, rel=0.03)
     assert row.tokens_per_step / sum(one.step()) == pytest.approx(row.tokens_per_second, rel=0.02)
     assert sum(one.step()) / sum(two.step()) / 2 == pytest.approx(plan.TWO_GPU_EFFICIENCY, abs=0.03)
 
@@ -97,7 +96,7 @@ def test_muon_is_a_small_part_and_spread():
 
 def test_mfu_between_two_measurements():
     def row(depth, mfu):
-        return Measurement(depth, 65536, 1, 1, 1.0, mfu, 1.0, f"run {depth}")
+        return Measurement(depth, 65536, 1, 1, 1.0, mfu, f"run {depth}")
 
     rows = (row(30, 0.6), row(20, 0.5))
     assert one_gpu_mfu(25, rows)[0] == pytest.approx(0.55) and "d20 and d30" in one_gpu_mfu(25, rows)[1]
@@ -143,4 +142,3 @@ def test_what_was_measured_on_two_gpus_is_predicted(depth, strategy, rows):
     asked = Settings(depth=depth, gpus_per_node=2, parallel=strategy, device_batch_size=rows, gpu_memory_gb=150)
     predicted = Plan(asked)
     assert asked.total_batch_size / sum(predicted.step()) == pytest.approx(2 * measured.tokens_per_second, rel=0.02)
-    assert 0.9 * measured.peak_bytes < sum(predicted.memory().values()) < 1.25 * measured.peak_bytes

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import fp8, parallel
+from nanochat import parallel
 from nanochat.errors import UserError
-from nanochat.fp8 import E4M3, E5M2, Scaled, apply_fp8, fp8_linear, fp8_mm, quantize, require_fp8, transposed
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import fp8
+from nanochat.kernels.fp8 import E4M3, E5M2, Scaled, apply_fp8, fp8_linear, fp8_mm, quantize, require_fp8, transposed
 from tests.processes import run_processes
 
 # Half a step of the mantissa, as a share of the value: 3 bits in e4m3, 2 in e5m2.

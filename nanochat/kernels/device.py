@@ -1,0 +1,143 @@
+"""GPU kernels in Triton, for what torch.compile makes measurably slower (docs/speed.md). Imported where one is
+launched: everything else works without Triton.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# ---- queries and keys: turned, then normed
+
+
+@triton.jit
+def _load_turned_rows(x, row, mask, HALF: tl.constexpr):
+    """Both halves of so many rows of 2 x HALF, fp32."""
+    column = tl.arange(0, HALF)
+    place = row[:, None] * (2 * HALF) + column[None, :]
+    first = tl.load(x + place, mask=mask[:, None], other=0.0).to(tl.float32)
+    second = tl.load(x + place + HALF, mask=mask[:, None], other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _rotate_norm(x, cos, sin, y, factor, rows, heads, length, EPSILON: tl.constexpr, HALF: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = row < rows
+    column = tl.arange(0, HALF)
+    angle = ((row // heads) % length)[:, None] * HALF + column[None, :]
+    c, s = tl.load(cos + angle), tl.load(sin + angle)
+    first, second = _load_turned_rows(x, row, mask, HALF)
+    scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + EPSILON)
+    place = row[:, None] * (2 * HALF) + column[None, :]
+    kind = y.dtype.element_ty
+    tl.store(y + place, ((first * c + second * s) * scale[:, None]).to(kind), mask=mask[:, None])
+    tl.store(y + place + HALF, ((second * c - first * s) * scale[:, None]).to(kind), mask=mask[:, None])
+    tl.store(factor + row, scale, mask=mask)
+
+
+@triton.jit
+def _rotate_norm_grad(grad, y, factor, cos, sin, grad_x, rows, heads, length, HALF: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = row < rows
+    column = tl.arange(0, HALF)
+    angle = ((row // heads) % length)[:, None] * HALF + column[None, :]
+    c, s = tl.load(cos + angle), tl.load(sin + angle)
+    y1, y2 = _load_turned_rows(y, row, mask, HALF)
+    g1, g2 = _load_turned_rows(grad, row, mask, HALF)
+    along = (tl.sum(g1 * y1 + g2 * y2, 1) / (2 * HALF))[:, None]
+    scale = tl.load(factor + row, mask=mask, other=0.0)[:, None]
+    g1, g2 = (g1 - y1 * along) * scale, (g2 - y2 * along) * scale
+    place = row[:, None] * (2 * HALF) + column[None, :]
+    kind = grad_x.dtype.element_ty
+    tl.store(grad_x + place, (g1 * c - g2 * s).to(kind), mask=mask[:, None])
+    tl.store(grad_x + place + HALF, (g2 * c + g1 * s).to(kind), mask=mask[:, None])
+
+
+ROWS = 32  # of one head each, in a program
+
+
+def rotate_norm(x: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(x (B, T, H, D) turned by cos and sin (T, D/2) and normed; the factors of its rows (B, T, H), fp32)."""
+    B, T, H, D = x.shape
+    y, factor = torch.empty_like(x), x.new_empty((B, T, H), dtype=torch.float32)
+    rows = B * T * H
+    _rotate_norm[(triton.cdiv(rows, ROWS),)](x, cos, sin, y, factor, rows, H, T, epsilon, D // 2, ROWS)
+    return y, factor
+
+
+def rotate_norm_grad(grad: Tensor, y: Tensor, factor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """d/dx of it, from the gradient (B, T, H, D) and what rotate_norm gave."""
+    B, T, H, D = y.shape
+    grad_x = torch.empty_like(y)
+    rows = B * T * H
+    _rotate_norm_grad[(triton.cdiv(rows, ROWS),)](grad, y, factor, cos, sin, grad_x, rows, H, T, D // 2, ROWS)
+    return grad_x
+
+
+# ---- products with what is next to them
+
+
+@triton.jit
+def _product(a, b, c, extra, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+             PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """relu(a @ b.T)² into c; BACKWARD: (a @ b) * 2 sqrt(extra). Persistent: each program takes every PROGRAMS-th tile,
+    in groups of GROUP rows of tiles, which share what they read in the second-level cache."""
+    rows, columns, steps = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(K, BK)
+    width = GROUP * columns
+    for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
+        first = tile // width * GROUP
+        size = min(rows - first, GROUP)
+        m, n = (first + tile % size) * BM, (tile % width) // size * BN
+        total = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in range(steps):
+            left = a.load([m, k * BK])
+            if BACKWARD:  # noqa: SIM108 - only one of them is compiled
+                right = b.load([k * BK, n])
+            else:
+                right = b.load([n, k * BK]).T
+            total = tl.dot(left, right, total)
+        # in two halves: the tile on its way out then takes half the shared memory
+        one, two = tl.split(tl.permute(tl.reshape(total, (BM, 2, BN // 2)), (0, 2, 1)))
+        if BACKWARD:
+            one = one * (2.0 * tl.sqrt(extra.load([m, n]).to(tl.float32)))
+            c.store([m, n], one.to(c.dtype))
+            two = two * (2.0 * tl.sqrt(extra.load([m, n + BN // 2]).to(tl.float32)))
+        else:
+            one, two = tl.maximum(one, 0.0), tl.maximum(two, 0.0)
+            one, two = one * one, two * two
+            c.store([m, n], one.to(c.dtype))
+        c.store([m, n + BN // 2], two.to(c.dtype))
+
+
+TILE = 128, 256, 64  # on an H200 1.13 ms for 65,536 x 1,280 -> 5,120; the others tried took 1.23 to 1.40
+
+
+def _launch(a: Tensor, b: Tensor, extra: Tensor | None, columns: int, backward: bool, programs: int) -> Tensor:
+    (M, K), (BM, BN, BK) = a.shape, TILE
+    c = a.new_empty((M, columns))
+    describe: Any = TensorDescriptor.from_tensor
+    tiles = triton.cdiv(M, BM) * triton.cdiv(columns, BN)
+    programs = min(tiles, programs)
+    _product[(programs,)](
+        describe(a, [BM, BK]),
+        describe(b, [BK, BN] if backward else [BN, BK]),
+        describe(c, [BM, BN // 2]),
+        describe(c if extra is None else extra, [BM, BN // 2]),
+        M, columns, K, BM, BN, BK, 8, programs, backward, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return c
+
+
+def relu_squared_product(x: Tensor, weight: Tensor, programs: int) -> Tensor:
+    """relu(x (N, K) @ weight (M, K).T)², (N, M). programs: multiprocessors of the GPU."""
+    return _launch(x, weight, None, weight.size(0), False, programs)
+
+
+def relu_squared_product_grad(grad: Tensor, weight: Tensor, y: Tensor, programs: int) -> Tensor:
+    """(grad (N, K) @ weight (K, M)) * 2 sqrt(y (N, M)): the gradient before the squares y."""
+    return _launch(grad, weight, y, weight.size(1), True, programs)

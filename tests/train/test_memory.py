@@ -1,0 +1,56 @@
+"""The device batch that is chosen, and what is said where it was too large."""
+
+import pytest
+import torch
+
+from nanochat.config import ArchFlags, build_config, resolve
+from nanochat.gpt import GPT
+from nanochat.parallel import Policy
+from nanochat.train.memory import MARGIN, Batch, choose_rows, fitting_rows, memory_advice, needed_bytes
+
+DDP = Policy("ddp", torch.bfloat16)
+BATCH = Batch(rows=256, length=2048, use_muon=True)
+
+
+def model(depth: int, arch: str = "nanochat") -> GPT:
+    with torch.device("meta"):
+        return GPT(build_config(resolve(ArchFlags(depth=depth, arch=arch)), 32_768, document_token=0), torch.bfloat16)
+
+
+@pytest.mark.parametrize("gigabytes", [8, 16, 24, 48, 80, 141])
+@pytest.mark.parametrize("depth", [4, 12, 26])
+def test_the_largest_that_fits(gigabytes, depth):
+    built, memory = model(depth), int(gigabytes * 1e9)
+    rows, why = fitting_rows(built, DDP, memory, BATCH, 32)
+    assert rows in (1, 2, 4, 8, 16, 32) and "GiB" in why
+    assert rows == 1 or needed_bytes(built, DDP, BATCH, rows) <= MARGIN * memory
+    assert rows == 32 or needed_bytes(built, DDP, BATCH, 2 * rows) > MARGIN * memory
+
+
+# Peaks of benchmarks.train_speed on one H200, torch 2.11: one pass a step, vocabulary 32,768.
+@pytest.mark.parametrize(
+    ("arch", "depth", "rows", "gib"),
+    [("nanochat", 12, 32, 14.18), ("nanochat", 20, 32, 37.83), ("ngram", 12, 16, 13.28)],
+)
+def test_what_was_measured_is_estimated(arch, depth, rows, gib):
+    batch = Batch(rows, 2048, use_muon=True)
+    assert needed_bytes(model(depth, arch), DDP, batch, rows) / 2**30 == pytest.approx(gib, rel=0.05)
+
+
+def test_what_is_not_kept_makes_room():
+    built, memory = model(26), int(48e9)
+    all_kept, half = (fitting_rows(built, DDP, memory, BATCH._replace(budget=b), 32)[0] for b in (1.0, 0.5))
+    assert half >= 2 * all_kept
+
+
+def test_more_features_keep_more():
+    assert needed_bytes(model(12, "speedrun"), DDP, BATCH, 8) > needed_bytes(model(12), DDP, BATCH, 8)
+
+
+def test_on_a_cpu_nothing_is_estimated():
+    assert choose_rows(model(4), DDP, torch.device("cpu"), BATCH) == 32
+
+
+def test_after_running_out_of_memory():
+    assert "--device-batch-size=16 should fit" in memory_advice(model(4), DDP, BATCH, 32)
+    assert "--parallel=fsdp" in memory_advice(model(4), DDP, BATCH, 1)
