@@ -21,7 +21,7 @@ from nanochat.data import parquet
 from nanochat.data.sources import SPLITS, HubSource, canonical, find_source, source_flag
 from nanochat.errors import UserError
 from nanochat.paths import data_dir
-from nanochat.sections import write_section
+from nanochat.sections import keeps_results, write_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,8 @@ def main(settings: Settings) -> None:
     print(f"in {data_dir(source)}")
     table = {"title": "Text", "columns": ["Split", "Shards", "Documents", "Bytes"], "rows": rows}
     about = {key: value for key, value in manifest.items() if key != "files"}
-    write_section("dataset", "Dataset", {"settings": as_dict(settings), "metrics": about, "tables": [table]})
+    if keeps_results():
+        write_section("dataset", "Dataset", {"settings": as_dict(settings), "metrics": about, "tables": [table]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -60,6 +60,10 @@ def exit_on_user_error(program: Callable[[], object]) -> None:
             _drop_output()
             sys.exit(CLOSED_PIPE)
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            try:
+                os.getcwd()
+            except FileNotFoundError:
+                end("the current folder has been removed: cd to one that is there")
             raise
         end(explained(error))
     except RecursionError as error:
@@ -118,7 +122,12 @@ def explained(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return f"disk full{where}: free some space (or set NANOCHAT_BASE_DIR to a larger disk) and run again"
-    return f"{error.filename2 or error.filename}: {error.strerror} (NANOCHAT_BASE_DIR=DIR keeps everything in DIR)"
+    name = os.fsdecode(error.filename2 or error.filename)
+    store = os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
+    hint = "NANOCHAT_BASE_DIR=DIR keeps everything in DIR"
+    if not name.startswith(store) and os.path.exists(name):
+        hint = "it is no part of the store: make it readable, or take another"
+    return f"{name}: {error.strerror} ({hint})"
 
 
 def end_with_parent(number: int) -> None:

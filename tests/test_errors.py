@@ -90,6 +90,21 @@ def test_a_file_that_cannot_be_used_is_one_line_with_its_name(number, capsys):
     assert end.value.code == 1 and "/store/x" in line and os.strerror(number) in line
 
 
+def test_a_file_of_the_users_is_not_told_to_be_in_the_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "store"))
+    ours, theirs = tmp_path / "store" / "x", tmp_path / "a.txt"
+    for path, hint in ((ours, "NANOCHAT_BASE_DIR=DIR keeps everything in DIR"), (theirs, "make it readable")):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        said = errors.explained(PermissionError(errno.EACCES, "Permission denied", str(path)))
+        assert said.startswith(f"{path}: Permission denied") and hint in said
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
+    done = run("os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); os.getcwd()", str(tmp_path))
+    assert done.stderr.decode() == "error: the current folder has been removed: cd to one that is there\n"
+
+
 def test_errors_of_no_file_keep_their_trace():
     with pytest.raises(OSError, match="Cannot allocate"):
         exit_on_user_error(failing(OSError(errno.ENOMEM, "Cannot allocate memory")))
