@@ -7,6 +7,7 @@ import ast
 import glob
 import hashlib
 import itertools
+import os
 import pkgutil
 import re
 import time
@@ -75,7 +76,7 @@ def read(run_dir: Path) -> list[Record]:
 def _is_record(record: Record) -> bool:
     stage, status, *numbers = (record.get(name) for name in ("stage", "status", "time"))
     numbers.append(record.get("seconds", 0))
-    are_numbers = all(isinstance(number, int | float) for number in numbers)
+    are_numbers = all(isinstance(number, int | float) and 0 <= number < 1e11 for number in numbers)  # nor NaN
     return are_numbers and isinstance(stage, str) and str(status) in STATUSES
 
 
@@ -165,7 +166,7 @@ def unchanged(outputs: object) -> bool:
     """True when every file of `outputs` is there as it was; what was added beside it does not matter."""
     base = paths.get_base_dir()
     marks = outputs.items() if isinstance(outputs, dict) else [("", "")]  # a damaged record: run again
-    return all((base / name).is_file() and _fingerprint_file(base / name) == mark for name, mark in marks)
+    return all(os.path.isfile(base / name) and _fingerprint_file(base / name) == mark for name, mark in marks)
 
 
 def _files(pattern: str) -> list[Path]:
