@@ -29,7 +29,7 @@ from nanochat.eval.scores import (
     pad_rows,
     write_scores,
 )
-from nanochat.eval.tree import Row, Scorer, common_length, make_stems
+from nanochat.eval.tree import Row, Scorer, common_length
 from nanochat.gpt import GPT
 from nanochat.runtime import heartbeat, rank_and_world
 from nanochat.tokenizer import repaired
@@ -214,11 +214,8 @@ def evaluate_task(
         pad, flat = tokenizer.get_bos_token_id(), list(itertools.chain.from_iterable(rows))
         if not isinstance(model, GPT):
             return score_rows(model, flat, device, pad=pad, max_tokens=limit, tokens_per_forward=budget)
-        numbers = itertools.accumulate((len(of_item) for of_item in rows), initial=0)
         scorer = Scorer(model, device, pad, limit, budget)
-        scorer.add(
-            [stem for of_item, number in zip(rows, numbers, strict=False) for stem in make_stems(of_item, number)]
-        )
+        scorer.add(rows)
         return scorer.result(len(flat))
 
     def measure() -> dict[int, Record]:

@@ -1,6 +1,7 @@
 """Scores rows that begin alike: what the options of an item share goes through the model once, the options behind it
 side by side (tree attention, as of arXiv 2305.09781), and only the places that predict an answer get logits."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -134,21 +135,30 @@ def common_length(sequences: Sequence[Sequence[int] | np.ndarray]) -> int:
     return length if same.all() else int(same.argmin())
 
 
-def make_stems(rows: Sequence[Row], number: int) -> list[Stem]:
-    """The rows of one item, the first of which has this number, in as few tokens as they can be scored with."""
-    shared = min(common_length([row.tokens for row in rows]), *(row.start for row in rows))
-    if len(rows) == 1 or shared == 0:  # rows that were cut at different places share nothing
-        wholes = [Part(row.tokens[:-1], [(number + i, row.tokens[row.start :])]) for i, row in enumerate(rows)]
-        return [Stem(whole, []) for whole in wholes]
+def make_stems(items: Sequence[Sequence[Row]], least: int) -> list[Stem]:
+    """Rows, numbered through, in as few tokens as they can be scored with; in full where that saves fewer than `least`
+    in all: sharing takes two forward passes for one."""
+    numbers = list(itertools.accumulate(map(len, items), initial=0))
+    prefixes = [min(common_length([row.tokens for row in rows]), *(row.start for row in rows)) for rows in items]
+    saved = sum(length * (len(rows) - 1) for length, rows in zip(prefixes, items, strict=True))
+    stems = []
+    for rows, number, shared in zip(items, numbers, prefixes, strict=False):
+        # rows that were cut at different places share nothing
+        stems += split(rows, number, shared if len(rows) > 1 and saved >= least else 0)
+    return stems
+
+
+def split(rows: Sequence[Row], number: int, shared: int) -> list[Stem]:
+    """The rows of one item, the first of which has this number, and which share so many tokens. Rows that are the same
+    are there once: which of two equal options is chosen may not hang on rounding."""
     trunk, branches = Part(rows[0].tokens[:shared], []), dict[tuple[int, ...], Part]()
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows, start=number):
         if row.start == shared:
-            trunk.answers.append((number + i, row.tokens[shared : shared + 1]))
+            trunk.answers.append((i, row.tokens[shared : shared + 1]))
         rest = tuple(np.asarray(row.tokens[shared:]).tolist())
-        # once where two options are the same: which of them is chosen may not hang on rounding
         branch = branches.setdefault(rest, Part(rest[:-1], []))
-        branch.answers.append((number + i, row.tokens[max(row.start, shared + 1) :]))
-    return [Stem(trunk, list(branches.values()))]
+        branch.answers.append((i, row.tokens[max(row.start, shared + 1) :]))
+    return [Stem(trunk, list(branches.values()))] if shared else [Stem(branch, []) for branch in branches.values()]
 
 
 def batches(lengths: Sequence[int], most: int, overhead: int) -> Iterator[list[int]]:
@@ -184,7 +194,8 @@ class Scorer:
         return length if self.device.type == "cpu" else min((length + 7) // 16 * 16 + 8, self.max_tokens)
 
     @torch.no_grad()
-    def add(self, stems: Sequence[Stem]) -> None:
+    def add(self, items: Sequence[Sequence[Row]]) -> None:
+        stems = make_stems(items, self.overhead)
         lengths = [self.padded(len(stem.trunk.tokens)) for stem in stems]
         for batch in batches(lengths, self.most, self.overhead):
             chosen = [stems[i] for i in batch]

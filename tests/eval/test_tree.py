@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nanochat.eval import core
 from nanochat.eval.core import CoreResult, CoreScore, evaluate_core, evaluate_task
 from nanochat.eval.scores import Composite
-from nanochat.eval.tree import Row, batches, make_stems
+from nanochat.eval.tree import OVERHEAD, Row, batches, make_stems
 from nanochat.gpt import GPT
 from tests.eval.test_core import BOS, CPU, ByteTokenizer, make_task, values
 from tests.models import make_config
@@ -27,6 +27,11 @@ ARCHS = {
                    "backout": True, "attn_gate": True, "value_embeds": "gated"},
 }  # fmt: skip
 KINDS = ["multiple_choice", "schema", "language_modeling"]
+
+
+@pytest.fixture(autouse=True)
+def keep_overhead(monkeypatch):
+    monkeypatch.setitem(OVERHEAD, "cpu", OVERHEAD["cpu"])
 
 
 def random_gpt(seed: int, **changes) -> GPT:
@@ -56,6 +61,7 @@ def check(tree: CoreScore, full: CoreScore) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 @given(
+    st.sampled_from([0, 0, 10**6]),
     st.sampled_from(KINDS),
     st.integers(0, 10**6),
     st.integers(0, 3),
@@ -64,8 +70,10 @@ def check(tree: CoreScore, full: CoreScore) -> None:
     st.sampled_from([" ", "\nAnswer: ", ""]),
 )
 @hypothesis_settings(max_examples=8, deadline=None)
-def test_a_tree_is_scored_as_its_rows_in_full(arch, kind, seed, shots, sequence_len, batch, delimiter):
-    """Answers and losses, item by item; prompts that fit, that are cut at one place, and that are cut at several."""
+def test_a_tree_is_scored_as_its_rows_in_full(arch, overhead, kind, seed, shots, sequence_len, batch, delimiter):
+    """Answers and losses, item by item; prompts that fit, that are cut at one place, and that are cut at several; one
+    forward pass for all that fit into it, and as many as pad least."""
+    OVERHEAD["cpu"] = overhead
     task = make_task(kind, 9, shots, seed=seed, delimiter=delimiter)
     check(*both(random_gpt(seed, **ARCHS[arch]), task, sequence_len, device_batch_size=batch))
 
@@ -98,11 +106,16 @@ def test_options_that_are_the_same_tie_and_the_first_is_chosen():
 
 def test_shared_tokens_are_read_once():
     rows = [Row([9, 1, 2, 3, 4, 5], 4, 6), Row([9, 1, 2, 3, 6], 4, 5), Row([9, 1, 2, 3, 4, 5], 4, 6)]
-    (stem,) = make_stems(rows, 10)
-    assert stem.trunk.tokens == [9, 1, 2, 3] and [number for number, _ in stem.trunk.answers] == [10, 11, 12]
+    other = [Row([8, 7], 1, 2)]
+    alone, stem = make_stems([other, rows], 8)
+    assert list(alone.trunk.tokens) == [8] and not alone.branches
+    assert stem.trunk.tokens == [9, 1, 2, 3] and [number for number, _ in stem.trunk.answers] == [1, 2, 3]
     assert [list(branch.tokens) for branch in stem.branches] == [[4], []]  # the last token predicts nothing
-    cut_apart = make_stems([Row([1, 2, 3], 2, 3), Row([2, 3, 4], 2, 3)], 0)
+    cut_apart = make_stems([[Row([1, 2, 3], 2, 3), Row([2, 3, 4], 2, 3)]], 0)
     assert [list(stem.trunk.tokens) for stem in cut_apart] == [[1, 2], [2, 3]]
+    in_full = make_stems([other, rows], 9)  # 8 tokens are saved
+    assert [list(stem.trunk.tokens) for stem in in_full] == [[8], [9, 1, 2, 3, 4], [9, 1, 2, 3]]
+    assert [[number for number, _ in stem.trunk.answers] for stem in in_full] == [[0], [1, 3], [2]]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 60), st.integers(0, 20))
