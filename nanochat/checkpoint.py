@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from nanochat import dcp
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, atomic_write_text, from_json, sha256_file
+from nanochat.files import atomic_write, atomic_write_text, from_json, sha256_file, walk
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, get_base_dir, slug, tokenizer_dir
@@ -158,6 +158,8 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
         steps = ", ".join(f"step {step}" for step in committed_steps(folder))
         raise UserError(f"no checkpoint {path.parent}; there are: {steps or 'none'}")
     with damage_reported(path, OSError, ValueError, KeyError, TypeError, RecursionError):
+        if strange := [p.name for p in walk(path.parent) if p.exists() and not p.is_file()]:  # a pipe is read for ever
+            raise ValueError(f"beside it {strange[0]} is no file")
         meta: dict[str, Any] = json.loads(path.read_text())
         written = meta["format"]
         for name, kind in META_TYPES.items():
@@ -368,8 +370,11 @@ def _read_file(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with damage_reported(path, OSError, SafetensorError), safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    with damage_reported(path, OSError, SafetensorError, ValueError), safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        if strange := [name for name, part in parts.items() if "F" not in part.get_dtype()]:
+            raise ValueError(f"{strange[0]} is {parts[strange[0]].get_dtype()}, no floating-point numbers")
+    return {name: tuple(part.get_shape()) for name, part in parts.items()}
 
 
 def _read_state(path: Path, tensors: dict[str, Tensor], complete: str | None = None) -> None:

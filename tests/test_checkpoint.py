@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import runpy
 import subprocess
 import sys
@@ -129,6 +130,25 @@ def test_where_nothing_is_whole_nothing_is_moved(tokenizer):
         with pytest.raises(UserError, match=r"step_000005/model\.safetensors is damaged"):
             load()
     assert all(path.exists() for path in folders)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "model.safetensors", "COMMITTED", "state/__0_0.distcp", "more"])
+def test_what_is_no_file_is_damage_and_not_read_for_ever(tokenizer, name):
+    path = save("d1", 3, small(), tokenizer)
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    with pytest.raises(UserError, match=f"is damaged .beside it {(path / name).name} is no file") as caught:
+        checkpoint.load_model("base", torch.device("cpu"), tag="d1", step=3)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_whole_numbers_are_refused(tokenizer):
+    path = save("d1", 3, small(), tokenizer) / "model.safetensors"
+    weights = {name: tensor.to(torch.int8) for name, tensor in small().state_dict().items()}
+    save_file(weights, path)
+    (path.parent / "COMMITTED").write_bytes(b"")  # as before there were checksums
+    with pytest.raises(UserError, match="is I8, no floating-point numbers"):
+        checkpoint.load_model("base", torch.device("cpu"), tag="d1", step=3)
 
 
 def test_in_a_store_that_may_only_be_read_the_damaged_one_is_passed_over(tokenizer, monkeypatch, capsys):
