@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 Arch = Literal["nanochat", "speedrun", "ngram"]
 Init = Literal["uniform", "spectral"]
-ValueEmbeds = Literal["none", "ends", "gated"]
+ValueEmbeds = Literal["none", "ends", "layers", "gated"]
 F = TypeVar("F", bound="ArchFlags")
 
 MOST_POSITIONS = 2**20  # in a row: ten times as many get rotary tables
-NGRAMS = (0, 2, 3)  # what ngram_embeds may be: the KV cache remembers two tokens
+NGRAMS = (0, 2, 3, 4)  # what ngram_embeds may be
+LOOK_BACK = max(NGRAMS) - 1  # tokens that the KV cache remembers
 MOST_NGRAM_HEADS = 8  # more have no factors for their hashes
 GATE_CHANNELS = 12  # of the stream that gates look at: enough, and next to nothing to compute
 
@@ -161,6 +162,8 @@ class GPTConfig:
         if self.value_embeds == "gated":
             own = [i for i in range(self.n_layer) if i % 2 == last % 2 and i != self.attention_free_layer]
             return own.index(layer) if layer in own else None
+        if self.value_embeds == "layers":
+            return layer - (0 <= self.attention_free_layer < layer)
         shared = min(3, self.n_layer // 2)
         if layer < shared:
             return layer
@@ -300,7 +303,7 @@ ARCHS: dict[Arch, dict[str, Any]] = {
     "nanochat": {},
     "speedrun": SPEEDRUN,
     # what learned most from each token of all that was tried (docs/decisions.md)
-    "ngram": {**SPEEDRUN, "ngram_embeds": 3, "key_offset": True},
+    "ngram": {**SPEEDRUN, "ngram_embeds": 4, "value_embeds": "layers", "key_offset": True},
 }
 # (tokens a step, tokens of the run) that the rates were tuned with; see schedule.batch_lr_scale
 TUNED_AT: dict[Arch, tuple[int, float]] = {
@@ -316,7 +319,7 @@ class ArchFlags:
 
     arch: Arch = "nanochat"
     """nanochat: the classic; speedrun: modded-nanogpt's record 26; ngram: that with hashed n-gram embeddings and a key
-    offset, the best at equal tokens. Each feature is a flag of its own."""
+    offset and value embeddings of each layer's own, the best at equal tokens. Each feature is a flag of its own."""
     depth: Annotated[int, int_flag(gte=1, lte=128)] = 20
     """Transformer layers; the one dial."""
     aspect_ratio: Annotated[int, int_flag(gte=1)] = 64
@@ -353,10 +356,10 @@ class ArchFlags:
     """Each block's input is a learned mix of the residual stream and the embedding."""
     value_embeds: ValueEmbeds | None = None
     """Embeddings of the tokens that join the values: ends = three tables, used by the first and again by the last three
-    layers; gated = a table of its own and a learned gate for every second layer."""
-    ngram_embeds: Annotated[int | None, int_flag(gte=0, lte=3)] = None
-    """Hashed embeddings of each token with the one before it (2) and with the two before it (3) too, added to the
-    stream in front of every layer; 0: none."""
+    layers; layers = one for each layer; gated = one with a learned gate for every second layer."""
+    ngram_embeds: Annotated[int | None, int_flag(gte=0, lte=4)] = None
+    """Hashed embeddings of each token with the one before it (2), with the two before it (3) and with three (4), added
+    to the stream in front of every layer; 0: none."""
     ngram_slots: Annotated[int | None, int_flag(gte=1)] = None
     """Slots of each of their tables, in vocabularies (5)."""
     ngram_heads: Annotated[int | None, int_flag(gte=1, lte=8)] = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nanochat import mup
 from nanochat.attention import Mask, causal_attention, make_masks, masked_attention, offset_keys
-from nanochat.config import GATE_CHANNELS, LEARNING_RATES, MOST_NGRAM_HEADS, NGRAMS, InitSpec, init_parameter
+from nanochat.config import GATE_CHANNELS, LEARNING_RATES, LOOK_BACK, MOST_NGRAM_HEADS, NGRAMS, InitSpec, init_parameter
 from nanochat.config import GPTConfig as GPTConfig
 from nanochat.dtensor import fill_rows
 from nanochat.errors import UserError
@@ -71,7 +71,7 @@ class Cache(Protocol):
     incoming: Tensor | None
     """(B,) how many of the tokens of this forward pass count, from the left; None: all of them, in every row."""
     last_tokens: Tensor
-    """(B, 2) int64: the last tokens of each row."""
+    """(B, 3) int64: the last tokens of each row, as many as n-grams look back."""
     document_starts: Tensor
     """(B,) int64: where the document begins that each row is in."""
 
@@ -118,7 +118,7 @@ class CausalSelfAttention(nn.Module):
         self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
         embedded = config.value_table(layer) is not None
-        if embedded and config.value_embeds == "ends":
+        if embedded and config.value_embeds != "gated":
             self.value_lambdas = nn.Parameter(torch.empty(2))
         if embedded and config.value_embeds == "gated":
             self.value_gate = Linear(GATE_CHANNELS, config.n_kv_head)
@@ -353,16 +353,16 @@ class GPT(nn.Module):
         """idx (B, T), the token before each, the one before that, ... up to `count` back; NO_TOKEN where the document
         or the row has not begun there."""
         if kv_cache is None:
-            past = torch.full_like(idx[:, :1], NO_TOKEN).expand(-1, 2)
+            past = torch.full_like(idx[:, :1], NO_TOKEN).expand(-1, LOOK_BACK)
         else:
-            back = torch.arange(-2, 0, device=idx.device)
+            back = torch.arange(-LOOK_BACK, 0, device=idx.device)
             past = kv_cache.last_tokens.masked_fill(kv_cache.begin(idx.size(1))[:, :1] + back < 0, NO_TOKEN)
         text, tokens = torch.cat([past, idx], dim=1), [idx]
         for steps in range(1, count + 1):
             begun = tokens[-1] == NO_TOKEN
             if self.config.document_token >= 0:
                 begun = begun | (tokens[-1] == self.config.document_token)
-            tokens.append(text[:, 2 - steps : text.size(1) - steps].masked_fill(begun, NO_TOKEN))
+            tokens.append(text[:, LOOK_BACK - steps : text.size(1) - steps].masked_fill(begun, NO_TOKEN))
         return tokens
 
     def embed_ngrams(self, idx: Tensor, kv_cache: Cache | None) -> Tensor:

@@ -2,7 +2,7 @@
 # shellcheck disable=SC2034 # dev/stages.sh reads these
 : "${DEPTH:=12}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=32768}" "${NPROC_PER_NODE:=1}" "${TOTAL_BATCH_SIZE:=65536}" "${SHARDS:=4}"
 TOK_TRAIN=(--max-chars=2e8)
-BASE_TRAIN=(--num-iterations=600 --eval-every=300 --eval-tokens=2097152
+BASE_TRAIN=(--arch=ngram --num-iterations=600 --eval-every=300 --eval-tokens=2097152
   --core-metric-every=-1 --sample-every=-1)
 BASE_LOSS=(--split-tokens=2097152)
 BASE_EVAL=(--max-per-task=300)

@@ -23,7 +23,7 @@ EVERYTHING = {
     "attn_gate": True,
     "smear": True,
     "backout": True,
-    "ngram_embeds": 3,
+    "ngram_embeds": 4,
     "ngram_heads": 4,
     "key_offset": True,
 }
@@ -67,6 +67,7 @@ def test_the_reference_model_has_its_size():
     [
         ({"value_embeds": "none"}, -3 * 97 * 64 - 6 * 2),
         ({"value_embeds": "gated"}, -6 * 2 + 3 * 4 * 12),
+        ({"value_embeds": "layers"}, 3 * 97 * 64),
         ({"unet": False}, -3),
         ({"x0_shortcut": False}, -12),
         ({"attn_gate": True}, 6 * 4 * 12),
@@ -128,7 +129,8 @@ def test_documents_in_a_row_are_as_if_alone(features):
     [
         EVERYTHING,
         {"value_embeds": "gated"},
-        {"document_token": -1, "smear": True, "ngram_embeds": 3, "key_offset": True},
+        {"value_embeds": "layers"},
+        {"document_token": -1, "smear": True, "ngram_embeds": 4, "key_offset": True},
     ],
 )
 @pytest.mark.parametrize("chunks", [[48], [13, 1, 1, 33], [1] * 48])
@@ -141,7 +143,7 @@ def test_kv_cache_gives_the_logits_of_the_full_forward(features, chunks):
 
 
 @pytest.mark.parametrize(
-    "features", [EVERYTHING, {"document_token": -1, "smear": True, "ngram_embeds": 3, "key_offset": True}]
+    "features", [EVERYTHING, {"document_token": -1, "smear": True, "ngram_embeds": 4, "key_offset": True}]
 )
 @torch.no_grad()
 def test_kv_cache_with_rows_of_their_own_lengths(features):
@@ -187,9 +189,10 @@ def test_the_ngram_preset():
             GPT(build_config(resolve(ArchFlags(arch=arch, depth=12)), 32768, 0)) for arch in ("ngram", "speedrun")
         )
     assert flags.matrix_lr == 0.05 and model.config.key_offset
-    assert model.num_params() - base.num_params() == 2 * 5 * 32768 * 768 + 12
+    tables = 3 * 5 + (11 - 3)  # n-grams, and value embeddings of each layer that has attention instead of three
+    assert model.num_params() - base.num_params() == tables * 32768 * 768 + 12 + 5 * 2
     assert model.estimate_flops() == base.estimate_flops()  # looking up is none
-    assert model.num_params(lookups=False) == base.num_params(lookups=False) + 12
+    assert model.num_params(lookups=False) == base.num_params(lookups=False) + 12 + 5 * 2
 
 
 @torch.no_grad()

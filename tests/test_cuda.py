@@ -25,7 +25,7 @@ from tests.test_engine import FakeTokenizer
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DDP = parallel.Policy("ddp", torch.float32)
 BOS = 0
-EVERYTHING = {"attn_gate": True, "smear": True, "backout": True, "ngram_embeds": 3, "key_offset": True}
+EVERYTHING = {"attn_gate": True, "smear": True, "backout": True, "ngram_embeds": 4, "key_offset": True}
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from nanochat.optim.buckets import lr_aspect_scale
 from tests import models
 from tests.processes import run_processes
 
-EVERYTHING = {"value_embeds": "gated", "attn_gate": True, "smear": True, "backout": True, "ngram_embeds": 3,
+EVERYTHING = {"value_embeds": "gated", "attn_gate": True, "smear": True, "backout": True, "ngram_embeds": 4,
               "ngram_slots": 1, "key_offset": True}  # fmt: skip
 
 
@@ -75,6 +75,7 @@ AT_FOUR_TIMES = {
     "transformer.value_embeds.0.weight": ("input", 1, 1 / 4, 1, 1),
     "transformer.ngram_embeds.0.weight": ("input", 1, 1 / 4, 1, 1),
     "transformer.ngram_embeds.1.weight": ("input", 1, 1 / 4, 1, 1),
+    "transformer.ngram_embeds.2.weight": ("input", 1, 1 / 4, 1, 1),
     "transformer.h.1.attn.value_gate.weight": ("input", 1, 1 / 4, 1, 1),
     "transformer.h.0.attn.gate.weight": ("input", 1, 1 / 4, 1, 1),
     "lm_head.weight": ("output", 1, 1 / 4, 1, 1 / 4),

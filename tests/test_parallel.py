@@ -23,7 +23,7 @@ ROWS, STEPS = 8, 3
 # Everything of the speedrun architecture at once, under muP, in a size that few counts of ranks divide.
 SPEEDRUN = make_config(
     "speedrun", n_layer=4, n_embd=24, head_dim=12, vocab_size=61, sequence_len=16, mup_base_width=12, document_token=0,
-    long_window=9, short_window=4, attn_gate=True, smear=True, backout=True, ngram_embeds=3, ngram_slots=1,
+    long_window=9, short_window=4, attn_gate=True, smear=True, backout=True, ngram_embeds=4, ngram_slots=1,
     ngram_heads=4, key_offset=True,
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.config import LOOK_BACK
 from nanochat.errors import UserError
 
 CHUNK = 512  # tokens of a prompt, at most, that go through the model at a time
@@ -52,9 +53,9 @@ class KVCache:
             self.k_cache, self.v_cache = [zeros(*shape) for shape in shapes], [zeros(*shape) for shape in shapes]
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.lengths = np.zeros(batch_size, dtype=np.int64)  # the same on the host: no step waits for the device
-        self.last_tokens = torch.zeros(batch_size, 2, dtype=torch.long, device=device)
+        self.last_tokens = torch.zeros(batch_size, LOOK_BACK, dtype=torch.long, device=device)
         self.document_starts = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self._two = torch.arange(2, device=device)
+        self._back = torch.arange(LOOK_BACK, device=device)
         self.incoming: Tensor | None = None  # (B,) tokens of the next forward pass that count; None: all of them
         self.max_seq_len = seq_len
         self.span: int | None = None  # positions to attend to, filled or not, where no step may depend on the host
@@ -119,9 +120,9 @@ class KVCache:
         """Remember the last tokens of each row, of idx (B, T) and what was before."""
         text = torch.cat([self.last_tokens, idx], dim=1)
         if self.incoming is None:
-            self.last_tokens.copy_(text[:, -2:])
+            self.last_tokens.copy_(text[:, -LOOK_BACK:])
         else:
-            self.last_tokens.copy_(text.gather(1, self.incoming.long().unsqueeze(1) + self._two))
+            self.last_tokens.copy_(text.gather(1, self.incoming.long().unsqueeze(1) + self._back))
 
     def carried(self, layer: int) -> Tensor:
         """(B, 1, H, 2, D/4): what the last token of each row passes on to the next one's key."""
@@ -196,7 +197,7 @@ class KVCache:
     def rewind(self, row: int, tokens: Sequence[int], document_token: int) -> None:
         """Forget what this row holds behind these, its first tokens."""
         self.lengths[row] = self.cache_seqlens[row] = len(tokens)
-        self.last_tokens[row] = torch.tensor([0, *tokens][-2:], device=self.last_tokens.device)
+        self.last_tokens[row] = torch.tensor([*[0] * LOOK_BACK, *tokens][-LOOK_BACK:], device=self.last_tokens.device)
         begins = [i for i, token in enumerate(tokens) if token == document_token]
         self.document_starts[row] = begins[-1] if begins else 0
 
