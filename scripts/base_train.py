@@ -149,6 +149,7 @@ from nanochat.train.run import (
     compiles,
     describe_run,
     earlier_run,
+    evaluated_with,
     final_samples,
     finish,
     parallelize_model,
@@ -243,6 +244,7 @@ def make_evaluations(
         return {}
 
     val = data.fixed_rows("val", settings.max_seq_len, max(settings.eval_tokens, settings.max_seq_len))
+    forward = evaluated_with(model, forward, val[:, 1:].shape, settings.eval_every, last)
     evaluations = [Evaluation(settings.eval_every, True, val_loss(settings, forward, data, val, model.get_device()))]
     if tokenizer is not None and settings.core_metric_every > 0:
         evaluations += core(settings, model, data)

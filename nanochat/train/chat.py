@@ -20,6 +20,7 @@ from nanochat.errors import TooLittleText, UserError, visible
 from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
 from nanochat.eval.samples import make_chat_samples
 from nanochat.flags import ChatTrainSettings, ParentFlags
+from nanochat.gpt import GPT
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
 from nanochat.paths import checkpoint_dir
@@ -35,6 +36,7 @@ from nanochat.train.run import (
     compiled,
     describe_run,
     earlier_run,
+    evaluated_with,
     final_samples,
     finish,
     load_parent,
@@ -123,7 +125,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
     print0("learning rates: " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
     optimizer = model.setup_optimizer(**rates, weight_decay=recipe["weight_decay"], use_muon=recipe["use_muon"])
     forward = compiled(model, policy, settings.compile)
-    evaluations = held_out_bpb(settings, recipe, tokenizer, forward, device)
+    evaluations = held_out_bpb(settings, recipe, tokenizer, model, forward, num_iterations)
 
     # ---- where it goes, and whether some of it is there already
     data = packer.fingerprint()
@@ -188,8 +190,9 @@ def held_out_bpb(
     settings: ChatTrainSettings,
     recipe: dict[str, Any],
     tokenizer: RustBPETokenizer,
+    model: GPT,
     forward: Callable[..., torch.Tensor],
-    device: torch.device,
+    num_iterations: int,
 ) -> list[Evaluation]:
     """Bits per byte of what is trained on, in held-out conversations of the same tasks."""
     task = held_out(settings.tasks, recipe["source"])
@@ -198,11 +201,13 @@ def held_out_bpb(
         return []
     packer = ChatPacker(tokenizer, task, recipe["max_seq_len"], settings.packing, settings.loss_on)
     inputs, targets = evaluation_rows(packer, settings.eval_tokens)
+    device = model.get_device()
     token_bytes = get_token_bytes(device, tokenizer)
     if not token_bytes.cpu().numpy()[targets[targets != IGNORE_INDEX]].any():
         print0("nothing is measured on the way: no held-out answer lies within a row")
         return []
     ranks = get_dist_info()
+    forward = evaluated_with(model, forward, targets.shape, settings.eval_every, num_iterations)
 
     def measure(step: int) -> dict[str, float]:
         size = recipe["device_batch_size"]

@@ -4,6 +4,7 @@ The types that the loop works with, and who may write into a checkpoint folder: 
 one that was stopped there. Two runs never share a folder.
 """
 
+import math
 import os
 import shutil
 import socket
@@ -338,6 +339,28 @@ def compiles(flag: bool | None, device: torch.device) -> bool:
 def compiled(model: GPT, policy: Policy, flag: bool | None) -> Callable[..., Tensor]:
     """What to train with: the model, compiled where --compile says so."""
     return parallel.compile_model(model, policy) if compiles(flag, model.get_device()) else model
+
+
+# Of all forward passes of a run's evaluations: with fewer FLOPs they are done before a graph for them is compiled.
+COMPILING_PAYS = 3e15
+DENSE_MASKS = 4096  # tokens in a row, at most, whose masks fit in memory where nothing is compiled
+
+
+def evaluated_with(
+    model: GPT, forward: Callable[..., Tensor], shape: tuple[int, ...], every: int, num_iterations: int
+) -> Callable[..., Tensor]:
+    """What to evaluate rows of this shape with, every so many steps and at the end: `forward`, or on a GPU the model
+    as it is where that is sooner done."""
+    tokens = math.prod(shape) * (1 + (num_iterations // every if every > 0 else 0))
+    flops = tokens * model.estimate_flops() / 3 / get_dist_info().world_size
+    if model.get_device().type != "cuda" or flops > COMPILING_PAYS or shape[-1] > DENSE_MASKS:
+        return forward
+
+    def run(*batch: Tensor, **options: Any) -> Tensor:
+        with parallel.disable_compile(model):
+            return model(*batch, **options)
+
+    return run
 
 
 # ---- after the loop

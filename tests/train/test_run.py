@@ -6,6 +6,7 @@ import os
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint, runtime
@@ -137,3 +138,26 @@ def look_after_a_restart_of_node_1(base):
 def test_a_restart_on_another_node_counts_too(tmp_path):
     put(tmp_path / "run", 10)
     assert run_processes(2, look_after_a_restart_of_node_1, tmp_path) == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "every", "compiled"),
+    [
+        ("cuda", (265, 2048), -1, False),
+        ("cuda", (265, 2048), 300, False),
+        ("cuda", (265, 2048), 5, True),  # so often that it pays
+        ("cuda", (5120, 2048), -1, True),
+        ("cuda", (2, 8192), -1, True),  # masks that are not compiled would not fit
+        ("cpu", (265, 2048), -1, True),
+    ],
+)
+def test_few_rows_are_evaluated_sooner_than_a_graph_for_them_is_compiled(device, shape, every, compiled):
+    def forward(*batch, **options):
+        return "compiled"
+
+    model = mock.MagicMock(return_value="as it is", **{"estimate_flops.return_value": 1e9})
+    model.get_device.return_value = torch.device(device)
+    called = run.evaluated_with(model, forward, shape, every, 600)
+    with mock.patch.object(run.parallel, "disable_compile") as uncompiled:
+        assert called(1, 2, loss_reduction="none") == ("compiled" if compiled else "as it is")
+    assert uncompiled.called is not compiled
