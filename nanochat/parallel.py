@@ -7,6 +7,7 @@
 Order: build on meta, `parallelize_model`, `to_empty`, `init_weights`, then the optimizer.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nanochat.attention import load_flex_attention
 from nanochat.errors import UserError
 from nanochat.flags import Parallel
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig, Parts
 from nanochat.kernels.mlp import has_fused_mlp
 from nanochat.runtime import allow_variants, get_dist_info, print0, ranks_per_node
 
@@ -148,11 +149,24 @@ def compile_model(model: GPT, policy: Policy) -> Callable[..., Tensor]:
     for block in model.transformer.h:  # type: ignore[union-attr]
         block.mlp.fused = has_fused_mlp(model.get_device(), model.compute_dtype)
     allow_variants()
+    compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    if policy.strategy == "ddp" and has_mixing(model.config):
+        whole: Callable[..., Tensor] = compiled(model)
+        return whole
+    blocks: Any = model.transformer.h
     if policy.strategy == "ddp":
-        return torch.compile(model, dynamic=False, fullgraph=True)
-    for block in model.transformer.h:  # type: ignore[union-attr]
-        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+        # All blocks are one piece of code to compile, so the first step does not take longer for deeper models.
+        parts = Parts(compiled(model.embed), [compiled(block.forward) for block in blocks], compiled(model.loss))
+        return functools.partial(model, parts=parts)
+    for block in blocks:
+        block.forward = compiled(block.forward)
     return model
+
+
+def has_mixing(config: GPTConfig) -> bool:
+    """Whether the stream is mixed with others between blocks: compiled with these, that costs no pass of its own."""
+    mixed = config.x0_shortcut, config.unet, config.backout, config.ngram_embeds, config.value_embeds != "none"
+    return any(mixed)
 
 
 @contextmanager

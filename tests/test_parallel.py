@@ -217,3 +217,16 @@ def sharded_steps_with_bad_ones(strategy, ranks_per_node):
 def test_a_step_that_is_not_finite_changes_nothing_on_shards(strategy, world):
     for good, bad, again in run_processes(world, sharded_steps_with_bad_ones, strategy, 2):
         assert good and again and not bad
+
+
+@pytest.mark.parametrize(("arch", "pieces"), [("nanochat", 5), ("speedrun", 1)])
+def test_what_is_compiled_on_one_gpu(arch, pieces, monkeypatch):
+    """Blocks one by one where nothing is mixed in between them, or the whole; the loss is that of the model."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    model = GPT(make_config(arch, n_layer=3, n_embd=32, head_dim=16, vocab_size=61, sequence_len=16))
+    model.init_weights(zero_proj=False, head_std=0.1)
+    forward = parallel.compile_model(model, parallel.Policy("ddp", torch.float32))
+    assert compiled == [{"dynamic": False, "fullgraph": True}] * pieces
+    inputs = torch.arange(16).unsqueeze(0)
+    assert torch.equal(forward(inputs, inputs, loss_reduction="sum"), model(inputs, inputs, loss_reduction="sum"))

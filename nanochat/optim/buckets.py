@@ -54,6 +54,8 @@ class Bucket:
     def square_norm(self) -> Tensor:
         """This rank's part of the squared gradient norm; what several ranks hold counts once over all of them."""
         assert self.grads is not None
+        if self.grads.is_cuda:  # in one reading, where the other form writes the squares first
+            return torch.linalg.vector_norm(self.grads.float()).square() / self.copies
         return self.grads.float().square().sum() / self.copies
 
     def scale(self, factor: Tensor) -> None:

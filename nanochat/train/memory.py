@@ -10,7 +10,7 @@ from nanochat.runtime import gather, get_dist_info, print0, ranks_per_node
 
 MOST_ROWS = 32  # of a device batch that nobody asked for; products of 65,536 tokens fill a GPU
 MARGIN = 0.9  # of the card, for fragmentation, what is not counted, and what other programs hold
-LOSS_BYTES = 2.0**30  # a chunk of logits and what is computed of it (loss.CHUNK_LOGITS)
+LOSS_BYTES = 1.5 * 2**30  # a chunk of logits and what is computed of it (loss.CHUNK_LOGITS)
 
 
 class Sizes(NamedTuple):

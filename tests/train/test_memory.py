@@ -1,5 +1,7 @@
 """The device batch that is chosen, and what is said where it was too large."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,9 +14,11 @@ DDP = Policy("ddp", torch.bfloat16)
 BATCH = Batch(rows=256, length=2048, use_muon=True)
 
 
-def model(depth: int, arch: str = "nanochat") -> GPT:
+def model(depth: int, arch: str = "nanochat", **flags: Any) -> GPT:
     with torch.device("meta"):
-        return GPT(build_config(resolve(ArchFlags(depth=depth, arch=arch)), 32_768, document_token=0), torch.bfloat16)
+        return GPT(
+            build_config(resolve(ArchFlags(depth=depth, arch=arch, **flags)), 32_768, document_token=0), torch.bfloat16
+        )
 
 
 @pytest.mark.parametrize("gigabytes", [8, 16, 24, 48, 80, 141])
@@ -30,11 +34,12 @@ def test_the_largest_that_fits(gigabytes, depth):
 # Peaks of benchmarks.train_speed on one H200, torch 2.11: one pass a step, vocabulary 32,768.
 @pytest.mark.parametrize(
     ("arch", "depth", "rows", "gib"),
-    [("nanochat", 12, 32, 14.18), ("nanochat", 20, 32, 37.83), ("ngram", 12, 16, 13.28)],
+    [("nanochat", 12, 32, 14.77), ("nanochat", 20, 32, 38.48), ("ngram", 12, 16, 13.28)],
 )
 def test_what_was_measured_is_estimated(arch, depth, rows, gib):
     batch = Batch(rows, 2048, use_muon=True)
-    assert needed_bytes(model(depth, arch), DDP, batch, rows) / 2**30 == pytest.approx(gib, rel=0.05)
+    tables = {"ngram_embeds": 3, "value_embeds": "ends"} if arch == "ngram" else {}  # the preset of that day
+    assert needed_bytes(model(depth, arch, **tables), DDP, batch, rows) / 2**30 == pytest.approx(gib, rel=0.05)
 
 
 def test_what_is_not_kept_makes_room():
