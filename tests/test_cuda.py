@@ -11,6 +11,8 @@ import torch
 from nanochat import parallel
 from nanochat.attention import GPU_KERNELS, make_masks, masked_attention
 from nanochat.engine import Engine, Sampling
+from nanochat.eval.core import evaluate_task
+from nanochat.eval.tree import OVERHEAD
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import pointwise
 from nanochat.kernels.fp8 import CAPABILITY, apply_fp8
@@ -19,6 +21,7 @@ from nanochat.studies.short_run import ResidentLoader, build_model, short_run
 from nanochat.train.loop import train_step
 from nanochat.train.monitor import Monitor, MonitorSettings
 from nanochat.train.spectral import spectral_norms
+from tests.eval.test_core import ByteTokenizer, make_task
 from tests.models import make_config
 from tests.test_engine import FakeTokenizer
 
@@ -137,6 +140,24 @@ def test_rows_decoded_by_recorded_steps_are_as_if_alone(features):
             logits = model(torch.tensor([tokens], device="cuda"))[0, -1]
             assert logits[token] > logits.max() - 1e-3  # greedy but for rounding
             tokens.append(token)
+
+
+@pytest.mark.parametrize("features", [None, {}, EVERYTHING])
+def test_core_is_the_same_where_what_options_share_is_read_once(features):
+    """Against rows in full; None: the classic architecture."""
+    model = build("nanochat") if features is None else build("speedrun", **features)
+    model.eval()
+    for kind in ("multiple_choice", "schema", "language_modeling"):
+        task = make_task(kind, 30, 4)  # prompts of a few hundred bytes, some of them cut
+        for overhead in (0, 10**6):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(OVERHEAD, "cuda", overhead)
+                tree, full = (
+                    evaluate_task(one, ByteTokenizer(), task, torch.device("cuda"), sequence_len=250)
+                    for one in (model, lambda idx: model(idx))
+                )
+            losses, expected = ([record["loss"] for record in score.records] for score in (tree, full))
+            torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_growing_windows_compile_nothing_and_wait_for_nothing():
