@@ -33,7 +33,12 @@ from nanochat.tokenizer_io import huggingface_json
 OWN_TYPE, OWN_FILE = "nanochat_gpt", "modeling_nanochat_gpt"
 ABOUT = "nanochat.json"
 KEPT = ("stage", "tag", "step", "tokenizer_hash", "model_config", "settings", "recipe")  # of a checkpoint's meta.json
-LEFT_OUT = dict.fromkeys(("fp8_linear", "head_loss", "block_mask"), "what only training on GPUs needs")
+# Training on GPUs has kernels of its own, which the model's file does without.
+KERNELS = ("fp8_linear", "head_loss", "block_mask", "Norm", "ReluSquared", "FusedMLP", "rotated_norm", "TRITON")
+REPLACED = {
+    **{name: f"{name}: Any = None  # a kernel for training on GPUs" for name in KERNELS},
+    "_learns_on_gpu": "def _learns_on_gpu(x: Tensor) -> bool:\n    return False  # no kernels for that here",
+}
 
 
 def export(
@@ -63,7 +68,7 @@ def export(
         "README.md": model_card(model, about, report or {}),
     }
     if config["model_type"] == OWN_TYPE:
-        texts[f"{OWN_FILE}.py"] = one_file(f"nanochat.hf.{OWN_FILE}", LEFT_OUT)
+        texts[f"{OWN_FILE}.py"] = one_file(f"nanochat.hf.{OWN_FILE}", REPLACED)
     with atomic_write(out) as folder:
         folder.mkdir()
         for name, text in texts.items():

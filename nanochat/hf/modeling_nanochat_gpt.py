@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from nanochat.engine.kv_cache import CHUNK, KVCache
 from nanochat.gpt import GPT, GPTConfig
 
-# transformers has called it past_key_values, and since 5.20 cache
+# what older versions of transformers call past_key_values
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 

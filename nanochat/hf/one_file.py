@@ -55,9 +55,9 @@ def _begins(body: list[ast.stmt], lines: list[str]) -> dict[ast.stmt, int]:
     return begins
 
 
-def one_file(root: str, left_out: dict[str, str]) -> str:
-    """The source of the module `root` with all that it uses of its package in front. left_out: name -> why it is None
-    in that file. Raises RuntimeError for what cannot be written into one file."""
+def one_file(root: str, replaced: dict[str, str]) -> str:
+    """The source of the module `root` with all that it uses of its package in front. replaced: name -> what stands in
+    that file in place of its definition. Raises RuntimeError for what cannot be written into one file."""
     wanted: dict[tuple[str, str], ast.stmt] = {}  # (module, name) -> where it is defined
     externals: set[Imported] = set()
     used = _names_behind_a_dot(read(root).tree) | {"forward"}  # which torch calls
@@ -66,7 +66,7 @@ def one_file(root: str, left_out: dict[str, str]) -> str:
     while seen != len(used) + len(wanted):  # a method that is used may use others
         seen = len(used) + len(wanted)
         for module, name in names:
-            _resolve(module, name, wanted, externals, left_out)
+            _resolve(module, name, wanted, externals, replaced)
         names = []
         for (module, _), statement in wanted.items():
             kept = [statement, *_kept(statement, used)]
@@ -75,7 +75,7 @@ def one_file(root: str, left_out: dict[str, str]) -> str:
     taken = [name for _, name in wanted]
     if twice := {name for name in taken if taken.count(name) > 1}:
         raise RuntimeError(f"several modules define {', '.join(sorted(twice))}")
-    parts = [f"{name} = None  # {reason}" for name, reason in left_out.items()]
+    parts = list(replaced.values())
     for module in _in_order(root, {module for module, _ in wanted}):
         statements = {node: None for (where, _), node in wanted.items() if where == module}
         parts += [_text(module, node, used) for node in sorted(statements, key=lambda node: node.lineno)]
@@ -99,11 +99,11 @@ def _resolve(
     name: str,
     wanted: dict[tuple[str, str], ast.stmt],
     externals: set[Imported],
-    left_out: dict[str, str],
+    replaced: dict[str, str],
 ) -> None:
     """Note where `name`, as `module` uses it, comes from; builtins and local variables come from nowhere."""
     found = read(module)
-    if name in left_out:
+    if name in replaced:
         return
     if name in found.defined:
         wanted[module, name] = found.defined[name]
@@ -114,7 +114,7 @@ def _resolve(
         elif not original or original not in read(source).defined | read(source).imported or name != original:
             raise RuntimeError(f"{module} uses {name} of {source} in a way that cannot be written into one file")
         else:
-            _resolve(source, original, wanted, externals, left_out)
+            _resolve(source, original, wanted, externals, replaced)
 
 
 def _kept(node: ast.AST, used: set[str]) -> Iterator[ast.AST]:
