@@ -112,6 +112,10 @@ def test_a_command_of_python_is_understood(command, monkeypatch, tmp_path, capsy
         assert words in (["status"], ["reset"])
     elif module == "nanochat.launch":
         cli.check("nanochat.cluster.plan", words[1:])
+    elif module == "nanochat.hf.lm_eval":  # the command line of lm_eval
+        harness = pytest.importorskip("lm_eval._cli", reason="lm_eval is not installed (the extra `eval`)")
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
+        harness.HarnessCLI().parse_args()
     else:
         cli.check(module, words)
 
