@@ -45,7 +45,7 @@ class Settings(Output, DeviceFlags, ArchFlags):
     """Rows decoded together, samples of one prompt; one measurement for each number."""
     context: Annotated[int, int_flag(gte=1)] = 256
     """Tokens of the prompt."""
-    new_tokens: Annotated[int, int_flag(gte=3)] = 256
+    new_tokens: Annotated[int, int_flag(gte=4)] = 256
     """Tokens decoded in each row."""
     top_k: Annotated[int, int_flag(gte=1)] = 50
     """Each token is drawn from this many."""

@@ -150,17 +150,17 @@ class CausalSelfAttention(nn.Module):
         else:
             y = causal_attention(q, k, v, self.window, self.scale)
         if hasattr(self, "gate"):
-            y = y * _gate(self.gate, x)
+            y = y * gate(self.gate, x)
         return self.c_proj(y.reshape(B, T, C))
 
     def join(self, v: Tensor, embed: Tensor, x: Tensor) -> Tensor:
         """Values (B, T, Hkv, D) and value embeddings of the same shape, mixed."""
         if hasattr(self, "value_gate"):
-            return v + _gate(self.value_gate, x) * embed
+            return v + gate(self.value_gate, x) * embed
         return self.value_lambdas[0] * v + self.value_lambdas[1] * embed
 
 
-def _gate(linear: Linear, x: Tensor) -> Tensor:
+def gate(linear: Linear, x: Tensor) -> Tensor:
     """(B, T, H, 1) in (0, 2), from the first channels of x (B, T, C); 1 where the gate's weights are zero, as they are
     at first."""
     return 2 * torch.sigmoid(linear(x[..., :GATE_CHANNELS])).unsqueeze(-1)

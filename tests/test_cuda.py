@@ -11,6 +11,7 @@ import torch
 from nanochat import parallel
 from nanochat.attention import GPU_KERNELS, make_masks, masked_attention
 from nanochat.engine import Engine, Sampling
+from nanochat.engine.sampling import sample_next_token
 from nanochat.eval.core import evaluate_task
 from nanochat.eval.tree import OVERHEAD
 from nanochat.gpt import GPT, GPTConfig
@@ -158,6 +159,14 @@ def test_core_is_the_same_where_what_options_share_is_read_once(features):
                 )
             losses, expected = ([record["loss"] for record in score.records] for score in (tree, full))
             torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 50}, {"top_p": 0.6}, {"top_k": 200, "top_p": 0.8}])
+def test_a_gpu_draws_the_tokens_that_a_cpu_draws(cut):
+    logits, numbers = 3 * torch.randn(64, 32_768), torch.rand(64)
+    sampling = Sampling(max_new_tokens=1, temperature=0.8, **cut)
+    found = sample_next_token(logits.cuda(), numbers.cuda(), sampling).cpu()
+    assert (found == sample_next_token(logits, numbers, sampling)).float().mean() > 0.95  # but for rounding
 
 
 def test_growing_windows_compile_nothing_and_wait_for_nothing():

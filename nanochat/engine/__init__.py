@@ -12,6 +12,7 @@ from nanochat.engine.kv_cache import KVCache as KVCache
 from nanochat.engine.sampling import TOOL_TOKENS, Row, Sampling, Tools
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.kernels.pointwise import TRITON
 from nanochat.tokenizer import RustBPETokenizer
 
 PROMPTS_AT_ONCE = 16  # that go through the model together
@@ -23,27 +24,32 @@ class Engine:
     def __init__(self, model, tokenizer: RustBPETokenizer) -> None:
         self.model = model
         self._copy: GPT | None = None
+        self._runs: Callable[..., Tensor] | None = None
         self._version = -1
         self.tokenizer = tokenizer
-        self.specials = {name: tokenizer.encode_special(name) for name in TOOL_TOKENS}
-        self.stops = {self.specials["<|assistant_end|>"], self.specials["<|bos|>"]}
-        self.tools = Tools(tokenizer, self.specials, self.stops)
+        specials = {name: tokenizer.encode_special(name) for name in TOOL_TOKENS}
+        self.tools = Tools(tokenizer, specials, {specials["<|assistant_end|>"], specials["<|bos|>"]})
 
     def ready(self) -> Callable[..., Tensor]:
         """What runs the model with the weights it has now: itself, or where it computes in another dtype than it keeps
-        unsharded weights in, a copy."""
+        unsharded weights in, a copy, which is fused on a GPU."""
         model = self.model
         if not isinstance(model, GPT) or any(is_sharded(param) for param in model.parameters()):
             return model  # stand-ins of a model need not be modules
-        if model.lm_head.weight.dtype == model.compute_dtype:
+        fuses = TRITON and model.get_device().type == "cuda"
+        if model.lm_head.weight.dtype == model.compute_dtype and not fuses:
             return model
         version = sum(param._version for param in model.parameters())  # counts changes in place
-        if self._copy is None:
-            self._copy = model.inference_copy()
+        if self._copy is None or self._runs is None:
+            self._runs = self._copy = model.inference_copy()
+            if fuses:
+                from nanochat.engine.fused import Fused  # there is no Triton without a GPU of its kind
+
+                self._runs = Fused(self._copy)
         elif version != self._version:
             model.update_copy(self._copy)
         self._version = version
-        return self._copy
+        return self._runs
 
     def generate(
         self,
@@ -124,7 +130,7 @@ class Engine:
                 pairs = list(zip([row.tokens for row in going.pop(number)], masks.pop(number), strict=True))
                 if not keep_stop:
                     pairs = [
-                        (tokens[:-1], mask[:-1]) if tokens[-1] in self.stops else (tokens, mask)
+                        (tokens[:-1], mask[:-1]) if tokens[-1] in self.tools.stops else (tokens, mask)
                         for tokens, mask in pairs
                     ]
                 sequences, masks_of_one = zip(*pairs, strict=True)
@@ -158,7 +164,7 @@ class Engine:
         while batch.waiting or batch.reading:  # so that all begin together
             batch.read_prompts()
         while len(batch):
-            tokens = [self.specials["<|assistant_end|>"]] * len(prompts) * count
+            tokens = [self.tools.specials["<|assistant_end|>"]] * len(prompts) * count
             masks = [1] * len(tokens)
             for row, token, mask in batch.step():
                 place = row.prompt * count + row.sample

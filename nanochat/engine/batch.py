@@ -34,12 +34,14 @@ class Batch:
         shape = (rows + prefills, config.n_kv_head, length + 1, config.n_embd // config.n_head, config.n_layer)
         windows = [config.window(layer) for layer in range(config.n_layer)]
         self.cache = KVCache(*shape, self.device, dtype, windows, config.key_offset)
-        self.graphs = Graphs(self.cache, forward, rows) if self.device.type == "cuda" else None
+        step = getattr(forward, "step", None)  # of a model that is fused
+        self.graphs = Graphs(self.cache, step, rows) if step is not None and self.device.type == "cuda" else None
         self.waiting: deque[list[Row]] = deque()  # samples of one prompt each
         self.reading: list[list[Row]] = []  # those whose prompts are in the last places of the cache, in part
         self.live: list[Row] = []  # row i of the cache is live[i]
         self.past: dict[int, list[int]] = {}  # tokens that free places still hold, the oldest first
         self.sampled = torch.empty(0, dtype=torch.long, device=self.device)  # what comes next in each live row
+        self.behind = False  # whether that is not computed yet
 
     def __len__(self) -> int:
         """Rows that have not ended, those that wait among them."""
@@ -62,11 +64,14 @@ class Batch:
     def step(self) -> list[tuple[Row, int, int]]:
         """Read some of the prompts that wait, then one more token of each live row: (row, token, mask)."""
         heartbeat()
+        if self.behind and self.live:
+            self._decode([row.tokens[-1] for row in self.live], 0)
         self.read_prompts()
         rows, sampled = list(self.live), self.sampled
-        # on a GPU, the next tokens are computed while the host looks at these: it never waits for an idle device
-        ahead = self.device.type == "cuda"
-        if ahead and rows:
+        # On a GPU, the next tokens are computed while the host looks at these: it never waits for an idle device. Not
+        # where a step must be recorded first: the first token of an answer need not wait for that.
+        ahead = self.graphs is not None and self.graphs.are_recorded(rows)
+        if ahead:
             sampled = sampled.to("cpu", non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
@@ -74,8 +79,7 @@ class Batch:
             copied.synchronize()
         tokens = [(row, *row.next_token(token)) for row, token in zip(rows, sampled.tolist(), strict=True)]
         self._remove_ended()
-        if not ahead and self.live:
-            self._decode([row.tokens[-1] for row in self.live], 0)
+        self.behind = not ahead
         return tokens
 
     def _decode(self, known: list[int], ahead: int) -> None:

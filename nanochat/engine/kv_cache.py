@@ -12,6 +12,7 @@ from nanochat.config import LOOK_BACK
 from nanochat.errors import UserError
 
 CHUNK = 512  # tokens of a prompt, at most, that go through the model at a time
+ROW_STATE = ("cache_seqlens", "last_tokens", "document_starts")  # tensors with an entry for each row
 
 
 class KVCache:
@@ -58,7 +59,7 @@ class KVCache:
         self._back = torch.arange(LOOK_BACK, device=device)
         self.incoming: Tensor | None = None  # (B,) tokens of the next forward pass that count; None: all of them
         self.max_seq_len = seq_len
-        self.span: int | None = None  # positions to attend to, filled or not, where no step may depend on the host
+        self.is_fixed = False  # whether no step may depend on what the host knows
         self._position: Tensor | None = None  # (B, T) of the tokens of the forward pass that is going on
 
     def get_pos(self) -> int:
@@ -72,8 +73,12 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything; the memory stays."""
         self.lengths[:] = 0
-        for tensor in (self.cache_seqlens, self.last_tokens, self.document_starts):
+        for tensor in self.row_state():
             tensor.zero_()
+
+    def row_state(self) -> list[Tensor]:
+        """What the device knows of the rows, beside keys and values."""
+        return [getattr(self, name) for name in ROW_STATE]
 
     # ---- what the model calls, in this order
 
@@ -92,7 +97,7 @@ class KVCache:
         most `window` positions back, none before `first` (B, T)."""
         assert self._position is not None
         query, size = self._position.unsqueeze(2), self.get_layer_cache(layer)[0].size(1)
-        end = self._end(query.size(1))
+        end = self.get_pos() + query.size(1)
         if size < self.max_seq_len:  # the last position of each row that modulo `size` is this place's
             last = query[:, -1:] - (query[:, -1:] - torch.arange(min(size, end), device=query.device)) % size
         else:
@@ -108,7 +113,7 @@ class KVCache:
         """Put k and v (B, T, H, D) behind what this layer holds; returns its keys and values (B, keys, H, D)."""
         keys, values = self.get_layer_cache(layer)
         position, size = self.begin(k.size(1)), keys.size(1)
-        start, end = self.get_pos(), self._end(k.size(1))
+        start, end = self.get_pos(), self.get_pos() + k.size(1)
         if self._aligned() and end <= size:
             keys[:, start:end], values[:, start:end] = k, v
         else:
@@ -117,9 +122,10 @@ class KVCache:
         return keys[:, : min(end, size)], values[:, : min(end, size)]
 
     def note_tokens(self, idx: Tensor) -> None:
-        """Remember the last tokens of each row, of idx (B, T) and what was before."""
+        """Remember the last tokens of each row, of idx (B, T) and what was before. Of T = 1 every one counts, or
+        belongs to a row of which this is not asked again."""
         text = torch.cat([self.last_tokens, idx], dim=1)
-        if self.incoming is None:
+        if self.incoming is None or idx.size(1) == 1:
             self.last_tokens.copy_(text[:, -LOOK_BACK:])
         else:
             self.last_tokens.copy_(text.gather(1, self.incoming.long().unsqueeze(1) + self._back))
@@ -163,25 +169,22 @@ class KVCache:
         self._incoming_on_host = np.array(counts)
         self.incoming = torch.tensor(counts, dtype=torch.int32, device=self.cache_seqlens.device)
 
-    def fixed(self, rows: int, span: int, incoming: Tensor) -> "KVCache":
-        """The first rows, for a step that can be recorded: it attends to `span` positions, and rows go on by `incoming`
-        (rows,) int32 on the device alone; whoever replays it adds that to `lengths`."""
+    def fixed(self, rows: int, incoming: Tensor) -> "KVCache":
+        """The first rows, for a step that can be recorded: rows go on by `incoming` (rows,) int32, 0 or 1, on the
+        device alone; whoever replays it adds that to `lengths`."""
         part = self.rows(0, rows)
-        part.span, part.incoming, part._incoming_on_host = span, incoming, np.zeros(rows, dtype=np.int64)
+        part.is_fixed, part.incoming, part._incoming_on_host = True, incoming, np.zeros(rows, dtype=np.int64)
         return part
 
-    def _end(self, num_tokens: int) -> int:
-        return self.span or self.get_pos() + num_tokens
-
     def _aligned(self) -> bool:
-        return self.span is None and bool((self.lengths == self.lengths[0]).all())
+        return not self.is_fixed and bool((self.lengths == self.lengths[0]).all())
 
     # ---- rows
 
     def rows(self, start: int, stop: int) -> "KVCache":
         """These rows as a cache that shares the memory."""
         part = copy.copy(self)
-        for name in ("cache_seqlens", "lengths", "last_tokens", "document_starts"):
+        for name in ("lengths", *ROW_STATE):
             setattr(part, name, getattr(self, name)[start:stop])
         for name in ("k_cache", "v_cache"):
             cached = getattr(self, name)
@@ -211,7 +214,7 @@ class KVCache:
             for layer in cached:
                 used = layer[:, : most + self.extra]
                 used[to] = used[of]
-        for tensor in (self.cache_seqlens, self.last_tokens, self.document_starts):
+        for tensor in self.row_state():
             tensor[to] = tensor[of]
         self.lengths[list(targets)] = self.lengths[list(sources)]
 
@@ -223,6 +226,6 @@ class KVCache:
             for layer, its in zip(mine, others, strict=True):
                 used = its[:, : most + self.extra]
                 layer[:, : used.size(1)] = used.repeat_interleave(repeats, dim=0)
-        for name in ("cache_seqlens", "last_tokens", "document_starts"):
-            getattr(self, name).copy_(getattr(other, name).repeat_interleave(repeats, dim=0))
+        for tensor, its in zip(self.row_state(), other.row_state(), strict=True):
+            tensor.copy_(its.repeat_interleave(repeats, dim=0))
         self.lengths[:] = np.repeat(other.lengths, repeats)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanochat.engine.calculator import use_calculator
 from nanochat.errors import UserError
+from nanochat.kernels.pointwise import TRITON
 from nanochat.tokenizer import RustBPETokenizer
 
 TOOL_TOKENS = (
@@ -63,6 +64,11 @@ def sample_next_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Te
     takes one generator for all rows, and a call for each row costs more than the model does."""
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
+    if logits.device.type == "cuda" and TRITON and sampling.top_k is not None:
+        from nanochat.kernels.decode import MOST_CUT, sample
+
+        if sampling.top_k <= MOST_CUT:
+            return sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
     logits = logits.float() / sampling.temperature
     tokens = None
     if sampling.top_k is not None and sampling.top_k < logits.size(-1):

@@ -112,7 +112,7 @@ class Answer:
         stops = self.served.tokenizer, self.body.stops
         texts = [AnswerText(*stops) for _ in range(len(tickets) * self.count)]
         going = set(range(len(texts)))
-        stop_tokens = scheduler.engine.stops
+        stop_tokens = scheduler.engine.tools.stops
         try:
             while going:
                 number, event = await queue.get()

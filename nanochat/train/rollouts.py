@@ -148,14 +148,14 @@ class RolloutLoader:
         return groups
 
     def _answer_some(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
-        tokenizer, count = self.engine.tokenizer, self.sampling.num_samples
+        tokenizer, stops, count = self.engine.tokenizer, self.engine.tools.stops, self.sampling.num_samples
         prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
         seeds = [self.seed * 1_000_003 + place * count for place in places]
         results = self.engine.generate_many(prompts, self.sampling, seeds, keep_stop=True)
         groups = []
         for conversation, prompt, (sequences, masks) in zip(conversations, prompts, results, strict=True):
             said = [sequence[len(prompt) :] for sequence in sequences]
-            texts = [tokenizer.decode(tokens[:-1] if tokens[-1] in self.engine.stops else tokens) for tokens in said]
+            texts = [tokenizer.decode(tokens[:-1] if tokens[-1] in stops else tokens) for tokens in said]
             rewards = [self.task.reward(conversation, text) for text in texts]
             groups.append([Answer(*answer) for answer in zip(sequences, masks, rewards, strict=True)])
         return groups
@@ -163,7 +163,7 @@ class RolloutLoader:
     def _rows(self, answers: list[Answer], weights: np.ndarray) -> RolloutBatch:
         """All answers as rows of self.width positions, padded with the stop token and no targets; then filler."""
         count = self.batches_per_step * self.device_batch_size
-        pad = self.engine.specials["<|assistant_end|>"]
+        pad = self.engine.tools.specials["<|assistant_end|>"]
         tokens = torch.full((count, self.width + 1), pad, dtype=torch.long)
         sampled = torch.zeros(count, self.width + 1, dtype=torch.bool)
         for row, answer in enumerate(answers):
