@@ -56,7 +56,7 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C takes 30 GB for 
 
     # without sets, and dictionaries filled in other ways than it is written in
     dispatch: ClassVar[dict[int, Any]] = {
-        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"d\x90\x91"
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"d\x90\x91\x96"
     }
     dispatch[pickle.SETITEMS[0]] = lambda self: self._fill(self.pop_mark())
     dispatch[pickle.SETITEM[0]] = lambda self: self._fill([self.stack.pop(-2), self.stack.pop()])

@@ -22,6 +22,7 @@ PROGRAMS = [
     for folder in ("scripts", "nanochat")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+    and path.name != "lm_eval.py"  # whose command line is another program's
 ]
 
 

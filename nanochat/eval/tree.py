@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, LOOK_BACK
 from nanochat.runtime import heartbeat
 
 # What launching a forward pass costs, in tokens that the device could have read meanwhile: less padding for more passes
@@ -59,7 +59,7 @@ class Tree:
         self.rows = torch.arange(len(lengths), device=lengths.device)
         self.start = torch.zeros_like(lengths)
         self.document_starts = torch.zeros_like(lengths)
-        self.last_tokens = torch.zeros(len(lengths), 2, dtype=torch.long, device=lengths.device)
+        self.last_tokens = torch.zeros(len(lengths), LOOK_BACK, dtype=torch.long, device=lengths.device)
         self.width = 0  # positions of the trunk, padding among them
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of each layer
         self.passed_on: dict[int, Tensor] = {}  # what each layer's last key passes on to the next: see offset_keys
@@ -108,7 +108,7 @@ class Tree:
     def note_tokens(self, idx: Tensor) -> None:
         if self.trunk is None:
             text = torch.cat([self.last_tokens, idx], dim=1)
-            self.last_tokens = text.gather(1, self.lengths.unsqueeze(1) + torch.arange(2, device=idx.device))
+            self.last_tokens = text.gather(1, self.lengths.unsqueeze(1) + torch.arange(LOOK_BACK, device=idx.device))
 
     def carried(self, layer: int) -> Tensor:
         if self.trunk is not None:

@@ -17,16 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import yaml
-
 from nanochat import cli
 from nanochat.errors import UserError
-from nanochat.eval.bundle import Bundle, Task, load_bundle
-from nanochat.eval.core import Row, make_rows, pick_shots, render_prompts
-from nanochat.files import atomic_write
-from nanochat.paths import eval_bundle_dir
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, repaired
 
 GROUP = "core"
 
@@ -39,6 +31,19 @@ class Settings:
     """Folder to write; it must not exist yet."""
     max_per_task: Annotated[int, cli.count_flag()] = -1
     """Items per task, the ones that base_eval takes with this flag; -1 for all."""
+
+
+if __name__ == "__main__":
+    cli.start(Settings)  # before torch is imported, which takes seconds
+
+import numpy as np
+import yaml
+
+from nanochat.eval.bundle import Bundle, Task, load_bundle
+from nanochat.eval.core import Row, make_rows, pick_shots, render_prompts
+from nanochat.files import atomic_write
+from nanochat.paths import eval_bundle_dir
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, repaired
 
 
 def write_tasks(
