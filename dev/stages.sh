@@ -90,7 +90,7 @@ base_stages() {
   # Tokenizer
   stage tok_train --in "$first_data" --out tokenizer \
     -- python -m scripts.tok_train --source="$SOURCE" --vocab-size="$VOCAB_SIZE" "${TOK_TRAIN[@]}"
-  stage tok_eval --in tokenizer -- python -m scripts.tok_eval --source="$SOURCE"
+  stage tok_eval --in tokenizer --in "$first_data" -- python -m scripts.tok_eval --source="$SOURCE"
 
   # The rest of the text, and the evaluation tasks
   if [ "$SHARDS" -gt "$first" ]; then

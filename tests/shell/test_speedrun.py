@@ -258,6 +258,13 @@ def test_shell_and_python_agree_on_folder_names(tree, bare_path, name):
     assert f"--model-tag={paths.slug(name)} " in next(line for line in made if "run base_train" in line)
 
 
+def test_every_stage_that_reads_the_text_says_so(tree, bare_path):
+    """tok_eval did not: its numbers of a folder that was edited since stayed."""
+    made = calls(tree, bare_path, SOURCE="climbmix", SHARDS="20", RUN_RL="1")
+    readers = [line for line in made if "--source=climbmix" in line and "nanochat.dataset" not in line]
+    assert len(readers) >= 5 and all("--in base_data/climbmix" in line for line in readers)
+
+
 def test_a_large_source_gets_the_tokenizers_shards_first(tree, bare_path):
     made = calls(tree, bare_path, PROFILE="tiny", SOURCE="climbmix", SHARDS="20")
     stages = [line.split()[3] for line in made if "nanochat.pipeline run" in line]
