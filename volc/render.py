@@ -33,6 +33,8 @@ PASSED_ON = (
     "POSTTRAIN", "FULLRUN", "HF_ENDPOINT", "NANOCHAT_DTYPE",
 )  # fmt: skip
 # Type of a store -> fields that name it, and the settings they come from
+OBJECTS = ("Tos", "Sfcs")
+NO_STORE = "object storage can be no store, because the ledger appends to files and locks them"
 STORES = {
     "Vepfs": {"SubPath": "VOLC_STORAGE_PATH"},
     "VepfsAP": {"VepfsId": "VOLC_STORAGE_ID", "VepfsAccessPointId": "VOLC_ACCESS_POINT"},
@@ -92,10 +94,10 @@ def missing(text: str) -> list[str]:
 def store_fields(known: Mapping[str, str]) -> dict[str, str]:
     """Field -> setting that names the store. Raises Mistake for what can be none."""
     kind = needed(known, "VOLC_STORAGE_TYPE")
-    if kind in ("Tos", "Sfcs"):
+    if kind in OBJECTS:
         raise Mistake(
-            f"VOLC_STORAGE_TYPE={kind}: object storage can be no store, because the ledger appends to files and locks "
-            f"them; expected {', '.join(STORES)} (mount a bucket for data by VOLC_EXTRA_YAML)"
+            f"VOLC_STORAGE_TYPE={kind}: {NO_STORE}; expected {', '.join(STORES)} (mount a bucket for data by "
+            "VOLC_EXTRA_YAML)"
         )
     if known.get("VOLC_STORAGE_TYPE") and kind not in STORES:
         raise Mistake(f"VOLC_STORAGE_TYPE={kind}: expected {', '.join(STORES)}")
@@ -139,8 +141,9 @@ def make_task(known: Mapping[str, str], command: Sequence[str]) -> dict[str, Any
         example = "NNODES=4 bash volc/volc_submit.sh bash pretrain.sh --depth=32"
         raise Mistake(f"no command: write it last, as in `{example}`")
     for name in ("VOLC_CODE_PATH", "VOLC_MOUNT_PATH"):
-        if not known.get(name, "/").startswith("/"):
-            raise Mistake(f"{name}={known[name]}: expected a folder in the task, from / on")
+        path = known.get(name, "/folder")
+        if not path.startswith("/") or (name == "VOLC_MOUNT_PATH" and not os.path.normpath(path).strip("/")):
+            raise Mistake(f"{name}={path}: expected a folder in the task, from / on")
     code_path, line = known.get("VOLC_CODE_PATH"), shlex.join(command)
     nodes = integer(known, "NNODES", 1, 1, 10_000)
     registry = {"RegistryUsername": "VOLC_REGISTRY_USERNAME", "RegistryToken": "VOLC_REGISTRY_TOKEN"}  # if private
@@ -173,11 +176,31 @@ def make_task(known: Mapping[str, str], command: Sequence[str]) -> dict[str, Any
         "Preemptible": bool(integer(known, "VOLC_PREEMPTIBLE", 0, 0, 1)),
     }
     task = merged(_without_empty(task), extra_fields(known.get("VOLC_EXTRA_YAML", "")))
+    check_places(task)
     secrets = {*SECRETS, *known.get("VOLC_SECRETS", "").split()}
     for one in task["Envs"]:
         address = re.search("://[^/]*@|://.*:.*@", str(one.get("Value")))  # with a password in it
         one.setdefault("IsPrivate", bool(address) or one.get("Name") in secrets)
     return task
+
+
+def check_places(task: Mapping[str, Any]) -> None:
+    """Raises Mistake where what is mounted, whoever named it, cannot hold the artifacts, or hides the code sent."""
+    mounted = {_folder(one.get("MountPath")): one for one in task["Storages"]}
+
+    def holder(path: Any) -> dict[str, Any]:
+        """The storage that `path` is in; empty if it is in none."""
+        return mounted.get(max((f for f in mounted if _folder(path).startswith(f)), key=len, default=""), {})
+
+    base = {one.get("Name"): one.get("Value") for one in task["Envs"]}["NANOCHAT_BASE_DIR"]
+    if (kind := holder(base).get("Type")) in OBJECTS:
+        raise Mistake(f"NANOCHAT_BASE_DIR={base} is in a storage of Type {kind}: {NO_STORE}; mount it elsewhere")
+    if "UserCodePath" in task and (over := holder(UPLOADED_TO)):
+        raise Mistake(f"MountPath {over['MountPath']} hides {UPLOADED_TO}, where the code is sent: mount it elsewhere")
+
+
+def _folder(path: Any) -> str:
+    return f"{str(path).rstrip('/')}/"
 
 
 def extra_fields(text: str) -> dict[str, Any]:
@@ -188,8 +211,9 @@ def extra_fields(text: str) -> dict[str, Any]:
             fields = yaml.safe_load(Path(fields).read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise Mistake(f"VOLC_EXTRA_YAML={text!r}: {' '.join(str(error).split())}") from None
-    envs = fields.get("Envs", []) if isinstance(fields, dict) else []
-    if not isinstance(fields or {}, dict) or not isinstance(envs, list) or not all(isinstance(e, dict) for e in envs):
+    lists = [fields.get(name, []) for name in ("Envs", "Storages")] if isinstance(fields, dict) else []
+    known = all(isinstance(one, list) and all(isinstance(item, dict) for item in one) for one in lists)
+    if not known or not isinstance(fields or {}, dict):
         raise Mistake(f"VOLC_EXTRA_YAML={text!r}: expected fields of a task, as in {{DelayExitTimeSeconds: 600}}")
     return fields or {}
 

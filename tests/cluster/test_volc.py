@@ -346,6 +346,20 @@ def test_mistakes_are_one_line(tree, words, environment, needle):
         ({"VOLC_EXTRA_YAML": "{Envs: {A: b}}"}, "VOLC_EXTRA_YAML='{Envs: {A: b}}': expected"),
         ({"VOLC_EXTRA_YAML": "{Envs: }"}, "VOLC_EXTRA_YAML='{Envs: }': expected"),
         ({"VOLC_EXTRA_YAML": "no-such.yaml"}, "No such file"),
+        ({"VOLC_EXTRA_YAML": "{Storages: }"}, "VOLC_EXTRA_YAML='{Storages: }': expected"),
+        ({"VOLC_MOUNT_PATH": "/"}, "VOLC_MOUNT_PATH=/: expected a folder"),
+        ({"VOLC_MOUNT_PATH": "//."}, "VOLC_MOUNT_PATH=//.: expected a folder"),
+        ({"VOLC_MOUNT_PATH": "/root/"}, "MountPath /root/ hides /root/nanochat"),
+        ({"VOLC_EXTRA_YAML": "{Storages: [{Type: Tos, MountPath: /root}]}"}, "MountPath /root hides"),
+        ({"VOLC_EXTRA_YAML": "{Storages: [{Type: Tos, MountPath: /mnt/store}]}"}, "of Type Tos: object storage"),
+        ({"VOLC_EXTRA_YAML": "{Storages: [{Type: Sfcs, MountPath: /mnt/store/nanochat/}]}"}, "of Type Sfcs: object"),
+        (
+            {
+                "VOLC_EXTRA_YAML": "{Storages: [{Type: Tos, MountPath: /b}], "
+                "Envs: [{Name: NANOCHAT_BASE_DIR, Value: /b/x}]}"
+            },
+            "NANOCHAT_BASE_DIR=/b/x is in a storage of Type Tos",
+        ),
         ({"VOLC_MOUNT_PATH": "store"}, "VOLC_MOUNT_PATH=store: expected a folder in the task"),
         ({"VOLC_CODE_PATH": "nanochat"}, "VOLC_CODE_PATH=nanochat: expected a folder in the task"),
     ],
@@ -354,6 +368,11 @@ def test_further_mistakes_are_one_line(known, needle):
     with pytest.raises(render.Mistake) as caught:
         render.make_task({**ACCOUNT, **known}, COMMAND)
     assert needle in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mount_hides_the_code_only_where_it_is_over_it():
+    for known in ({"VOLC_MOUNT_PATH": "/root/nano"}, {"VOLC_MOUNT_PATH": "/root", "VOLC_CODE_PATH": "/root/nanochat"}):
+        assert render.make_task({**ACCOUNT, **known}, COMMAND)["Storages"][0]["MountPath"] == known["VOLC_MOUNT_PATH"]
 
 
 def test_a_damaged_config_names_the_line(tree):
