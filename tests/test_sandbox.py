@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -12,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat import sandbox
 from nanochat.errors import UserError
 from nanochat.execution import execute_code
-from nanochat.sandbox import Isolation, isolation_level
+from nanochat.sandbox import Isolation, isolation_level, kernel
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="model-written code runs only on Linux")
 ALONE = {
@@ -409,6 +412,72 @@ def test_seccomp_lets_no_process_begin(only):
                 pass
     """)
     assert result.error is None, result
+
+
+def test_what_programs_ask_of_their_own_files_is_answered(only):
+    only("seccomp")
+    result = run("""
+        import array, asyncio, fcntl, os, socket, struct, termios
+        assert not os.isatty(1) and struct.unpack("i", fcntl.ioctl(os.pipe()[0], termios.FIONREAD, bytes(4))) == (0,)
+        try:
+            os.get_terminal_size(1)
+        except OSError as error:
+            assert error.errno == 25, error  # no terminal, which shutil falls back from
+        inlet, outlet = os.pipe()
+        assert fcntl.fcntl(outlet, 1031, 8192) == 8192
+        for change in (os.set_inheritable, os.set_blocking):
+            change(inlet, True), change(inlet, False)
+        with open("file", "w+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX), fcntl.flock(file, fcntl.LOCK_SH)
+            os.dup(file.fileno()), fcntl.fcntl(file, fcntl.F_GETLK, bytes(32))
+        one, other = socket.socketpair()
+        one.settimeout(1), other.send(b"x")
+        assert one.recv(1) == b"x" and asyncio.run(asyncio.sleep(0, 3)) == 3
+    """)
+    assert result.error is None, result
+
+
+def filtered(code: bytes, machine: int, call: int, arguments: list[int]) -> int:
+    """What the kernel's interpreter makes of a filter."""
+    data, steps = struct.pack("=iIQ6Q", call, machine, 0, *arguments), list(struct.iter_unpack("=HBBI", code))
+    at = value = 0
+    while True:
+        operation, yes, no, constant = steps[at]
+        at += 1
+        if operation == kernel.RETURN:
+            return constant
+        if operation == kernel.LOAD:
+            value = struct.unpack_from("=I", data, constant)[0]
+        elif operation == kernel.AND:
+            value &= constant
+        else:
+            at += yes if (value == constant if operation == kernel.JUMP_EQUAL else value >= constant) else no
+
+
+def by_the_tables(column: int, call: int, arguments: list[int], threads: bool) -> int:
+    """The same by looking it up."""
+    for calls, error in ((kernel.DENIED, kernel.EPERM), (kernel.UNSEEN, kernel.ENOSYS)):
+        if call in [numbers[column] for numbers in calls.values()]:
+            return kernel.ERRNO | error
+    for numbers, index, mask, values, equal in kernel._conditional(threads):
+        if numbers[column] == call and (arguments[index] & 0xFFFF_FFFF & mask in values) is equal:
+            return kernel.ERRNO | kernel.EPERM
+    return kernel.ALLOW if call < kernel.FIRST_UNKNOWN else kernel.ERRNO | kernel.ENOSYS
+
+
+WORDS = [0, 1, 7, 8, 9, 1024, 1030, 0x5401, 0x8901, os.getpid(), os.O_TRUNC, 1 << 31, 0x1_0000, 2**64 - 1]
+NUMBERS = st.sampled_from(WORDS) | st.integers(0, 2**64 - 1)
+CALLS = {call for pair, *_ in kernel._conditional(True) for call in pair if call is not None}
+
+
+@settings(max_examples=30)
+@given(st.lists(NUMBERS, min_size=6, max_size=6), st.booleans(), st.sets(st.integers(0, 470), max_size=9))
+def test_the_filter_is_what_its_tables_say_on_both_machines(arguments, threads, calls):
+    for column, (machine, number) in enumerate(kernel.AUDIT_ARCH.items()):
+        code = kernel.seccomp_filter(machine, threads)
+        assert filtered(code, number ^ 1, 0, arguments) == kernel.KILL_PROCESS
+        for call in CALLS | calls:
+            assert filtered(code, number, call, arguments) == by_the_tables(column, call, arguments, threads), call
 
 
 @pytest.mark.parametrize("layer", ["all", "namespaces", "limits"])

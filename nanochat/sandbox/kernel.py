@@ -161,35 +161,34 @@ with open(os.path.join(os.path.dirname(__file__), "denied_calls.txt"), encoding=
 DENIED = {name: tuple(None if number == "-" else int(number) for number in numbers) for name, *numbers in _rows}
 # refused with ENOSYS, so that libc takes the older call, whose arguments a filter can see
 UNSEEN = {"clone3": (435, 435), "openat2": (437, 437)}
-FIRST_UNKNOWN = 463  # calls newer than this list: also "not implemented"
+FIRST_UNKNOWN = 457  # calls newer than this list, from statmount on: also "not implemented"
 CLONE_THREAD, OPEN_MODE_AND_TRUNCATE = 0x1_0000, 0o1003
 # with a process as this argument, where 0 is oneself: prlimit64, getpgid, getsid, getpriority, sched_getaffinity
 ASKING = ((302, 261, 0), (121, 155, 0), (124, 156, 0), (140, 141, 1), (204, 123, 0))
-F_SETOWN, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP = 8, 15, 0x8901, 0x8902
+# An owner may set flags, leases and watches even on files opened to read, so what may be asked of them is listed
+IOCTL = (0x5401, 0x5413, 0x5421, 0x541B, 0x5451, 0x5450)  # TCGETS, TIOCGWINSZ, FIONBIO, FIONREAD, FIOCLEX, FIONCLEX
+FCNTL = (*range(8), 1030, 1031, 1032, 36, 37, 38)  # up to F_SETLKW, F_DUPFD_CLOEXEC, the size of a pipe, F_OFD_...
 ALL_BITS = 0xFFFF_FFFF
 
 
-def _conditional(threads: bool) -> list[tuple[tuple[int | None, int | None], int, int, int, bool]]:
-    """Calls refused by one argument: (numbers, index of the argument, mask, value, refused when equal or not equal)."""
+def _conditional(threads: bool) -> list[tuple[tuple[int | None, int | None], int, int, tuple[int, ...], bool]]:
+    """Calls refused by one argument: (numbers, index of the argument, mask, values, whether these are refused)."""
     me = os.getpid()
-    others = [((number, twin), index, ALL_BITS, 0, False) for number, twin, index in ASKING]
-    clocks = [(pair, 0, 1 << 31, 1 << 31, True) for pair in ((228, 113), (229, 114), (230, 115), (222, 107))]
+    others = [((number, twin), index, ALL_BITS, (0,), False) for number, twin, index in ASKING]
+    clocks = [(pair, 0, 1 << 31, (1 << 31,), True) for pair in ((228, 113), (229, 114), (230, 115), (222, 107))]
     return [
         *others,
         *clocks,  # negative: those of another process
-        ((62, 129), 0, ALL_BITS, me, False),  # kill, tgkill: only oneself
-        ((234, 131), 0, ALL_BITS, me, False),
-        ((56, 220), 0, CLONE_THREAD if threads else 0, CLONE_THREAD, False),  # clone: threads at most
-        ((53, 199), 1, 0xF, 1, False),  # socketpair: only streams, whose other end cannot be chosen later
-        ((157, 167), 0, ALL_BITS, PR_SET_PDEATHSIG, True),
-        # having the kernel signal somebody else
-        ((72, 25), 1, ALL_BITS, F_SETOWN, True),
-        ((72, 25), 1, ALL_BITS, F_SETOWN_EX, True),
-        ((16, 29), 1, ALL_BITS, FIOSETOWN, True),
-        ((16, 29), 1, ALL_BITS, SIOCSPGRP, True),
+        ((62, 129), 0, ALL_BITS, (me,), False),  # kill, tgkill: only oneself
+        ((234, 131), 0, ALL_BITS, (me,), False),
+        ((56, 220), 0, CLONE_THREAD if threads else 0, (CLONE_THREAD,), False),  # clone: threads at most
+        ((53, 199), 1, 0xF, (1,), False),  # socketpair: only streams, whose other end cannot be chosen later
+        ((157, 167), 0, ALL_BITS, (PR_SET_PDEATHSIG,), True),
+        ((16, 29), 1, ALL_BITS, IOCTL, False),
+        ((72, 25), 1, ALL_BITS, FCNTL, False),
         # opening to read and truncating all the same, which Landlock before ABI 3 lets pass
-        ((2, None), 1, OPEN_MODE_AND_TRUNCATE, os.O_TRUNC, True),
-        ((257, 56), 2, OPEN_MODE_AND_TRUNCATE, os.O_TRUNC, True),
+        ((2, None), 1, OPEN_MODE_AND_TRUNCATE, (os.O_TRUNC,), True),
+        ((257, 56), 2, OPEN_MODE_AND_TRUNCATE, (os.O_TRUNC,), True),
     ]
 
 
@@ -207,11 +206,12 @@ def seccomp_filter(machine: str, threads: bool = True) -> bytes:
         for numbers in calls.values():
             if (number := numbers[column]) is not None:
                 code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ERRNO | error)]
-    for pair, index, mask, value, equal in _conditional(threads):
+    for pair, index, mask, values, equal in _conditional(threads):
         if (number := pair[column]) is not None:
-            code += [(JUMP_EQUAL, 0, 5, number), (LOAD, 0, 0, 16 + 8 * index), (AND, 0, 0, mask)]
-            code += [(JUMP_EQUAL, *((0, 1) if equal else (1, 0)), value), (RETURN, 0, 0, ERRNO | EPERM)]
-            code += [(LOAD, 0, 0, 0)]  # the number again, for the rules that follow
+            code += [(JUMP_EQUAL, 0, 4 + len(values), number), (LOAD, 0, 0, 16 + 8 * index), (AND, 0, 0, mask)]
+            for left, value in zip(reversed(range(len(values))), values, strict=True):  # to the refusal or past it
+                code += [(JUMP_EQUAL, left + (not equal), equal and not left, value)]
+            code += [(RETURN, 0, 0, ERRNO | EPERM), (LOAD, 0, 0, 0)]  # the number again, for the rules that follow
     code.append((RETURN, 0, 0, ALLOW))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
