@@ -43,7 +43,26 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = -1, scale: f
     elif queries > 1 and (windowed or queries < keys):
         mask = visible(queries, keys, window if windowed else -1, q.device)
     causal = mask is None and queries == keys
+    if causal and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape:
+        return _causal_by_blocks(q, k, v, q.size(-1) ** -0.5 if scale is None else scale).transpose(1, 2)
     return _sdpa(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+CPU_BLOCK = 256  # queries at a time that a CPU trains with; 128 and 512 take as long
+
+
+def _causal_by_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention over (B, H, T, D) by matrix products, for training on a CPU in bf16: forward and backward take
+    29 ms where those of SDPA take 57 (8 rows of 512, 2 heads of 64, one core that multiplies bf16 natively)."""
+    T = q.size(2)
+    queries, keys, values = (q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    mask = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+    out = []
+    for start in range(0, T, CPU_BLOCK):
+        stop = min(start + CPU_BLOCK, T)
+        scores = queries[:, start:stop] @ keys[:, :stop].mT + mask[start:stop, :stop]
+        out.append(scores.softmax(-1) @ values[:, :stop])
+    return torch.cat(out, dim=1).view(q.shape)
 
 
 def offset_keys(k: Tensor, joined: Tensor, carried: Tensor | None) -> tuple[Tensor, Tensor]:

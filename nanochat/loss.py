@@ -17,8 +17,8 @@ from nanochat.runtime import IGNORE_INDEX, kernel
 Reduction = Literal["mean", "sum", "none"]
 
 # Up to this many logits in one piece. GPU: half a GiB in bf16 and as much for their gradient; the matmul is long
-# saturated. CPU: what stays in the caches; with everything in one piece the whole step took 2.2 times as long.
-CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**22}
+# saturated. CPU: what stays in the caches; at 2**22 the loss takes 1.5 times as long, in one piece far longer.
+CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**20}
 # Up to this many the plain path is as quick, and shows lm_head's output to forward hooks in one piece.
 PLAIN_LOGITS = 2**22
 MOST_CAP = 60.0  # exp(60) times any vocabulary is still a number in fp32
@@ -87,7 +87,7 @@ def _row_losses(hidden: Tensor, lm_head: Head, targets: Tensor, cap: float, scal
 
 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:
-    return max(64, CHUNK_LOGITS.get(device.type, 2**26) // vocab_size)
+    return max(128, CHUNK_LOGITS.get(device.type, 2**26) // vocab_size)
 
 
 @torch.library.custom_op("nanochat::head_loss", mutates_args=())
@@ -103,7 +103,7 @@ def _fused_head_loss(
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # summed over many chunks
     rows = _chunk_rows(weight.size(0), weight.device)
-    gradient = kernel(_chunk_gradient, hidden.is_cuda)
+    gradient = kernel(_chunk_gradient, True) if hidden.is_cuda else _chunk_gradient_in_place
     for start in range(0, hidden.size(0), rows):
         piece = slice(start, start + rows)
         loss, grad_logits = gradient(hidden[piece] @ head.T, targets[piece], loss_weights[piece], cap, scale)
@@ -191,3 +191,19 @@ def _chunk_gradient(
     grad_capped = torch.exp(capped - log_normaliser) - is_target.float()
     grad = grad_capped * (1 - (capped / cap) ** 2) * (weights * scale)  # d softcap / d logit = 1 - tanh²
     return loss, grad.to(logits.dtype) if grad_scale is None else to_format(grad, grad_scale, E5M2)
+
+
+def _chunk_gradient_in_place(
+    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """_chunk_gradient up to rounding, for CPUs, where nothing joins its passes: few, in place, and tanh by way of the
+    sigmoid, which takes a sixth of the time. The loss of a training step and its gradients: 72 ms for 118 (4,096 x
+    2,048 logits from 128 channels in bf16, one core; 36 of them are matmuls). Overwrites logits in fp32."""
+    assert cap <= MOST_CAP
+    weights, index = loss_weights.unsqueeze(1) * scale, targets.clamp(min=0).unsqueeze(1)
+    tanh = logits.float().mul_(2 * scale / cap).sigmoid_().mul_(2).sub_(1)
+    grad = (tanh * cap).exp_()
+    normaliser = grad.sum(dim=1, keepdim=True)
+    losses = (normaliser.log() - cap * tanh.gather(1, index)).squeeze(1)
+    grad.mul_(weights / normaliser).scatter_add_(1, index, -weights)
+    return (losses * loss_weights).sum(), grad.addcmul_(grad, tanh.square_(), value=-1).to(logits.dtype)

@@ -82,6 +82,15 @@ def test_scale_of_the_logits(path, scale):
         assert loss.head_loss(hidden, head, targets, 15.0, scale=scale).item() == pytest.approx(got_loss.item())
 
 
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+def test_the_gradient_of_cpus_is_that_of_gpus(scale):
+    """Of a chunk of logits; the tests above see the one of the device that they run on."""
+    logits, targets = 20 * torch.randn(30, 37), torch.randint(-1, 37, (30,))
+    arguments = targets, torch.randn(30) * (targets >= 0), 15.0, scale
+    wanted = loss._chunk_gradient(logits.clone(), *arguments)
+    torch.testing.assert_close(loss._chunk_gradient_in_place(logits, *arguments), wanted, atol=2e-6, rtol=1e-5)
+
+
 def test_all_masked(path):
     hidden, head, targets = problem()
     value = loss.head_loss(hidden, head, torch.full_like(targets, -1), 15.0)
