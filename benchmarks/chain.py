@@ -91,7 +91,7 @@ class Lane:
     def start(self) -> None:
         if Lane.ending:
             raise UserError("interrupted")
-        self.finished_before = {row["stage"] for row in self.summary() if row["status"] == "finished"}
+        self.finished_before = self.finished()
         with self.log.open("ab") as log:
             self.begin = log.tell()
             self.process = subprocess.Popen(["bash", "speedrun.sh"], cwd=self.tree, env=self.environment, stdout=log,
@@ -103,6 +103,9 @@ class Lane:
 
     def summary(self) -> list[dict[str, Any]]:
         return ledger.summarize(ledger.read(self.run))
+
+    def finished(self) -> set[str]:
+        return {row["stage"] for row in self.summary() if row["status"] == "finished"}
 
     def at_work(self) -> str:
         """The stage that is running, or was when the runner was killed."""

@@ -120,7 +120,11 @@ def inject(lane: Lane, fault: Fault, rng: random.Random) -> None:
             os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(lane.store).free - left))
     else:
         send(lane, fault)
-    if not lane.ends(limit):
+    ended = lane.ends(limit)
+    if not ended and fault.detail == "stage" and fault.stage in lane.finished():
+        fault.detail = "tree"  # the signal met a process that was just ending well, and the chain went on
+        lane.kill_all()
+    elif not ended:
         still = {" ".join(process.cmdline()[1:4]) for process in lane.processes()}
         fault.problems.append(f"still running after {limit:.0f} s: {' '.join(sorted(still))[:150] or 'bash'}")
         lane.kill_all()

@@ -111,6 +111,20 @@ def test_what_is_lost_swallowed_left_or_wrong_is_a_problem(lane):
     assert "became" in faults.differences(two, three)[0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_signal_that_came_too_late_for_its_stage_goes_to_the_chain(lane, monkeypatch):
+    monkeypatch.setattr(faults, "END_SECONDS", 2)
+    monkeypatch.setattr(faults, "send", lambda lane, fault: None)  # as to a process that is ending
+    (lane.tree / "work.py").write_text(WORK.replace("range(done + 1, 13)", "range(done + 1, 1000)"))
+    lane.fresh()
+    lane.start()
+    while lane.at_work() != "dataset":
+        time.sleep(0.02)
+    fault = faults.Fault("SIGKILL", "stage")
+    faults.inject(lane, fault, random.Random(0))
+    assert (fault.stage, fault.detail, fault.code, fault.problems) == ("dataset", "tree", -9, [])
+
+
 @pytest.mark.slow
 def test_the_whole_chain_a_few_times():
     words = ["-m", "benchmarks.faults", "13", "--others=1", "--lanes=1"]
