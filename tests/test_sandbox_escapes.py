@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nanochat import sandbox
-from nanochat.sandbox import Isolation, execute_code, isolation_level, kernel
+from nanochat.sandbox import Isolation, execute_code, isolation_level
+from tests.test_sandbox import LEAVES_ROOT
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="model-written code runs only on Linux")
 
@@ -370,10 +371,6 @@ finally:
 """
 
 
-# root of a container that has no other users may start no threads at all
-LEAVES_ROOT = os.getuid() != 0 or int(Path("/proc/self/uid_map").read_text().split()[2]) > kernel.FIRST_USER
-
-
 @pytest.mark.parametrize("layers", ["all", "container"])
 def test_threads_are_few_for_root_too(monkeypatch, layers):
     use(monkeypatch, layers)
@@ -390,7 +387,7 @@ def test_there_are_no_threads_where_they_could_not_be_counted(monkeypatch, tmp_p
     assert execute_code(THREADS, maximum_memory_bytes=1 << 30).stdout == "0\n"
 
 
-@pytest.mark.skipif(not LEAVES_ROOT, reason="root of a container that has no other users")
+@pytest.mark.skipif(os.getuid() != 0 or not LEAVES_ROOT, reason="an ordinary user's programs share it, by the kernel")
 def test_two_programs_do_not_share_one_limit_on_processes(monkeypatch):
     use(monkeypatch, "container")
     hold = "import threading, time\nfor _ in range(40): threading.Thread(target=time.sleep, args=(1,)).start()"
