@@ -11,6 +11,7 @@ nanochat.json                     what importing needs to make the same checkpoi
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def export(
         "tokenizer.json": huggingface_json(ranks, tokenizer.get_pattern(), specials),
         "tokenizer_config.json": _json(tokenizer_settings(model.config, tokenizer)),
         "chat_template.jinja": CHAT_TEMPLATE,
-        ABOUT: _json(about),
+        ABOUT: _json({**about, **{name: without_folders(about[name]) for name in ("settings", "recipe")}}),
         "README.md": model_card(model, about, report or {}),
     }
     if config["model_type"] == OWN_TYPE:
@@ -75,6 +76,17 @@ def export(
             (folder / name).write_text(text, encoding="utf-8")
         weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in exported(model).items()}
         safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the names alone of text folders (`source`) and of files of conversations (`tasks`): where they lie
+    on a disk is nobody's business once an export is public."""
+    shown = dict(settings)
+    if (source := str(settings.get("source"))).startswith("local:"):
+        shown["source"] = f"local:{Path(source).name}"
+    if "tasks" in settings:
+        shown["tasks"] = re.sub(r"[^,|]*/(?=[^/,|]*\.jsonl)", "", settings["tasks"])
+    return shown
 
 
 def exported(model: GPT) -> dict[str, torch.Tensor]:

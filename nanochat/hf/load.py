@@ -28,7 +28,7 @@ def find_folder(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{name}: no such folder, and no OWNER/NAME of the hub")
     from huggingface_hub import snapshot_download  # takes half a second
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     from nanochat.data.hub import check_connection, endpoint
 
@@ -38,7 +38,7 @@ def find_folder(name: str) -> Path:
         return Path(
             snapshot_download(name, endpoint=endpoint(), allow_patterns=patterns, token=os.environ.get("HF_TOKEN"))
         )
-    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"could not get {name} from the hub ({reason}): check the name, HF_TOKEN and HF_ENDPOINT"

@@ -166,6 +166,20 @@ def test_the_file_needs_nothing_of_ours(exports, tmp_path):
     ).read_text()
 
 
+def test_no_folder_of_this_machine_goes_out(make_model, tokenizer, tmp_path):
+    """What is pushed is public: names of own text and conversations, and not where they lie."""
+    model = make_model("nanochat", n_layer=1, n_embd=32)
+    own = {"source": "local:/home/me/secret/texts", "depth": 4}
+    tasks = "reasoning-gym/chess, ~/secret/my chats.jsonl:20*2|/home/me/secret/b.jsonl,near.jsonl,GSM8K"
+    meta = meta_of(model, tokenizer, settings={**own, "tasks": tasks}, recipe=own)
+    export(model, tokenizer, meta, tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        assert b"secret" not in path.read_bytes(), path
+    about = json.loads((tmp_path / "out" / "nanochat.json").read_text())
+    assert about["recipe"] == {"source": "local:texts", "depth": 4}
+    assert about["settings"]["tasks"] == "reasoning-gym/chess,my chats.jsonl:20*2|b.jsonl,near.jsonl,GSM8K"
+
+
 def test_nothing_is_written_over(make_model, tokenizer, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")

@@ -1,4 +1,5 @@
-"""nanochat.hf.push against a stand-in for the hub on loopback: what huggingface_hub asks for to upload a folder."""
+"""nanochat.hf.push, and an import by name, against a stand-in for the hub on loopback: what huggingface_hub asks for to
+send a folder, and to get it."""
 
 import base64
 import json
@@ -7,11 +8,15 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from huggingface_hub import constants
 
+from nanochat.checkpoint import load_model
 from nanochat.errors import UserError
 from nanochat.hf.push import push
-from scripts import export_hf
+from scripts import export_hf, import_hf
+
+COMMIT = "0" * 40
 
 
 class Hub(ThreadingHTTPServer):
@@ -33,14 +38,16 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
     def answer(self, value: object, status: int = 200, **headers: str) -> None:
-        body = json.dumps(value).encode()
+        self.send(json.dumps(value).encode(), status, Content_Type="application/json", **headers)
+
+    def send(self, body: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         for name, text in headers.items():
             self.send_header(name.replace("_", "-"), text)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -55,11 +62,24 @@ class Handler(BaseHTTPRequestHandler):
         self.server.stored[self.path.rpartition("/")[2]] = self.body()
         self.answer({})
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
-        repo = self.path.removeprefix("/api/models/")
-        if repo not in self.server.repos:
+        hub, path = self.server, self.path.partition("?")[0]
+        asked, _, name = path.partition("/resolve/")
+        owner, repo, *more = asked.removeprefix("/api/models").strip("/").split("/")
+        if hub.refuses:
+            return self.answer({"error": "no"}, hub.refuses)
+        if f"{owner}/{repo}" not in hub.repos:
             return self.answer({"error": "none"}, 404, X_Error_Code="RepoNotFound")
-        self.answer({"id": repo, "sha": "0" * 40, "siblings": []})
+        hub.tokens.add(self.headers.get("Authorization"))
+        if name:
+            return self.send(hub.files[name.partition("/")[2]], X_Repo_Commit=COMMIT, ETag=f'"{name}"')
+        if more[:1] == ["tree"]:
+            found = hub.files.items()
+            return self.answer([{"type": "file", "path": p, "size": len(b), "oid": "2" * 40} for p, b in found])
+        self.answer({"id": f"{owner}/{repo}", "sha": COMMIT, "siblings": []})
 
     def do_POST(self) -> None:
         hub, body = self.server, self.body()
@@ -113,6 +133,38 @@ def test_all_files_arrive(hub, exports, capsys):
     assert hub.repos == {"me/m": True} and hub.tokens == {"Bearer hf_secret"}
     push(folder, "me/m", dry_run=False)  # once more, into what is there
     assert "sent to" in capsys.readouterr().out
+
+
+def test_what_was_sent_is_imported_by_its_name(hub, exports, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    model, folder = exports("speedrun")
+    push(folder, "me/m", dry_run=False)
+    import_hf.main(import_hf.Settings("me/m", model_tag="theirs"))
+    again, _, meta = load_model("sft", torch.device("cpu"), tag="theirs")
+    assert again.config == model.config and meta["step"] == 7
+    for (name, found), wanted in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(found, wanted), name
+    assert hub.tokens == {"Bearer hf_secret"}
+
+
+@pytest.mark.parametrize(
+    ("source", "refuses", "message"),
+    [
+        ("me/none", 0, "could not get me/none from the hub"),
+        ("me/m", 401, "check the name, HF_TOKEN and HF_ENDPOINT"),
+        ("me/m", 500, "could not get me/m from the hub"),
+        ("me/a..b", 0, "could not get me/a..b from the hub"),
+        ("me/nowhere", -1, "could not get me/nowhere from the hub"),
+    ],
+)
+def test_what_cannot_be_had_from_the_hub(source, refuses, message, hub, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.refuses = max(0, refuses)
+    if refuses < 0:
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=message) as caught:
+        import_hf.main(import_hf.Settings(source))
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_a_dry_run_asks_nobody(hub, exports, capsys, monkeypatch):

@@ -74,6 +74,9 @@ def test_nothing_sticks_out_on_a_phone_and_nothing_is_fetched(store, monkeypatch
             page.on("console", lambda message, faults=faults: faults.append(message.text))
             page.goto(f"file://{page_file}")
             assert page.evaluate("document.documentElement.scrollWidth") == 360
+            # names in the first column keep their words in one piece; the table scrolls
+            heights = "[...document.querySelectorAll('td:first-child')].map(e => e.getBoundingClientRect().height)"
+            assert max(page.evaluate(heights)) < 80
             drawn = "[...document.querySelectorAll('figure svg')].every(e => e.getBoundingClientRect().height > 100)"
             assert page.evaluate(drawn) and len(asked) == 1 and not faults
             # text of the plots has the colour of the page's
