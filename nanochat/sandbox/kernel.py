@@ -159,8 +159,7 @@ with open(os.path.join(os.path.dirname(__file__), "denied_calls.txt"), encoding=
     _rows = [line.split() for line in _file if line.strip() and not line.startswith("#")]
 # name: numbers by machine; refused with EPERM
 DENIED = {name: tuple(None if number == "-" else int(number) for number in numbers) for name, *numbers in _rows}
-# refused with ENOSYS, so that libc takes the older call, whose arguments a filter can see
-UNSEEN = {"clone3": (435, 435), "openat2": (437, 437)}
+UNSEEN = {"clone3": (435, 435), "openat2": (437, 437)}  # ENOSYS: libc takes the older calls, whose arguments show
 FIRST_UNKNOWN = 457  # calls newer than this list, from statmount on: also "not implemented"
 CLONE_THREAD, OPEN_MODE_AND_TRUNCATE = 0x1_0000, 0o1003
 # with a process as this argument, where 0 is oneself: prlimit64, getpgid, getsid, getpriority, sched_getaffinity
@@ -174,10 +173,9 @@ ALL_BITS = 0xFFFF_FFFF
 def _conditional(threads: bool) -> list[tuple[tuple[int | None, int | None], int, int, tuple[int, ...], bool]]:
     """Calls refused by one argument: (numbers, index of the argument, mask, values, whether these are refused)."""
     me = os.getpid()
-    others = [((number, twin), index, ALL_BITS, (0,), False) for number, twin, index in ASKING]
     clocks = [(pair, 0, 1 << 31, (1 << 31,), True) for pair in ((228, 113), (229, 114), (230, 115), (222, 107))]
     return [
-        *others,
+        *(((number, twin), index, ALL_BITS, (0,), False) for number, twin, index in ASKING),
         *clocks,  # negative: those of another process
         ((62, 129), 0, ALL_BITS, (me,), False),  # kill, tgkill: only oneself
         ((234, 131), 0, ALL_BITS, (me,), False),

@@ -23,11 +23,13 @@ _ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _ANSWER = re.compile(rf"####[ \t]*(-?)\$?(-?)({_NUMBER})(?![\d,]*\d)(.*?)[ \t\r]*(?=\n|####|\Z)", re.ASCII)
 _REST = re.compile(r"[.,;:]*((?:[ \t]+[a-z][a-z']+[.,;:!?]*)*)", re.ASCII | re.IGNORECASE)
-# Words that make another value of the number before them; others say what was counted
+# Words that make another value of the number before them, or take it back; others say what was counted
 _VALUE_WORDS = re.compile(
-    r"\b(?:or|plus|minus|times [a-z]+|point|percent|cent|squared|cubed|(?:hundred|thousand|dozen|third|quarter)s?|half"
-    r"|halves|score|mil|mln|mio|bn|\w+illions?|\w+teen|\w+ths?|zero|one|two|three|four|five|six|seven|eight|nine|ten"
-    r"|eleven|twelve|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.ASCII | re.IGNORECASE)  # fmt: skip
+    r"\b(?:or|oder|ou|plus|minus|times [a-z]+|point|percent|cent|squared|cubed|(?:hundred|thousand|dozen|third|quarter)"
+    r"s?|half|halve[ds]|(?:doubl|tripl|quadrupl)ed?|twice|thrice|\w+fold|tens|score|mil|mln|mio|bn|lakhs?|crores?|\w+ths?"
+    r"|\w+(?:illions?|teen)|nought|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:twen|thir|for|fif"
+    r"|six|seven|eigh|nine)ty|negative|factorial|binary|octal|hex|inverse|reciprocal|sqrt|roots?|not|nope|wrong|incorrect"
+    r"|false|n?either|maybe|perhaps|approximately|at (?:most|least))\b", re.ASCII | re.IGNORECASE)  # fmt: skip
 
 
 class Task:

@@ -145,6 +145,7 @@ NUMBERS = st.integers(0, 99_999)
 WORDINGS = (
     "{n}", "{n}.", "{n}.0", "{n:,}", "{n:,}.00", "${n}", "${n:,}.", "0{n}", "{n} apples", "{n} apples.",
     "{n} more apples!", "{n}, so she has enough.", "{n} miles per hour", "{n} times", "{n} cats and dogs",
+    "{n} fewer than Tom", "{n} more than Ben has", "{n} pairs of shoes", "{n} notes in notebooks", "{n} roses",
     "{n}\nThat is all.", "{n}\r\n",
 )  # fmt: skip
 OTHERS = (
@@ -153,6 +154,9 @@ OTHERS = (
     "{n} and a half", "{n} million", "{n} thousand apples", "{n} dozen", "{n} hundred", "{n}k", "{n}m",
     "{n} point five", "{n} squared", "{n}!", "{n}:30", "{n},5", "{n},50", "{n} 000", "{n}..5", "{n}.1", "{n}.0001",
     "{n}th", "{n}i", "{n}%2", "{n} % 7", "{n}_0", "{n}\u0660", "{n}0", "{n} 0", "{n}=11", "{n} to 120",
+    "{n} doubled", "{n} halved", "twice {n}", "{n} twice", "{n} tenfold", "{n} tens", "{n} lakh", "{n} oder elf",
+    "{n} negative", "{n} factorial", "{n} in binary", "{n} hex", "{n} square root", "{n} is wrong", "{n}, not eleven",
+    "{n} maybe", "{n} at most", "{n} apples, at least", "{n} approximately", "{n} nope", "{n} is incorrect",
     "{n} plus eleven", "{n} times three", "{n} (or 111)", "{n}<111", "{n}x", "{n}\u4e07", "not {n}", "about {n}",
     "<{n}", "~{n}", "1/{n}", "1{n}", "1,{n}", "1-{n}", "2*{n}", "x{n}", "--{n}", "-${n}-1", "=11-{n}", ".{n}",
     "0.{n}", "0x{n}", "1 {n}", "{n}{n}",
