@@ -1,11 +1,18 @@
 """What single changes of architecture or recipe do to the loss: short trainings that see the same rows, on one device.
 
-    python -m benchmarks.ablate --source=local:DIR --runs=runs.txt --out=ablation.jsonl
+    python -m benchmarks.ablate --source=local:DIR --runs=benchmarks/ablations.txt --base="--arch=ngram --depth=8"
 
-Each line of runs.txt is a run: the flags that differ from those of scripts.base_train, such as
+Each line of --runs is a run: flags of scripts.base_train, behind those of --base, and words for what has no flag there:
 
-    --arch=ngram --depth=12 --seed=43
-    --arch=ngram --depth=12 --no-key-offset
+    --no-key-offset --seed=43
+    x0_lambdas=.2:.05        learned scalars (nanochat.config.CONSTANTS) begin so, from the first layer to the last
+    c_fc.init=.4             first weights of all that has this in its name, times a factor
+    embedding.beta2=.995     of a group of parameters: beta2, lr (a factor), warmdown (a share of the steps of its own)
+    momentum=.85:.97:400     Muon's: from, to, in how many steps
+    decay=cosine             weight decay falls to 0
+    equilibrate=1            rows of what Muon makes orthogonal have one norm (MuonEq)
+    average=.1               scored with the mean of the weights over the last tenth of the steps
+    batch=131072             tokens a step; as many in all
 
 --seed draws other weights; rows and their order are the same for all, and lie on the device. A model is compiled once
 for all runs of its shape that follow each other. A run that stands in --out is not made again, so several processes,
@@ -25,7 +32,7 @@ import numpy as np
 import torch
 
 from nanochat import cli
-from nanochat.config import LEARNING_RATES, TUNED_AT, GPTConfig, build_config, init_spec, resolve
+from nanochat.config import CONSTANTS, LEARNING_RATES, TUNED_AT, GPTConfig, build_config, init_spec, resolve
 from nanochat.dataloader import RowLoader, open_data, row_batches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import evaluate_bpb
@@ -33,12 +40,15 @@ from nanochat.files import append_jsonl, read_jsonl
 from nanochat.flags import DeviceType
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
-from nanochat.optim.schedule import batch_lr_scale, make_schedule, window_length
+from nanochat.optim import MuonAdamW, buckets
+from nanochat.optim.param_groups import FAMILIES
+from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, make_schedule, muon_momentum, window_length
+from nanochat.optim.update_rules import muon_direction
 from nanochat.runtime import compute_init, synchronize
 from nanochat.studies.short_run import ResidentLoader, build_model, short_run
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train.loop import train_step
-from nanochat.train.run import TrainingRun
+from nanochat.train.run import TrainingRun, evaluated_with
 from scripts.base_train import Settings as Recipe
 
 WARM_STEPS = 20  # left out of the speed
@@ -50,6 +60,8 @@ class Settings:
 
     runs: Path
     """File with a line of flags for each run."""
+    base: str = ""
+    """Flags of every run."""
     source: str
     """Text, as for base_train; its tokenizer must be in the store."""
     out: Path = Path("ablation.jsonl")
@@ -64,6 +76,68 @@ class Settings:
     """Validation tokens, at most."""
     device_type: DeviceType = "auto"
     """auto, cuda, cpu or mps."""
+
+
+class Changes(dict[str, str]):
+    """What a run does that base_train has no flag for, by name (see above). UserError where there is no such thing."""
+
+    GROUPS = tuple(family.replace(" ", "_") for family in FAMILIES)
+
+    def __init__(self, words: list[str]) -> None:
+        super().__init__(word.split("=", 1) if "=" in word else (word, "") for word in words)
+        for name, value in self.items():
+            group, _, key = name.rpartition(".")
+            known = name in ("momentum", "decay", "average", "equilibrate", "batch") or name in CONSTANTS
+            known = known or key == "init" or (group in self.GROUPS and key in ("lr", "beta2", "warmdown"))
+            if not (known and value):
+                raise UserError(f"{name}={value}: no flag, and nothing that `python -m benchmarks.ablate` changes")
+
+    def number(self, name: str, default: float) -> float:
+        try:
+            return float(self.get(name, default))
+        except ValueError:
+            raise UserError(f"{name}={self[name]}: expected a number") from None
+
+    @torch.no_grad()
+    def begin(self, model: GPT) -> None:
+        """Change first weights."""
+        for name, param in model.named_parameters():
+            parts = name.split(".")
+            if ends := self.get(parts[-1]):
+                first, *last = (float(value) for value in ends.split(":"))
+                param.copy_(torch.linspace(first, (last or [first])[0], param.numel()))
+            for key in self:
+                if key.endswith(".init") and key.removesuffix(".init") in parts:
+                    param.mul_(self.number(key, 1.0))
+
+    def follow(self, optimizer: MuonAdamW, steps: int, ratios: tuple[float, float, float]) -> None:
+        """Change what groups are trained with, before each of the optimizer's steps."""
+        warmup, warmdown, final = ratios
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            beta2 = self.number(f"{group['label']}.beta2", group["beta2"] if "beta2" in group else group["betas"][1])
+            group.update({"beta2": beta2} if "beta2" in group else {"betas": (group["betas"][0], beta2)})
+            group["initial_lr"] *= self.number(f"{group['label']}.lr", 1.0)
+
+        def before_step(optimizer: Any, *_: Any) -> None:
+            step = optimizer.num_steps
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                own = self.number(f"{group['label']}.warmdown", warmdown)
+                group["lr"] = group["initial_lr"] * lr_multiplier(step, steps, warmup, own, final)
+                if "momentum" in self and "momentum" in group:
+                    start, end, length = (float(value) for value in self["momentum"].split(":"))
+                    group["momentum"] = muon_momentum(step, start, end, int(length))
+                if "decay" in self:
+                    group["weight_decay"] = decay * (1 + math.cos(math.pi * step / steps)) / 2
+
+        optimizer.register_step_pre_hook(before_step)
+        buckets.muon_direction = equilibrated_direction if "equilibrate" in self else muon_direction
+
+
+def equilibrated_direction(direction: torch.Tensor, *others: Any) -> torch.Tensor:
+    """muon_direction of matrices whose rows have their mean norm."""
+    norms = direction.float().norm(dim=-1, keepdim=True)
+    return muon_direction((direction * (norms.mean(-2, keepdim=True) / norms.clamp(min=1e-10))).to(direction), *others)
 
 
 class Bench:
@@ -84,10 +158,17 @@ class Bench:
         self.val: np.ndarray = self.data.fixed_rows("val", settings.max_seq_len, settings.eval_tokens)
         self.built: tuple[GPTConfig, GPT, Callable[..., torch.Tensor]] | None = None
 
-    def recipe(self, line: str) -> Recipe:
-        """The flags of a run, and where they stand."""
-        shared = {"total_batch_size": self.settings.total_batch_size, "max_seq_len": self.settings.max_seq_len}
-        return resolve(cli.replace(cli.parse(Recipe, line.split()), num_iterations=self.settings.steps, **shared))
+    def recipe(self, line: str) -> tuple[Recipe, Changes]:
+        """The flags of a run, and what else it changes."""
+        words, settings = line.split(), self.settings
+        changes = Changes([word for word in words if not word.startswith("--")])
+        batch = int(changes.number("batch", settings.total_batch_size))
+        if batch % settings.max_seq_len or batch > settings.steps * settings.total_batch_size:
+            raise UserError(f"batch={batch}: expected a multiple of --max-seq-len={settings.max_seq_len}")
+        steps = settings.steps * settings.total_batch_size // batch
+        shared = {"total_batch_size": batch, "max_seq_len": settings.max_seq_len, "num_iterations": steps}
+        flags = cli.parse(Recipe, [word for word in words if word.startswith("--")])
+        return resolve(cli.replace(flags, **shared)), changes
 
     def model(self, config: GPTConfig) -> tuple[GPT, Callable[..., torch.Tensor]]:
         """(the model, what to train with)."""
@@ -99,61 +180,75 @@ class Bench:
 
     def run(self, line: str) -> dict[str, Any]:
         """Train one model from its first weights; what is known of it then."""
-        flags, settings = self.recipe(line), self.settings
+        flags, changes = self.recipe(line)
+        steps, batch = flags.num_iterations, flags.total_batch_size
         config = build_config(flags, self.data.vocab_size, self.data.document_token)
         model, forward = self.model(config)
         model.init_weights(init_spec(flags))  # windows at their full length, too
-        horizon = settings.steps * settings.total_batch_size
-        scale = batch_lr_scale(settings.total_batch_size, horizon, *TUNED_AT[flags.arch])
+        changes.begin(model)
+        scale = batch_lr_scale(batch, steps * batch, *TUNED_AT[flags.arch])
         rates: dict[str, Any] = {name: getattr(flags, name) * scale for name in LEARNING_RATES}
         ratios: Any = flags.warmup_ratio, flags.warmdown_ratio, flags.final_lr_frac
+        optimizer = model.setup_optimizer(**rates, weight_decay=flags.weight_decay, use_muon=flags.use_muon)
+        changes.follow(optimizer, steps, ratios)
 
         def grow_windows(step: int) -> None:
             if flags.window_warmup:
-                model.set_window(window_length(step, settings.steps, config.long_window))
+                model.set_window(window_length(step, steps, config.long_window))
 
         run = short_run(
             model,
             forward,
-            model.setup_optimizer(**rates, weight_decay=flags.weight_decay, use_muon=flags.use_muon),
-            ResidentLoader(self.rows, self.rows_per_step, flags.device_batch_size),
-            settings.steps,
-            settings.total_batch_size,
-            make_schedule(settings.steps, *ratios),
+            optimizer,
+            ResidentLoader(self.rows, batch // self.settings.max_seq_len, flags.device_batch_size),
+            steps,
+            batch,
+            make_schedule(steps, *ratios),
             grad_clip=flags.grad_clip or 0.0,
             prepare=grow_windows,
         )
         record: dict[str, Any] = {"run": line, "device": device_name(self.device), "parameters": model.num_params()}
-        half, warm = settings.steps // 2, min(WARM_STEPS, settings.steps // 2)
+        half, warm, averaged = steps // 2, min(WARM_STEPS, steps // 2), round(changes.number("average", 0) * steps)
         self.take(run, warm)
         seconds = self.take(run, half - warm)
         record["bpb at half"] = self.score(run, flags)
-        seconds += self.take(run, settings.steps - half)
-        record["tokens/s"] = round((settings.steps - warm) * settings.total_batch_size / seconds)
+        seconds += self.take(run, steps - half, averaged)
+        record["tokens/s"] = round((steps - warm) * batch / seconds)
+        record |= {"tokens": steps * batch, "FLOPs": steps * batch * model.estimate_flops()}
         record["bpb"] = self.score(run, flags)
         return record
 
-    def take(self, run: TrainingRun, steps: int) -> float:
-        """Take so many steps; seconds that they took."""
+    def take(self, run: TrainingRun, steps: int, averaged: int = 0) -> float:
+        """Take so many steps; seconds that they took. The weights are then the mean of those after the last
+        `averaged`."""
+        params, sums = list(run.model.parameters()), None
         synchronize(self.device)
         started = time.perf_counter()
-        for _ in range(steps):
+        for left in reversed(range(steps)):
             train_step(run)
+            if left < averaged:
+                sums = sums or [torch.zeros_like(param) for param in params]
+                torch._foreach_add_(sums, [param.data for param in params], alpha=1 / averaged)
         synchronize(self.device)
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if sums:
+            torch._foreach_copy_([param.data for param in params], sums)
+        return seconds
 
     def score(self, run: TrainingRun, flags: Recipe) -> float:
         """Bits per byte of the validation rows."""
         run.model.eval()
         batches = row_batches(self.val, flags.device_batch_size, self.device)
-        bpb = evaluate_bpb(run.forward, batches, self.token_bytes)
+        forward = evaluated_with(run.model, run.forward, self.val.shape, 0, 0)
+        bpb = evaluate_bpb(forward, batches, self.token_bytes)
         run.model.train()
         return bpb if math.isfinite(bpb) else math.inf
 
 
 def main(settings: Settings) -> None:
     bench = Bench(settings)
-    lines = [line.strip() for line in settings.runs.read_text().splitlines() if line.strip()]
+    lines = settings.runs.read_text(encoding="utf-8").splitlines()
+    lines = [f"{settings.base} {line.split('#')[0]}".strip() for line in lines if line.split("#")[0].strip()]
     for line in lines:
         bench.recipe(line)  # before anything is spent
     for number, line in enumerate(lines):
