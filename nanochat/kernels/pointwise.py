@@ -2,8 +2,8 @@
 
 On a GPU these chains move memory and compute next to nothing. Their derivatives can all be had from what they give
 out, which the next product or attention keeps anyway for its own backward pass. So nothing that goes in is kept, and
-the backward pass reads no more than that output and the gradient. torch.compile makes one kernel of each. On CPUs, and
-where nothing is learnt, plain operations compute the same up to rounding.
+the backward pass reads no more than that output and the gradient. torch.compile makes one kernel of each. On CPUs,
+but for norms in bf16, and where nothing is learnt, plain operations compute the same up to rounding.
 """
 
 from importlib.util import find_spec
@@ -19,6 +19,8 @@ TRITON = find_spec("triton") is not None
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, no parameters, fp32 machine epsilon."""
+    if _learns_in_bf16_on_cpu(x):
+        return CpuNorm.apply(x, None, None)
     if not _learns_on_gpu(x):
         return F.rms_norm(x, (x.size(-1),))
     out: Tensor = Norm.apply(x, None, None)
@@ -31,8 +33,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """norm(rotate(x)); on a GPU rounded once instead of twice."""
+    """norm(rotate(x)); on a GPU, and in bf16 on a CPU, rounded once instead of twice."""
     half = x.size(-1) // 2
+    if _learns_in_bf16_on_cpu(x):
+        return CpuNorm.apply(x, cos, sin)
     if not _learns_on_gpu(x):
         return norm(rotate(x, cos, sin))
     if TRITON and half & (half - 1) == 0:
@@ -51,6 +55,10 @@ def relu_squared(x: Tensor) -> Tensor:
 
 def _learns_on_gpu(x: Tensor) -> bool:
     return x.is_cuda and torch.is_grad_enabled()
+
+
+def _learns_in_bf16_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -90,6 +98,37 @@ class Norm(torch.autograd.Function):
         if cos is not None:
             grad_x = _turn(grad_x, cos, -sin)
         return _as(y.dtype, grad_x), None, None
+
+
+class CpuNorm(torch.autograd.Function):
+    """Norm by few passes, for each is an operation of its own here. Forward and backward of 4,096 x 128 take 1.5 ms for
+    2.7 of plain operations, 3.9 for 5.6 where heads of 64 are turned (bf16, one core)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        factor = length.square_().div_(x.size(-1)).add_(EPSILON).rsqrt_()
+        if cos is not None and sin is not None:
+            wide = _turn_by_few(wide, cos, sin)
+        y = (wide * factor).to(x.dtype)
+        ctx.save_for_backward(y, factor, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        y, factor, cos, sin = ctx.saved_tensors
+        wide, grad = y.float(), grad.float()
+        grad = torch.addcmul(grad, wide, (grad * wide).mean(-1, keepdim=True), value=-1).mul_(factor)
+        if cos is not None:
+            grad = _turn_by_few(grad, cos, -sin)
+        return grad.to(y.dtype), None, None
+
+
+def _turn_by_few(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """_turn over whole rows: loops over half of one are short."""
+    half_turned = x.roll(x.size(-1) // 2, -1)
+    return torch.addcmul(x * torch.cat([cos, cos], -1), half_turned, torch.cat([sin, -sin], -1))
 
 
 class ReluSquared(torch.autograd.Function):

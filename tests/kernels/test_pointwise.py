@@ -59,12 +59,16 @@ def test_values_and_gradients_are_those_of_the_formula(name, as_on_a_gpu):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_in_bf16_they_are_no_further_off_than_plain_operations(name, monkeypatch):
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_in_bf16_they_are_no_further_off_than_plain_operations(name, on_gpu, monkeypatch):
     x, grad = drawn(torch.bfloat16)
-    plain = computed(PLAIN[name], x, grad)
-    monkeypatch.setattr(pointwise, "_learns_on_gpu", lambda x: True)
-    monkeypatch.setattr(pointwise, "TRITON", False)
-    ours = computed(PLAIN[name], x, grad)
+    with monkeypatch.context() as without:
+        without.setattr(pointwise, "_learns_in_bf16_on_cpu", lambda x: False)
+        plain = computed(PLAIN[name], x, grad)
+        without.setattr(pointwise, "_learns_on_gpu", lambda x: True)
+        without.setattr(pointwise, "TRITON", False)
+        on_a_gpu = computed(PLAIN[name], x, grad)
+    ours = on_a_gpu if on_gpu else computed(PLAIN[name], x, grad)
     for found, other, wanted in zip(ours, plain, reference(name, x, grad), strict=True):
         assert found.dtype == torch.bfloat16
         error, before = ((found.double() - wanted).norm(), (other.double() - wanted).norm())
