@@ -109,7 +109,7 @@ def model_settings(config: GPTConfig, tokenizer: RustBPETokenizer, dtype: torch.
         return {**own, **common}
     classes = {"AutoConfig": "NanochatGPTConfig", "AutoModelForCausalLM": "NanochatGPTForCausalLM"}
     return {
-        "architectures": [classes["AutoModelForCausalLM"]],
+        "architectures": ["AutoModelForCausalLM"],  # `transformers serve` looks this name up in transformers itself
         "model_type": OWN_TYPE,
         "auto_map": {name: f"{OWN_FILE}.{found}" for name, found in classes.items()},
         "gpt": vars(config),
