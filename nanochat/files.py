@@ -28,6 +28,7 @@ LARGE_BYTES = 16 * 2**20  # files above this are hashed once (at about 1 GB/s) a
 _hashes: dict[Path, dict[str, dict[str, Any]]] = {}  # store -> file -> newest line of hashes.jsonl
 _swept: set[Path] = set()  # folders, by this process
 _held: dict[Path, int] = {}  # folder -> file descriptor
+_ours: set[Path] = set()  # temporary paths of this process
 _remembering = threading.Lock()
 
 
@@ -71,8 +72,12 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Beside `path`, for this process alone, and known to `sweep`."""
-    return path.with_name(f"{path.name}.{_process_space()}-{os.getpid()}.tmp")
+    """Beside `path`, for this process alone and known to `sweep`; without what a killed one of its number left."""
+    found = path.with_name(f"{path.name}.{_process_space()}-{os.getpid()}.tmp")
+    if found not in _ours:
+        _ours.add(found)
+        _remove(found)
+    return found
 
 
 @functools.cache
@@ -90,15 +95,15 @@ def sweep(found: Iterable[Path]) -> None:
         if (match := re.search(r"\.([0-9a-f]{8})-(\d+)\.tmp$", path.name)) is None:
             continue
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-            try:
-                os.kill(int(match[2]), 0)
-                dead = False
-            except ProcessLookupError:
-                dead = True
-            except PermissionError:
-                dead = False
+            dead = True
             if match[1] != _process_space():
                 dead = time.time() - path.lstat().st_ctime > STRANGER_SECONDS
+            elif int(match[2]) == os.getpid():
+                dead = path.name not in {one.name for one in _ours}
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(match[2]), 0)
+                    dead = False
             if dead:
                 _remove(path)
 

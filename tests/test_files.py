@@ -97,6 +97,21 @@ def test_what_killed_processes_left_goes_and_what_living_ones_write_stays(tmp_pa
     assert [path for path in others if not path.exists()] == [foreign]
 
 
+def test_what_was_left_by_a_process_of_our_own_number_is_in_nobodys_way(tmp_path, monkeypatch):
+    """In a container that is started again, processes get the numbers they had."""
+    for name in ("file", "folder", "other", "bundle"):
+        files.temporary_path(tmp_path / name).mkdir()
+    (files.temporary_path(tmp_path / "folder") / "old").touch()
+    monkeypatch.setattr(files, "_ours", set())  # as the next process would know it
+    with files.temporary_folder(tmp_path / "folder") as folder:
+        assert list(folder.iterdir()) == []
+        files.atomic_write_text(tmp_path / "file", "text")  # the first write here: what is in use stays
+        assert folder.exists()
+    with files.replaced_folder(tmp_path / "bundle") as folder:
+        assert list(folder.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "bundle"}
+
+
 def test_the_first_write_into_a_folder_clears_what_was_left_there(tmp_path):
     script = "import os, signal, sys; from pathlib import Path; from nanochat.files import atomic_write\n"
     script += "with atomic_write(Path(sys.argv[1])) as t:\n    t.touch(); os.kill(os.getpid(), signal.SIGKILL)"
