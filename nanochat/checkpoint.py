@@ -222,7 +222,7 @@ def check(folder: Path, step: int, resume: bool = False) -> dict[str, Any]:
             if lacking := {"model_config", "tokenizer_hash", "settings"} - meta.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
             _check_config(path, from_json(GPTConfig, meta["model_config"]), shapes)
-    _verify(path, ["meta.json", weights.name if weights.exists() else "state/"] if not resume else [""])
+    verify(path, *([""] if resume else []))
     return meta
 
 
@@ -266,10 +266,11 @@ def _record(path: Path, name: str, *digests: str) -> None:
         write_sums(path, [pair for pair in pairs if pair[1] != name] + [(digest, name) for digest in digests])
 
 
-def _verify(path: Path, prefixes: list[str]) -> None:
-    """Raise Damaged where a file whose name begins with one of these is not as COMMITTED says. model.safetensors may
-    be missing: state/ has the weights too."""
-    listed = [(digest, name) for digest, name in sums(path) if name.startswith(tuple(prefixes))]
+def verify(path: Path, *prefixes: str) -> None:
+    """Raise Damaged where a file whose name begins with one of these (without any: what a model is read from) is not as
+    COMMITTED says. model.safetensors may be missing: state/ has the weights too."""
+    model = ("meta.json", "model.safetensors" if (path / "model.safetensors").exists() else "state/")
+    listed = [(digest, name) for digest, name in sums(path) if name.startswith(prefixes or model)]
     names = sorted({name for _, name in listed if (path / name).is_file()})
     with damage_reported(path, OSError), ThreadPoolExecutor(HASHING_THREADS) as pool:
         found = dict(zip(names, pool.map(sha256_file, [path / name for name in names]), strict=True))
@@ -430,7 +431,7 @@ def export(folder: Path, step: int, out: Path | None = None) -> Path:
     """Write the weights of one checkpoint as a single safetensors file (default: into its folder); returns its path."""
     read_meta(folder, step)
     path = step_dir(folder, step)
-    _verify(path, ["meta.json", "state/"])
+    verify(path, "meta.json", "state/")
     write_weights(path / "state", out or path / "model.safetensors")
     if out is None:
         _record(path, "model.safetensors", sha256_file(path / "model.safetensors"))

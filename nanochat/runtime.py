@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError, end_with_parent
+from nanochat.files import let_go
 from nanochat.flags import DeviceType
 from nanochat.paths import get_base_dir
 
@@ -175,7 +176,9 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def compute_cleanup() -> None:
-    """Leave the process group, all ranks together: one whose peer has gone aborts within a collective."""
+    """Leave the process group, all ranks together: one whose peer has gone aborts within a collective; and the folders
+    that this process holds."""
+    let_go()
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()

@@ -158,7 +158,7 @@ def test_what_is_saved_in_any_layout_comes_back_in_any_other_on_any_number_of_ra
     for committed in tmp_path.glob("*/step_*/COMMITTED"):
         path, names = committed.parent, {name for _, name in checkpoint.sums(committed.parent)}
         assert names == {file.relative_to(path).as_posix() for file in path.rglob("*.*") if file.is_file()}
-        checkpoint._verify(path, [""])
+        checkpoint.verify(path, "")
     files = list(tmp_path.glob("*/step_*/model.safetensors"))
     assert len(files) == 3  # seed 1, wherever there is a second layout
     for file in files:

@@ -11,6 +11,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,7 +23,7 @@ from torch import Tensor
 from nanochat import checkpoint, cli, parallel
 from nanochat.config import LEARNING_RATES
 from nanochat.errors import UserError
-from nanochat.files import from_json
+from nanochat.files import from_json, hold
 from nanochat.flags import ParentFlags, Resume, RunFlags
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
@@ -242,6 +243,7 @@ def describe_run(
 
 ORIGINS = ("tokenizer_hash", "parent", "data")  # what else must be the same for a run to be the same one
 VISIBLE_SECONDS = 90.0  # directories of network file systems are cached for up to a minute
+ENDING_SECONDS = 5.0  # that ranks which were killed may take to end, and to let go of the folder
 
 
 def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[str, Any] | None:
@@ -275,8 +277,30 @@ def _await_everywhere(path: Path) -> None:
         )
 
 
+def _take(folder: Path, tag: str) -> None:
+    """From here to its end nobody but this process trains in `folder`. Raises UserError where another does: each would
+    take the other's checkpoints for its own, or set the folder aside while the other writes there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + ENDING_SECONDS
+    while not hold(folder, alone=True):
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder}: another process trains there: wait for its end, or set {tag}=NAME")
+        time.sleep(0.2)
+
+
+def _trained(folder: Path, step: int) -> dict[str, Any] | None:
+    """meta.json of a last checkpoint whose weights are as they were saved; None otherwise. The optimizer's state, which
+    people delete to save room, is needed only to train on: without it nothing is trained again."""
+    with suppress(UserError):
+        checkpoint.verify(checkpoint.step_dir(folder, step))
+        return checkpoint.read_meta(folder, step)
+    return None
+
+
 def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again: bool) -> dict[str, Any] | None:
     check_writable(folder)
+    tag = "--model-tag" if meta_now["stage"] == "base" else "--out-tag"
+    _take(folder, tag)
     steps = checkpoint.committed_steps(folder)
     if not steps:
         return {}
@@ -284,15 +308,16 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
         resume = "auto"  # torchrun started all ranks again (--max-restarts): what is there is this run's own
     complete = checkpoint.is_complete(folder) and not started_again
     if resume == "never":
-        tag = "--model-tag" if meta_now["stage"] == "base" else "--out-tag"
         how, auto = (", complete", "leaves it as it is") if complete else ("", "continues it")
         raise UserError(
             f"{folder} holds a run already (step {steps[-1]}{how}): {tag}=NAME writes elsewhere, --resume=auto {auto}"
         )
+    trained = _trained(folder, steps[-1]) if complete else None
     try:
-        meta = checkpoint.newest(folder, resume=True)
+        meta = trained or checkpoint.newest(folder, resume=True)
     except checkpoint.Damaged as error:
         print0(f"{error}; there is none before it: kept as {checkpoint.set_aside(folder).name}, starting anew")
+        _take(folder, tag)
         return {}
     before, now = meta["settings"], meta_now["settings"]
     changed = [key for key, value in now.items() if key not in OBSERVERS and before.get(key) != value]
@@ -301,8 +326,9 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
     if changed:
         kept = checkpoint.set_aside(folder).name
         print0(f"the run in {folder} differs in {', '.join(changed)}: kept as {kept}, starting anew")
+        _take(folder, tag)
         return {}
-    if complete and meta["step"] == steps[-1]:
+    if trained:
         print0(f"the run in {folder} is complete: nothing to do")
         return None
     if (folder / checkpoint.COMPLETE).exists() and not checkpoint.is_complete(folder):

@@ -1,5 +1,6 @@
 """Who may write into a checkpoint folder, seen from several ranks and after a restart by torchrun."""
 
+import fcntl
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from nanochat import checkpoint, runtime
 from nanochat.errors import UserError
+from nanochat.files import sha256_file
 from nanochat.train import run
 from tests.processes import run_processes
 
@@ -49,12 +51,55 @@ def test_an_identical_run_that_is_complete_is_left_as_it_is(tmp_path, capsys):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_a_complete_run_may_lose_what_only_training_on_needs(tmp_path, capsys):
+    """Not its weights: then it goes on from the checkpoint before."""
+    put(tmp_path / "a", 10)
+    put(tmp_path / "a", 20, complete=True)
+    last = checkpoint.step_dir(tmp_path / "a", 20)
+    (last / "state").mkdir()
+    for name in ("model.safetensors", "state/optimizer"):
+        (last / name).write_text(name)
+    checkpoint.write_sums(
+        last, [(sha256_file(last / name), name) for name in ("meta.json", "model.safetensors", "state/optimizer")]
+    )
+    for damage in (lambda file: None, lambda file: file.write_text("else"), lambda file: file.unlink()):
+        damage(last / "state/optimizer")
+        assert run.earlier_run(tmp_path / "a", "auto", NOW) is None
+        assert capsys.readouterr().out == f"the run in {tmp_path / 'a'} is complete: nothing to do\n"
+    assert sorted(os.listdir(tmp_path / "a")) == ["COMPLETE", "step_000010", "step_000020"]
+    (last / "model.safetensors").write_text("else")
+    assert run.earlier_run(tmp_path / "a", "auto", NOW)["step"] == 10
+    assert "kept as step_000020.damaged.1, step 10 is used" in capsys.readouterr().out
+
+
 def test_another_run_is_set_aside(tmp_path, capsys):
     put(tmp_path / "a", 20, complete=True)
     assert run.earlier_run(tmp_path / "a", "auto", {**NOW, "settings": {"depth": 6}}) == {}
     assert "differs in depth: kept as a.1, starting anew" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path)) == ["a.1"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "a.1"] and os.listdir(tmp_path / "a") == []
     assert run.earlier_run(tmp_path / "a", "auto", NOW) == {}
+
+
+@pytest.mark.parametrize("there", [None, NOW, {**NOW, "settings": {"depth": 6}}])
+def test_two_processes_never_train_in_one_folder(tmp_path, monkeypatch, there):
+    """Not even one whose settings differ, which would set the folder aside while the other writes into it."""
+    monkeypatch.setattr(run, "ENDING_SECONDS", 0.3)
+    if there:
+        put(tmp_path / "a", 10, **there)
+    (tmp_path / "a").mkdir(exist_ok=True)
+    other = os.open(tmp_path / "a", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match=r"a: another process trains there: wait .*--model-tag=NAME"):
+        run.earlier_run(tmp_path / "a", "auto", NOW)
+    assert os.listdir(tmp_path) == ["a"]
+    os.close(other)  # as when it ends
+    assert run.earlier_run(tmp_path / "a", "auto", NOW).get("step", 0) == (10 if there == NOW else 0)
+    other = os.open(tmp_path / "a", os.O_RDONLY)
+    with pytest.raises(BlockingIOError):  # held from now on, also where the folder is a new one
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    runtime.compute_cleanup()
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
 
 
 def choose_on_ranks(base):
