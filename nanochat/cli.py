@@ -20,6 +20,7 @@ from cyclopts.help import DefaultFormatter
 from nanochat import errors
 
 T = TypeVar("T")
+LARGEST = 1e100  # of a float: products of larger ones with sizes would be infinite
 
 
 def _whole_number(type_: Any, tokens: Sequence[Token]) -> int:
@@ -64,8 +65,8 @@ def float_flag(gte: float | None = None, lte: float | None = None) -> Parameter:
 
 
 def _finite(type_: Any, value: float | None) -> None:
-    if value is not None and not math.isfinite(value):  # of an infinite rate all weights would be NaN
-        raise ValueError("Must be a finite number")
+    if value is not None and not abs(value) <= LARGEST:  # of an infinite rate all weights would be NaN
+        raise ValueError(f"Must be a finite number, below {LARGEST:g}")
 
 
 def alias(*names: str) -> Parameter:

@@ -46,7 +46,7 @@ class Settings:
     """Characters used of each document at most, so that a few long ones do not decide the vocabulary. Documents of your
     own (--source=local:DIR) have been cut into pieces of 10,000 at most, so that all of them is used."""
 
-    vocab_size: Annotated[int, int_flag(gte=MIN_VOCAB_SIZE)] = 65_536
+    vocab_size: Annotated[int, int_flag(gte=MIN_VOCAB_SIZE, lte=2**31 - 1)] = 65_536
     """Tokens in the vocabulary, the nine special tokens included."""
 
     pattern: Literal["auto", "default", "o200k"] = "auto"

@@ -58,8 +58,10 @@ def test_spellings_of_one_flag(words):
     assert parse(*words).device_batch_size == 8
 
 
-@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400"])
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400", "1e308"])
 def test_a_number_is_finite(value):
+    """And so are its products with sizes: of 1e308 tokens a parameter the horizon would not be a number."""
+
     @dataclasses.dataclass(frozen=True)
     class Rate:
         rate: Annotated[float | None, float_flag(gte=0)] = None

@@ -9,6 +9,7 @@ import tiktoken
 import tiktoken.load
 import tiktoken_ext.openai_public
 import tokenizers
+from cyclopts import CycloptsError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -145,6 +146,12 @@ def test_command_line_refuses_a_vocabulary_that_is_too_small(capsys):
     complaint = capsys.readouterr().err
     assert end.value.code == 2 and complaint.count("\n") == 1
     assert "264" in complaint and "265" in complaint
+
+
+def test_command_line_refuses_a_vocabulary_that_the_crate_cannot_number():
+    assert cli.read(tok_train.Settings, ["--vocab-size=2147483647"]).vocab_size == 2**31 - 1
+    with pytest.raises(CycloptsError, match=r"--vocab-size. Must be <= 2147483647"):
+        cli.read(tok_train.Settings, ["--vocab-size=2147483648"])
 
 
 def test_command_line_takes_round_numbers_in_scientific_notation():
