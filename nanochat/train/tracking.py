@@ -1,11 +1,13 @@
 """Weights & Biases beside metrics.jsonl, for runs with --run. It may be absent, slow or broken: training goes on."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from nanochat.errors import masked
 from nanochat.paths import run_dir
 
 ANSWER_SECONDS = 20.0  # that W&B has to say whether it takes our key
@@ -32,6 +34,7 @@ class Mirror:
             action()
         except Exception as error:  # whatever goes wrong in there, it is no reason to lose a run
             self._run = None
+            threading.Thread(target=_leave, daemon=True).start()  # which may wait for the network
             print(f"warning: W&B {what} ({_line(error)}); metrics.jsonl has them all", flush=True)
 
 
@@ -102,5 +105,22 @@ def _offline(why: str, asked: dict[str, Any]) -> Any:
     return run
 
 
+def _leave() -> None:
+    """End the service of W&B: one that has died would be a stack trace at the end of the interpreter."""
+    with contextlib.suppress(Exception):
+        import wandb
+
+        wandb.teardown()
+
+
+def _variable(refused: dict[str, Any]) -> str:
+    """What the user has to change for a setting that W&B refuses: the variable, or its name in the settings file."""
+    named = (name for name, value in os.environ.items() if name.startswith("WANDB_") and value == refused["input"])
+    return next(named, f"setting {'.'.join(map(str, refused['loc']))}")
+
+
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = str(error)
+    if callable(refused := getattr(error, "errors", None)):  # pydantic's, which does not name the variable
+        text = "; ".join(f"{_variable(each)}: {each['msg']}" for each in refused())
+    return masked(" ".join(text.split()))[:300] or type(error).__name__

@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import sys
+import threading
 import time
 from datetime import datetime
 from typing import ClassVar
@@ -11,6 +12,7 @@ import pytest
 from nanochat.files import read_jsonl
 from nanochat.flags import NO_WANDB
 from nanochat.paths import run_dir
+from nanochat.train import tracking
 from nanochat.train.console import GROUPS, Tracker, check_names, wandb_name, wandb_project
 
 
@@ -197,6 +199,39 @@ def test_no_key_is_found_out_without_asking(monkeypatch, tmp_path):
     assert "no API key" in _refusal()
     monkeypatch.setenv("WANDB_API_KEY", "short")
     assert "cannot log in" in _refusal()
+
+
+def test_a_service_that_has_died_leaves_no_trace_at_the_end(wandb_of_a_terminal, monkeypatch, capfd):
+    """W&B's own handler at the end of the interpreter would raise there; tearing it down takes that handler away."""
+    ended = threading.Event()
+
+    def teardown():
+        ended.set()
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr("wandb.teardown", teardown)
+    tracker = Tracker({"stage": "base"}, "name")
+    tracker.log(1, 10, {"Loss/train_loss": 1.0})
+    assert ended.wait(5)
+    tracker.close()
+    assert capfd.readouterr().out.count("the service has died") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("WANDB_MODE", "foo", "WANDB_MODE: Input should be 'online', 'offline'"),
+        ("WANDB_BASE_URL", "http://me:secret@ho st", "WANDB_BASE_URL: Input should be a valid URL"),
+        ("WANDB_HTTP_TIMEOUT", "soon", "WANDB_HTTP_TIMEOUT: Input should be a valid number"),
+    ],
+)
+def test_a_setting_that_wandb_refuses_is_named(name, value, expected, wandb_of_a_terminal, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    tracking.warn()
+    Tracker({"stage": "base"}, "name").close()
+    before, line = capsys.readouterr().out.splitlines()
+    assert f"W&B is not reached: {expected}" in before and f"no W&B: {expected}" in line
+    assert "secret" not in before + line and "pydantic" not in before + line
 
 
 @pytest.mark.parametrize("failures", [1, 9], ids=["online", "everywhere"])
