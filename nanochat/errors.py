@@ -36,8 +36,9 @@ def visible(text: str) -> str:
 
 
 def masked(text: str) -> str:
-    """`text` without what stands before the @ of addresses, so that no password gets into a log."""
-    return re.sub(r"://([^/\s]*:\S*|[^/\s]*)@", "://***@", text)
+    """`text` without what stands before the @ of addresses, whose `http://` may be missing, so that no password gets
+    into a log."""
+    return re.sub(r"(?:(?<=://)(?:[^/\s]*:\S*|[^/\s]*)|\b(?!(?:local|bin):)[^\s/:=@]+:[^\s/]\S*)@", "***@", text)
 
 
 def exit_on_user_error(program: Callable[[], object]) -> None:

@@ -143,6 +143,20 @@ def test_control_characters_never_reach_the_terminal(capsys):
     assert capsys.readouterr().err.rstrip("\n").isprintable()
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("HTTPS_PROXY=http://u:s3/cret@h:1 is no proxy", "HTTPS_PROXY=http://***@h:1 is no proxy"),
+        ("HTTPS_PROXY=u:s3cret@h:99999: expected", "HTTPS_PROXY=***@h:99999: expected"),
+        ("http://token@h/x, http://h:80/x", "http://***@h/x, http://h:80/x"),
+        ("--source=local:me@home/text: no such folder", "--source=local:me@home/text: no such folder"),
+        ("bin:a@b, mail me@h, http://h/@x", "bin:a@b, mail me@h, http://h/@x"),
+    ],
+)
+def test_passwords_are_masked_and_folders_are_not(text, shown):
+    assert errors.masked(text) == shown
+
+
 def test_a_message_is_never_megabytes(capsys):
     with pytest.raises(SystemExit):
         exit_on_user_error(failing(UserError(f"--tasks={'x' * 10**6}: no such task")))

@@ -113,6 +113,13 @@ def check_connection() -> None:
         hooks.append(_check_redirect)
 
 
+def _by_proxy() -> str:
+    """Through which proxy the hub is asked, for messages; empty where none is."""
+    address, proxies = urllib.parse.urlsplit(endpoint()), urllib.request.getproxies()
+    proxy = proxies.get(address.scheme, proxies.get("all", ""))
+    return f" by the proxy {masked(proxy)}" if proxy and not urllib.request.proxy_bypass(address.netloc) else ""
+
+
 def _check_redirect(response: Any) -> None:
     """Raises UserError where a server sends on to what is no address: httpx raises ValueError, InvalidURL or what looks
     like a broken connection for it, by version and by how."""
@@ -165,8 +172,8 @@ def download(
                 print(f"{filename}: {reason}; trying again in {wait:.0f} s", flush=True)
             if attempt == ATTEMPTS or stop.wait(wait):
                 raise UserError(
-                    f"could not get {filename} from {masked(endpoint())} ({reason}; {attempt} attempts): check the "
-                    f"network, set HF_ENDPOINT to a mirror, or {otherwise}"
+                    f"could not get {filename} from {masked(endpoint())}{_by_proxy()} ({reason}; {attempt} attempts): "
+                    f"check the network, set HF_ENDPOINT to a mirror, or {otherwise}"
                 )
         verify(temporary)
     return commit

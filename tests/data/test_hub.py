@@ -83,7 +83,7 @@ def test_settings_that_the_hubs_client_chokes_on_are_one_line(tmp_path, name, va
     "address",
     ["mirror.example", "ftp://mirror", "https://", "http://[bad", "http://host:abc", "http://host:99999", "http://a b/",
      "http://host/\x01", "http://....", f"http://{'a' * 300}", "https://host/?token=s3cret", "http://u:s3cret@host:x",
-     "http://u:s3/cret@h ost", "http://u:p s3cret@host"],
+     "http://u:s3/cret@h ost", "http://u:p s3cret@host", "u:s3cret@host", "u:x@s3cret@host:80/y"],
 )  # fmt: skip
 def test_an_endpoint_that_is_no_address_is_one_line_at_once(monkeypatch, tmp_path, address):
     monkeypatch.setenv("HF_ENDPOINT", address)
@@ -112,8 +112,10 @@ def no_proxies(monkeypatch):
 
 @pytest.mark.parametrize("name", ["ALL_PROXY", "all_proxy", "HTTPS_PROXY", "http_proxy"])
 @pytest.mark.parametrize(
-    "address", ["socks5://127.0.0.1:1", "socks://u:s3cret@h:1", "ftp://h:1", "http://h:abc", "http://[bad", "http://"]
-)
+    "address",
+    ["socks5://127.0.0.1:1", "socks://u:s3cret@h:1", "ftp://h:1", "http://h:abc", "http://[bad", "http://",
+     "u:s3cret@h:99999"],
+)  # fmt: skip
 @pytest.mark.usefixtures("no_proxies")
 def test_a_proxy_that_cannot_be_used_is_one_line_at_once(monkeypatch, tmp_path, name, address):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no socksio
@@ -199,6 +201,20 @@ def test_lasting_server_error_ends_after_all_attempts(server, tmp_path):
         get(tmp_path / NAME)
     assert server.gets(NAME) == hub.ATTEMPTS
     assert_only(tmp_path)
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_where_a_proxy_does_not_answer_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    monkeypatch.setenv("http_proxy", "u:s3cret@127.0.0.1:1")
+    with pytest.raises(
+        UserError, match=r"from http://hub\.example by the proxy (http://)?\*\*\*@127\.0\.0\.1:1 \("
+    ) as caught:
+        get(tmp_path / NAME)
+    assert PASSWORD not in str(caught.value)
+    monkeypatch.setenv("no_proxy", "hub.example")
+    with pytest.raises(UserError, match=r"from http://hub\.example \("):
+        get(tmp_path / NAME)
 
 
 def test_cut_transfer_goes_on_where_it_stopped(server, tmp_path, monkeypatch):
