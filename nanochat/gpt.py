@@ -19,7 +19,7 @@ from nanochat.config import GATE_CHANNELS, LEARNING_RATES, LOOK_BACK, MOST_NGRAM
 from nanochat.config import GPTConfig as GPTConfig
 from nanochat.dtensor import fill_rows
 from nanochat.errors import UserError
-from nanochat.kernels.fp8 import Linear
+from nanochat.kernels.linear import Linear
 from nanochat.kernels.mlp import mlp
 from nanochat.kernels.pointwise import norm, rotate_norm
 from nanochat.loss import Head, Reduction, head_loss, softcap

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels.fp8 import E4M3, E5M2, MULTIPLE, Linear, Scaled, matmul, quantize, scale_of, to_format, transposed
+from nanochat.kernels.linear import EIGHT_BITS, Linear
 from nanochat.runtime import IGNORE_INDEX, kernel
 
 Reduction = Literal["mean", "sum", "none"]
@@ -96,13 +96,16 @@ def _fused_head_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(summed loss, d loss/d hidden, d loss/d weight). One opaque operator, so that the compiler cannot decide to
     keep the logits for the backward pass, which is what this file is there to avoid."""
+    rows = _chunk_rows(weight.size(0), weight.device)
     if fp8:
-        return _fp8_head_loss(hidden, weight, targets, loss_weights, cap, scale)
+        in_8_bits: tuple[Tensor, Tensor, Tensor] = EIGHT_BITS["head_loss"](
+            hidden, weight, targets, loss_weights, cap, scale, rows, raw_gradient
+        )
+        return in_8_bits
     head = weight.to(hidden.dtype)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # summed over many chunks
-    rows = _chunk_rows(weight.size(0), weight.device)
     gradient = kernel(_chunk_gradient, True) if hidden.is_cuda else _chunk_gradient_in_place
     for start in range(0, hidden.size(0), rows):
         piece = slice(start, start + rows)
@@ -120,33 +123,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
     else:
         total += a @ b
-
-
-def _fp8_head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """_fused_head_loss with its three products in 8 bits: head and hidden in e4m3, gradients of the logits in e5m2."""
-    head = quantize(weight, E4M3)
-    head_transposed = transposed(head)
-    # No entry of a logit's gradient is larger than this (|p - 1| <= 1, tanh' <= 1), and the one of the target comes
-    # near it: the scale is known before the gradients are, so they are written in 8 bits at once and never in 16.
-    grad_scale = scale_of(loss_weights.abs().amax() * abs(scale), E5M2)
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-    rows = max(1, _chunk_rows(weight.size(0), weight.device) // MULTIPLE) * MULTIPLE
-    gradient = kernel(_chunk_gradient, hidden.is_cuda)
-    for start in range(0, hidden.size(0), rows):
-        piece = slice(start, start + rows)
-        hidden8 = quantize(hidden[piece], E4M3)
-        logits = matmul(hidden8, head, hidden.dtype, fast=True)
-        loss, grad = gradient(logits, targets[piece], loss_weights[piece], cap, scale, grad_scale)
-        total += loss
-        grad8 = Scaled(grad, grad_scale)
-        grad_hidden[piece] = matmul(grad8, head_transposed, hidden.dtype, fast=False)
-        columns = transposed(grad8), transposed(hidden8)
-        grad_weight += matmul(*columns, torch.float32, fast=False)
-    return total, grad_hidden, grad_weight
 
 
 @_fused_head_loss.register_fake
@@ -176,10 +152,16 @@ _fused_head_loss.register_autograd(_scale_gradients, setup_context=_save_gradien
 
 
 def _chunk_gradient(
-    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float, grad_scale: Tensor | None = None
+    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of one chunk and its gradient with respect to the raw logits (n, V): in their dtype, or with
-    grad_scale (0-D) divided by it, in e5m2."""
+    loss, grad = raw_gradient(logits, targets, loss_weights, cap, scale)
+    return loss, grad.to(logits.dtype)
+
+
+def raw_gradient(
+    logits: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of one chunk and its gradient with respect to the raw logits (n, V), fp32."""
     capped = softcap(logits.float(), cap, scale)
     # capped logits need not have their largest taken out first: a pass less, 0.72 ms for 0.97 (H100, 5,336 x 50,304)
     assert cap <= MOST_CAP
@@ -190,7 +172,7 @@ def _chunk_gradient(
     is_target = torch.arange(logits.size(1), device=logits.device).unsqueeze(0) == index
     grad_capped = torch.exp(capped - log_normaliser) - is_target.float()
     grad = grad_capped * (1 - (capped / cap) ** 2) * (weights * scale)  # d softcap / d logit = 1 - tanh²
-    return loss, grad.to(logits.dtype) if grad_scale is None else to_format(grad, grad_scale, E5M2)
+    return loss, grad
 
 
 def _chunk_gradient_in_place(

@@ -35,7 +35,7 @@ OWN_TYPE, OWN_FILE = "nanochat_gpt", "modeling_nanochat_gpt"
 ABOUT = "nanochat.json"
 KEPT = ("stage", "tag", "step", "tokenizer_hash", "model_config", "settings", "recipe")  # of a checkpoint's meta.json
 # Training on GPUs has kernels of its own, which the model's file does without.
-KERNELS = ("fp8_linear", "head_loss", "block_mask", "Norm", "ReluSquared", "FusedMLP", "rotated_norm", "TRITON")
+KERNELS = ("EIGHT_BITS", "head_loss", "block_mask", "Norm", "ReluSquared", "FusedMLP", "rotated_norm", "TRITON")
 REPLACED = {
     **{name: f"{name}: Any = None  # a kernel for training on GPUs" for name in KERNELS},
     "_learns_on_gpu": "def _learns_on_gpu(x: Tensor) -> bool:\n    return False  # no kernels for that here",

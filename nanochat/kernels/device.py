@@ -14,48 +14,49 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
-def _load_turned_rows(x, row, mask, HALF: tl.constexpr):
+def _rows_and_angles(cos, sin, rows, heads, length, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """This program's rows, which of them exist, cos and sin of what each is turned by (ROWS, HALF)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    angle = ((row // heads) % length)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    return row, row < rows, tl.load(cos + angle), tl.load(sin + angle)
+
+
+@triton.jit
+def _load_halves(x, row, mask, HALF: tl.constexpr):
     """Both halves of so many rows of 2 x HALF, fp32."""
-    column = tl.arange(0, HALF)
-    place = row[:, None] * (2 * HALF) + column[None, :]
+    place = row[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
     first = tl.load(x + place, mask=mask[:, None], other=0.0).to(tl.float32)
     second = tl.load(x + place + HALF, mask=mask[:, None], other=0.0).to(tl.float32)
     return first, second
 
 
 @triton.jit
+def _store_halves(x, row, mask, first, second, HALF: tl.constexpr):
+    place = row[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    tl.store(x + place, first.to(x.dtype.element_ty), mask=mask[:, None])
+    tl.store(x + place + HALF, second.to(x.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
 def _rotate_norm(x, cos, sin, y, factor, rows, heads, length, EPSILON: tl.constexpr, HALF: tl.constexpr,
                  ROWS: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = row < rows
-    column = tl.arange(0, HALF)
-    angle = ((row // heads) % length)[:, None] * HALF + column[None, :]
-    c, s = tl.load(cos + angle), tl.load(sin + angle)
-    first, second = _load_turned_rows(x, row, mask, HALF)
+    row, mask, c, s = _rows_and_angles(cos, sin, rows, heads, length, HALF, ROWS)
+    first, second = _load_halves(x, row, mask, HALF)
     scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + EPSILON)
-    place = row[:, None] * (2 * HALF) + column[None, :]
-    kind = y.dtype.element_ty
-    tl.store(y + place, ((first * c + second * s) * scale[:, None]).to(kind), mask=mask[:, None])
-    tl.store(y + place + HALF, ((second * c - first * s) * scale[:, None]).to(kind), mask=mask[:, None])
+    one, two = (first * c + second * s) * scale[:, None], (second * c - first * s) * scale[:, None]
+    _store_halves(y, row, mask, one, two, HALF)
     tl.store(factor + row, scale, mask=mask)
 
 
 @triton.jit
 def _rotate_norm_grad(grad, y, factor, cos, sin, grad_x, rows, heads, length, HALF: tl.constexpr, ROWS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = row < rows
-    column = tl.arange(0, HALF)
-    angle = ((row // heads) % length)[:, None] * HALF + column[None, :]
-    c, s = tl.load(cos + angle), tl.load(sin + angle)
-    y1, y2 = _load_turned_rows(y, row, mask, HALF)
-    g1, g2 = _load_turned_rows(grad, row, mask, HALF)
+    row, mask, c, s = _rows_and_angles(cos, sin, rows, heads, length, HALF, ROWS)
+    y1, y2 = _load_halves(y, row, mask, HALF)
+    g1, g2 = _load_halves(grad, row, mask, HALF)
     along = (tl.sum(g1 * y1 + g2 * y2, 1) / (2 * HALF))[:, None]
     scale = tl.load(factor + row, mask=mask, other=0.0)[:, None]
     g1, g2 = (g1 - y1 * along) * scale, (g2 - y2 * along) * scale
-    place = row[:, None] * (2 * HALF) + column[None, :]
-    kind = grad_x.dtype.element_ty
-    tl.store(grad_x + place, (g1 * c - g2 * s).to(kind), mask=mask[:, None])
-    tl.store(grad_x + place + HALF, (g2 * c + g1 * s).to(kind), mask=mask[:, None])
+    _store_halves(grad_x, row, mask, g1 * c - g2 * s, g2 * c + g1 * s, HALF)
 
 
 ROWS = 32  # of one head each, in a program

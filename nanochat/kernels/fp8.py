@@ -4,14 +4,18 @@ y = x @ w.T takes x and w in e4m3 (3 bits of mantissa, at most 448); the gradien
 57,344), which has the range that gradients need (arXiv 2209.05433). Each tensor has one scale, its largest magnitude /
 the format's maximum, found anew at every use: nothing to tune when width, batch or learning rate change, nothing
 overflows, and no value goes to the host. Fixed scales would save one reading of each tensor, and are known to go wrong
-when the recipe changes. Autograd keeps the 8-bit copies, one byte an element where bf16 has two; but each of the
-projections of queries, keys and values keeps a copy of their common input, and each matrix one of its weights.
+when the recipe changes. What has been rounded is written twice by one kernel, along its rows and along its columns, for
+the hardware multiplies along the rows of both factors. Autograd keeps the second of these, one byte an element where
+bf16 has two, beside what the norms keep in bf16; queries, keys and values share that of their input. The squared ReLU
+of an MLP is computed where its result is rounded, forward and backward.
 
-Only training is done in 8 bits (see Linear). On a CPU the same numbers are computed in fp32 from the 8-bit values,
-which is slow, and there for tests.
+Only training is done in 8 bits (nanochat.kernels.linear). On a CPU the same numbers are computed in fp32 from the 8-bit
+values, which is slow, and there for tests.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +23,14 @@ from torch import Tensor, nn
 
 from nanochat.errors import UserError
 from nanochat.flags import Fp8
+from nanochat.kernels.linear import EIGHT_BITS, Linear
 from nanochat.runtime import kernel, print0
 
+TRITON = find_spec("triton") is not None
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the hardware takes both dimensions of a weight in steps of 16
-LEAST_WEIGHTS = 1280 * 5120  # of a block's matrix that is faster in 8 bits (H200: 1.23 and 1.32 times there, .7 and .8
-# at 768 x 3,072): rounding and transposing take what a smaller product saves
+LEAST_WIDTH = 1280  # of both sides of a block's matrix. Blocks of 1,280 run at 1.17 times the speed in 8 bits, of 1,664
+# at 1.26, of 768 at .87 (H200, 32,768 tokens): rounding takes what a smaller product saves
 CAPABILITY = (8, 9)  # the first with 8-bit matmuls (Ada; Hopper is 9.0)
 
 
@@ -86,85 +92,153 @@ def _transpose(values: Tensor) -> Tensor:
     return F.pad(as_bytes, (0, 0, 0, -values.size(0) % MULTIPLE)).T.contiguous().view(values.dtype)
 
 
-# ---- the operator
+# ---- the operators: opaque, so that the compiler keeps nothing but 8-bit copies for the backward pass
+
+
+PLAIN, SQUARED, BEFORE_SQUARES = 0, 1, 2  # what is rounded: x, max(x, 0)², x * 2 max(h, 0)
+
+
+def rounded(
+    x: Tensor, gradient: bool = False, kind: int = PLAIN, h: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (R, C) in e4m3 (e5m2 for a gradient), the same laid out anew as `transposed` does, and their scale."""
+    # row by row first: the compiler does that beside what it does with each row anyway
+    return to_fp8(x, _wide(x, kind, h).abs().amax(-1).amax().float(), gradient, kind, h)
+
+
+def _wide(x: Tensor, kind: int, h: Tensor | None) -> Tensor:
+    if h is not None:
+        return x.float() * 2 * h.float().relu()
+    return x if kind == PLAIN else x.float().relu().square()
+
+
+@torch.library.custom_op("nanochat::to_fp8", mutates_args=())
+def to_fp8(x: Tensor, largest: Tensor, gradient: bool, kind: int, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `rounded` gives, for this largest magnitude."""
+    dtype, padded = E5M2 if gradient else E4M3, x.size(0) + -x.size(0) % MULTIPLE
+    if x.is_cuda and TRITON:
+        from nanochat.kernels import fp8_device
+
+        return fp8_device.to_fp8(x.contiguous(), largest, h, kind, dtype, padded)
+    scale = scale_of(largest, dtype)
+    values = to_format(_wide(x, kind, h), scale, dtype)
+    return values, _transpose(values), scale
+
+
+@to_fp8.register_fake
+def _(x: Tensor, largest: Tensor, gradient: bool, kind: int, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, (rows, width) = E5M2 if gradient else E4M3, x.shape
+    columns = x.new_empty((width, rows + -rows % MULTIPLE), dtype=dtype)
+    return x.new_empty((rows, width), dtype=dtype), columns, x.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("nanochat::fp8_product", mutates_args=())
+def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    """matmul of what to_fp8 gave."""
+    return matmul(Scaled(a, a_scale), Scaled(b, b_scale), dtype, fast)
+
+
+@product.register_fake
+def _(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    return a.new_empty((a.size(0), b.size(0)), dtype=dtype)
 
 
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K) @ weight (M, K).T -> (..., M) in the dtype of x, in 8 bits, with gradients. K and M must be multiples
     of 16 (apply_fp8 sees to that); weight may be fp32, or bf16 as FSDP2 gathers it."""
-    y, *_ = fp8_mm(x.flatten(0, -2), weight)
+    y: Tensor = Fp8Linear.apply(x.flatten(0, -2), weight)
     return y.view(*x.shape[:-1], weight.size(0))
 
 
-@torch.library.custom_op("nanochat::fp8_mm", mutates_args=())
-def fp8_mm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(x (N, K) @ weight (M, K).T, x in e4m3, weight in e4m3, their two scales). An operator of its own, so that the
-    compiler neither looks inside nor keeps anything but the 8-bit copies for the backward pass."""
-    x8, weight8 = quantize(x, E4M3), quantize(weight, E4M3)
-    return matmul(x8, weight8, x.dtype, fast=True), x8.values, weight8.values, x8.scale, weight8.scale
+class Fp8Linear(torch.autograd.Function):
+    """x (N, K), weight (M, K) -> (N, M). Several of one x round it once: to the compiler it is one operator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        (x8, x_columns, x_scale), (w8, w_columns, w_scale) = rounded(x), rounded(weight)
+        ctx.save_for_backward(x_columns, x_scale, w_columns, w_scale)
+        ctx.weight_dtype = weight.dtype
+        return product(x8, w8, x_scale, w_scale, x.dtype, True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, x_scale, weight, w_scale = ctx.saved_tensors
+        grad8, columns, scale = rounded(grad, True)
+        grad_x = product(grad8, weight, scale, w_scale, grad.dtype, False)
+        return grad_x, product(columns, x, scale, x_scale, ctx.weight_dtype, False)
 
 
-@fp8_mm.register_fake
-def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    scale = x.new_empty((), dtype=torch.float32)
-    return (
-        x.new_empty((x.size(0), weight.size(0))),
-        x.new_empty(x.shape, dtype=E4M3),
-        weight.new_empty(weight.shape, dtype=E4M3),
-        scale,
-        torch.empty_like(scale),
-    )
+class Fp8MLP(torch.autograd.Function):
+    """x (N, C), weights (4 C, C) and (C, 4 C) -> (N, C): the squared ReLU is part of the rounding, forward and
+    backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        (x8, x_columns, x_scale), (up8, up_columns, up_scale) = rounded(x), rounded(up)
+        h = product(x8, up8, x_scale, up_scale, x.dtype, True)
+        (y8, y_columns, y_scale), (down8, down_columns, down_scale) = rounded(h, False, SQUARED), rounded(down)
+        scales = x_scale, up_scale, y_scale, down_scale
+        ctx.save_for_backward(h, x_columns, up_columns, y_columns, down_columns, *scales)
+        ctx.weight_dtype = up.dtype
+        return product(y8, down8, y_scale, down_scale, x.dtype, True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, x, up, y, down, x_scale, up_scale, y_scale, down_scale = ctx.saved_tensors
+        grad8, grad_columns, grad_scale = rounded(grad, True)
+        grad_y = product(grad8, down, grad_scale, down_scale, grad.dtype, False)
+        inner, inner_columns, scale = rounded(grad_y, True, BEFORE_SQUARES, h)
+        grad_x = product(inner, up, scale, up_scale, grad.dtype, False)
+        grad_up = product(inner_columns, x, scale, x_scale, ctx.weight_dtype, False)
+        return grad_x, grad_up, product(grad_columns, y, grad_scale, y_scale, ctx.weight_dtype, False)
 
 
-@torch.library.custom_op("nanochat::fp8_mm_backward", mutates_args=())
-def fp8_mm_backward(
-    grad: Tensor, x8: Tensor, weight8: Tensor, x_scale: Tensor, weight_scale: Tensor
+def fp8_head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, cap: float, scale: float, rows: int,
+    raw_gradient: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """That of nanochat.loss with its three products in 8 bits, `rows` at a time: head and hidden in e4m3, gradients of
+    the logits in e5m2."""
+    head = quantize(weight, E4M3)
+    head_transposed = transposed(head)
+    # No entry of a logit's gradient is larger than this (|p - 1| <= 1, tanh' <= 1), and the one of the target comes
+    # near it: the scale is known before the gradients are, so they are written in 8 bits at once and never in 16.
+    grad_scale = scale_of(loss_weights.abs().amax() * abs(scale), E5M2)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    rows = max(1, rows // MULTIPLE) * MULTIPLE
+    gradient = kernel(_gradient_in_8_bits, hidden.is_cuda)
+    for start in range(0, hidden.size(0), rows):
+        piece = slice(start, start + rows)
+        hidden8 = quantize(hidden[piece], E4M3)
+        logits = matmul(hidden8, head, hidden.dtype, fast=True)
+        loss, grad = gradient(raw_gradient, grad_scale, logits, targets[piece], loss_weights[piece], cap, scale)
+        total += loss
+        grad8 = Scaled(grad, grad_scale)
+        grad_hidden[piece] = matmul(grad8, head_transposed, hidden.dtype, fast=False)
+        columns = transposed(grad8), transposed(hidden8)
+        grad_weight += matmul(*columns, torch.float32, fast=False)
+    return total, grad_hidden, grad_weight
+
+
+def _gradient_in_8_bits(
+    raw_gradient: Callable[..., tuple[Tensor, Tensor]], grad_scale: Tensor, *of: Any
 ) -> tuple[Tensor, Tensor]:
-    """(d/dx (N, K) in the dtype of grad, d/dweight (M, K) in fp32) from grad (N, M) and what fp8_mm gave."""
-    grad8, x, weight = quantize(grad, E5M2), Scaled(x8, x_scale), Scaled(weight8, weight_scale)
-    grad_x = matmul(grad8, transposed(weight), grad.dtype, fast=False)
-    return grad_x, matmul(transposed(grad8), transposed(x), torch.float32, fast=False)
+    loss, grad = raw_gradient(*of)
+    return loss, to_format(grad, grad_scale, E5M2)
 
 
-@fp8_mm_backward.register_fake
-def _(grad: Tensor, x8: Tensor, weight8: Tensor, x_scale: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(x8.shape), grad.new_empty(weight8.shape, dtype=torch.float32)
+def fp8_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """relu(x (..., C) @ up (4 C, C).T)² @ down (C, 4 C).T."""
+    y: Tensor = Fp8MLP.apply(x.flatten(0, -2), up, down)
+    return y.view(x.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    _, *kept = output
-    ctx.save_for_backward(*kept)
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # or zeros would be made as gradients of the 8-bit copies
-    ctx.weight_dtype = inputs[1].dtype
-
-
-def _backward(ctx, grad: Tensor | None, *_unused: None):
-    if grad is None:
-        return None, None
-    grad_x, grad_weight = fp8_mm_backward(grad, *ctx.saved_tensors)
-    return grad_x, grad_weight.to(ctx.weight_dtype)
-
-
-fp8_mm.register_autograd(_backward, setup_context=_save)
+EIGHT_BITS.update(linear=fp8_linear, mlp=fp8_mlp, head_loss=fp8_head_loss)
 
 
 # ---- who uses it
-
-
-class Linear(nn.Linear):
-    """Linear map without bias: (..., in) -> (..., out) in the dtype of its input, whatever that of the weight (fp32).
-    With `fp8`, set by apply_fp8, in 8 bits while training, and nowhere else."""
-
-    fp8 = False
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fp8 and self.training and torch.is_grad_enabled():
-            return fp8_linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 def apply_fp8(model: nn.Module, which: Fp8) -> None:
@@ -181,10 +255,10 @@ def apply_fp8(model: nn.Module, which: Fp8) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     chosen = [n for n in layers if n == "lm_head" or (which == "all" and n.rpartition(".")[2].startswith("c_"))]
     if device.type == "cuda":
-        small = [n for n in chosen if n != "lm_head" and layers[n].weight.numel() < LEAST_WEIGHTS]
+        small = [n for n in chosen if n != "lm_head" and min(layers[n].weight.shape) < LEAST_WIDTH]
         chosen = [n for n in chosen if n not in small]
         if small:
-            print0(f"--fp8={which}: {len(small)} matrices of less than {LEAST_WEIGHTS:,} weights stay in 16 bits")
+            print0(f"--fp8={which}: {len(small)} matrices narrower than {LEAST_WIDTH:,} stay in 16 bits")
     for name in sorted(chosen, key=lambda name: name != "lm_head"):
         _require_multiples(name, layers[name], which)
     for name in chosen:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.kernels.fp8 import Linear
+from nanochat.kernels.linear import EIGHT_BITS, Linear
 from nanochat.kernels.pointwise import TRITON, relu_squared
 
 MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
@@ -22,6 +22,9 @@ def has_fused_mlp(device: torch.device, dtype: torch.dtype) -> bool:
 
 def mlp(x: Tensor, c_fc: Linear, c_proj: Linear, fused: bool) -> Tensor:
     """c_proj(max(c_fc(x), 0)²) of x (B, T, C); `fused`: by kernels of our own where it is trained in 16 bits."""
+    if x.is_cuda and c_fc.in_8_bits() and c_proj.in_8_bits():
+        rounded: Tensor = EIGHT_BITS["mlp"](x, c_fc.weight, c_proj.weight)
+        return rounded
     aligned = x.size(-1) % 8 == 0 and c_fc.out_features % 8 == 0  # rows of 16 bytes, for the copy engine
     if not (fused and aligned and torch.is_grad_enabled()) or c_fc.fp8:
         return c_proj(relu_squared(c_fc(x)))

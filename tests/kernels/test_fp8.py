@@ -11,7 +11,7 @@ from nanochat import parallel
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import fp8
-from nanochat.kernels.fp8 import E4M3, E5M2, Scaled, apply_fp8, fp8_linear, fp8_mm, quantize, require_fp8, transposed
+from nanochat.kernels.fp8 import E4M3, E5M2, Scaled, apply_fp8, fp8_linear, quantize, require_fp8, transposed
 from tests.processes import run_processes
 
 # Half a step of the mantissa, as a share of the value: 3 bits in e4m3, 2 in e5m2.
@@ -137,10 +137,21 @@ def test_linear_is_close_to_the_exact_product():
 def test_operator_follows_the_rules_of_torch():
     """Fake tensors and autograd. (The other checks do arithmetic on all outputs, which float8 has none of.)"""
     checks = {"test_utils": ("test_autograd_registration", "test_faketensor")}
-    x, weight = torch.randn(32, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)
-    torch.library.opcheck(fp8_mm, (x, weight), **checks)
-    _, *kept = fp8_mm(x.detach(), weight.detach())
-    torch.library.opcheck(fp8.fp8_mm_backward, (torch.randn(32, 48), *kept), **checks)
+    x, weight = torch.randn(21, 16), torch.randn(48, 16)
+    for gradient, kind, h in ((False, fp8.PLAIN, None), (False, fp8.SQUARED, None), (True, fp8.BEFORE_SQUARES, -x)):
+        torch.library.opcheck(fp8.to_fp8, (x, x.abs().amax(), gradient, kind, h), **checks)
+    (x8, _, x_scale), (weight8, _, scale) = fp8.rounded(x), fp8.rounded(weight)
+    torch.library.opcheck(fp8.product, (x8, weight8, x_scale, scale, torch.bfloat16, True), **checks)
+
+
+def test_the_mlp_in_one_is_the_three_in_a_row():
+    x, up, down = (t.requires_grad_() for t in (torch.randn(21, 32), torch.randn(128, 32), torch.randn(32, 128)))
+    grad = torch.randn(21, 32)
+    wanted = fp8_linear(F.relu(fp8_linear(x, up)).square(), down)
+    found = fp8.Fp8MLP.apply(x, up, down)
+    assert torch.equal(found, wanted)
+    for one, other in zip(*(torch.autograd.grad(y, [x, up, down], grad) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_compiles_without_graph_break_and_keeps_one_byte_an_element():
