@@ -81,10 +81,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.world > 1:
             dist.all_reduce(squares)
         norm, self._squares = squares[0].sqrt(), squares[1:]
-        if max_norm is not None:
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for bucket in self.buckets:
-                bucket.scale(scale)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm is not None else None
+        for bucket in self.buckets:
+            bucket.factor = factor
         ok = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         _overlap([bucket.update(self.num_steps, ok) for bucket in self.buckets])
         return norm

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from nanochat.dtensor import dtensor_like, dtensor_of_rows, is_sharded, local, replicas_of
-from nanochat.optim.update_rules import adamw_update, muon_apply, muon_direction, nesterov
+from nanochat.optim.update_rules import adamw_update, muon_update, nesterov
 from nanochat.runtime import kernel
 
 
@@ -26,6 +26,7 @@ class Bucket:
         self.zeros = functools.partial(torch.zeros, dtype=torch.float32, device=self.device)
         self.state: dict[str, Tensor] = {}
         self.grads: Tensor | None = None
+        self.factor: Tensor | None = None  # 0-D, of the gradients: clipping
         self.work: dist.Work | None = None  # the reduction in flight
 
     def kernel(self, function: Any) -> Any:
@@ -57,11 +58,6 @@ class Bucket:
         if self.grads.is_cuda:  # in one reading, where the other form writes the squares first
             return torch.linalg.vector_norm(self.grads.float()).square() / self.copies
         return self.grads.float().square().sum() / self.copies
-
-    def scale(self, factor: Tensor) -> None:
-        """Clip. A gradient that was not reduced still is the parameter's own .grad: scale a copy."""
-        assert self.grads is not None
-        self.grads = self.grads * factor
 
     def update(self, step: int, ok: Tensor) -> Generator[None]:
         """Make the update, or none where `ok` (0-D bool) is false; yields where a collective is in flight."""
@@ -108,7 +104,8 @@ class AdamWBucket(Bucket):
         state = self.state["exp_avg"], self.state["exp_avg_sq"]
         if own.numel():
             update = self.kernel(adamw_update)
-            update(own, self.grads, *state, torch.tensor(float(step)), lr, beta1, beta2, eps, weight_decay, ok)
+            number = torch.tensor(float(step))
+            update(own, self.grads, self.factor, *state, number, lr, beta1, beta2, eps, weight_decay, ok)
         self.grads = None
         if self.by_rows:
             work = all_gather(weights, own.clone())
@@ -140,6 +137,7 @@ class MuonBucket(Bucket):
             "second_moment": self.zeros(second_moment_shape(self.each, m, n)),
         }
         self.all_grads: Tensor | None = None
+        self.weights: Tensor | None = None
 
     def owned(self) -> list[tuple[int, int]]:
         """(row of the state, index of the parameter) of the matrices that this rank updates."""
@@ -160,20 +158,29 @@ class MuonBucket(Bucket):
 
     def update(self, step: int, ok: Tensor) -> Generator[None]:
         lr, weight_decay, momentum, beta2 = self.scalars("lr", "weight_decay", "momentum", "beta2")
-        own = [self.params[i].data for _, i in self.owned()]
-        weights = torch.stack(own + [torch.zeros_like(self.params[0].data)] * (self.each - len(own)))  # (E, m, n)
-        direction = self.kernel(nesterov)(self.state["momentum"], self.grads, momentum, 0, self.each, ok)
+        all_weights = self.stacked_weights()
+        weights = all_weights[self.first : self.first + self.each]
+        direction = self.kernel(nesterov)(self.state["momentum"], self.grads, self.factor, momentum, 0, self.each, ok)
         self.grads = None
         second_moment, ns_steps = self.state["second_moment"], self.group["ns_steps"]
-        direction = self.kernel(muon_direction)(direction, second_moment, beta2, ns_steps, ok)
-        self.kernel(muon_apply)(weights, direction, lr, weight_decay, lr_aspect_scale(self.params[0]), ok)
+        scale = lr_aspect_scale(self.params[0])
+        self.kernel(muon_update)(weights, direction, second_moment, beta2, ns_steps, lr, weight_decay, scale, ok)
         if self.world > 1:
-            gathered = weights.new_empty((self.each * self.world, *weights.shape[1:]))
-            work = all_gather(gathered, weights)
+            work = all_gather(all_weights, weights.clone())
             yield
             work.wait()
-            weights = gathered
-        torch._foreach_copy_([p.data for p in self.params], list(weights[: len(self.params)].unbind(0)))
+
+    def stacked_weights(self) -> Tensor:
+        """(E * ranks, m, n): the parameters, moved there once (again where something has given them other memory), so
+        that no step has to bring them together and apart."""
+        rows = self.weights.unbind(0) if self.weights is not None else ()
+        if not rows or any(p.data_ptr() != row.data_ptr() for p, row in zip(self.params, rows, strict=False)):
+            padding = [torch.zeros_like(self.params[0].data)] * (self.each * self.world - len(self.params))
+            self.weights = torch.stack([p.data for p in self.params] + padding)
+            for param, row in zip(self.params, self.weights, strict=False):
+                param.data = row
+        assert self.weights is not None
+        return self.weights
 
     def named_state(self) -> dict[str, Tensor]:
         return {

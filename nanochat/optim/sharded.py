@@ -62,7 +62,8 @@ class ShardedMuonBucket(Bucket):
         m, n = self.params[0].shape
         count, P = self.counts_by_replica[self.replica], self.padded_rows
         until = self.first + count
-        own_rows = self.kernel(nesterov)(self.state["momentum"], self.grads, momentum, self.first, until, ok)
+        momenta, grads, factor = self.state["momentum"], self.grads, self.factor
+        own_rows = self.kernel(nesterov)(momenta, grads, factor, momentum, self.first, until, ok)
         self.grads = None
 
         # to the owners: rows of all matrices -> all rows of the owned matrices

@@ -25,6 +25,8 @@ def exchange_dtype(device: torch.device) -> torch.dtype:
 def orthogonalize(G: Tensor, steps: int) -> Tensor:
     """Nearest semi-orthogonal matrices to G (K, m, n), roughly: singular values end near 1."""
     X = G.to(exchange_dtype(G.device))
+    if G.is_cuda:
+        return orthogonalize_by_products(X, steps)
     wide = G.size(-2) <= G.size(-1)
     if not wide:
         X = X.mT  # the Gram matrix is taken on the short side
@@ -35,13 +37,36 @@ def orthogonalize(G: Tensor, steps: int) -> Tensor:
     return X if wide else X.mT
 
 
+def orthogonalize_by_products(X: Tensor, steps: int) -> Tensor:
+    """The same for large matrices: nothing but products reads or writes all of X, whose norm is the trace of its Gram
+    matrix, and no product is of something transposed anew."""
+    wide = X.size(-2) <= X.size(-1)
+    identity = torch.eye(min(X.shape[-2:]), dtype=X.dtype, device=X.device)
+    scale: Tensor | None = None  # what X still has to be multiplied by
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        A = X @ X.mT if wide else X.mT @ X
+        if scale is None:
+            trace = A.diagonal(dim1=-2, dim2=-1).float().sum(-1)[:, None, None]
+            scale = 1 / (trace.sqrt() * 1.02 + 1e-6)
+            A = (A * scale.square()).to(X.dtype)
+            factor = (a * identity + b * A + c * (A @ A)) * scale
+        else:
+            factor = a * identity + b * A + c * (A @ A)
+        X = factor.to(X.dtype) @ X if wide else X @ factor.to(X.dtype)
+    return X
+
+
 def _set_where(ok: Tensor, old: Tensor, new: Tensor) -> None:
     """old <- new where ok (0-D bool); else every bit of it stays, whatever `new` holds."""
     old.copy_(torch.where(ok, new, old))
 
 
-def nesterov(momentum_buffer: Tensor, grads: Tensor, momentum: Tensor, first: int, stop: int, ok: Tensor) -> Tensor:
-    """Update the momentum (K, m, n), fp32, in place; what matrices first:stop would step along, to be sent."""
+def nesterov(
+    momentum_buffer: Tensor, grads: Tensor, factor: Tensor | None, momentum: Tensor, first: int, stop: int, ok: Tensor
+) -> Tensor:
+    """Update the momentum (K, m, n), fp32, in place, by the gradients times `factor` (clipping); what matrices
+    first:stop would step along, to be sent."""
+    grads = grads if factor is None else grads * factor
     _set_where(ok, momentum_buffer, momentum_buffer.lerp(grads, 1 - momentum))
     direction = grads[first:stop].lerp(momentum_buffer[first:stop], momentum)
     return direction.to(exchange_dtype(grads.device))
@@ -56,8 +81,12 @@ def muon_direction(direction: Tensor, second_moment: Tensor, beta2: Tensor, ns_s
     reduce_dim = -1 if direction.size(-2) >= direction.size(-1) else -2
     mean_square = direction.square().mean(dim=reduce_dim, keepdim=True)
     _set_where(ok, second_moment, second_moment.lerp(mean_square, 1 - beta2))
+    factor = second_moment.clamp(min=1e-10).rsqrt()
+    if direction.is_cuda:  # both norms from those of the rows, so that all of it is not read again
+        before, after = (x.sum(dim=(-2, -1), keepdim=True).sqrt() for x in (mean_square, mean_square * factor.square()))
+        return direction * (factor * (before / after.clamp(min=1e-10)))
     before = direction.norm(dim=(-2, -1), keepdim=True)
-    direction = direction * second_moment.clamp(min=1e-10).rsqrt()
+    direction = direction * factor
     return direction * (before / direction.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
 
 
@@ -70,9 +99,19 @@ def muon_apply(
     _set_where(ok, params, params - (lr * aspect_scale * direction.float() + lr * decay))
 
 
+def muon_update(
+    params: Tensor, direction: Tensor, second_moment: Tensor, beta2: Tensor, ns_steps: int, lr: Tensor,
+    weight_decay: Tensor, aspect_scale: float, ok: Tensor,
+) -> None:  # fmt: skip
+    """Both, for matrices that one rank has in full: compiled as one, the direction is never written in fp32."""
+    direction = muon_direction(direction, second_moment, beta2, ns_steps, ok)
+    muon_apply(params, direction, lr, weight_decay, aspect_scale, ok)
+
+
 def adamw_update(
     params: Tensor,
     grads: Tensor,
+    factor: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
@@ -83,7 +122,8 @@ def adamw_update(
     weight_decay: Tensor,
     ok: Tensor,
 ) -> None:
-    """One AdamW step in place (arXiv 1711.05101), bias-corrected, fp32."""
+    """One AdamW step in place (arXiv 1711.05101) by the gradients times `factor` (clipping), bias-corrected, fp32."""
+    grads = grads if factor is None else grads * factor
     _set_where(ok, exp_avg, exp_avg.lerp(grads, 1 - beta1))
     _set_where(ok, exp_avg_sq, exp_avg_sq.lerp(grads.square(), 1 - beta2))
     denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps

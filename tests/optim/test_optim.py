@@ -12,7 +12,7 @@ from nanochat.dtensor import local
 from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, muon_momentum
 from nanochat.optim.sharded import assign_owners
-from nanochat.optim.update_rules import adamw_update, orthogonalize
+from nanochat.optim.update_rules import adamw_update, orthogonalize, orthogonalize_by_products
 from tests.processes import run_processes
 
 SHAPES = {"a": (8, 6), "b": (8, 6), "c": (8, 6), "d": (4, 12), "emb": (10, 6), "odd": (7, 3), "gain": (5,)}
@@ -97,7 +97,7 @@ def test_adamw_matches_torch():
         grad = torch.randn(6, 5)
         theirs.grad = grad.clone()
         reference.step()
-        adamw_update(ours, grad, m, v, number(float(step)), number(0.03), number(0.8), number(0.95), number(1e-8),
+        adamw_update(ours, grad, None, m, v, number(float(step)), number(0.03), number(0.8), number(0.95), number(1e-8),
                      number(0.1), torch.tensor(True))  # fmt: skip
     torch.testing.assert_close(ours, theirs.detach(), atol=1e-6, rtol=1e-5)
 
@@ -113,6 +113,27 @@ def test_orthogonalize_brings_singular_values_near_one(shape):
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     alignment = (out * (U @ Vh)).sum() / out.norm() / (U @ Vh).norm()
     assert alignment > 0.99
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 32), (3, 16, 48), (1, 48, 16)])
+def test_the_form_for_gpus_computes_the_same(shape):
+    G = torch.randn(shape) * torch.logspace(-4, 1, shape[0])[:, None, None]
+    for steps in (1, 5):
+        torch.testing.assert_close(orthogonalize_by_products(G, steps), orthogonalize(G, steps), atol=1e-4, rtol=1e-3)
+    assert orthogonalize_by_products(torch.zeros(shape), 5).eq(0).all()
+
+
+def test_matrices_move_together_once_and_stay_parameters():
+    params, optimizer = make_optimizer()
+    for step in range(3):
+        for param in params.values():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        places = [params[name].data_ptr() for name in "abc"]
+        assert [place - places[0] for place in places] == [0, 192, 384] and all(p.is_leaf for p in params.values())
+        if step == 1:  # given other memory, as by another optimizer
+            params["b"].data = params["b"].data.clone()
+    assert params["a"].untyped_storage().nbytes() == 3 * 192
 
 
 def test_muon_step_has_the_size_of_the_learning_rate():
