@@ -35,19 +35,26 @@ def main(checkout: str, depth: int, vocab_size: int, out: str | None) -> None:
     tokens = torch.randint(0, vocab_size, (ROWS, LENGTH + 1), device="cuda")
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def step() -> float:
-        torch.cuda.synchronize()
+    def step(wait: bool = True) -> float:
+        if wait:
+            torch.cuda.synchronize()
         begin = time.perf_counter()
         forward(inputs, targets).backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
+        if wait:
+            torch.cuda.synchronize()
         return time.perf_counter() - begin
 
     step()
     first = time.perf_counter() - started
     times = [step() for _ in range(WARM_UP - 1 + STEPS)][WARM_UP - 1 :]
     rate = ROWS * LENGTH / statistics.median(times)
+    begin = time.perf_counter()
+    for _ in range(STEPS):
+        step(wait=False)
+    torch.cuda.synchronize()
+    in_a_row = STEPS * ROWS * LENGTH / (time.perf_counter() - begin)
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -55,6 +62,7 @@ def main(checkout: str, depth: int, vocab_size: int, out: str | None) -> None:
         "parameters": sum(param.numel() for param in model.parameters()),
         "milliseconds": 1000 * statistics.median(times),
         "tokens_per_second": rate,
+        "tokens_per_second_in_a_row": in_a_row,
         "mfu": model.estimate_flops() * rate / PEAK,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "first_step_seconds": first,

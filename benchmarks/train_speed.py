@@ -6,8 +6,9 @@
         --device-batch-size=1 --total-batch-size=393216        the record's step on one GPU
     python -m nanochat.launch -- -m benchmarks.train_speed --depth=26 --parallel=fsdp --total-batch-size=524288
 
-A step is one of nanochat.train.loop. Medians; the first steps, which compile, are left out. MFU counts attention too;
-matmul_mfu leaves it out, as what is published of the speedrun does.
+A step is one of nanochat.train.loop. Medians of steps that the host waits for, one by one, as in peer_speed.py; beside
+them the speed of as many steps in a row, as training makes them. The first steps, which compile, are left out. MFU
+counts attention too; matmul_mfu leaves it out, as what is published of the speedrun does.
 """
 
 import json
@@ -146,6 +147,15 @@ class Step:
         torch.cuda.synchronize()
         return time.perf_counter() - start, self.phases.update.elapsed_time(end) / 1000
 
+    def in_a_row(self, steps: int) -> float:
+        """Seconds a step where the host waits for the last only."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            train_step(self.run)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
+
     def profile(self) -> dict[str, dict[str, float]]:
         """Milliseconds of one step by kernel, of forward and backward and of the update."""
         before, after = (torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) for _ in range(2))
@@ -247,6 +257,7 @@ def measure(settings: Settings) -> None:
         "milliseconds_per_batch": 1000 * seconds / step.micro_batches,
         "optimizer_milliseconds": 1000 * statistics.median(optimizer for _, optimizer in times),
         "tokens_per_second": rate,
+        "tokens_per_second_in_a_row": step.tokens / step.in_a_row(settings.steps),
         "mfu": model.estimate_flops() * rate / (peak * world) if peak else None,
         "matmul_mfu": model.estimate_flops(row_len=0) * rate / (peak * world) if peak else None,
         "peak_gib": peak_memory_bytes(device) / 2**30,
