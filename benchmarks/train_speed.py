@@ -61,8 +61,9 @@ PEER_DEPTHS = (12, 20)
 # What kernels are for, by a part of their names; the first that fits counts, the rest is pointwise.
 CLASSES = {
     "attention": ("sdpa", "flash", "fmha", "flex_attention", "attention"),
-    "products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "_scaled_mm"),
+    "products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "_scaled_mm", "_product"),
     "norms and sums": ("triton_per", "triton_red", "reduce"),
+    "pointwise": ("triton_poi",),
     "copies": ("memcpy", "memset", "copy"),
 }
 # What an H100 reaches: long products of 8,192 on random data, attention of the best public kernels; the floor of both.
