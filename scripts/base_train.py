@@ -283,12 +283,12 @@ def build_model(settings: Settings, data: TrainData, device: torch.device) -> tu
         model = GPT(build_config(settings, data.vocab_size, data.document_token), compute_dtype(device))
     num_iterations, why = plan_horizon(settings, model.num_params(lookups=False), model.estimate_flops())
     policy = parallelize_model(model, settings, device)
+    apply_fp8(model, settings.fp8, device)
     if settings.device_batch_size is None:
         rows = choose_rows(model, policy, device, batch_of(settings))
         settings = cli.replace(settings, device_batch_size=rows)
     model.to_empty(device=device)
     model.init_weights(init_spec(settings))
-    apply_fp8(model, settings.fp8)
     return settings, model, policy, num_iterations, why
 
 

@@ -241,16 +241,16 @@ EIGHT_BITS.update(linear=fp8_linear, mlp=fp8_mlp, head_loss=fp8_head_loss)
 # ---- who uses it
 
 
-def apply_fp8(model: nn.Module, which: Fp8) -> None:
+def apply_fp8(model: nn.Module, which: Fp8, device: torch.device | None = None) -> None:
     """Make a model train in 8 bits: its lm_head, or ("all") also the matrices c_* of its blocks; on a GPU those
     that are large enough to be faster so.
 
-    Call it once the model lies on its device. Raises UserError where that has no 8-bit matmul, and names the first
+    device: where it will lie, if it does not yet. Raises UserError where that has no 8-bit matmul, and names the first
     layer whose dimensions are no multiples of 16.
     """
     if which == "none":
         return
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     require_fp8(device, which)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     chosen = [n for n in layers if n == "lm_head" or (which == "all" and n.rpartition(".")[2].startswith("c_"))]
