@@ -22,7 +22,7 @@ class ForeignTokenizer:
         return self.bos
 
     def encode(self, text: list[str], prepend: int) -> list[list[int]]:
-        found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # long ones are cut later
         return [[prepend, *ids] for ids in found]
 
 
