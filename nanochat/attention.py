@@ -212,10 +212,11 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) 
 
 
 def _decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """masked_attention of one query, on a CPU, in the layout of the cache: 4 ms where SDPA in bf16 takes 10 (128 rows,
-    4 heads of 64, 100 keys, one core), and no slower in fp32. mask (B, 1, 1, Tk)."""
+    """masked_attention of one query, on a CPU: products with the vectors of each head, which lie together in a cache
+    there. 2.7 ms where SDPA in bf16 takes 9.6 (128 rows, 4 heads of 64, 100 keys, one core). mask (B, 1, 1, Tk)."""
     B, keys, heads, dim = k.shape
-    q = q.view(B, 1, heads, -1, dim)  # the query heads that share a key head side by side
-    scores = (q * k.unsqueeze(3)).sum(-1, dtype=torch.float32) * scale  # (B, Tk, Hkv, H / Hkv)
-    weights = scores.masked_fill(~mask.view(-1, keys, 1, 1), -torch.inf).softmax(1).to(v.dtype)
-    return (weights.unsqueeze(-1) * v.unsqueeze(3)).sum(1).view(B, 1, -1, dim)
+    k, v = (x.transpose(1, 2).reshape(B * heads, keys, dim) for x in (k, v))
+    q = q.reshape(B * heads, -1, dim)  # the query heads that share a key head side by side
+    scores = torch.bmm(k, q.transpose(1, 2)).float().mul_(scale).view(B, heads, keys, -1)
+    weights = scores.masked_fill_(~mask.view(-1, 1, keys, 1), -torch.inf).softmax(2).to(v.dtype)
+    return torch.bmm(weights.view(B * heads, keys, -1).transpose(1, 2), v).view(B, 1, -1, dim)

@@ -36,7 +36,8 @@ class Head(Linear):
 
 def softcap(logits: Tensor, cap: float, scale: float = 1.0) -> Tensor:
     """cap * tanh(scale * logits / cap): smooth, and never beyond ±cap. One pass over the logits, scaled or not."""
-    return cap * torch.tanh(logits / (cap / scale))
+    share = logits / (cap / scale)
+    return cap * torch.tanh(share) if torch.is_grad_enabled() else share.tanh_().mul_(cap)
 
 
 def head_loss(

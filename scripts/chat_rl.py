@@ -78,7 +78,7 @@ from nanochat.tasks.common import Conversation, Task, TaskMixture
 from nanochat.tasks.registry import TaskSpec, make_task, parse_spec
 from nanochat.train.chat import plan_steps
 from nanochat.train.loop import train
-from nanochat.train.rollouts import REWARD, RolloutLoader, questions_at_once, row_width
+from nanochat.train.rollouts import REWARD, RolloutLoader, loss_of_taught, questions_at_once, row_width
 from nanochat.train.run import (
     Evaluation,
     TrainingRun,
@@ -217,7 +217,7 @@ def main(settings: Settings) -> None:
         meta=meta,
         earlier=earlier,
         model=model,
-        forward=model,
+        forward=partial(loss_of_taught, model),
         tokenizer=tokenizer,
         policy=policy,
         optimizer=optimizer,

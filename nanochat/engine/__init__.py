@@ -87,12 +87,13 @@ class Engine:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
         keep_stop: bool = False,
+        rows: int | None = None,
     ) -> list[tuple[list[list[int]], list[list[int]]]]:
-        """What generate_batch gives, for each of several prompts, from one batch of len(prompts) x num_samples rows;
+        """What generate_batch gives, for each of several prompts, at most `rows` samples at once (default: all);
         keep_stop: with the stop token that ended a row. Sample i of prompt p draws from a generator seeded with
         seeds[p] + i (default: 42 for every prompt): but for rounding it does not depend on the rest of the batch."""
         results: list[Any] = [None] * len(prompts)
-        for number, sequences, masks in self.answers(prompts, sampling, seeds, keep_stop=keep_stop):
+        for number, sequences, masks in self.answers(prompts, sampling, seeds, rows=rows, keep_stop=keep_stop):
             results[number] = sequences, masks
         return results
 
@@ -118,23 +119,15 @@ class Engine:
             else:
                 count = sampling.num_samples
                 yield number, [list(prompt)] * count, [[0] * len(prompt)] * count
-        masks = {number: [[0] * len(row.tokens) for row in rows_of_one] for number, rows_of_one in going.items()}
-        batch = self.batch(list(going.values()), rows) if going else None
+        batch, stops = self.batch(list(going.values()), rows) if going else None, self.tools.stops
         while batch:
-            ended = set()
-            for row, _, mask in batch.step():
-                masks[row.prompt][row.sample].append(mask)
-                if row.ended and all(other.ended for other in going[row.prompt]):
-                    ended.add(row.prompt)
+            ended = {row.prompt for row, *_ in batch.step() if row.ended}
             for number in sorted(ended):
-                pairs = list(zip([row.tokens for row in going.pop(number)], masks.pop(number), strict=True))
-                if not keep_stop:
-                    pairs = [
-                        (tokens[:-1], mask[:-1]) if tokens[-1] in self.tools.stops else (tokens, mask)
-                        for tokens, mask in pairs
-                    ]
-                sequences, masks_of_one = zip(*pairs, strict=True)
-                yield number, list(sequences), list(masks_of_one)
+                if all(row.ended for row in going[number]):
+                    samples = going.pop(number)
+                    ends = [len(row.tokens) - (row.tokens[-1] in stops and not keep_stop) for row in samples]
+                    pairs = list(zip(samples, ends, strict=True))
+                    yield number, [row.tokens[:end] for row, end in pairs], [row.mask[:end] for row, end in pairs]
 
     def samples(self, prompt_number: int, prompt: Sequence[int], sampling: Sampling, seed: int) -> list[Row]:
         """The rows of one prompt. Raises UserError for an empty one."""

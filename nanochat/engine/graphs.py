@@ -77,7 +77,7 @@ class Graphs:
                 tensor.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may go on
             out = run()
         self.pool = graph.pool()
         return graph, out

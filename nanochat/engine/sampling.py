@@ -105,7 +105,7 @@ class Row:
     ) -> None:
         self.tools = tools
         self.prompt, self.sample = key  # number of the prompt, and of this sample among those of the prompt
-        self.tokens, self.sampling = list(prompt), sampling
+        self.tokens, self.mask, self.sampling = list(prompt), [0] * len(prompt), sampling
         self.new_tokens = 0  # how many of the tokens are no prompt
         self.ended = False
         self.scores: deque[Scores] = deque()  # of tokens that are sampled and not yet here
@@ -126,6 +126,7 @@ class Row:
         token, mask = (self.forced.popleft(), 0) if self.forced else (sampled, 1)
         self.score = self.scores.popleft() if self.scores else None
         self.tokens.append(token)
+        self.mask.append(mask)
         self.new_tokens += 1
         if token in self.tools.stops or self.new_tokens == self.sampling.max_new_tokens:
             self.ended = True

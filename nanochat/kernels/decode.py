@@ -102,7 +102,7 @@ def attend(
     early = _early(q.device)
     assert keys.stride() == values.stride() and q.stride(2) == k.stride(2) == v.stride(2) == keys.stride(3) == 1
     _attend[rows, kv_heads, parts.size(2)](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0), keys, values, keys.stride(0), cache.cache_seqlens,
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), keys, values, *keys.stride()[:3], cache.cache_seqlens,
         cache.incoming, cos if first is None else first, cos, sin, scale, parts, counts, out,
         keys.size(1), window if window >= 0 else keys.size(1) + 1, parts.size(2), HEADS=kv_heads,
         GROUP=heads // kv_heads, D=dim, FIRST=first is not None, INSERT=insert, EARLY=bool(early), MOST=SPLITS,
@@ -115,8 +115,8 @@ def attend(
 
 @triton.jit(do_not_specialize=["size", "window", "splits"])  # not compiled for each length of a cache
 def _attend(
-    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, keys, values, row_stride, lengths, incoming, firsts,
-    cos_ptr, sin_ptr, scale, parts, counts, out, size, window, splits,
+    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, keys, values, row_stride, step, head_stride,
+    lengths, incoming, firsts, cos_ptr, sin_ptr, scale, parts, counts, out, size, window, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, INSERT: tl.constexpr,
     EARLY: tl.constexpr, MOST: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -137,12 +137,12 @@ def _attend(
     used = tl.where(tl.load(incoming + b) > 0, tl.cdiv(position + 1 - low, share), 0)
     begin = low + split * share
     end = tl.where(split < used, tl.minimum(begin + share, position + (0 if INSERT else 1)), begin)
-    base = b.to(tl.int64) * row_stride + h * D
+    base = b.to(tl.int64) * row_stride + h * head_stride
     cos = tl.load(cos_ptr + position * HALF + d, mask=in_half, other=0.0)
     sin = tl.load(sin_ptr + position * HALF + d, mask=in_half, other=0.0)
     # of earlier steps, so that it can be read before the projections are done
-    k1, k2, seen = _block(keys, base, begin, end, size, HEADS * D, d, HALF, BT)
-    v1, v2, seen = _block(values, base, begin, end, size, HEADS * D, d, HALF, BT)
+    k1, k2, seen = _block(keys, base, begin, end, size, step, d, HALF, BT)
+    v1, v2, seen = _block(values, base, begin, end, size, step, d, HALF, BT)
     if EARLY:
         if INSERT:
             gdc_wait()
@@ -159,7 +159,7 @@ def _attend(
         new_k1, new_k2 = new_k1.to(dtype), new_k2.to(dtype)
         new_v1 = tl.load(v_ptr + b * v_stride + h * D + one, mask=one < HALF, other=0.0)
         new_v2 = tl.load(v_ptr + b * v_stride + h * D + HALF + one, mask=one < HALF, other=0.0)
-        place = base + (position % size) * HEADS * D + one
+        place = base + (position % size) * step + one
         tl.store(keys + place, new_k1, mask=one < HALF)
         tl.store(keys + place + HALF, new_k2, mask=one < HALF)
         tl.store(values + place, new_v1, mask=one < HALF)
@@ -172,8 +172,8 @@ def _attend(
     if begin < end:
         most, total, sum1, sum2 = _attended(q1, q2, k1, k2, v1, v2, seen, scale, most, total, sum1, sum2)
     for start in tl.range(begin + BT, end, BT):
-        more_k1, more_k2, those = _block(keys, base, start, end, size, HEADS * D, d, HALF, BT)
-        more_v1, more_v2, those = _block(values, base, start, end, size, HEADS * D, d, HALF, BT)
+        more_k1, more_k2, those = _block(keys, base, start, end, size, step, d, HALF, BT)
+        more_v1, more_v2, those = _block(values, base, start, end, size, step, d, HALF, BT)
         most, total, sum1, sum2 = _attended(
             q1, q2, more_k1, more_k2, more_v1, more_v2, those, scale, most, total, sum1, sum2
         )
@@ -317,9 +317,13 @@ def _largest(z, k):
 
 @triton.jit
 def _at(key, mass, goal):
-    """The largest key so that what has no smaller one has a mass above `goal`, found bit by bit."""
+    """The largest key so that what has no smaller one has a mass above `goal`, found two bits at a time."""
     found = tl.where(tl.sum(tl.where(key >= 0, mass, 0.0), 0) > goal, 0, -2147483648)
-    for step in range(31):
-        higher = found | (1 << (30 - step))
-        found = tl.where(tl.sum(tl.where(key >= higher, mass, 0.0), 0) > goal, higher, found)
+    for step in range(16):
+        high = 1 << (30 - 2 * step)
+        low = high >> 1  # 0 in the last step
+        few = tl.sum(tl.where(key >= (found | high | low), mass, 0.0), 0)
+        some = tl.sum(tl.where(key >= (found | high), mass, 0.0), 0)
+        many = tl.sum(tl.where(key >= (found | low), mass, 0.0), 0)
+        found |= tl.where(few > goal, high | low, tl.where(some > goal, high, tl.where(many > goal, low, 0)))
     return found

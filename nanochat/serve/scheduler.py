@@ -2,9 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import torch
 
 from nanochat.engine import PROMPTS_AT_ONCE, Batch, Engine
 from nanochat.engine.sampling import Row, Sampling
@@ -56,7 +58,8 @@ class Scheduler:
         self._leaving: list[Ticket] = []
         self._tickets: dict[Row, Ticket] = {}
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._on_device(self._warm_up)
+        self._thread = threading.Thread(target=self._on_device, args=[self._run], name="scheduler", daemon=True)
         self._thread.start()
 
     @property
@@ -87,6 +90,18 @@ class Scheduler:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
+
+    def _on_device(self, work: Callable[[], None]) -> None:
+        """Kernels and graphs go to a thread's current GPU, which is the first one wherever the weights are."""
+        with torch.cuda.device_of(self.batch.sampled):
+            work()
+
+    def _warm_up(self) -> None:
+        """An answer that nobody asked for: the first one that a GPU gives compiles for about ten seconds."""
+        self.batch.join(self.engine.samples(0, [0], Sampling(max_new_tokens=3, top_k=50), 0))
+        while len(self.batch):
+            self.batch.step()
+        self.batch.past.clear()
 
     def _run(self) -> None:
         while True:

@@ -71,6 +71,19 @@ def questions_at_once(device_batch_size: int, num_samples: int) -> int:
     return max(1, SAMPLED_PER_ROW * device_batch_size // num_samples)
 
 
+def loss_of_taught(
+    model: Callable[..., Any], inputs: torch.Tensor, targets: torch.Tensor, loss_weights: torch.Tensor, **options: Any
+) -> Any:
+    """The model's loss, the same but for rounding; on a CPU without the rows that weigh nothing, of answers as good as
+    all others to their question, and the padding behind the longest of the rest: most of the arithmetic of a step."""
+    if not inputs.is_cuda:  # there, attention is planned anew for each shape
+        taught = (targets != IGNORE_INDEX) & (loss_weights != 0)
+        taught[0, 0] = True  # all ranks have a part in a step, those too whose answers teach nothing
+        rows, width = taught.any(1), int(taught.any(0).nonzero()[-1]) + 1
+        inputs, targets, loss_weights = (part[rows, :width] for part in (inputs, targets, loss_weights))
+    return model(inputs, targets, loss_weights=loss_weights, **options)
+
+
 class RolloutLoader:
     """The loop's loader: each optimizer step is questions_per_step new questions, num_samples answers to each.
 
@@ -140,18 +153,10 @@ class RolloutLoader:
 
     def _answer(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
         """The answers to each question, with their rewards; as many at a time as the device batch allows."""
-        step = self.answered_at_once
-        groups = []
-        for first in range(0, len(places), step):
-            part = slice(first, first + step)
-            groups += self._answer_some(conversations[part], places[part])
-        return groups
-
-    def _answer_some(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
         tokenizer, stops, count = self.engine.tokenizer, self.engine.tools.stops, self.sampling.num_samples
         prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
         seeds = [self.seed * 1_000_003 + place * count for place in places]
-        results = self.engine.generate_many(prompts, self.sampling, seeds, keep_stop=True)
+        results = self.engine.generate_many(prompts, self.sampling, seeds, True, self.answered_at_once * count)
         groups = []
         for conversation, prompt, (sequences, masks) in zip(conversations, prompts, results, strict=True):
             said = [sequence[len(prompt) :] for sequence in sequences]

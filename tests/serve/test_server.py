@@ -14,7 +14,7 @@ import pytest
 import torch
 import uvicorn
 
-from nanochat.engine import Engine
+from nanochat.engine import Batch, Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serve.answer import ServerSettings
 from nanochat.serve.models import Models, Served
@@ -254,6 +254,15 @@ def test_deadlines():
         body = {"messages": QUESTION, "max_tokens": 240, "temperature": 0}
         answer = httpx.post(f"{address}/v1/chat/completions", json=body)
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "deadline_exceeded"
+
+
+def test_an_answer_is_written_before_the_first_request(monkeypatch):
+    """On a GPU that compiles."""
+    steps = []
+    monkeypatch.setattr(Batch, "step", lambda batch, step=Batch.step: steps.append(step(batch)) or steps[-1])
+    scheduler = Scheduler(tiny_engine(), 4, 4)
+    assert steps and scheduler.load == 0 and not scheduler.batch.past
+    scheduler.close()
 
 
 def test_many_clients_at_once_are_not_mixed_up(address):

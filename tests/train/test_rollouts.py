@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tasks.common import Task
 from nanochat.train import rollouts
-from nanochat.train.rollouts import RolloutLoader, advantages, row_width
+from nanochat.train.rollouts import RolloutLoader, advantages, loss_of_taught, row_width
 from tests.processes import run_processes
 from tests.test_engine import FIRST_CHARACTER
 from tests.test_engine import FakeTokenizer as Letters
@@ -124,6 +126,27 @@ def test_the_gradient_is_that_of_the_expected_reward():
                 (-weights[row, place] * log_p[place, targets[row, place]]).backward(retain_graph=True)
     for name, param in model.named_parameters():
         torch.testing.assert_close(found[name], param.grad, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("equal", [0, 9, 16])
+def test_what_teaches_nothing_is_left_out_of_a_loss(equal):
+    """So many answers are worth as much as the others to their question."""
+    model = make_model()
+    inputs, targets, weights = make_loader(model=model, batch=16).next_batch()
+    weights[torch.randperm(16)[:equal]] = 0
+    shapes, found = [], []
+
+    def watched(inputs, *rest, **options):
+        shapes.append(inputs.shape)
+        return model(inputs, *rest, **options)
+
+    for loss in (partial(loss_of_taught, watched), watched):
+        value = loss(inputs, targets, loss_reduction="sum", loss_weights=weights)
+        value.backward()
+        found.append([value.detach(), *(param.grad.clone() for param in model.parameters())])
+        model.zero_grad()
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    assert shapes[0][0] <= max(16 - equal, 0) + 1 and shapes[0][1] < shapes[1][1]
 
 
 def test_a_resumed_loader_repeats_and_answers_differ_between_steps():
