@@ -194,6 +194,27 @@ def play(model, max_tokens):
     return [rows[0] for rows, _ in results], [masks[0] for _, masks in results]
 
 
+def test_rows_that_are_rounded_up_change_no_answer(engine, monkeypatch):
+    """As those of bf16 are on a CPU, whose products are planned for each number of rows; here in fp32, to be equal."""
+    sampling, prompts, heard, found = Sampling(num_samples=20, max_new_tokens=12), [[5, 9], [7, 8, 6]], [], []
+
+    def forward(idx, kv_cache):
+        heard.append(idx.size(0))
+        return engine.model(idx, kv_cache=kv_cache)
+
+    monkeypatch.setattr(engine, "ready", lambda: forward)
+    for multiple in (1, 16):
+        batch = engine.batch([engine.samples(i, prompt, sampling, i) for i, prompt in enumerate(prompts)])
+        batch.multiple, rows = multiple, [row for samples in batch.waiting for row in samples]
+        heard.clear()
+        while len(batch):
+            batch.step()
+        found.append([row.tokens for row in rows])
+    assert found[0] == found[1] and set(heard) == {2, 32, 40}  # 2 prompts
+    model = GPT(engine.model.config, torch.bfloat16)
+    assert Batch(model, model, 4, 1, 8).multiple == 16
+
+
 def test_prefill_repeats_one_row():
     one, many = KVCache(1, 2, 5, 4, 3), KVCache(4, 2, 9, 4, 3)
     for layer in range(3):

@@ -58,12 +58,10 @@ class Fused:
             joined = model.tokens_before(idx, cache, 1)[1] != NO_TOKEN
         ctx = ForwardContext(cos, sin, (None, None), joined, cache)
         x = model.run_blocks(model.embed(idx, cache), idx, ctx, self.blocks)
-        # right behind the last product, for whose end it need not wait to fetch its weights
-        logits = linear(x[:, 0], model.lm_head.weight, normed=True, factor=config.logit_multiplier, cap=LOGIT_CAP)
         if config.smear or config.ngram_embeds or config.key_offset:
             cache.note_tokens(idx)
         cache.advance(1)
-        return logits
+        return linear(x[:, 0], model.lm_head.weight, normed=True, factor=config.logit_multiplier, cap=LOGIT_CAP)
 
 
 class FusedBlock:

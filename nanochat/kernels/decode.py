@@ -317,13 +317,9 @@ def _largest(z, k):
 
 @triton.jit
 def _at(key, mass, goal):
-    """The largest key so that what has no smaller one has a mass above `goal`, found two bits at a time."""
+    """The largest key so that what has no smaller one has a mass above `goal`, found bit by bit."""
     found = tl.where(tl.sum(tl.where(key >= 0, mass, 0.0), 0) > goal, 0, -2147483648)
-    for step in range(16):
-        high = 1 << (30 - 2 * step)
-        low = high >> 1  # 0 in the last step
-        few = tl.sum(tl.where(key >= (found | high | low), mass, 0.0), 0)
-        some = tl.sum(tl.where(key >= (found | high), mass, 0.0), 0)
-        many = tl.sum(tl.where(key >= (found | low), mass, 0.0), 0)
-        found |= tl.where(few > goal, high | low, tl.where(some > goal, high, tl.where(many > goal, low, 0)))
+    for step in range(31):
+        higher = found | (1 << (30 - step))
+        found = tl.where(tl.sum(tl.where(key >= higher, mass, 0.0), 0) > goal, higher, found)
     return found
