@@ -402,6 +402,16 @@ def test_local_mistakes_name_file_and_line(folder, name, content, message):
     assert not target.exists() or not list(target.iterdir())
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.parquet", "shard_00001.parquet"])
+def test_a_git_lfs_pointer_is_named_and_not_trained_on(folder, name):
+    (folder / "shard_00000.parquet").write_bytes(parquet_bytes(["one", "two"]))
+    if not name.startswith("shard"):
+        (folder / "shard_00000.parquet").rename(folder / "b.parquet")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123456789\n")
+    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer, .* `git lfs pull`"):
+        get(f"local:{folder}")
+
+
 @pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".zst", ".lz4"])
 def test_a_line_of_any_length_takes_bounded_memory(folder, monkeypatch, packed):
     monkeypatch.setattr(local, "LONGEST_PART", 1001)  # so that letters of three bytes are cut

@@ -178,6 +178,7 @@ def adopt_shard(path: Path, target: Path, split: str, known: str | None = None) 
     """Take a ready shard over as a hard link (a copy where the disks differ), or written anew where a later reader
     could not use it as it is; returns its manifest entry. known: the sha256 that it had when it was taken over before,
     and still should have by its date. Raises UserError when it is damaged."""
+    _refuse_pointer(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as temporary:
         if _is_usable(path):
@@ -345,8 +346,17 @@ def _ordered(folder: Path) -> Iterator[str]:
 
 def read_documents(path: Path) -> Iterator[str]:
     """Documents of one file, without empty ones and nulls. Raises UserError naming the file and the line."""
+    _refuse_pointer(path)
     read = FORMATS.get(_format(path), parquet.read_documents)
     return (text for text in read(path) if text.strip())
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raises UserError for what a clone without Git LFS has in the place of a large file: as .txt it would be trained
+    on."""
+    with open(path, "rb") as stream:
+        if stream.read(32).startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a Git LFS pointer, which has no text: run `git lfs pull` where it comes from")
 
 
 def _format(path: Path) -> str:
