@@ -4,6 +4,7 @@ huggingface_hub describes and transfers the file. Its `hf_hub_download` does not
 servers as mirrors and checks no sha256. A transfer that breaks off goes on where it stopped, after a kill from 0.
 """
 
+import contextlib
 import importlib.util
 import io
 import os
@@ -19,16 +20,17 @@ from nanochat.errors import UserError, masked
 from nanochat.files import atomic_write, sha256_file
 
 try:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, logging
+    with contextlib.redirect_stdout(io.StringIO()):  # where that fails, it prints a line of its own
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HTTPError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, logging
 except ValueError as error:  # it reads its settings, ports and seconds among them, as it is imported
     named = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
     raise UserError(f"{named}: not all of these variables can be used ({error}); correct or unset them") from None
