@@ -19,6 +19,7 @@ from nanochat.files import atomic_write_text, read_jsonl
 from nanochat.studies.figures import line_panels
 
 Size = tuple[int, str, int]  # tokens, architecture, depth
+LEAST_SIZES = 3  # for a fit: a line goes through any two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,9 @@ def points(records: Iterable[Mapping[str, Any]]) -> dict[Size, Point]:
 
 
 def fit(curve: Iterable[Point]) -> Law:
-    """UserError for fewer than three sizes, which a line would fit anyhow."""
+    """UserError for fewer than three sizes."""
     places = [(math.log(point.flops / 1e15), math.log(point.bpb)) for point in curve]
-    if len(places) < 3:
+    if len(places) < LEAST_SIZES:
         raise UserError(f"a fit needs three sizes of an architecture at equal tokens, here are {len(places)}")
     slope, offset = linear_regression(*zip(*places, strict=True))
     worst = max(abs(math.expm1(y - offset - slope * x)) for x, y in places)
@@ -81,14 +82,17 @@ def main(settings: Settings) -> None:
     panels: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {}
     for tokens, arch in dict.fromkeys(size[:2] for size in found):
         curve = [point for size, point in found.items() if size[:2] == (tokens, arch)]
+        measured = [(point.flops, point.bpb) for point in curve]
+        panels.setdefault(f"{tokens:,} tokens", []).append((arch, measured))
+        if len(curve) < LEAST_SIZES:
+            continue
         law = fit(curve)
         print(
             f"\n{arch}, {tokens:,} tokens: {law.at_1e15:.3f} (FLOPs / 1e15)^-{law.power:.4f}, off by "
             f"{law.worst:.1%} at most"
         )
         fitted = [(point.flops, law.at_1e15 * (point.flops / 1e15) ** -law.power) for point in curve]
-        measured = [(point.flops, point.bpb) for point in curve]
-        panels.setdefault(f"{tokens:,} tokens", []).extend([(arch, measured), (f"{arch}, fit", fitted)])
+        panels[f"{tokens:,} tokens"].append((f"{arch}, fit", fitted))
     if settings.svg:
         atomic_write_text(settings.svg, line_panels(panels, "FLOPs of training", "bits per byte", log_axes="xy"))
 

@@ -305,6 +305,9 @@ ARCHS: dict[Arch, dict[str, Any]] = {
     # what learned most from each token of all that was tried (docs/decisions.md)
     "ngram": {**SPEEDRUN, "ngram_embeds": 4, "value_embeds": "layers", "key_offset": True},
 }
+# Layers up to which the ngram preset gives each a value table of its own. Deeper models have those of "ends": 16 more
+# would be 1.3 billion parameters at d20 with 65,536 entries.
+MOST_VALUE_TABLES = 12
 # (tokens a step, tokens of the run) that the rates were tuned with; see schedule.batch_lr_scale
 TUNED_AT: dict[Arch, tuple[int, float]] = {
     "nanochat": (2**19, 11.2e9),
@@ -319,7 +322,7 @@ class ArchFlags:
 
     arch: Arch = "nanochat"
     """nanochat: the classic; speedrun: modded-nanogpt's record 26; ngram: that with hashed n-gram embeddings and a key
-    offset and value embeddings of each layer's own, the best at equal tokens. Each feature is a flag of its own."""
+    offset and, up to 12 layers, value embeddings of each layer's own: best at equal tokens. Each feature is a flag."""
     depth: Annotated[int, int_flag(gte=1, lte=128)] = 20
     """Transformer layers; the one dial."""
     aspect_ratio: Annotated[int, int_flag(gte=1)] = 64
@@ -425,6 +428,8 @@ class ArchFlags:
 def resolve(flags: F) -> F:
     """The same flags with what was left to --arch filled in. UserError where flags contradict each other."""
     preset = {**CLASSIC, **ARCHS[flags.arch]}
+    if flags.arch == "ngram" and flags.depth > MOST_VALUE_TABLES:
+        preset["value_embeds"] = "ends"
     flags = dataclasses.replace(flags, **{name: preset[name] for name in preset if getattr(flags, name) is None})
     if flags.window_warmup and (flags.long_window or -1) < 1:
         raise UserError("--window-warmup needs windows that end somewhere: give --long-window, or --no-window-warmup")
@@ -451,6 +456,8 @@ def build_config(flags: ArchFlags, vocab_size: int, document_token: int = -1) ->
     if flags.document_mask and document_token < 0:
         raise UserError("--document-mask: the data does not say which token starts a document")
     features = {name: getattr(flags, name) for name in FEATURES}
+    if not features["ngram_embeds"]:
+        features["ngram_slots"] = GPTConfig.ngram_slots  # says nothing: still the classic
     features["attn_scale"] *= 128 / head_dim  # queries and keys are normed: logits are at most head_dim x scale
     return GPTConfig(
         sequence_len=flags.max_seq_len,

@@ -1,4 +1,4 @@
-# Pretraining by size (pretrain.sh): the full recipe, with what depends on depth.
+# Pretraining by size (pretrain.sh): the full recipe with the classic architecture, and what depends on depth.
 # shellcheck disable=SC2034 # dev/stages.sh reads these
 : "${DEPTH:=20}" "${TOTAL_BATCH_SIZE:=524288}" "${PARALLEL:=auto}"
 
@@ -24,4 +24,5 @@ done <<<"$TABLE"
 
 GPUS= # nanochat.launch counts them, on every node
 source profiles/full.sh
+BASE_TRAIN=() # the classic: the rows of the table are what it leaves room for
 BASE_LOSS=()

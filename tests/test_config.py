@@ -195,6 +195,19 @@ def test_the_ngram_preset():
     assert model.num_params(lookups=False) == base.num_params(lookups=False) + 12 + 5 * 2
 
 
+def test_tables_of_the_ngram_preset_do_not_grow_with_depth_beyond_twelve_layers():
+    shallow, deep = (resolve(ArchFlags(arch="ngram", depth=depth, ngram_slots=2)) for depth in (12, 20))
+    assert (shallow.value_embeds, deep.value_embeds) == ("layers", "ends")
+    own = resolve(dataclasses.replace(deep, value_embeds="layers"))
+    sizes = []
+    for flags in (deep, own):
+        with torch.device("meta"):
+            model = GPT(build_config(flags, 65536, 0))
+        sizes.append(model.num_params() - model.num_params(lookups=False))
+    assert build_config(resolve(ArchFlags(ngram_slots=2)), 65536) == build_config(resolve(ArchFlags()), 65536)
+    assert sizes == [(3 * 2 + 3) * 65536 * 1280, (3 * 2 + 19) * 65536 * 1280]  # what PROFILE=full has: 0.75 billion
+
+
 @torch.no_grad()
 def test_growing_windows_are_tensors():
     """set_window gives what a model with those windows gives, and compiles nothing again."""

@@ -60,7 +60,9 @@ def train(model, optimizer, steps, batch=make_batch):
 
 @pytest.mark.parametrize("use_muon", [True, False])
 @pytest.mark.parametrize("base_width", [0, 64])
-@pytest.mark.parametrize(("arch", "changes"), [("nanochat", {}), ("speedrun", {}), ("speedrun", EVERYTHING)])
+@pytest.mark.parametrize(
+    ("arch", "changes"), [("nanochat", {}), ("speedrun", {}), ("speedrun", EVERYTHING), ("ngram", {"ngram_slots": 1})]
+)
 def test_all_factors_are_one_at_the_base_width(arch, changes, base_width, use_muon):
     config = make_config(64, base_width, arch, **changes)
     table = mup.mup_table(GPT, config, use_muon)
@@ -214,7 +216,7 @@ def test_the_table_can_be_read():
 
 
 @pytest.mark.parametrize("use_muon", [True, False])
-@pytest.mark.parametrize("arch", ["nanochat", "speedrun"])
+@pytest.mark.parametrize("arch", ["nanochat", "speedrun", "ngram"])
 def test_at_the_base_width_it_is_the_standard_parametrisation_bit_for_bit(arch, use_muon):
     results, flags = [], resolve(ArchFlags(arch=arch))
     rates = {name: getattr(flags, name) for name in LEARNING_RATES}
@@ -311,7 +313,9 @@ def public_batch(rows=4, seed=0):
     return make_batch(seed, rows, 64, 256)
 
 
-@pytest.mark.parametrize(("arch", "changes"), [("nanochat", {}), ("speedrun", {}), ("speedrun", EVERYTHING)])
+@pytest.mark.parametrize(
+    ("arch", "changes"), [("nanochat", {}), ("speedrun", {}), ("speedrun", EVERYTHING), ("ngram", {"ngram_slots": 1})]
+)
 def test_everything_is_initialised(arch, changes):
     config = make_config(64, 32, arch, n_layer=12, **changes)
     with torch.device("meta"):

@@ -24,7 +24,7 @@ RATES = {"matrix_lr": 0.03, "embedding_lr": 0.2, "unembedding_lr": 0.004, "weigh
 ADAMW_RATES = RATES | {"matrix_lr": 0.005}  # AdamW's own is 0.0015 at width 128
 
 
-def check(widths=WIDTHS, seeds=1, base_width=BASE, use_muon=True):
+def check(widths=WIDTHS, seeds=1, base_width=BASE, use_muon=True, **features):
     """Slopes of models trained by the rules as they are now."""
 
     def maker(width):
@@ -36,6 +36,7 @@ def check(widths=WIDTHS, seeds=1, base_width=BASE, use_muon=True):
             vocab_size=256,
             sequence_len=64,
             mup_base_width=base_width,
+            **features,
         )
 
         def make(seed):
@@ -125,6 +126,17 @@ def test_each_mutation_fails_for_its_own_reason(mutation, monkeypatch):
     assert any(line.startswith(f"{module} at t = {STEPS + 1}") for line in judge(found))
     slope = at_end(found, module)
     assert slope / least >= 1, f"{module}: {slope}, expected {least} or beyond"
+
+
+def test_tables_beside_the_embedding_keep_their_size_and_a_rate_over_root_width_is_seen(monkeypatch):
+    features = {"ngram_embeds": 4, "ngram_slots": 1, "value_embeds": "layers", "key_offset": True}
+    ngrams, values = [f"ngram_embeds.{i}" for i in range(3)], [f"value_embeds.{i}" for i in range(2)]
+    found = check(**features)
+    assert {slope.t for slope in found if slope.module in ngrams} == set(range(2, STEPS + 2))  # before that they are 0
+    assert max(abs(at_end(found, module)) for module in ngrams + values) < 0.1
+    embedding_over_root_width(monkeypatch)
+    found = check(**features)
+    assert max(at_end(found, module) for module in ngrams) < -0.3
 
 
 @pytest.mark.parametrize(("power", "least"), [(1.0, 0.3), (-1.0, -0.3)])

@@ -21,7 +21,10 @@ def test_a_power_law_is_found_again(tmp_path, capsys):
     assert fit(list(found.values())[:3]) == pytest.approx((1.5, 0.1, 0), abs=1e-9)
     with pytest.raises(UserError, match="three sizes"):
         fit(list(found.values())[:2])
+    records.append({**record("ngram", 6, 1.1), "tokens": 2000})  # one size: a point, no law
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     main(Settings(runs=tmp_path / "runs.jsonl", svg=tmp_path / "curve.svg"))
-    assert "1.500 (FLOPs / 1e15)^-0.1000, off by 0.0% at most" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1.500 (FLOPs / 1e15)^-0.1000, off by 0.0% at most" in out and out.count("FLOPs / 1e15") == 2
+    assert "| 2,000 | ngram | 6 |" in out
     assert "1,000 tokens" in (tmp_path / "curve.svg").read_text()

@@ -17,13 +17,18 @@ from nanochat.parallel import disable_compile
 
 COORD = "Activations/coord_l1"  # mean |x| of a module's output, on fixed rows
 LOGITS = "lm_head"
+TABLES = ("value_embeds", "ngram_embeds")
 WATCHED = ("attn", "attn.c_q", "attn.c_k", "attn.c_v", "mlp.c_fc", "mlp", "")  # in each block; "": the block itself
 
 
 def watched_modules(model: GPT) -> dict[str, nn.Module]:
     """What is measured, by the name that records give it: `wte`, `h.0.attn` (what attention adds to the residual
-    stream), `h.0.mlp`, `h.0` (the stream behind block 0), queries, keys, values, MLP hidden units, and `lm_head`."""
+    stream), `h.0.mlp`, `h.0` (the stream behind block 0), queries, keys, values, MLP hidden units, the tables
+    `value_embeds.0` and `ngram_embeds.0`, and `lm_head`."""
     found: dict[str, nn.Module] = {"wte": model.transformer["wte"]}
+    for kind, tables in model.transformer.named_children():
+        if kind in TABLES:
+            found |= {f"{kind}.{index}": table for index, table in tables.named_children()}
     blocks: Any = model.transformer["h"]
     for index, block in enumerate(blocks):
         modules = dict(block.named_modules())
@@ -71,10 +76,11 @@ def statistics(x: Tensor) -> dict[str, float]:
 
 
 def measure(model: GPT, rows: Tensor) -> dict[str, dict[str, float]]:
-    """Statistics of each watched module on rows (B, T), uncompiled: compiled code would not call new hooks."""
+    """Statistics of each watched module on rows (B, T), uncompiled: compiled code would not call new hooks. Not of
+    tables of n-grams before their first update: they begin at zero, which has no slope."""
     with torch.no_grad(), disable_compile(model), watching(model) as seen:
         model(rows)
-    return seen
+    return {name: stats for name, stats in seen.items() if stats["l1"] > 0 or not name.startswith("ngram_embeds.")}
 
 
 class CoordRecorder:

@@ -75,6 +75,14 @@ def test_a_module_that_is_called_twice_is_seen_twice():
     assert "lm_head#2" not in seen
 
 
+def test_tables_are_measured_once_they_are_not_zero():
+    model = make_model(make_config(value_embeds="layers", ngram_embeds=3, ngram_slots=1))
+    assert {name for name in measure(model, ROWS) if "_embeds" in name} == {"value_embeds.0", "value_embeds.1"}
+    torch.nn.init.ones_(model.transformer.ngram_embeds[1].weight)
+    seen = measure(model, ROWS)
+    assert seen["ngram_embeds.1"]["l1"] == 1 and "ngram_embeds.0" not in seen
+
+
 def test_a_layer_without_attention_is_left_out():
     seen = measure(make_model(make_config(attention_free_layer=1)), ROWS)
     assert "h.0.attn" in seen and "h.1.attn" not in seen and "h.1.mlp" in seen
