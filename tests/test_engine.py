@@ -325,6 +325,7 @@ def test_rows_that_nobody_waits_for_leave(engine):
     assert seen == {1, 2} and groups[3][0].new_tokens == 0
 
 
+@torch.no_grad()  # with gradients, norms in bf16 round once less
 def test_weights_are_cast_once_and_again_when_they_change():
     config = GPTConfig(sequence_len=64, vocab_size=110, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
     model = GPT(config, torch.bfloat16)
@@ -335,6 +336,5 @@ def test_weights_are_cast_once_and_again_when_they_change():
         assert runs is not model and {param.dtype for param in runs.parameters()} == {torch.bfloat16}
         idx = torch.randint(110, (2, 20))
         assert torch.equal(runs(idx), model(idx))
-        with torch.no_grad():
-            model.transformer.h[1].mlp.c_fc.weight += 1.0
+        model.transformer.h[1].mlp.c_fc.weight += 1.0
     assert engine.ready() is runs and torch.equal(runs(idx), model(idx))
