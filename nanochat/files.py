@@ -169,8 +169,6 @@ def walk(folder: Path, onerror: Callable[[OSError], object] | None = None) -> It
 def hold(folder: Path, alone: bool = False) -> bool:
     """Until this process ends or lets go, keep others from replacing what is in `folder`; alone: to replace it oneself.
     False where others hold it against that."""
-    if folder in _held and not os.path.samestat(os.fstat(_held[folder]), folder.stat()):
-        os.close(_held.pop(folder))  # it was renamed since, and the name is another's now
     if folder not in _held:
         _held[folder] = os.open(folder, os.O_RDONLY)
     try:

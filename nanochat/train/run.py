@@ -28,7 +28,7 @@ from nanochat.flags import ParentFlags, Resume, RunFlags
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Policy
-from nanochat.paths import check_writable
+from nanochat.paths import check_writable, get_base_dir
 from nanochat.runtime import gather, get_dist_info, on_first_rank, print0
 from nanochat.sections import write_section
 from nanochat.tokenizer import RustBPETokenizer
@@ -280,9 +280,10 @@ def _await_everywhere(path: Path) -> None:
 def _take(folder: Path, tag: str) -> None:
     """From here to its end nobody but this process trains in `folder`. Raises UserError where another does: each would
     take the other's checkpoints for its own, or set the folder aside while the other writes there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    lock = get_base_dir() / "locks" / f"{folder.parent.name}-{folder.name}"  # beside it: the folder may not be there
+    lock.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + ENDING_SECONDS
-    while not hold(folder, alone=True):
+    while not hold(lock, alone=True):
         if time.monotonic() > deadline:
             raise UserError(f"{folder}: another process trains there: wait for its end, or set {tag}=NAME")
         time.sleep(0.2)
@@ -317,7 +318,6 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
         meta = trained or checkpoint.newest(folder, resume=True)
     except checkpoint.Damaged as error:
         print0(f"{error}; there is none before it: kept as {checkpoint.set_aside(folder).name}, starting anew")
-        _take(folder, tag)
         return {}
     before, now = meta["settings"], meta_now["settings"]
     changed = [key for key, value in now.items() if key not in OBSERVERS and before.get(key) != value]
@@ -326,7 +326,6 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
     if changed:
         kept = checkpoint.set_aside(folder).name
         print0(f"the run in {folder} differs in {', '.join(changed)}: kept as {kept}, starting anew")
-        _take(folder, tag)
         return {}
     if trained:
         print0(f"the run in {folder} is complete: nothing to do")

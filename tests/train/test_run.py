@@ -76,27 +76,29 @@ def test_another_run_is_set_aside(tmp_path, capsys):
     put(tmp_path / "a", 20, complete=True)
     assert run.earlier_run(tmp_path / "a", "auto", {**NOW, "settings": {"depth": 6}}) == {}
     assert "differs in depth: kept as a.1, starting anew" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path)) == ["a", "a.1"] and os.listdir(tmp_path / "a") == []
+    assert sorted(os.listdir(tmp_path)) == ["a.1"]
     assert run.earlier_run(tmp_path / "a", "auto", NOW) == {}
 
 
 @pytest.mark.parametrize("there", [None, NOW, {**NOW, "settings": {"depth": 6}}])
-def test_two_processes_never_train_in_one_folder(tmp_path, monkeypatch, there):
+def test_two_processes_never_train_in_one_folder(store, monkeypatch, there):
     """Not even one whose settings differ, which would set the folder aside while the other writes into it."""
     monkeypatch.setattr(run, "ENDING_SECONDS", 0.3)
+    folder = store / "checkpoints" / "base" / "a"
     if there:
-        put(tmp_path / "a", 10, **there)
-    (tmp_path / "a").mkdir(exist_ok=True)
-    other = os.open(tmp_path / "a", os.O_RDONLY)
+        put(folder, 10, **there)
+    before = sorted(store.rglob("checkpoints/**"))
+    (store / "locks" / "base-a").mkdir(parents=True)
+    other = os.open(store / "locks" / "base-a", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match=r"a: another process trains there: wait .*--model-tag=NAME"):
-        run.earlier_run(tmp_path / "a", "auto", NOW)
-    assert os.listdir(tmp_path) == ["a"]
-    os.close(other)  # as when it ends
-    assert run.earlier_run(tmp_path / "a", "auto", NOW).get("step", 0) == (10 if there == NOW else 0)
-    other = os.open(tmp_path / "a", os.O_RDONLY)
-    with pytest.raises(BlockingIOError):  # held from now on, also where the folder is a new one
+    with pytest.raises(UserError, match=r"base/a: another process trains there: wait .*--model-tag=NAME"):
+        run.earlier_run(folder, "auto", NOW)
+    assert sorted(store.rglob("checkpoints/**")) == before
+    fcntl.flock(other, fcntl.LOCK_UN)  # as when it ends
+    assert run.earlier_run(folder, "auto", NOW).get("step", 0) == (10 if there == NOW else 0)
+    with pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert run.earlier_run(folder.with_name("b"), "auto", NOW) == {}
     runtime.compute_cleanup()
     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(other)
