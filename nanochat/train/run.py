@@ -289,12 +289,14 @@ def _take(folder: Path, tag: str) -> None:
         time.sleep(0.2)
 
 
-def _trained(folder: Path, step: int) -> dict[str, Any] | None:
-    """meta.json of a last checkpoint whose weights are as they were saved; None otherwise. The optimizer's state, which
-    people delete to save room, is needed only to train on: without it nothing is trained again."""
+def _without_state(folder: Path, step: int) -> dict[str, Any] | None:
+    """meta.json of a last checkpoint whose state somebody has deleted to save room, but whose weights are as they were
+    saved; None otherwise. The state is needed only to train on: nothing is trained again because it is gone."""
+    path = checkpoint.step_dir(folder, step)
     with suppress(UserError):
-        checkpoint.verify(checkpoint.step_dir(folder, step))
-        return checkpoint.read_meta(folder, step)
+        if not (path / "state").exists() and (path / "model.safetensors").exists():
+            checkpoint.verify(path)
+            return {**checkpoint.read_meta(folder, step), "step": step}
     return None
 
 
@@ -313,7 +315,7 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
         raise UserError(
             f"{folder} holds a run already (step {steps[-1]}{how}): {tag}=NAME writes elsewhere, --resume=auto {auto}"
         )
-    trained = _trained(folder, steps[-1]) if complete else None
+    trained = _without_state(folder, steps[-1]) if complete else None
     try:
         meta = trained or checkpoint.newest(folder, resume=True)
     except checkpoint.Damaged as error:
@@ -327,7 +329,7 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
         kept = checkpoint.set_aside(folder).name
         print0(f"the run in {folder} differs in {', '.join(changed)}: kept as {kept}, starting anew")
         return {}
-    if trained:
+    if complete and meta["step"] == steps[-1]:
         print0(f"the run in {folder} is complete: nothing to do")
         return None
     if (folder / checkpoint.COMPLETE).exists() and not checkpoint.is_complete(folder):
