@@ -291,6 +291,7 @@ def test_tiny_from_nothing_to_a_report_and_again(tmp_path):
         for name, bpb in table["rows"]
     }
     model = predictors.pop("this model")
+    assert model < predictors.pop("xz -9e after train text")  # which reads all of it, the model a fifth
     assert model < 0.9 * min(predictors.values())
 
     mid, sft = (section(f"chat_eval_{stage}")["metrics"] for stage in ("mid", "sft"))
