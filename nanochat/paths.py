@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanochat.errors import UserError
@@ -46,6 +47,13 @@ def check_writable(folder: Path) -> None:
     """Raises UserError where nothing can be written into `folder`: before the work, rather than after it."""
     if not is_writable(folder):
         raise UserError(f"{folder} cannot be written: set NANOCHAT_BASE_DIR to a folder that you can write")
+
+
+def check_folders(names: Iterable[str]) -> None:
+    """Raises UserError where a file of the store is in the place of one of these folders: before the work, too."""
+    for path in (get_base_dir() / name for name in sorted(names)):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, in the place of a folder: move it, or set NANOCHAT_BASE_DIR elsewhere")
 
 
 def slug(name: str) -> str:

@@ -104,8 +104,9 @@ def main(settings: Settings, command: Sequence[str]) -> int:
 
 def check(written: Sequence[str], stages: str) -> None:
     """Raises UserError for the first mistake in the flags of `stages` (the words of `run`, an empty one after each),
-    named as the user wrote it, and for a run whose folders are another's."""
+    named as the user wrote it, and for folders that are files or another run's."""
     [paths.checkpoint_dir(kind, paths.run_dir().name) for kind in ("base", "mid", "sft", "rl")]
+    paths.check_folders({folder for folder in re.findall(r"\0--out\0([^\0/]+)", stages)})
     if strange := [words for words in written if not words.isprintable()]:
         raise UserError(f"{strange[0]!a}: these are no letters in the encoding of this locale")
     for listed in filter(None, stages.split("\0\0")):

@@ -138,3 +138,14 @@ def test_the_network_must_be_usable_where_it_is_needed(monkeypatch, name, value)
         assert message.startswith(f"{name}=") and "s3cret" not in message
     assert said([], "dataset", "python", "-m", "nanochat.dataset", "--source=pydocs") is None
     assert said([], "chat_data", "python", "-m", "scripts.chat_data", "--tasks=Identity") is None
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "checkpoints"])
+def test_a_file_in_the_place_of_a_folder_of_the_store_is_said_before_the_first_stage(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    words = ["train", "--out", "tokenizer", "--out", "checkpoints/base/d4/COMPLETE", "--", "python"]
+    stages = "\0".join([*words, "", ""])
+    pipeline.check([], stages)
+    (tmp_path / folder).touch()
+    with pytest.raises(UserError, match=rf"{folder} is a file, in the place of a folder: move it"):
+        pipeline.check([], stages)
