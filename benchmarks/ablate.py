@@ -40,7 +40,7 @@ from nanochat.files import append_jsonl, read_jsonl
 from nanochat.flags import DeviceType
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
-from nanochat.optim import MuonAdamW, buckets
+from nanochat.optim import MuonAdamW, update_rules
 from nanochat.optim.param_groups import FAMILIES
 from nanochat.optim.schedule import batch_lr_scale, lr_multiplier, make_schedule, muon_momentum, window_length
 from nanochat.optim.update_rules import muon_direction
@@ -131,7 +131,7 @@ class Changes(dict[str, str]):
                     group["weight_decay"] = decay * (1 + math.cos(math.pi * step / steps)) / 2
 
         optimizer.register_step_pre_hook(before_step)
-        buckets.muon_direction = equilibrated_direction if "equilibrate" in self else muon_direction
+        update_rules.muon_direction = equilibrated_direction if "equilibrate" in self else muon_direction
 
 
 def equilibrated_direction(direction: torch.Tensor, *others: Any) -> torch.Tensor:
