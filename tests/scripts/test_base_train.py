@@ -280,6 +280,10 @@ def test_too_little_data_is_said_before_training(prepared, capsys):
     main(Settings(**{**SMALL, "num_iterations": 400, "total_batch_size": 128, "eval_every": -1}))
     out = capsys.readouterr().out
     assert "too little data" in out and out.index("too little data") < out.index("step 00001")
+    assert "n-gram" not in out
+    tables = {"ngram_embeds": 2, "ngram_slots": 1, "model_tag": "tables"}
+    main(Settings(**{**SMALL, **tables, "num_iterations": 200, "eval_every": -1}))
+    assert "n-gram tables learn" in capsys.readouterr().out
 
 
 def test_time_is_not_spent_on_evaluations(prepared, monkeypatch):
