@@ -338,3 +338,15 @@ def test_weights_are_cast_once_and_again_when_they_change():
         assert torch.equal(runs(idx), model(idx))
         model.transformer.h[1].mlp.c_fc.weight += 1.0
     assert engine.ready() is runs and torch.equal(runs(idx), model(idx))
+
+
+@torch.enable_grad()
+def test_weights_that_the_optimizer_has_changed_are_those_that_answer():
+    model = GPT(GPTConfig(sequence_len=32, vocab_size=110, n_layer=2, n_head=2, n_kv_head=2, n_embd=32), torch.bfloat16)
+    model.init_weights(head_std=0.5, zero_proj=False)
+    engine, optimizer, idx = Engine(model, FakeTokenizer()), model.setup_optimizer(), torch.randint(110, (2, 20))
+    first = [param.clone() for param in engine.ready().parameters()]
+    model(idx, idx).backward()
+    optimizer.step()
+    for param, before, copied in zip(model.parameters(), first, engine.ready().parameters(), strict=True):
+        assert torch.equal(param.to(copied.dtype), copied) and not torch.equal(before, copied)

@@ -86,6 +86,8 @@ class MuonAdamW(torch.optim.Optimizer):
             bucket.factor = factor
         ok = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         _overlap([bucket.update(self.num_steps, ok) for bucket in self.buckets])
+        # written by way of .data, which autograd does not see: who keeps a copy of weights would never renew it
+        torch.autograd.graph.increment_version([param for bucket in self.buckets for param in bucket.params])
         return norm
 
     def bucket_norms(self) -> dict[str, Tensor]:
