@@ -13,6 +13,7 @@ counts attention too; matmul_mfu leaves it out, as what is published of the spee
 
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -35,9 +36,10 @@ from nanochat.errors import UserError
 from nanochat.hardware import peak_flops, peak_memory_bytes
 from nanochat.kernels.fp8 import Fp8, apply_fp8
 from nanochat.parallel import Parallel
-from nanochat.runtime import compute_cleanup, compute_init, print0
+from nanochat.runtime import compute_cleanup, compute_init, get_dist_info, print0
 from nanochat.studies.short_run import ResidentLoader, build_model, short_run
 from nanochat.train.loop import train_step
+from nanochat.train.memory import Batch, choose_rows
 from nanochat.train.observer import Observer
 
 WARM_UP = 3
@@ -74,8 +76,8 @@ PRODUCT_SHARE, ATTENTION_SHARE = 0.77, 0.60  # of the peak
 class Settings(Output, ArchFlags):
     """Measure the training step."""
 
-    device_batch_size: Annotated[int, int_flag(gte=1)] = 32
-    """Rows per forward pass."""
+    device_batch_size: Annotated[int, int_flag(gte=0)] = 32
+    """Rows per forward pass; 0: as many as fit by the estimate, as in base_train."""
     total_batch_size: Annotated[int, int_flag(gte=0)] = 0
     """Tokens per step over all ranks; 0: one forward pass on each."""
     vocab_size: Annotated[int, int_flag(gte=1)] = 65_536
@@ -86,6 +88,8 @@ class Settings(Output, ArchFlags):
     """none, head or all, as in base_train."""
     parallel: Parallel = "auto"
     """auto, ddp, fsdp or hsdp."""
+    node_size: Annotated[int, int_flag(gte=0)] = 0
+    """GPUs that hsdp takes for a node, so that one host can stand for several; 0: those of the host."""
     steps: Annotated[int, int_flag(gte=1)] = 10
     """Timed steps."""
     profile: bool = False
@@ -97,6 +101,8 @@ class Settings(Output, ArchFlags):
     compiled kernels, and with the one that this left. Other flags count for all."""
     peer: Path | None = None
     """With --suite: checkout of another program of this family, to be measured beside it."""
+    only: str = ""
+    """With --suite: a regular expression; configurations that it is found in, such as 'depth=20$|peer.*=20'."""
 
 
 class Phases(Observer):
@@ -120,10 +126,17 @@ class Step:
     def __init__(self, settings: Settings, world: int, device: torch.device) -> None:
         flags = resolve(settings)
         config = build_config(flags, settings.vocab_size, document_token=0)
+        if settings.node_size:
+            os.environ["LOCAL_WORLD_SIZE"] = str(settings.node_size)
         self.model, forward, self.policy = build_model(config, device, settings.parallel)
         self.model.init_weights()
         apply_fp8(self.model, settings.fp8)
         rows, length = settings.device_batch_size, settings.max_seq_len
+        if not rows:
+            of_rank = (settings.total_batch_size or 2**30) // (length * world)
+            batch = Batch(of_rank, length, settings.use_muon)
+            rows = min(of_rank, choose_rows(self.model, self.policy, device, batch))
+        self.rows = rows
         self.tokens = settings.total_batch_size or rows * length * world
         self.micro_batches, rest = divmod(self.tokens, rows * length * world)
         if rest or not self.micro_batches:
@@ -234,9 +247,8 @@ def saving(step: Step, folder: Path) -> dict[str, Any]:
     return result
 
 
-def measure(settings: Settings) -> None:
+def measure(settings: Settings, world: int, device: torch.device) -> None:
     """One configuration, on the ranks that torchrun started."""
-    _, rank, _, world, device = compute_init("cuda")
     if settings.kernel != "auto":
         first = KERNELS[settings.kernel]
         attention.GPU_KERNELS = [first, *(kernel for kernel in attention.GPU_KERNELS if kernel is not first)]
@@ -250,8 +262,9 @@ def measure(settings: Settings) -> None:
     times = [step() for _ in range(settings.steps)]
     model, seconds = step.model, statistics.median(total for total, _ in times)
     rate, peak = step.tokens / seconds, peak_flops(device)
-    result = about(settings, device, without=("out", "save_to", "suite", "peer")) | {
+    result = about(settings, device, without=("out", "save_to", "suite", "peer", "only")) | {
         "ranks": world,
+        "device_batch_size": step.rows,
         "strategy": step.policy.strategy,
         "parameters": model.num_params(),
         "milliseconds": 1000 * seconds,
@@ -275,9 +288,8 @@ def measure(settings: Settings) -> None:
         print_profile(profile, floor)
         result |= {"kernel_milliseconds": {part: by_class(times) for part, times in profile.items()}, "floor": floor}
         result["kernels"] = profile
-    if rank == 0:
+    if get_dist_info().rank == 0:
         write_json(settings, result)
-    compute_cleanup()
 
 
 # ---- many configurations
@@ -285,23 +297,24 @@ def measure(settings: Settings) -> None:
 
 def measure_suite(settings: Settings) -> None:
     """SUITE, and the peer; a table, and all of it as JSON."""
-    common = [f"--vocab-size={settings.vocab_size}", f"--steps={settings.steps}"]
-    runs = [["-m", "benchmarks.train_speed", *common, *shlex.split(line)] for line in SUITE]
+    common = ["-m", "benchmarks.train_speed", f"--vocab-size={settings.vocab_size}", f"--steps={settings.steps}"]
+    runs = {line: [*common, *shlex.split(line)] for line in SUITE}
     if settings.peer is not None:
-        script = str(Path(__file__).with_name("peer_speed.py"))
-        runs += [[script, str(settings.peer), str(depth), str(settings.vocab_size)] for depth in PEER_DEPTHS]
-    print(f"{'':<52}{'tok/s':>9} {'MFU':>6} {'GiB':>6} {'first step':>11} {'again':>6}")
+        peer = [str(Path(__file__).with_name("peer_speed.py")), str(settings.peer)]
+        runs |= {f"--peer --depth={depth}": [*peer, str(depth), str(settings.vocab_size)] for depth in PEER_DEPTHS}
+    print(f"{'':<42}{'tok/s':>9} {'MFU':>6} {'GiB':>6} {'first step':>11} {'again':>6}")
     results = []
-    for words in runs:
+    for name, words in runs.items():
+        if not re.search(settings.only, name):
+            continue
         result = twice(words)
         results.append(result)
-        name = " ".join(Path(word).name for word in words if word not in ("-m", "benchmarks.train_speed", *common))
         if "error" in result:
-            print(f"{name:<52}{result['error']}", flush=True)
+            print(f"{name:<42}{result['error']}", flush=True)
             continue
         numbers = f"{result['tokens_per_second']:9,.0f} {result['mfu'] or 0:6.1%} {result['peak_gib']:6.1f}"
         seconds = f"{result['first_step_seconds']:9.1f} s {result['second_start_seconds']:4.1f} s"
-        print(f"{name:<52}{numbers} {seconds}", flush=True)
+        print(f"{name:<42}{numbers} {seconds}", flush=True)
     write_json(settings, {"runs": results})
 
 
@@ -321,9 +334,18 @@ def twice(words: list[str]) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
-    if settings.peer is not None and not settings.suite:
-        raise UserError(f"--peer={settings.peer} is measured with --suite")
-    (measure_suite if settings.suite else measure)(settings)
+    for flag, value in (("peer", settings.peer), ("only", settings.only)):
+        if value and not settings.suite:
+            raise UserError(f"--{flag}={value} is for --suite: give that, too")
+    try:
+        re.compile(settings.only)
+    except re.error as error:
+        raise UserError(f"--only={settings.only}: no regular expression ({error})") from None
+    if settings.suite:
+        return measure_suite(settings)
+    _, _, _, world, device = compute_init("cuda")
+    measure(settings, world, device)
+    compute_cleanup()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import launch
+from benchmarks import train_speed
+from nanochat import cli, launch
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/volc_dry_run.yaml"
@@ -466,13 +467,17 @@ def scale(tree, *words, **environment):
 
 def test_the_commands_of_the_scale_table():
     code, lines = scale(ROOT, "--dry-run")
-    assert code == 0 and len(lines) == len(set(lines)) == 11 * 2 * (2 + 4 * 3)
-    assert not any("hsdp" in line for line in lines if line.startswith("1 x "))
-    wanted = "--depth=48 --parallel=hsdp --use-muon=False --device-batch-size=1 --total-batch-size=524288"
-    assert sum(wanted in line and line.startswith("16 x 8 GPUs: ") for line in lines) == 1
-    for line in lines:  # no row asks for a batch that the GPUs cannot divide
-        nodes, rows = int(line.split()[0]), int(re.search(r"--device-batch-size=(\d+)", line)[1])
-        assert 524288 % (2048 * rows * nodes * 8) == 0
+    assert code == 0 and len(lines) == len(set(lines)) == 11 * 4 * (1 + 7 * 3)
+    assert all("--parallel=ddp" in line for line in lines if line.startswith("1 x 1 GPUs: "))
+    groups = {line[:5]: line for line in lines if "--parallel=hsdp" in line and "--node-size=" in line}
+    assert {start: re.search(r"--node-size=(\d+)", line)[1] for start, line in groups.items()} == {
+        "1 x 2": "1", "1 x 4": "2", "1 x 8": "4",
+    }  # fmt: skip
+    wanted = "--depth=48 --parallel=hsdp --device-batch-size=0 --total-batch-size=524288"
+    assert sum(wanted in line and line.startswith("16 x 8 GPUs: ") for line in lines) == 4
+    for line in [line for line in lines if line.startswith("1 x 8") and "--depth=20 " in line]:
+        settings = cli.parse(train_speed.Settings, line.split("benchmarks.train_speed ")[1].split())
+        assert ("fp8" in line) == (settings.fp8 == "all") and ("_ngram" in line) == (settings.arch == "ngram")
 
 
 STAND_IN = """#!/usr/bin/env bash
@@ -495,8 +500,8 @@ def test_a_row_that_fails_does_not_stop_the_others_and_results_are_kept(tmp_path
     (tmp_path / "bin/python").write_text(STAND_IN)
     (tmp_path / "bin/python").chmod(0o755)
     for _ in range(2):
-        code, lines = scale(tmp_path, DEPTHS="20", MUON="True")
+        code, lines = scale(tmp_path, DEPTHS="20", VARIANTS="classic")
         assert code == 1 and "out of memory" in lines
-    assert (tmp_path / "benchmarks/results/scale_d20_8gpu_fsdp_muon.json").read_text() == '{"mfu": 0.5}\n'
-    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+    assert (tmp_path / "benchmarks/results/scale_d20_8gpu_fsdp_classic.json").read_text() == '{"mfu": 0.5}\n'
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
     assert scale(tmp_path, "--all")[0] == 2
