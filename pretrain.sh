@@ -28,26 +28,21 @@ MAX_RESTARTS=0       times that torchrun starts training again after a process d
 WAIT_SECONDS=900     after which other nodes take a silent node 0 for dead
 $OVERRIDES"
 take_settings "$@"
-WHAT=pretrain
-if [ "$POSTTRAIN" = 1 ]; then WHAT=posttrain; fi
-if [ "$FULLRUN" = 1 ]; then WHAT=fullrun; fi
+case $POSTTRAIN$FULLRUN in 00) WHAT=pretrain ;; 10) WHAT=posttrain ;; *) WHAT=fullrun ;; esac
 
 # ---- Set-up, one node after the other where they share this folder. Then the profile's numbers.
 
 if [ -w . ] && command -v flock >/dev/null; then
-  {
-    attend flock 9 || echo "this file system has no locks: on several nodes, set up each by \`bash dev/setup.sh\` before"
-    source dev/setup.sh
-  } 9>.setup.lock
-else
-  source dev/setup.sh
+  exec 9>.setup.lock
+  attend flock 9 || echo "this file system has no locks: on several nodes, set up each by \`bash dev/setup.sh\` before"
 fi
-[ -z "$NPROC_PER_NODE" ] ||
-  check_processes "$(python -c 'from nanochat.launch import visible_gpus; print(visible_gpus())')"
+source dev/setup.sh
+exec 9>&-
+if [ -n "$NPROC_PER_NODE" ]; then count_gpus; fi
 source profiles/pretrain.sh
 there=$(python -c 'import sys; from nanochat.data.sources import SOURCES
-print(getattr(SOURCES.get(sys.argv[1]), "last", ""))' "$SOURCE") # train shards of a source that has numbered ones
-if [ -n "$there" ] && [ "$SHARDS" -gt "$there" ]; then
+print(getattr(SOURCES.get(sys.argv[1]), "last", 10**9))' "$SOURCE") # train shards of a source that has numbered ones
+if [ "$SHARDS" -gt "$there" ]; then
   echo "d$DEPTH asks for $SHARDS shards and $SOURCE has $there: text is repeated then (climbmix has the most)"
   SHARDS=$there
 fi
@@ -76,7 +71,7 @@ if [ "$MAX_RESTARTS" != 0 ]; then launch+=(--max-restarts="$MAX_RESTARTS"); fi
 if [ -n "$NPROC_PER_NODE" ]; then launch+=(--nproc-per-node="$NPROC_PER_NODE"); fi
 launch+=(-- -m)
 
-# ---- The stages, as dev/stages.sh writes them
+# ---- The stages, as dev/stages.sh writes them, and the report
 
 walk() {
   if [ "$WHAT" != posttrain ]; then base_stages; fi
@@ -89,4 +84,4 @@ fi
 check_stages
 echo "$WHAT d$DEPTH: run $TAG, $NODES x $PROCESSES processes, $SHARDS shards of $SOURCE, $DEVICE_BATCH_SIZE rows a pass"
 walk
-if [ "$WHAT" = fullrun ]; then attend python -m nanochat.report generate ${USD_PER_HOUR:+--usd-per-hour="$USD_PER_HOUR"}; fi
+if [ "$WHAT" = fullrun ]; then report; fi

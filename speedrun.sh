@@ -23,43 +23,32 @@ take_settings "$@"
 
 source dev/setup.sh
 
-GPUS=$(python -c 'from nanochat.launch import visible_gpus; print(visible_gpus())')
-if [ "$PROFILE" = auto ]; then
-  if [ "$GPUS" -gt 0 ]; then PROFILE=full; else PROFILE=tiny; fi
-fi
+count_gpus
+if [ "$PROFILE" = auto ]; then PROFILE=$([ "$GPUS" -gt 0 ] && echo full || echo tiny); fi
 if [ "$PROFILE" != tiny ] && [ "$GPUS" -eq 0 ]; then
   stop "PROFILE=$PROFILE needs an NVIDIA GPU and PyTorch sees none: use PROFILE=tiny, or a machine with a GPU"
 fi
-check_processes "$GPUS"
 if [ "$PROFILE" = tiny ] && [ -n "$TASK_DATA" ]; then echo "TASK_DATA=$TASK_DATA: no task of PROFILE=tiny comes from there"; fi
-# shellcheck source=profiles/full.sh
 source "profiles/$PROFILE.sh"
 name_run
 
 launch=(python -m) # what starts a stage that runs as one process a GPU
-if [ "$NPROC_PER_NODE" -gt 1 ]; then
-  launch=(python -m nanochat.launch --nproc-per-node="$NPROC_PER_NODE" -- -m)
-fi
+if [ "$NPROC_PER_NODE" -gt 1 ]; then launch+=(nanochat.launch --nproc-per-node="$NPROC_PER_NODE" -- -m); fi
 
 # ---- The stages, as dev/stages.sh writes them, and the report
 
 walk() {
   base_stages # text, tokenizer, pretraining
   chat_stages # conversations, mid-training, supervised fine-tuning
-  if [ "$RUN_RL" = 1 ]; then
-    rl_stages # reinforcement learning
-  else
-    skip_rl "RUN_RL=1 bash speedrun.sh runs it"
-  fi
+  if [ "$RUN_RL" = 1 ]; then rl_stages; else skip_rl "RUN_RL=1 bash speedrun.sh runs it"; fi
 }
 check_stages
 walk
 
 echo
-attend python -m nanochat.report generate ${USD_PER_HOUR:+--usd-per-hour="$USD_PER_HOUR"}
-BEST=sft STORE=
-if [ "$RUN_RL" = 1 ]; then BEST=rl; fi
-if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then STORE="NANOCHAT_BASE_DIR=$(printf %q "$NANOCHAT_BASE_DIR") "; fi
-echo "talk to it:  source .venv/bin/activate && ${STORE}python -m scripts.chat_cli -i $BEST -g $TAG"
-echo "in browser:  source .venv/bin/activate && ${STORE}python -m scripts.chat_web -i $BEST -g $TAG    # http://127.0.0.1:8000"
+report
+START="source .venv/bin/activate && " MODEL="-i $([ "$RUN_RL" = 1 ] && echo rl || echo sft) -g $TAG"
+if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then START+="NANOCHAT_BASE_DIR=$(printf %q "$NANOCHAT_BASE_DIR") "; fi
+echo "talk to it:  ${START}python -m scripts.chat_cli $MODEL"
+echo "in browser:  ${START}python -m scripts.chat_web $MODEL    # http://127.0.0.1:8000"
 echo "next:        open report.html; make it larger (DEPTH=8 bash speedrun.sh) or train on your own text (SOURCE=local:DIR)"

@@ -1,6 +1,5 @@
 # What the user sets, by environment or by flag: read, and checked before anything is installed, fetched or trained.
 # speedrun.sh and pretrain.sh source this. The flags of the stages are checked by check_stages of dev/stages.sh.
-# shellcheck disable=SC2034,SC2154 # what the callers set and read
 set -euo pipefail
 unset CDPATH # with it `cd` prints, and may go elsewhere
 [ -n "${HOME:-}" ] || { unset HOME && export HOME=~; } # without HOME, ~ is what the system knows
@@ -35,15 +34,14 @@ take_settings() {
   NANOCHAT_CONTINUE="bash ${0##*/}$([ $# -eq 0 ] || printf ' %q' "$@")"
   if [ -n "${MODEL_DEPTH:-}" ]; then DEPTH=$MODEL_DEPTH FLAG_DEPTH=MODEL_DEPTH=$MODEL_DEPTH; fi
   while read -r name _; do
-    default=${name#"${name%%=*}"}
-    name=${name%%=*}
+    IFS== read -r name default <<<"$name"
     SETTINGS+=("$name")
     if [ -n "${!name:-}" ]; then
       NANOCHAT_CONTINUE="$name=$(printf %q "${!name}") $NANOCHAT_CONTINUE"
       flag=FLAG_$name
       WRITTEN+=("${!flag:-$name=${!name}}")
     else
-      printf -v "$name" %s "${default#=}"
+      printf -v "$name" %s "$default"
     fi
   done <<<"$OVERRIDES"
   read_flags "$@"
@@ -93,8 +91,6 @@ usage() {
   printf '\nOverrides, in the environment as DEPTH=8 or as a flag, --depth=8:\n%s\n' "$OVERRIDES"
 }
 
-# ---- Checks that need nothing but bash
-
 # refuse NAME WHY: names the setting as the user wrote it.
 refuse() {
   local flag=FLAG_$1
@@ -112,8 +108,8 @@ expect() {
 
 # Makes the folder that a setting names (DIR or local:DIR) a full path.
 find_folder() {
-  local kind='' folder=${!1}
-  if [[ $folder == local:* ]]; then kind=local: folder=${folder#local:}; fi
+  local folder=${!1#local:}
+  local kind=${!1%"$folder"}
   folder=${folder/#~\//$HOME/}
   [ -n "$folder" ] || refuse "$1" "expected a folder, as in local:/my/text"
   [[ $folder == /* ]] || folder=./$folder
@@ -123,6 +119,7 @@ find_folder() {
   printf -v "$1" %s "$kind$folder"
 }
 
+# What needs nothing but bash.
 check_settings() {
   local name
   expect '[1-9][0-9]{0,8}' "a whole number above 0" DEPTH VOCAB_SIZE SHARDS NPROC_PER_NODE DEVICE_BATCH_SIZE \
@@ -138,8 +135,9 @@ check_settings() {
   for name in EVAL_BUNDLE TASK_DATA; do [ -z "${!name}" ] || find_folder "$name"; done
 }
 
-# check_processes GPUS: no more than there are GPUs, where there are any.
-check_processes() {
-  [ "$1" -eq 0 ] || [ "${NPROC_PER_NODE:-1}" -le "$1" ] ||
-    refuse NPROC_PER_NODE "PyTorch sees $1 GPUs here, and each process needs one"
+# How many GPUs there are: no fewer than processes, where there are any.
+count_gpus() {
+  GPUS=$(python -c 'from nanochat.launch import visible_gpus; print(visible_gpus())')
+  [ "$GPUS" -eq 0 ] || [ "${NPROC_PER_NODE:-1}" -le "$GPUS" ] ||
+    refuse NPROC_PER_NODE "PyTorch sees $GPUS GPUs here, and each process needs one"
 }

@@ -13,27 +13,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 UV_VERSION=0.13.9
 VENV=${UV_PROJECT_ENVIRONMENT:-.venv}
 
-stop() {
-  echo "error: $*" >&2
-  exit 1
-}
-
-# What may take minutes: dev/stages.sh says how signals reach it.
-declare -F attend >/dev/null || attend() { "$@"; }
+declare -F stop >/dev/null || stop() { echo "error: $*" >&2 && exit 1; }
+declare -F attend >/dev/null || attend() { "$@"; } # what may take minutes: dev/stages.sh says how signals reach it
 
 is_recent_python() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
 find_python() {
-  local candidate
+  local candidate tried=${PYTHON:-python3 and python3.11 to 3.14}
   for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python}; do
-    if is_recent_python "$candidate"; then
-      PYTHON=$candidate
-      return
-    fi
+    if is_recent_python "$candidate"; then PYTHON=$candidate && return; fi
   done
-  stop "no Python 3.11 or newer found (tried ${PYTHON:-python3 and python3.11 to 3.14}): install one, or name it with PYTHON=..."
+  stop "no Python 3.11 or newer found (tried $tried): install one, or name it with PYTHON=..."
 }
 
 find_uv() {

@@ -1,17 +1,12 @@
 # The chain of stages, each written once. speedrun.sh and pretrain.sh source this, set what differs (a file of profiles/,
 # and the settings of the caller), and walk the chain. nanochat/ledger.py says what each stage builds on.
-# shellcheck disable=SC2154 # what the callers set
 set -euo pipefail
 
 # ---- Signals
 
 STOPPED= # the first that came
 RUNNING= # process that is told of them
-trap 'on_signal INT' INT
-trap 'on_signal TERM' TERM
-trap 'on_signal HUP' HUP
-trap 'on_signal QUIT' QUIT
-trap 'on_signal USR1' USR1
+for name in INT TERM HUP QUIT USR1; do trap "on_signal $name" "$name"; done
 
 # Where something runs that is not told (it takes seconds), bash comes here after its end.
 on_signal() {
@@ -35,21 +30,16 @@ leave() {
 # attend COMMAND...: runs it in the background, because bash answers signals only between commands; it is told TERM for
 # whichever comes, also one to this shell alone. After a signal the script ends when the command has.
 attend() {
-  local code=0
+  local code
   "$@" &
   RUNNING=$!
   if [ -n "$STOPPED" ]; then kill -TERM "$RUNNING" 2>/dev/null || true; fi
-  while :; do # a signal ends `wait` before the command has ended
-    code=0
-    wait "$RUNNING" || code=$?
-    kill -0 "$RUNNING" 2>/dev/null || break
-  done
+  # a signal ends `wait` before the command has ended
+  while code=0 && { wait "$RUNNING" || code=$?; } && kill -0 "$RUNNING" 2>/dev/null; do :; done
   RUNNING=
   if [ -n "$STOPPED" ]; then leave "$code"; fi
   return "$code"
 }
-
-# ---- Names
 
 # The name of a folder: a plain name is its own, for others nanochat/paths.py says it.
 slug() {
@@ -71,20 +61,20 @@ name_run() {
 # what runs as one process a GPU.
 
 base_stages() {
-  local first_data=$DATA first=$SHARDS count=() folder=()
+  local first_data=$DATA first=$SHARDS count='' folder=''
 
   # Text. Of a large source, the first shards are enough for the tokenizer; the rest comes after it. What is made on
   # this machine is one piece; every other source in nanochat.dataset.SOURCES is a repository of numbered shards.
   case $SOURCE in
     pydocs) ;;
-    local:*) folder=(--in "$SOURCE") ;;
+    local:*) folder=$SOURCE ;;
     *)
       first=$((SHARDS < 8 ? SHARDS : 8))
-      first_data="$DATA/shard_0000[0-$((first - 1))].parquet" count=(-n "$first")
+      first_data="$DATA/shard_0000[0-$((first - 1))].parquet" count=$first
       ;;
   esac
-  stage dataset ${folder[@]+"${folder[@]}"} --out "$first_data" \
-    -- python -m nanochat.dataset --source="$SOURCE" ${count[@]+"${count[@]}"}
+  stage dataset ${folder:+--in "$folder"} --out "$first_data" \
+    -- python -m nanochat.dataset --source="$SOURCE" ${count:+-n "$count"}
   hold_text
 
   # Tokenizer
@@ -96,12 +86,9 @@ base_stages() {
   if [ "$SHARDS" -gt "$first" ]; then
     stage dataset_rest --out "$DATA" -- python -m nanochat.dataset --source="$SOURCE" -n "$SHARDS"
   fi
-  if [ -n "$EVAL_BUNDLE" ]; then
-    stage eval_bundle --in "$EVAL_BUNDLE" --out eval_bundle \
-      -- python -m scripts.make_eval_bundle --from-dir="$EVAL_BUNDLE"
-  else
-    stage eval_bundle --in "$DATA" --out eval_bundle -- python -m scripts.make_eval_bundle --source="$SOURCE"
-  fi
+  local from=${EVAL_BUNDLE:+--from-dir="$EVAL_BUNDLE"}
+  stage eval_bundle --in "${EVAL_BUNDLE:-$DATA}" --out eval_bundle \
+    -- python -m scripts.make_eval_bundle "${from:---source="$SOURCE"}"
 
   # Pretraining, and how good it is
   local model=checkpoints/base/$TAG rows=${DEVICE_BATCH_SIZE:+--device-batch-size="$DEVICE_BATCH_SIZE"}
@@ -131,18 +118,14 @@ base_train_flags() {
 }
 
 chat_stages() {
-  local inputs path
-
+  local inputs=unknown path
   hold_text
   # Conversations: data sets from TASK_DATA or the hub, and what is made from the run's own text
   stage chat_data --in "$DATA" ${TASK_DATA:+--in "$TASK_DATA"} --out task_data \
     -- python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" ${TASK_DATA:+--from-dir="$TASK_DATA"}
 
   # What the tasks read, and no more: data that another run gets later must not train this one anew.
-  inputs=unknown
-  if [ -z "${CHECKING:-}" ]; then
-    inputs=$(python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" --print-inputs)
-  fi
+  [ -n "${CHECKING:-}" ] || inputs=$(python -m scripts.chat_data --source="$SOURCE" --tasks="$TASKS" --print-inputs)
   CHAT_DATA=()
   while read -r path; do CHAT_DATA+=(--in "$path"); done <<<"$inputs"
 
@@ -155,8 +138,7 @@ rl_stages() {
 }
 
 skip_rl() {
-  stage chat_rl --skip="$1"
-  stage chat_eval_rl --skip="$1"
+  for name in chat_rl chat_eval_rl; do stage "$name" --skip="$1"; done
 }
 
 # chat_stage NAME FROM TO FLAG...: training on conversations makes model TO (mid, sft, rl) of model FROM; then TO is
@@ -192,6 +174,10 @@ hold_text() {
     exec 7<"$NANOCHAT_BASE_DIR/$DATA"
     export TEXT_LOCK=7
   fi
+}
+
+report() {
+  attend python -m nanochat.report generate ${USD_PER_HOUR:+--usd-per-hour="$USD_PER_HOUR"}
 }
 
 # Runs one stage unless it is done (see nanochat/pipeline.py).

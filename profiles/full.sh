@@ -1,5 +1,4 @@
 # For a node of GPUs and hours. Recipes of training that are not here stand in the scripts.
-# shellcheck disable=SC2034 # dev/stages.sh reads these
 : "${DEPTH:=20}" "${SOURCE:=fineweb-edu}" "${VOCAB_SIZE:=65536}" "${NPROC_PER_NODE:=$GPUS}" "${SHARDS:=240}"
 TOK_TRAIN=(--max-chars=2e9)
 # Twice as many slots as tokens, as many as five times of mini's smaller vocabulary: 1.3 billion parameters at d20, where

@@ -1,5 +1,4 @@
 # One GPU, about ten minutes with reinforcement learning.
-# shellcheck disable=SC2034 # dev/stages.sh reads these
 : "${DEPTH:=12}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=32768}" "${NPROC_PER_NODE:=1}" "${TOTAL_BATCH_SIZE:=65536}" "${SHARDS:=4}"
 TOK_TRAIN=(--max-chars=2e8)
 # Tables of n-grams learn text that they read again by heart: after 5.9 passes a d4 had 2.40 bits per byte with them and

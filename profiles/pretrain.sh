@@ -1,25 +1,13 @@
 # Pretraining by size (pretrain.sh): the full recipe with the classic architecture, and what depends on depth.
-# shellcheck disable=SC2034 # dev/stages.sh reads these
 : "${DEPTH:=20}" "${TOTAL_BATCH_SIZE:=524288}" "${PARALLEL:=auto}"
 
-# Shards of text for 20 tokens a parameter, and rows on a GPU of 80 GB. A depth between two rows takes the one above it:
+# Depth:shards:rows, of text for 20 tokens a parameter, and on a GPU of 80 GB. A depth between two rows takes the one above it:
 # text enough, and memory that surely suffices. d12 and d16 were added by the rule of the others: 12 % more shards than
 # 4.8 characters a token and 250 million characters a shard ask for, and the rows that d20 leaves room for.
-TABLE="
-  12   80 32
-  16  150 32
-  20  240 16
-  22  300 16
-  26  500  8
-  32  800  4
-  40 1500  1
-  44 2000  1
-  48 2500  1
-  56 3500  1
-  64 5000  1"
-while read -r depth shards ROWS; do
-  if [ -n "$depth" ] && { [ "$depth" -ge "$DEPTH" ] || [ "$depth" -eq 64 ]; }; then break; fi
-done <<<"$TABLE"
+for row in 12:80:32 16:150:32 20:240:16 22:300:16 26:500:8 32:800:4 40:1500:1 44:2000:1 48:2500:1 56:3500:1 64:5000:1; do
+  IFS=: read -r depth shards ROWS <<<"$row"
+  [ "$depth" -lt "$DEPTH" ] || break
+done
 : "${SHARDS:=$shards}"
 
 GPUS= # nanochat.launch counts them, on every node

@@ -1,5 +1,4 @@
 # The whole chain on 2 CPU cores, without network.
-# shellcheck disable=SC2034 # dev/stages.sh reads these
 : "${DEPTH:=4}" "${SOURCE:=pydocs}" "${VOCAB_SIZE:=1024}" "${NPROC_PER_NODE:=1}" "${DEVICE_BATCH_SIZE:=8}" "${TOTAL_BATCH_SIZE:=4096}" "${SHARDS:=1}"
 TOK_TRAIN=(--max-chars=2e7)
 # In minutes a narrow model that reads three times the text learns more than a wide one, a small vocabulary is sooner

@@ -4,7 +4,7 @@
 #   bash scripts/run_mup_width.sh WIDTH BASE_WIDTH STEPS SEED [--flags of scripts.base_train]
 #   bash scripts/run_mup_width.sh 1024 768 1000 1337
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../dev/width_runs.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/width_runs.sh"
 arguments "WIDTH BASE_WIDTH STEPS SEED" "$@"
 prepare
 train "mup-w$WIDTH-base$BASE_WIDTH-i$STEPS-s$SEED" "w$WIDTH-base$BASE_WIDTH" \

@@ -5,7 +5,7 @@
 #   bash scripts/run_mup_width_group_scaling.sh BASE_WIDTH "WIDTH WIDTH ..." STEPS SEED [--flags of scripts.base_train]
 #   bash scripts/run_mup_width_group_scaling.sh 256 "512 768 1024 1536" 1000 1337
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../dev/width_runs.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/width_runs.sh"
 export WANDB_PROJECT=${WANDB_PROJECT:-speedrun-mup-group}
 arguments "BASE_WIDTH WIDTHS STEPS SEED" "$@"
 widths=$(for width in $BASE_WIDTH $WIDTHS; do echo "$width"; done | sort -n -u)

@@ -38,9 +38,9 @@ def tree(tmp_path):
     (tmp_path / "scripts").mkdir()
     (tmp_path / "dev").mkdir()
     (tmp_path / "bin").mkdir()
-    for name in (BASIC, MUP, GROUP):
+    for name in (BASIC, MUP, GROUP, "width_runs.sh"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
-    shutil.copy(ROOT / "dev/width_runs.sh", tmp_path / "dev")
+    shutil.copy(ROOT / "dev/stages.sh", tmp_path / "dev")
     (tmp_path / "dev/setup.sh").write_text("touch set-up\nPATH=$PWD/bin:$PATH\n")
     for name in ("python", "torchrun"):
         (tmp_path / "bin" / name).write_text(PYTHON)

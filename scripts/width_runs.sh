@@ -1,4 +1,4 @@
-# Shared by scripts/run_basic_speedrun.sh, run_mup_width.sh and run_mup_width_group_scaling.sh, which source it.
+# Shared by run_basic_speedrun.sh, run_mup_width.sh and run_mup_width_group_scaling.sh, which source it.
 #
 # In the environment: SOURCE, the text (fineweb-edu by default; climbmix, pydocs, local:DIR, bin:DIR with tokens that are
 # ready, bin:fineweb10B for those of the speedrun); NPROC_PER_NODE, the GPUs (default: all); WANDB_RUN, the name in
@@ -7,8 +7,10 @@
 # What must be there first: for text, `python -m nanochat.dataset -n 16 --source=SOURCE`, and then a tokenizer,
 # `python -m scripts.tok_train --source=SOURCE`; for bin:fineweb10B only
 # `python -m scripts.data_process.download --dataset=fineweb10B`.
-SCRIPT=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
+SCRIPT=scripts/$(basename "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source dev/stages.sh
+STOPPED_CODE=75 NANOCHAT_CONTINUE="bash $SCRIPT$(printf ' %q' "$@")"
 
 # arguments "NAME NAME ..." WORD...: words into the variables of these names; further words are flags of base_train and
 # go into EXTRA. Too few words show the comments at the top of the script and of this file. base_train refuses flags that
@@ -17,7 +19,7 @@ arguments() {
   local names name word head_dim=128
   read -r -a names <<<"$1" && shift
   if [ $# -lt ${#names[@]} ]; then
-    awk 'FNR == 1 { top = 1 } !/^#/ { top = 0 } top && !/^#!/ { sub(/^# ?/, ""); print }' "$SCRIPT" dev/width_runs.sh >&2
+    awk 'FNR == 1 { top = 1 } !/^#/ { top = 0 } top && !/^#!/ { sub(/^# ?/, ""); print }' "$SCRIPT" scripts/width_runs.sh >&2
     exit 2
   fi
   for name in "${names[@]}"; do printf -v "$name" %s "$1" && shift; done
@@ -35,8 +37,7 @@ arguments() {
 }
 
 refuse() {
-  echo "error: $*" >&2
-  exit 1
+  echo "error: $*" >&2 && exit 1
 }
 
 # Sets up the environment, LAUNCH (what starts training on all GPUs) and RECIPE (what all runs share).
@@ -46,7 +47,7 @@ prepare() {
   source dev/setup.sh
   processes=$(python -m nanochat.launch --show=processes)
   LAUNCH=(python -m)
-  if [ "$processes" -gt 1 ]; then LAUNCH=(python -m nanochat.launch -- -m); fi
+  if [ "$processes" -gt 1 ]; then LAUNCH+=(nanochat.launch -- -m); fi
   # The record's model and batch. Rows are long, because rows of whole documents leave out less text when they are, and
   # three of them are the 49,152 tokens that the record has on each GPU. What EXTRA says replaces these.
   RECIPE=(--arch=speedrun --source="${SOURCE:-fineweb-edu}" --resume=auto ${EXTRA[@]+"${EXTRA[@]}"})
@@ -56,21 +57,16 @@ prepare() {
   done
 }
 
-# train TAG SUFFIX FLAG...: one run; SUFFIX tells its name in Weights & Biases from others. In the background, because
-# bash answers signals only between commands: training gets them, saves its state, and no other run follows.
+# train TAG SUFFIX FLAG...: one run; SUFFIX tells its name in Weights & Biases from others. After a signal training saves
+# its state, and no other run follows.
 train() {
-  local tag=$1 name=${WANDB_RUN:-dummy} code stopped= child=
+  local tag=$1 name=${WANDB_RUN:-dummy}
   case $name in dummy | auto) ;; *) name=$name-$2 ;; esac # these two mean something to base_train
-  trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' INT TERM HUP USR1
-  NANOCHAT_RUN_ID=$tag "${LAUNCH[@]}" scripts.base_train --model-tag="$tag" --run="$name" "${@:3}" "${RECIPE[@]}" &
-  child=$!
-  [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true # a signal came before its process was known
-  while code=0; wait "$child" || code=$?; [ "$code" -gt 128 ] && kill -0 "$child" 2>/dev/null; do :; done
-  trap - INT TERM HUP USR1
-  if [ -z "$stopped" ] && [ "$code" -ne 0 ]; then exit "$code"; fi
+  attend env NANOCHAT_RUN_ID="$tag" "${LAUNCH[@]}" scripts.base_train --model-tag="$tag" --run="$name" "${@:3}" \
+    "${RECIPE[@]}" || exit $?
   # training that someone else has stopped saves, and ends with 0 as well
-  if [ -n "$stopped" ] || [ ! -e "$NANOCHAT_BASE_DIR/checkpoints/base/$tag/COMPLETE" ]; then
+  if [ ! -e "$NANOCHAT_BASE_DIR/checkpoints/base/$tag/COMPLETE" ]; then
     echo "$tag: stopped before its last step; call again to continue" >&2
-    exit 75
+    exit "$STOPPED_CODE"
   fi
 }
