@@ -118,5 +118,5 @@ fn blocks<T: AsRef<str>>(texts: &[T]) -> Vec<std::ops::Range<usize>> {
 }
 
 #[cfg(test)]
-#[path = "tests/batch.rs"]
+#[path = "../../tests/rust/batch.rs"]
 mod tests;

@@ -97,5 +97,5 @@ impl Borders {
 }
 
 #[cfg(test)]
-#[path = "tests/borders.rs"]
+#[path = "../../tests/rust/borders.rs"]
 mod tests;

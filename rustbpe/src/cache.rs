@@ -204,5 +204,5 @@ impl LongCache {
 }
 
 #[cfg(test)]
-#[path = "tests/cache.rs"]
+#[path = "../../tests/rust/cache.rs"]
 mod tests;

@@ -104,5 +104,5 @@ fn ranges(pattern: &str) -> Vec<(u32, u32)> {
 }
 
 #[cfg(test)]
-#[path = "tests/classes.rs"]
+#[path = "../../tests/rust/classes.rs"]
 mod tests;

@@ -202,5 +202,5 @@ fn table_of(tables: &mut [WordTable], hash: u64) -> &mut WordTable {
 }
 
 #[cfg(test)]
-#[path = "tests/count.rs"]
+#[path = "../../tests/rust/count.rs"]
 mod tests;

@@ -126,5 +126,5 @@ impl Encoding<'_> {
 }
 
 #[cfg(test)]
-#[path = "tests/encode.rs"]
+#[path = "../../tests/rust/encode.rs"]
 mod tests;

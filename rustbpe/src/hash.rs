@@ -167,5 +167,5 @@ fn padded(part: &[u8]) -> [u8; 16] {
 }
 
 #[cfg(test)]
-#[path = "tests/hash.rs"]
+#[path = "../../tests/rust/hash.rs"]
 mod tests;

@@ -119,5 +119,5 @@ fn hash(key: u64) -> u64 {
 }
 
 #[cfg(test)]
-#[path = "tests/join_table.rs"]
+#[path = "../../tests/rust/join_table.rs"]
 mod tests;

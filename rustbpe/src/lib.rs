@@ -25,6 +25,7 @@ mod split_default;
 mod split_gpt2;
 mod split_o200k;
 #[cfg(test)]
+#[path = "../../tests/rust/mod.rs"]
 mod tests;
 pub mod train;
 pub mod vocab;

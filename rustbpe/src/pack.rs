@@ -121,5 +121,5 @@ impl Packing {
 }
 
 #[cfg(test)]
-#[path = "tests/pack.rs"]
+#[path = "../../tests/rust/pack.rs"]
 mod tests;

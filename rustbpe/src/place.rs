@@ -265,5 +265,5 @@ impl Place {
 }
 
 #[cfg(test)]
-#[path = "tests/place.rs"]
+#[path = "../../tests/rust/place.rs"]
 mod tests;

@@ -103,5 +103,5 @@ pub fn one_line(error: &dyn fmt::Display) -> String {
 }
 
 #[cfg(test)]
-#[path = "tests/split.rs"]
+#[path = "../../tests/rust/split.rs"]
 mod tests;

@@ -157,5 +157,5 @@ fn numbers(number: u64, digits: u32) -> u64 {
 }
 
 #[cfg(test)]
-#[path = "tests/split_default.rs"]
+#[path = "../../tests/rust/split_default.rs"]
 mod tests;

@@ -205,5 +205,5 @@ impl Trainer {
 }
 
 #[cfg(test)]
-#[path = "tests/train.rs"]
+#[path = "../../tests/rust/train.rs"]
 mod tests;

@@ -192,5 +192,5 @@ impl Vocab {
 }
 
 #[cfg(test)]
-#[path = "tests/vocab.rs"]
+#[path = "../../tests/rust/vocab.rs"]
 mod tests;

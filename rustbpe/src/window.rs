@@ -192,5 +192,5 @@ mod x86 {
 }
 
 #[cfg(test)]
-#[path = "tests/window.rs"]
+#[path = "../../tests/rust/window.rs"]
 mod tests;
