@@ -51,9 +51,8 @@ name_run
 
 # ---- Where this runs
 
-cluster() {
-  python -m nanochat.launch ${NPROC_PER_NODE:+--nproc-per-node="$NPROC_PER_NODE"} --show="$1"
-}
+processes=${NPROC_PER_NODE:+--nproc-per-node="$NPROC_PER_NODE"}
+cluster() { python -m nanochat.launch ${processes:+"$processes"} --show="$1"; }
 NODES=$(cluster nodes)
 if [ "$NODES" -gt 1 ] && [ -z "${NODES_FOLDER:-}" ]; then # node 0 calls this script again, the others follow it
   exec python -m nanochat.cluster.nodes "$NANOCHAT_BASE_DIR/runs/$TAG/nodes" --nodes="$NODES" \
@@ -66,10 +65,8 @@ most=$((TOTAL_BATCH_SIZE / 2048 / (NODES * PROCESSES)))
 : "${DEVICE_BATCH_SIZE:=$((most >= 1 && most < ROWS ? most : ROWS))}"
 
 # What starts a stage that runs as one process a GPU, on all nodes.
-launch=(python -m nanochat.launch)
-if [ "$MAX_RESTARTS" != 0 ]; then launch+=(--max-restarts="$MAX_RESTARTS"); fi
-if [ -n "$NPROC_PER_NODE" ]; then launch+=(--nproc-per-node="$NPROC_PER_NODE"); fi
-launch+=(-- -m)
+restarts=${MAX_RESTARTS#0} # 0: none
+launch=(python -m nanochat.launch ${restarts:+--max-restarts="$restarts"} ${processes:+"$processes"} -- -m)
 
 # ---- The stages, as dev/stages.sh writes them, and the report
 
@@ -78,9 +75,9 @@ walk() {
   if [ "$WHAT" != pretrain ]; then chat_stages; fi
   if [ "$WHAT" = fullrun ]; then skip_rl "speedrun.sh has it"; fi
 }
-if [ "$WHAT" = posttrain ] && [ ! -e "$NANOCHAT_BASE_DIR/checkpoints/base/$TAG/COMPLETE" ]; then
-  stop "--posttrain: no finished base model in $NANOCHAT_BASE_DIR/checkpoints/base/$TAG: train d$DEPTH first, or set RUN_ID"
-fi
+base=$NANOCHAT_BASE_DIR/checkpoints/base/$TAG
+[ "$WHAT" != posttrain ] || [ -e "$base/COMPLETE" ] ||
+  stop "--posttrain: no finished base model in $base: train d$DEPTH first, or set RUN_ID"
 check_stages
 echo "$WHAT d$DEPTH: run $TAG, $NODES x $PROCESSES processes, $SHARDS shards of $SOURCE, $DEVICE_BATCH_SIZE rows a pass"
 walk

@@ -22,12 +22,10 @@ take_settings "$@"
 # ---- Set-up (uv, .venv, locked dependencies, the Rust tokenizer; nothing to do the second time), and the profile
 
 source dev/setup.sh
-
 count_gpus
 if [ "$PROFILE" = auto ]; then PROFILE=$([ "$GPUS" -gt 0 ] && echo full || echo tiny); fi
-if [ "$PROFILE" != tiny ] && [ "$GPUS" -eq 0 ]; then
+[ "$PROFILE" = tiny ] || [ "$GPUS" -gt 0 ] ||
   stop "PROFILE=$PROFILE needs an NVIDIA GPU and PyTorch sees none: use PROFILE=tiny, or a machine with a GPU"
-fi
 if [ "$PROFILE" = tiny ] && [ -n "$TASK_DATA" ]; then echo "TASK_DATA=$TASK_DATA: no task of PROFILE=tiny comes from there"; fi
 source "profiles/$PROFILE.sh"
 name_run

@@ -23,10 +23,7 @@ SETTINGS=() # their names
 EXTRA=()    # flags handed on to base_train
 WRITTEN=()  # all that the user set, as he wrote it: DEPTH=8, --depth=8, --mup
 
-stop() {
-  echo "error: ${*//$'\n'/ }" >&2
-  exit 1
-}
+stop() { echo "error: ${*//$'\n'/ }" >&2 && exit 1; }
 
 # take_settings FLAG...: sets all that OVERRIDES names, and NANOCHAT_CONTINUE, which a stage that fails tells you to type.
 take_settings() {
@@ -84,10 +81,7 @@ read_flags() {
 
 # The comment at the head of the script, and its settings.
 usage() {
-  local line
-  while read -r line; do
-    case $line in '#!'*) continue ;; '#'*) line=${line#\#} && echo "${line# }" ;; *) break ;; esac
-  done <"${0##*/}"
+  sed -n '1d; /^#/!q; s/^# \{0,1\}//p' "${0##*/}"
   printf '\nOverrides, in the environment as DEPTH=8 or as a flag, --depth=8:\n%s\n' "$OVERRIDES"
 }
 

@@ -16,9 +16,7 @@ VENV=${UV_PROJECT_ENVIRONMENT:-.venv}
 declare -F stop >/dev/null || stop() { echo "error: $*" >&2 && exit 1; }
 declare -F attend >/dev/null || attend() { "$@"; } # what may take minutes: dev/stages.sh says how signals reach it
 
-is_recent_python() {
-  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
-}
+is_recent_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_python() {
   local candidate tried=${PYTHON:-python3 and python3.11 to 3.14}
@@ -29,10 +27,8 @@ find_python() {
 }
 
 find_uv() {
-  UV=${UV:-$(command -v uv || true)}
-  [ -n "$UV" ] && return
-  UV=$PWD/.venv-uv/bin/uv
-  [ -x "$UV" ] && return
+  UV=${UV:-$(command -v uv || echo "$PWD/.venv-uv/bin/uv")}
+  ! command -v "$UV" >/dev/null || return 0
   echo "--- installing uv $UV_VERSION into .venv-uv"
   # --target leaves the system's packages alone, so it also works where pip refuses to touch them (PEP 668);
   # without any pip, venv may still bring one.
@@ -60,9 +56,7 @@ prepare() {
   find_python
   find_cargo
   find_uv
-  if ! is_recent_python "$VENV/bin/python"; then
-    "$UV" venv --quiet --clear --no-project --python "$PYTHON" "$VENV"
-  fi
+  is_recent_python "$VENV/bin/python" || "$UV" venv --quiet --clear --no-project --python "$PYTHON" "$VENV"
   rm -f "$VENV/.setup-stamp"
   echo "--- installing the locked dependencies into $VENV"
   attend "$UV" pip sync --python "$VENV/bin/python" --require-hashes requirements.lock
@@ -72,9 +66,7 @@ prepare() {
   fingerprint >"$VENV/.setup-stamp"
 }
 
-if ! { [ -f "$VENV/.setup-stamp" ] && is_recent_python "$VENV/bin/python" &&
-  fingerprint | cmp -s - "$VENV/.setup-stamp"; }; then
+{ [ -f "$VENV/.setup-stamp" ] && is_recent_python "$VENV/bin/python" && fingerprint | cmp -s - "$VENV/.setup-stamp"; } ||
   prepare
-fi
 PATH=$(cd "$VENV" && pwd)/bin:$PATH
 export PATH

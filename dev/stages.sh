@@ -20,9 +20,7 @@ on_signal() {
 leave() {
   local code=$1
   case $code in 0 | 143) code=$((128 + $(kill -l "$STOPPED"))) ;; esac
-  if [ "$1" -eq 0 ]; then
-    printf '\nstopped by SIG%s\nto continue: %s\n' "$STOPPED" "${NANOCHAT_CONTINUE:-bash ${0##*/}}" >&2
-  fi
+  [ "$1" -ne 0 ] || printf '\nstopped by SIG%s\nto continue: %s\n' "$STOPPED" "${NANOCHAT_CONTINUE:-bash ${0##*/}}" >&2
   case $STOPPED in TERM | HUP | USR1) code=${STOPPED_CODE:-$code} ;; esac
   exit "$code"
 }
@@ -33,7 +31,7 @@ attend() {
   local code
   "$@" &
   RUNNING=$!
-  if [ -n "$STOPPED" ]; then kill -TERM "$RUNNING" 2>/dev/null || true; fi
+  [ -z "$STOPPED" ] || kill -TERM "$RUNNING" 2>/dev/null || true
   # a signal ends `wait` before the command has ended
   while code=0 && { wait "$RUNNING" || code=$?; } && kill -0 "$RUNNING" 2>/dev/null; do :; done
   RUNNING=
@@ -41,19 +39,12 @@ attend() {
   return "$code"
 }
 
-# The name of a folder: a plain name is its own, for others nanochat/paths.py says it.
-slug() {
-  if [[ $1 =~ ^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$ ]]; then
-    printf %s "$1"
-  else
-    python -c 'import sys; from nanochat.paths import slug; print(slug(sys.argv[1]))' "$1"
-  fi
-}
-
 # What the run and its folders are called, from PROFILE, DEPTH, SOURCE and RUN_ID.
 name_run() {
-  DATA=base_data/$(slug "$SOURCE")
-  TAG=$(slug "${RUN_ID:-$PROFILE-d$DEPTH-$SOURCE}")
+  local names
+  names=$(python -c 'import sys; from nanochat.paths import slug; print(*map(slug, sys.argv[1:]))' \
+    "$SOURCE" "${RUN_ID:-$PROFILE-d$DEPTH-$SOURCE}")
+  DATA=base_data/${names% *} TAG=${names#* }
   export PROFILE NANOCHAT_RUN_ID=$TAG
 }
 
@@ -83,9 +74,7 @@ base_stages() {
   stage tok_eval --in tokenizer --in "$first_data" -- python -m scripts.tok_eval --source="$SOURCE"
 
   # The rest of the text, and the evaluation tasks
-  if [ "$SHARDS" -gt "$first" ]; then
-    stage dataset_rest --out "$DATA" -- python -m nanochat.dataset --source="$SOURCE" -n "$SHARDS"
-  fi
+  [ "$SHARDS" -le "$first" ] || stage dataset_rest --out "$DATA" -- python -m nanochat.dataset --source="$SOURCE" -n "$SHARDS"
   local from=${EVAL_BUNDLE:+--from-dir="$EVAL_BUNDLE"}
   stage eval_bundle --in "${EVAL_BUNDLE:-$DATA}" --out eval_bundle \
     -- python -m scripts.make_eval_bundle "${from:---source="$SOURCE"}"
@@ -141,8 +130,7 @@ skip_rl() {
   for name in chat_rl chat_eval_rl; do stage "$name" --skip="$1"; done
 }
 
-# chat_stage NAME FROM TO FLAG...: training on conversations makes model TO (mid, sft, rl) of model FROM; then TO is
-# graded.
+# chat_stage NAME FROM TO FLAG...: training on conversations makes model TO (mid, sft, rl) of model FROM, which is graded.
 chat_stage() {
   local from=checkpoints/$2/$TAG to=checkpoints/$3/$TAG
   stage "$1" --in "$from" "${CHAT_DATA[@]}" --out "$to" --out "$to/COMPLETE" \
@@ -153,32 +141,27 @@ chat_stage() {
 # The run is ours from the first stage to the end of this script: the runner of each stage locks what we have open.
 hold_run() {
   local folder=$NANOCHAT_BASE_DIR/runs/$TAG
-  if mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ]; then # where it cannot be, the runner says why
-    exec 8>>"$folder/lock"
-    export RUN_LOCK=8 CHAIN_PID=$$
-  fi
+  mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ] || return 0 # where it cannot be, the runner says why
+  exec 8>>"$folder/lock"
+  export RUN_LOCK=8 CHAIN_PID=$$
 }
 
 # Walks the chain of the caller without running it, and has all flags checked before the first stage begins.
 check_stages() {
   (
-    CHECKING=1
     stage() { printf '%s\0' "$@" ''; }
-    walk
+    CHECKING=1 && walk
   ) | python -m nanochat.pipeline check -- ${WRITTEN[@]+"${WRITTEN[@]}"}
 }
 
 # From here on no other run may replace the text that this one reads.
 hold_text() {
-  if [ -d "$NANOCHAT_BASE_DIR/$DATA" ]; then
-    exec 7<"$NANOCHAT_BASE_DIR/$DATA"
-    export TEXT_LOCK=7
-  fi
+  [ -d "$NANOCHAT_BASE_DIR/$DATA" ] || return 0
+  exec 7<"$NANOCHAT_BASE_DIR/$DATA"
+  export TEXT_LOCK=7
 }
 
-report() {
-  attend python -m nanochat.report generate ${USD_PER_HOUR:+--usd-per-hour="$USD_PER_HOUR"}
-}
+report() { attend python -m nanochat.report generate ${USD_PER_HOUR:+--usd-per-hour="$USD_PER_HOUR"}; }
 
 # Runs one stage unless it is done (see nanochat/pipeline.py).
 stage() {

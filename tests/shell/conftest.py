@@ -38,6 +38,6 @@ def bare_path(tree):
     """A PATH with the usual tools, but no python, uv or cargo."""
     folder = tree / "bin"
     folder.mkdir()
-    for tool in ("bash", "sh", "find", "sort", "xargs", "cksum", "cmp", "dirname", "env", "rm", "cat", "tr"):
+    for tool in ("bash", "sh", "find", "sort", "xargs", "cksum", "cmp", "dirname", "env", "rm", "cat", "tr", "sed"):
         (folder / tool).symlink_to(shutil.which(tool))
     return folder
