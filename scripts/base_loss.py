@@ -39,6 +39,7 @@ class Settings(CheckpointFlags):
 if __name__ == "__main__":
     cli.start(Settings)  # before torch is imported, which takes seconds
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,11 @@ def main(settings: Settings) -> None:
     val_rows, documents = row_files.make_rows(text, "val", length, budget, in_full=True)
     if settings.write_rows is not None and rank == 0:
         row_files.write_rows(settings.write_rows, val_rows)
+    if rank == 0:
+        counted = train_text(source, BASELINE_BYTES)
+        coded = scored_bytes(tokenizer, row_files.packed(val_rows)["tokens"], token_bytes)
+        # beside the scoring: xz alone takes half a minute
+        coding = ThreadPoolExecutor(1).submit(baselines, counted, coded)
     train = shown("train", row_files.by_kind(score(train_rows), train_rows))
     nats = score(val_rows)
     val = shown("val", row_files.by_kind(nats, val_rows))
@@ -104,12 +110,10 @@ def main(settings: Settings) -> None:
         overlapping = shown("val, documents", row_files.by_overlap(nats, val_rows, lines))
         share = lines[:, 1].sum() / max(lines[:, 0].sum(), 1)
         print0(f"{share:.1%} of {lines[:, 0].sum():,} validation lines of 40 characters stand in the train text")
-        counted = train_text(source, BASELINE_BYTES)
-        coded = scored_bytes(tokenizer, row_files.packed(val_rows)["tokens"], token_bytes)
-        predictors = {**baselines(counted, coded), "this model": val[ALL_ROWS].bpb}
+        samples = make_samples(model, tokenizer)
+        predictors = {**coding.result(), "this model": val[ALL_ROWS].bpb}
         for name, bpb in predictors.items():
             print0(f"{name:<28} {bpb:.4f} bits per byte")
-        samples = make_samples(model, tokenizer)
         for sample in samples:
             print0(f"--- {visible(sample['text'])}")
         data = {
