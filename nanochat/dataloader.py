@@ -133,11 +133,9 @@ def filled_up(rows: Iterable[Row], shape: tuple[int, int], filler: int) -> tuple
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def row_batches(
-    rows: np.ndarray, device_batch_size: int, device: torch.device, rank: int = 0, world_size: int = 1
-) -> Iterator[Batch]:
-    """Rows (N, T + 1) as the batches of one rank; see target_batches."""
-    return target_batches(rows[:, :-1], rows[:, 1:], device_batch_size, device, rank, world_size)
+def row_batches(rows: np.ndarray, *how: Any) -> Iterator[Batch]:
+    """Rows (N, T + 1) as target_batches has them."""
+    return target_batches(rows[:, :-1], rows[:, 1:], *how)
 
 
 def target_batches(

@@ -46,11 +46,11 @@ import numpy as np
 
 from nanochat.checkpoint import load_model
 from nanochat.data.overlap import shared_lines
-from nanochat.data.sources import dataset_bytes
+from nanochat.data.sources import dataset_bytes, first_documents
 from nanochat.data.text_rows import TextData
 from nanochat.errors import UserError, visible
 from nanochat.eval import row_files
-from nanochat.eval.baselines import XZ_BYTES, baselines, scored_bytes, train_text, up_to
+from nanochat.eval.baselines import XZ_BYTES, baselines, scored_bytes, train_text
 from nanochat.eval.row_files import ALL_ROWS, CLEAN, IN_FULL, Bpb
 from nanochat.eval.samples import make_samples
 from nanochat.files import atomic_write_text
@@ -106,7 +106,7 @@ def main(settings: Settings) -> None:
         texts = [tokenizer.decode(ids) for ids in documents]
         if kept:
             write_documents(settings.stage, meta, row_files.by_document(nats, val_rows, texts))
-        lines = shared_lines(texts, up_to(source, OVERLAP_BYTES))
+        lines = shared_lines(texts, first_documents(source, "train", OVERLAP_BYTES))
         overlapping = shown("val, documents", row_files.by_overlap(nats, val_rows, lines))
         share = lines[:, 1].sum() / max(lines[:, 0].sum(), 1)
         print0(f"{share:.1%} of {lines[:, 0].sum():,} validation lines of 40 characters stand in the train text")

@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from nanochat import cli, sections
-from nanochat.data.sources import iter_documents, source_flag
+from nanochat.data.sources import first_documents, source_flag
 from nanochat.files import read_jsonl
 from nanochat.tokenizer import get_tokenizer
 
@@ -48,7 +48,7 @@ def main(settings: Settings) -> None:
     tokenizer = get_tokenizer()
     texts = {name: [text] for name, text in TEXTS.items()}
     for split in ("train", "val"):
-        texts[split] = first_bytes(iter_documents(settings.source, split), SAMPLE_BYTES)
+        texts[split] = list(first_documents(settings.source, split, SAMPLE_BYTES))
     sizes = {name: sum(len(text.encode()) for text in documents) for name, documents in texts.items()}
 
     tokens = {name: sum(map(len, tokenizer.encode(documents))) for name, documents in texts.items()}
@@ -99,17 +99,6 @@ def histogram(lengths: Sequence[int]) -> dict[str, Any]:
         "columns": ["Bytes", "Tokens", "Share", ""],
         "rows": [[size, f"{n:,}", f"{n / len(sizes):.1%}", "█" * round(BAR * n / most)] for size, n in rows],
     }
-
-
-def first_bytes(documents: Iterable[str], limit: int) -> list[str]:
-    """Whole documents from the start until they hold `limit` bytes of UTF-8."""
-    chosen, total = [], 0
-    for document in documents:
-        chosen.append(document)
-        total += len(document.encode())
-        if total >= limit:
-            break
-    return chosen
 
 
 def compare(

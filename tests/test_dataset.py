@@ -1028,3 +1028,14 @@ def test_a_shard_with_a_flipped_byte_is_made_anew(folder):
     shard.write_bytes(damaged)
     get(source)
     assert shard.read_bytes() == before
+
+
+@given(documents=st.lists(st.text(alphabet="aé", max_size=9)), limit=st.integers(1, 40))
+def test_documents_up_to_a_size_are_just_enough_whole_ones(documents, limit):
+    chosen = list(parquet.up_to(documents, limit, parquet.utf8_bytes))
+    assert chosen == documents[: len(chosen)]
+    size = len("".join(chosen).encode())
+    assert size >= limit or chosen == documents
+    assert not chosen or size - len(chosen[-1].encode()) < limit
+    found = [list(part) for part in parquet.parts(iter(documents), limit, parquet.utf8_bytes)]
+    assert list(itertools.chain(*found)) == documents and found[:1] == [chosen] * bool(documents)

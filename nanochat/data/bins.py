@@ -5,13 +5,11 @@ community, and folders of them.
   tokens as uint16, little-endian. Every document starts with the document token (GPT-2: 50256; ours: <|bos|>). A file
   need not begin or end where a document does.
 - A folder that this program wrote has a meta.json: {"vocab_size", "document_token", "tokenizer_hash"} and, optionally,
-  "splits": {"train": {name: tokens}, "val": {…}}; without them the names of the files tell. A folder from elsewhere
-  has none. It is taken for GPT-2's (vocabulary 50257 padded to 50304, document token 50256) only if its files are named
-  as the community names them, <data>_train_000001.bin and <data>_val_000000.bin: nothing in a file says whose tokens
-  it has.
+  "splits": {"train": {name: tokens}, "val": {…}}. One from elsewhere is taken for GPT-2's only if its files are named
+  as the community names them, <data>_train_000001.bin and <data>_val_000000.bin: nothing in a file says whose it is.
 - A row is sequence_len + 1 tokens from a document token on, in the order of the data; the next row begins at the first
-  document token at or behind its end. What lies between is skipped, so nothing comes twice (docs/decisions.md says how
-  much that is). Rows do not run over from one file to the next; after the last file the first one comes again.
+  document token at or behind its end. What lies between is skipped (docs/decisions.md says how much that is). Rows do
+  not run over from one file to the next; after the last file the first one comes again.
 - State: every rank finds all row starts itself, in the background and one file ahead (0.03 to 0.2 s for 10⁸ tokens),
   so two integers do: the file, counted through all epochs, and the offset in it where the last row ended.
 """
@@ -27,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.data.rows import Row, RowSource, TrainData
+from nanochat.data.parquet import strange_kind
+from nanochat.data.rows import RowSource, TrainData
 from nanochat.data.sources import SPLITS, Split
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, parse_json
@@ -41,7 +40,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 MOST_TOKENS = 2**31 - 1  # in one file: its count is an int32
 MOST_IDS = 1 << 16  # uint16
 LLAMA_MAGIC = 20240801  # llm.c's files of 32-bit tokens
-GPT2: dict[str, Any] = {"vocab_size": 50304, "document_token": 50256, "tokenizer_hash": None}
+GPT2: dict[str, Any] = {"vocab_size": 50304, "document_token": 50256, "tokenizer_hash": None}  # 50257 ids, padded
 COMMUNITY_NAME = re.compile(r".+_(train|val)_\d+\.bin")
 OUR_NAME = re.compile(r"(?:.+_)?(train|val)_\d+\.bin")
 SCAN_TOKENS = 1 << 26  # looked at in one go: bounds what a file of 2³¹ tokens takes in memory to 64 MB
@@ -109,7 +108,8 @@ class TokenFolder(TrainData):
         raise self.too_little_data("train", sequence_len)
 
     def row_starts(self, tokens: np.ndarray, row_len: int) -> np.ndarray:
-        """Starts (R,) int64 of the training rows in the tokens of one file."""
+        """Starts (R,) int64 of the training rows in the tokens of one file, all of the vocabulary."""
+        self.check_vocabulary(tokens)
         return row_starts(document_starts(tokens, self.document_token), len(tokens), row_len)
 
     def check_vocabulary(self, tokens: np.ndarray) -> None:
@@ -152,8 +152,7 @@ class BinRows(RowSource):
         tokens = np.asarray(open_tokens(self.folder.train[number % len(self.folder.train)]))
         return tokens, self.folder.row_starts(tokens, self.sequence_len + 1)
 
-    def _rows(self) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
-        """(tokens (sequence_len + 1,), position behind them) of all rows from the position on."""
+    def in_order(self) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, int]]]:
         number, offset = self._position
         row_len = self.sequence_len + 1
         empty = 0
@@ -167,22 +166,12 @@ class BinRows(RowSource):
                     f"cannot resume the data order: no row ends at token {offset:,}; the tokens have changed"
                 )
             for start in starts[place:].tolist():
-                yield tokens[start : start + row_len], (number, start + row_len)
+                row = tokens[start : start + row_len]
+                yield row[:-1], row[1:], (number, start + row_len)
             empty = 0 if len(starts) else empty + 1
             if empty == len(self.folder.train):
                 raise self.folder.too_little_data("train", self.sequence_len)
             number, offset = number + 1, 0
-
-    def steps(self) -> Iterator[tuple[Iterator[Row], bool]]:
-        rows = self._rows()
-        while True:
-            step = [next(rows) for _ in range(self.rows_per_step)]
-            self._position = step[-1][1]
-            yield (self._checked(step[number][0]) for number in self.local), True
-
-    def _checked(self, tokens: np.ndarray) -> Row:
-        self.folder.check_vocabulary(tokens)
-        return tokens[:-1], tokens[1:]
 
     def state(self, position: tuple[int, int]) -> dict[str, Any]:
         return {"file": position[0], "offset": position[1]}
@@ -221,9 +210,8 @@ def row_starts(documents: np.ndarray, count: int, row_len: int) -> np.ndarray:
 
 
 def write_tokens(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
-    """Write one array of ids, or one after the other those of an iterator (never more than one in memory), to `path`;
-    returns their number. Atomic: `path` appears when it is whole. Raises UserError for ids that uint16 cannot hold and
-    for more than 2³¹ - 1 of them."""
+    """Write one array of ids, or those of an iterator one after the other, to `path` atomically; returns their number.
+    Raises UserError for ids that uint16 cannot hold and for more than 2³¹ - 1 of them."""
     parts = [tokens] if isinstance(tokens, np.ndarray) else tokens
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,19 +221,14 @@ def write_tokens(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
             count += len(part)
             if count > MOST_TOKENS:
                 raise UserError(f"{path.name}: more than {MOST_TOKENS:,} tokens; write them to several files")
-            file.write(_as_uint16(part, path.name))
+            if part.dtype != np.uint16 and (wrong := part[(part < 0) | (part >= MOST_IDS)]).size:
+                raise UserError(f"{path.name}: token {wrong[0]} does not fit; these files hold 0 to {MOST_IDS - 1}")
+            file.write(part.astype("<u2", copy=False).tobytes())
         header = np.zeros(HEADER_INTS, dtype="<i4")
         header[:3] = MAGIC, VERSION, count
         file.seek(0)
         file.write(header.tobytes())
     return count
-
-
-def _as_uint16(part: np.ndarray, name: str) -> bytes:
-    if part.dtype != np.uint16 and part.size and not (part.min() >= 0 and part.max() < MOST_IDS):
-        wrong = int(part.min() if part.min() < 0 else part.max())
-        raise UserError(f"{name}: token {wrong} does not fit; these files hold 0 to {MOST_IDS - 1}")
-    return part.astype("<u2", copy=False).tobytes()
 
 
 def read_header(path: Path, name: str | None = None) -> int:
@@ -272,10 +255,8 @@ def read_header(path: Path, name: str | None = None) -> int:
 
 def _kind(head: bytes, magic: int) -> str:
     """What a file that begins with `head` seems to be."""
-    if not head:
-        return "an empty file"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "an HTML page"
+    if kind := strange_kind(head):
+        return kind
     if int.from_bytes(head[:4], "big") == MAGIC:
         return "one of another byte order (big-endian): convert it to little-endian"
     if magic == LLAMA_MAGIC:
@@ -302,8 +283,7 @@ def tokenized_dir() -> Path:
 
 def describe_folder(directory: str | Path) -> TokenFolder:
     """What is in a folder: a path, or the name of one below tokenized_data/ in the store. Raises UserError when there
-    is no such folder, it lacks files to train on or to validate on, its meta.json is damaged, or it has none and its
-    files are not named as the community names them."""
+    is none, it lacks files of a split, or nothing says whose tokens these are."""
     folder = _find(directory)
     names = sorted(path.name for path in folder.glob("*.bin"))
     try:
@@ -322,7 +302,7 @@ def describe_folder(directory: str | Path) -> TokenFolder:
 
 
 def _files(folder: Path, split: Split, names: list[str], listed: dict[str, Any] | None) -> tuple[Path, ...]:
-    """The files of a split: those that meta.json lists, else by what their names say."""
+    """The files of a split: those that meta.json lists, else by their names."""
     if listed is None:
         chosen = [name for name in names if (match := OUR_NAME.fullmatch(name)) and match[1] == split]
     else:

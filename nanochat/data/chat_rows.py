@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nanochat.data.packing import pack_conversations, stream_rows
-from nanochat.data.rows import Row, RowSource
+from nanochat.data.rows import RowSource, sample
 from nanochat.errors import UserError
 from nanochat.flags import LossOn, Packing
 from nanochat.runtime import IGNORE_INDEX
@@ -116,16 +116,16 @@ class ChatPacker:
         """16 hex digits over the number of conversations and the tokens of up to FINGERPRINTED of them, so that a run
         is not resumed on other data."""
         digest = hashlib.sha256(str(len(self.task)).encode())
-        for item in np.unique(np.linspace(0, len(self.task) - 1, FINGERPRINTED).astype(int)).tolist():
+        for item in sample(len(self.task), FINGERPRINTED):
             ids, mask = self.tokenizer.render_conversation(self.task[item], max_tokens=self.sequence_len)
             digest.update(json.dumps([ids, mask]).encode())
         return digest.hexdigest()[:16]
 
     def rows_per_epoch(self) -> Epoch:
         """From up to SAMPLED_CHUNKS chunks of the first epoch."""
-        numbers = np.unique(np.linspace(0, self.per_epoch - 1, min(SAMPLED_CHUNKS, self.per_epoch)).astype(int))
+        numbers = sample(self.per_epoch, SAMPLED_CHUNKS)
         rows = trained = cut = conversations = shortened = emptied = 0
-        for number in numbers.tolist():
+        for number in numbers:
             chunk = self.chunk(number)
             rows += len(chunk.inputs)
             trained += int((chunk.targets != IGNORE_INDEX).sum())
@@ -152,22 +152,13 @@ class ChatRows(RowSource):
     def seek(self, state: dict[str, Any]) -> None:
         self._position = state["chunk"], state["taken"], len(self.packer.chunk(state["chunk"]).inputs)
 
-    def _rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, int, int]]]:
-        """(inputs (T,), targets (T,), position after it) of all rows from the position on."""
+    def in_order(self) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, int, int]]]:
         number, taken, _ = self._position
         while True:
             chunk = self.packer.chunk(number)
             for row in range(taken, len(chunk.inputs)):
                 yield chunk.inputs[row], chunk.targets[row], (number, row + 1, len(chunk.inputs))
             number, taken = number + 1, 0
-
-    def steps(self) -> Iterator[tuple[list[Row], bool]]:
-        rows = self._rows()
-        while True:
-            step = [next(rows) for _ in range(self.rows_per_step)]
-            self._position = step[-1][2]
-            signal = any((targets != IGNORE_INDEX).any() for _, targets, _ in step)
-            yield [step[number][:2] for number in self.local], signal
 
     def state(self, position: tuple[int, int, int]) -> dict[str, Any]:
         return {"chunk": position[0], "taken": position[1]}

@@ -117,15 +117,15 @@ def _check_splits(source: str, val: Path, files: parquet.Manifest) -> None:
 
 def all_files(folder: Path) -> Iterator[Path]:
     """Files below `folder`. Raises UserError for a link that leads nowhere, and for folders that may not be read."""
-    for path in walk(folder, onerror=_refuse):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for path in walk(folder, onerror=refuse):
         if path.is_symlink() and not path.exists() and _is_text(path):
             raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: copy that too")
         if path.is_file():
             yield path
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
 def _is_text(path: Path) -> bool:
@@ -273,23 +273,23 @@ def pieces(text: str, limit: int = PIECE) -> Iterator[str]:
 def _spread(files: list[Path], folder: Path, buckets: int) -> None:
     """Write each document, or its pieces, to one of `buckets` Arrow files by its hash, with the marks that it shares
     with others of its document or file and with near-duplicates."""
-    marks = pa.binary(8 * (1 + overlap.PAIRS))
-    schema = pa.schema([("key", pa.binary(16)), ("marks", marks), ("text", pa.large_string())])
+    columns = {"key": pa.binary(16), "marks": pa.binary(8 * (1 + overlap.PAIRS)), "text": pa.large_string()}
+    schema = pa.schema(columns)
     waiting: list[list[tuple[bytes, bytes, str]]] = [[] for _ in range(buckets)]
     sizes = [0] * buckets
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_file(str(folder / f"{i:03d}.arrow"), schema)) for i in range(buckets)]
 
         def flush(i: int) -> None:
-            keys, marks, texts = zip(*waiting[i], strict=True) if waiting[i] else ((), (), ())
-            writers[i].write_table(pa.table({"key": keys, "marks": marks, "text": texts}, schema))
+            columns = zip(*waiting[i], strict=True) if waiting[i] else [()] * 3
+            writers[i].write_table(pa.table(list(columns), schema=schema))
             waiting[i], sizes[i] = [], 0
 
         for key, mark, text in _marked(keyed for path in files for keyed in _keyed(path)):
             # buckets are ranges of the hash, so that one after the other they are in order
             i = int.from_bytes(key[:8], "big") * buckets >> 64
             waiting[i].append((key, mark, text))
-            sizes[i] += len(text.encode())
+            sizes[i] += parquet.utf8_bytes(text)
             if sizes[i] > 1 << 20:
                 flush(i)
         for i in range(buckets):
@@ -303,12 +303,9 @@ def _keyed(path: Path) -> Iterator[tuple[bytes, bytes, str]]:
     for text in read_documents(path):
         key = parquet.text_hash(text)
         whole = whole if whole and _format(path) == ".txt" else key  # a .txt file is one text, however many parts
-        if len(text) <= PIECE:
-            yield key, whole, text
-        else:
-            for number, piece in enumerate(pieces(text)):
-                if piece.strip():
-                    yield parquet.text_hash(f"{key.hex()} {number}"), whole, piece
+        for number, piece in enumerate(pieces(text)):
+            if piece.strip():
+                yield key if piece == text else parquet.text_hash(f"{key.hex()} {number}"), whole, piece
 
 
 def _marked(keyed: Iterator[tuple[bytes, bytes, str]]) -> Iterator[tuple[bytes, bytes, str]]:
@@ -373,12 +370,13 @@ def _from_jsonl(path: Path) -> Iterator[str]:
             record: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-        text = record.get("text") if isinstance(record, dict) else None
-        if text is None and isinstance(record, dict) and "text" in record:
-            continue  # as a null row of parquet
-        if not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: expected an object with a string field `text`")
-        yield text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair; UTF-8 cannot
+        match record:
+            case {"text": str(text)}:
+                yield text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair; UTF-8 cannot
+            case {"text": None}:  # as a null row of parquet
+                pass
+            case _:
+                raise UserError(f"{path}, line {number}: expected an object with a string field `text`")
 
 
 def _from_csv(path: Path) -> Iterator[str]:
@@ -400,21 +398,16 @@ def _from_csv(path: Path) -> Iterator[str]:
 
 
 def _from_txt(path: Path) -> Iterator[str]:
-    lines: Iterator[str] = (line for _, line in _lines(path, cut=True))
+    lines = (line for _, line in _lines(path, cut=True))
+    head = list(parquet.up_to(lines, WHOLE_TXT_BYTES + 1, parquet.utf8_bytes))
+    if sum(map(parquet.utf8_bytes, head)) <= WHOLE_TXT_BYTES:
+        yield "".join(head).strip()
+        return
     document: list[str] = []
     size = 0
-    for line in lines:
+    for line in itertools.chain(head, lines):
         document.append(line)
-        size += len(line.encode())
-        if size > WHOLE_TXT_BYTES:
-            break
-    else:
-        yield "".join(document).strip()
-        return
-    lines, document, size = itertools.chain(document, lines), [], 0
-    for line in lines:
-        document.append(line)
-        size += len(line.encode())
+        size += parquet.utf8_bytes(line)
         # a text without blank lines is cut at a line end once it is much too long
         if size >= TXT_DOCUMENT_BYTES and (not line.strip() or size >= 4 * TXT_DOCUMENT_BYTES):
             yield "".join(document).strip()

@@ -79,7 +79,7 @@ def is_here(path: Path, entry: Manifest | None) -> bool:
     """Whether a file has the size and the content that its manifest entry says: a flipped byte changes no size."""
     if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
         return False
-    if not (same := entry.get("sha256") in (None, content_hash(path))):  # None: an older manifest
+    if not (same := entry["sha256"] == content_hash(path)):
         print(f"{path} has changed since it was written: it is made or fetched again", flush=True)
     return same
 
@@ -186,12 +186,16 @@ def _read_column(file: pq.ParquetFile, group: int, name: str) -> pa.ChunkedArray
 
 def _kind(path: Path) -> str:
     with open(path, "rb") as stream:
-        head = stream.read(64).lstrip().lower()
+        head = stream.read(64)
+    return strange_kind(head) or ("a truncated one" if head.startswith(b"PAR1") else "something else")
+
+
+def strange_kind(head: bytes) -> str:
+    """What a file that begins with `head` is, where a server sent it in the place of data; else empty."""
+    head = head.lstrip().lower()
     if not head:
         return "an empty file"
-    if head.startswith((b"<!doctype", b"<html")):
-        return "an HTML page"
-    return "a truncated one" if head.startswith(b"par1") else "something else"
+    return "an HTML page" if head.startswith((b"<!doctype", b"<html")) else ""
 
 
 def write_shard(path: Path, documents: Iterable[str], row_group: int = ROW_GROUP) -> None:
@@ -208,7 +212,7 @@ def text_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _utf8_bytes(text: str) -> int:
+def utf8_bytes(text: str) -> int:
     return len(text.encode())
 
 
@@ -223,17 +227,16 @@ def write_shards(
     held: list[str] = []
     size = 0
     for text in stream:
-        size += _utf8_bytes(text)
+        size += utf8_bytes(text)
         if held and size > val_bytes:
             break
         held.append(text)
     else:
         raise UserError(f"{len(held)} documents are too few: one is needed for validation and one to train on")
     entries: Manifest = {}
-    remaining = itertools.chain([text], stream)
-    for first in remaining:
+    for part in parts(itertools.chain([text], stream), shard_bytes, utf8_bytes):
         name = f"shard_{len(entries):05d}.parquet"
-        write_shard(folder / name, up_to(first, remaining, shard_bytes, _utf8_bytes), row_group)
+        write_shard(folder / name, part, row_group)
         entries[name] = describe(folder / name, "train")
     name = f"shard_{len(entries):05d}.parquet"
     write_shard(folder / name, held, row_group)
@@ -241,10 +244,17 @@ def write_shards(
     return entries
 
 
-def up_to(first: T, documents: Iterator[T], limit: int, size_of: Callable[[T], int]) -> Iterator[T]:
-    """`first` and as many more documents as it takes to reach `limit`."""
-    size = size_of(first)
-    yield first
-    while size < limit and (document := next(documents, None)) is not None:
-        size += size_of(document)
-        yield document
+def up_to(items: Iterable[T], limit: int, size_of: Callable[[T], int]) -> Iterator[T]:
+    """The first of `items`, at least one, until together they reach `limit`."""
+    size = 0
+    for item in items:
+        yield item
+        size += size_of(item)
+        if size >= limit:
+            return
+
+
+def parts(items: Iterator[T], limit: int, size_of: Callable[[T], int]) -> Iterator[Iterator[T]]:
+    """`items` in parts that reach `limit`, the last aside; each is to be read before the next."""
+    for first in items:
+        yield up_to(itertools.chain([first], items), limit, size_of)

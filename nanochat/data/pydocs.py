@@ -106,7 +106,6 @@ def harvest(roots: Sequence[Path] | None = None, workers: int | None = None) -> 
 
 
 def default_roots() -> list[Path]:
-    """Standard library and site-packages of the running interpreter."""
     paths = sysconfig.get_paths()
     return list(dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib", "platlib")))
 
@@ -138,7 +137,9 @@ def _read_file(job: tuple[Path, Path]) -> list[str]:
     except (OSError, UnicodeDecodeError):
         return []
     if path.suffix in (".py", ".pyi"):
-        sections = _python_sections(source, _module_name(path.relative_to(root)))
+        parts = path.relative_to(root).with_suffix("").parts
+        module = parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+        sections = _python_sections(source, ".".join(module))
     else:
         sections = [readable(source.partition("\n\n")[2] if path.name == "METADATA" else source)]
     return [text for text in map(tidy, _packed(sections)) if is_documentation(text)]
@@ -163,13 +164,7 @@ def _package(path: Path, names: Mapping[str, str]) -> str:
     return names.get(first, first.removesuffix(".dist-info").partition("-")[0]).removesuffix(".py").removesuffix(".pyi")
 
 
-def _module_name(path: Path) -> str:
-    parts = path.with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Python source -> sections
+# ---- Python source -> sections
 
 
 def _python_sections(source: str, module: str) -> list[str]:
@@ -253,20 +248,17 @@ def _template(node: ast.expr) -> str | None:
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sections -> documents
+# ---- Sections -> documents
 
 
 def _packed(sections: Iterable[str]) -> Iterator[str]:
     """Join sections until SOFT_BYTES; cut those beyond MAX_BYTES between paragraphs."""
-    return _joined((piece for section in sections for piece in _cut(section)), SOFT_BYTES)
-
-
-def _cut(section: str) -> Iterable[str]:
-    if len(section) <= MAX_BYTES:
-        return [section]
-    title = section.partition("\n")[0]
-    return _joined(section.split("\n\n"), MAX_BYTES // 2, first=f"{title} (continued)")
+    pieces: list[str] = []
+    for section in sections:
+        title = section.partition("\n")[0]
+        parts = section.split("\n\n") if len(section) > MAX_BYTES else [section]
+        pieces += _joined(parts, MAX_BYTES // 2, first=f"{title} (continued)")
+    return _joined(pieces, SOFT_BYTES)
 
 
 def _joined(parts: Iterable[str], most: int, first: str | None = None) -> Iterator[str]:
@@ -310,11 +302,6 @@ def is_documentation(text: str) -> bool:
     letters = sum(map(len, words))
     stops = sum(word.lower() in STOP_WORDS for word in words)
     return letters > 0.5 * len(text) and stops > 0.12 * len(words)
-
-
-def deduplicated(texts: Iterable[str]) -> list[str]:
-    """`texts` without copies: see without_copies."""
-    return [rest for rest in without_copies(texts) if rest]
 
 
 def without_copies(texts: Iterable[str]) -> Iterator[str]:

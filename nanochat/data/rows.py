@@ -5,12 +5,14 @@ Text that is tokenized on the way (text_rows), token files (bins) and conversati
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanochat.data.sources import Split
 from nanochat.errors import UserError
+from nanochat.runtime import IGNORE_INDEX
 from nanochat.tokenizer import RustBPETokenizer
 
 Row = tuple[np.ndarray, np.ndarray]  # inputs (T,) and targets (T,) of any integer type
@@ -35,9 +37,18 @@ class RowSource(ABC):
     def seek(self, state: dict[str, Any]) -> None:
         """Go to where `state` was taken."""
 
-    @abstractmethod
+    def in_order(self) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
+        """(inputs, targets, position after it) of every row from the position on, where all ranks make all of them."""
+        raise NotImplementedError
+
     def steps(self) -> Iterator[tuple[Iterable[Row], bool]]:
         """Of each optimizer step: the local rows, made as they are read, and whether any rank has a target in it."""
+        rows = self.in_order()
+        while True:
+            step = list(islice(rows, self.rows_per_step))
+            self._position = step[-1][2]
+            signal = any((targets != IGNORE_INDEX).any() for _, targets, _ in step)
+            yield [step[number][:2] for number in self.local], signal
 
     def position(self) -> Any:
         """Where the order stands after the rows that have been read."""
@@ -81,6 +92,11 @@ class TrainData(ABC):
     def horizon_in_epochs(self, sequence_len: int, tokens: int, rows_per_step: int = 1) -> tuple[float, float]:
         """(epochs that training on so many tokens makes, share of the tokens that are in no row), estimated. Raises
         UserError when no row can be filled."""
+
+
+def sample(count: int, most: int) -> list[int]:
+    """Up to `most` of 0 … count - 1, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def list_shards(source: str, split: Split) -> list[Path]:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks on a node one is enough; see content_hash
         with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing leaves other threads alone
             for (path, entry), digest in zip(entries.items(), pool.map(content_hash, entries), strict=True):
-                if entry.get("sha256", digest) != digest:
+                if entry["sha256"] != digest:
                     raise UserError(f"{path} has changed since it was written: run `{command(source)}` to mend it")
     return list(entries)
 
@@ -94,6 +94,11 @@ def iter_documents(source: str, split: Split) -> Iterator[str]:
     """Every document of one split, in the order of the shards. Raises UserError for absent or damaged shards."""
     for path in list_shards(source, split):
         yield from parquet.read_documents(path)
+
+
+def first_documents(source: str, split: Split, size: int) -> Iterator[str]:
+    """Documents from the start of a split until they hold `size` bytes of UTF-8."""
+    return parquet.up_to(iter_documents(source, split), size, parquet.utf8_bytes)
 
 
 def dataset_bytes(source: str, split: Split) -> int:

@@ -6,11 +6,12 @@
 - Streams: row i of every global batch comes from stream i, which packs each of its units by itself and hands out the
   rows one by one. Ranks own whole streams, so every document is read once an epoch by exactly one rank, and no rank can
   starve: the unit numbers never end.
-- State: three integers a stream: units begun, rows taken from the last one, and how many it has. The step alone would
-  not do: how many rows a unit gives is known only once it is packed.
+- State: three integers a stream (`Position`). The step alone would not do: how many rows a unit gives is known only
+  once it is packed.
 """
 
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanochat.data.packing import pack_rows
-from nanochat.data.parquet import open_shard, read_texts
-from nanochat.data.rows import Row, RowSource, TrainData
+from nanochat.data.parquet import open_shard, read_texts, up_to
+from nanochat.data.rows import Row, RowSource, TrainData, sample
 from nanochat.data.sources import Split, dataset_bytes, list_shards
 from nanochat.errors import UserError
 from nanochat.runtime import gather
@@ -108,47 +109,6 @@ class Packer:
     def encode(self, texts: list[str]) -> Sequence[np.ndarray]:
         return self.tokenizer.batch_encode(texts, 1)
 
-    def cropped_share(self) -> float:
-        return self.cropped / max(self.kept + self.cropped, 1)
-
-
-class Stream:
-    """One row of every global batch: units number, number + streams, …, each packed ahead of its use."""
-
-    def __init__(self, order: UnitOrder, packer: Packer, number: int, streams: int, position: Position) -> None:
-        self.order, self.packer, self.number, self.streams = order, packer, number, streams
-        self.begun, self.taken, self.count = position
-        self.rows: np.ndarray | None = None
-        # not waited for here: all streams encode at once
-        self.resumed = self._pack(self.begun - 1) if self.begun else None
-        self.next_rows = self._pack(self.begun)
-
-    def _pack(self, nth: int) -> Future[np.ndarray]:
-        return self.packer.pool.submit(self.packer.rows, self.order[self.number + nth * self.streams])
-
-    def next(self) -> np.ndarray:
-        """The next row, (row_len,)."""
-        if self.resumed is not None:
-            self.rows, self.resumed = self.resumed.result(), None
-            if len(self.rows) != self.count:
-                raise UserError(
-                    f"cannot resume the data order: documents that filled {self.count} rows now fill {len(self.rows)}; "
-                    "the text or the tokenizer has changed"
-                )
-        empty = 0
-        while self.rows is None or self.taken == len(self.rows):
-            self.rows = self.next_rows.result()  # may be empty: a few short documents need not fill a row
-            self.begun, self.taken, self.count = self.begun + 1, 0, len(self.rows)
-            self.next_rows = self._pack(self.begun)
-            empty = empty + 1 if self.count == 0 else 0
-            if empty > self.order.per_epoch:
-                raise self.order.too_little_text(self.packer.row_len - 1)
-        self.taken += 1
-        return self.rows[self.taken - 1]
-
-    def position(self) -> Position:
-        return self.begun, self.taken, self.count
-
 
 class TextRows(RowSource):
     """The streams of this rank."""
@@ -161,28 +121,52 @@ class TextRows(RowSource):
     def start(self, rows_per_step: int, local: range) -> None:
         super().start(rows_per_step, local)
         self.order = UnitOrder(self.shards, self.seed, rows_per_step)
-        self._start: dict[int, Position] = dict.fromkeys(local, (0, 0, 1))
-        self._streams: list[Stream] = []
+        self._position: dict[int, Position] = dict.fromkeys(local, (0, 0, 1))  # of each local stream
 
     def identity(self) -> dict[str, Any]:
         return {"seed": self.seed, "streams": self.rows_per_step, "sequence_len": self.sequence_len,
                 "units_per_epoch": self.order.per_epoch}  # fmt: skip
 
     def seek(self, state: dict[str, Any]) -> None:
-        for number in self._start:
+        for number in self._position:
             begun, taken, rows = state["positions"][number]
-            self._start[number] = begun, taken, rows
+            self._position[number] = begun, taken, rows
 
     def steps(self) -> Iterator[tuple[Iterator[Row], bool]]:
-        numbers = self._start.items()
-        self._streams = [Stream(self.order, self.packer, n, self.rows_per_step, at) for n, at in numbers]
+        streams = []
+        for number, (begun, _, _) in self._position.items():
+            # the unit that was begun and the next one; not waited for here: all streams encode at once
+            packed = [self._pack(number, nth) for nth in range(max(0, begun - 1), begun + 1)]
+            streams.append(self._stream(number, packed))
         while True:
-            rows = (stream.next() for stream in self._streams)
-            yield ((row[:-1], row[1:]) for row in rows), True
+            yield (next(stream) for stream in streams), True
+
+    def _pack(self, number: int, nth: int) -> Future[np.ndarray]:
+        """The rows of the unit that stream `number` comes to as its nth."""
+        return self.packer.pool.submit(self.packer.rows, self.order[number + nth * self.rows_per_step])
+
+    def _stream(self, number: int, packed: list[Future[np.ndarray]]) -> Iterator[Row]:
+        """Row `number` of every global batch: from units number, number + streams, …, each packed ahead of its use."""
+        begun, taken, count = self._position[number]
+        rows = packed.pop(0).result() if begun else np.empty((0, 0))
+        if begun and len(rows) != count:
+            raise UserError(
+                f"cannot resume the data order: documents that filled {count} rows now fill {len(rows)}; "
+                "the text or the tokenizer has changed"
+            )
+        empty = 0
+        while True:
+            for place in range(taken, len(rows)):
+                self._position[number] = begun, place + 1, len(rows)
+                yield rows[place, :-1], rows[place, 1:]
+            rows, begun, taken = packed.pop().result(), begun + 1, 0
+            packed.append(self._pack(number, begun))
+            empty = 0 if len(rows) else empty + 1  # a few short documents need not fill a row
+            if empty > self.order.per_epoch:
+                raise self.order.too_little_text(self.sequence_len)
 
     def position(self) -> dict[int, Position]:
-        """Of each local stream."""
-        return {stream.number: stream.position() for stream in self._streams} or self._start
+        return dict(self._position)
 
     def state(self, position: dict[int, Position]) -> dict[str, Any]:
         everywhere = {number: at for part in gather(position) for number, at in part.items()}
@@ -216,15 +200,9 @@ class TextData(TrainData):
         """At most max_tokens targets (-1: the whole split), from row groups in a fixed shuffled order."""
         order = UnitOrder(list_shards(self.source, split), seed=0, streams=1)
         packer = packer or Packer(self.tokenizer, sequence_len + 1)
-        wanted = max_tokens // sequence_len if max_tokens >= 0 else None
-        parts: list[np.ndarray] = []
-        count = 0
-        for number in range(order.per_epoch):
-            parts.append(packer.rows(order[number]))
-            count += len(parts[-1])
-            if wanted is not None and count >= wanted:
-                break
-        rows = np.concatenate(parts)[:wanted]
+        wanted = max_tokens // sequence_len if max_tokens >= 0 else sys.maxsize
+        parts = (packer.rows(order[number]) for number in range(order.per_epoch))
+        rows = np.concatenate(list(up_to(parts, wanted, len)))[:wanted]
         if not len(rows):
             raise UserError(f"the {split} split of {self.source} does not fill one row of {sequence_len + 1} tokens")
         return rows
@@ -234,11 +212,11 @@ class TextData(TrainData):
         goes through it more than once, and that is the least."""
         order = UnitOrder(list_shards(self.source, "train"), seed=0, streams=rows_per_step)
         packer = Packer(self.tokenizer, sequence_len + 1)
-        for number in np.linspace(0, order.per_epoch - 1, min(8, order.per_epoch)).astype(int).tolist():
+        for number in sample(order.per_epoch, 8):
             packer.rows(order[number])
         if not packer.kept and not any(len(packer.rows(order[number])) for number in range(order.per_epoch)):
             raise order.too_little_text(sequence_len)
         available = packer.kept / max(packer.text_bytes, 1) * dataset_bytes(self.source, "train")
         in_first_step = rows_per_step / order.per_epoch
         epochs = max(tokens / max(available, 1.0), in_first_step if in_first_step > 1 else 0.0)
-        return epochs, packer.cropped_share()
+        return epochs, packer.cropped / max(packer.kept + packer.cropped, 1)

@@ -1,12 +1,11 @@
 """What a model must beat: simple predictors of bytes, measured on the text that it is measured on."""
 
 import lzma
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from nanochat.data.sources import iter_documents
+from nanochat.data.sources import first_documents
 from nanochat.tokenizer import RustBPETokenizer
 
 XZ_BYTES = 1 << 25  # train text that xz is primed with: all of pydocs; 30 s and 800 MB on two cores
@@ -19,18 +18,9 @@ def scored_bytes(tokenizer: RustBPETokenizer, rows: np.ndarray, token_bytes: np.
     return tokenizer.decode_bytes(targets[token_bytes[targets] > 0])
 
 
-def up_to(source: str, size: int) -> Iterator[str]:
-    """Documents of the train split until `size` bytes are reached."""
-    for document in iter_documents(source, "train"):
-        yield document
-        size -= len(document.encode("utf-8", "replace"))
-        if size <= 0:
-            return
-
-
 def train_text(source: str, size: int) -> bytes:
     """The first `size` bytes of the train split, as far as there are so many."""
-    return "".join(up_to(source, size)).encode("utf-8", "replace")[:size]
+    return "".join(first_documents(source, "train", size)).encode()[:size]
 
 
 def baselines(train: bytes, val: bytes) -> dict[str, float]:

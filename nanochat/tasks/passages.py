@@ -2,11 +2,13 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import regex
+
+from nanochat.data.parquet import up_to
 
 MAX_CHARS = 10_000_000  # of documents read; ten times what the questions need
 MAX_RUN = 16  # sentences of a passage: a paragraph that goes on for pages is several
@@ -72,7 +74,7 @@ Maker = Callable[[Passage, random.Random], T | None]
 def find_passages(documents: Iterable[str]) -> list[Passage]:
     """Runs of prose sentences, no sentence twice, from the first MAX_CHARS characters of `documents`; runs of lines
     where it has few sentences. Where the passages are of fewer than MIN_DOCUMENTS documents, each counts as one."""
-    texts = list(_first(documents, MAX_CHARS))
+    texts = list(up_to(documents, MAX_CHARS, len))
     passages = _runs(texts, _sentences, _is_prose)
     sentences = sum(len(passage.sentences) for passage in passages)
     if sentences < MIN_SENTENCES:
@@ -82,14 +84,6 @@ def find_passages(documents: Iterable[str]) -> list[Passage]:
     if len({passage.document for passage in passages}) < MIN_DOCUMENTS:
         passages = [Passage(number, passage.sentences) for number, passage in enumerate(passages)]
     return passages
-
-
-def _first(documents: Iterable[str], chars: int) -> Iterator[str]:
-    for document in documents:
-        yield document
-        chars -= len(document)
-        if chars < 0:
-            return
 
 
 def _runs(texts: Sequence[str], units: Callable[[str], list[str]], usable: Callable[[str], bool]) -> list[Passage]:

@@ -109,9 +109,9 @@ def write_split(
     with progress_bar() as progress:
         bar = progress.add_task(split, total=dataset_bytes(source, split))
         documents = encoded_documents(tokenizer, source, split, lambda done: progress.advance(bar, done))
-        for first in documents:
+        for part in parquet.parts(documents, shard_tokens, len):
             name = f"{split}_{len(files):06d}.bin"
-            files[name] = write_tokens(folder / name, parquet.up_to(first, documents, shard_tokens, len))
+            files[name] = write_tokens(folder / name, part)
             seconds = time.perf_counter() - started
             rate = sum(files.values()) / seconds
             print(f"{name}: {files[name]:,} tokens ({rate / 1e6:.2f} M tokens/s)", flush=True)
@@ -128,11 +128,10 @@ def encoded_documents(
     bos = np.array([tokenizer.get_bos_token_id()], dtype=np.uint16)
     threads = os.cpu_count() or 1
     documents = (text for text in iter_documents(source, split) if text)
-    for first in documents:
-        texts = list(parquet.up_to(first, documents, BATCH_CHARS, len))
+    for texts in map(list, parquet.parts(documents, BATCH_CHARS, len)):
         for ids in tokenizer.batch_encode(texts, threads):
             yield np.concatenate([bos, ids])
-        on_bytes(sum(len(text.encode("utf-8", "replace")) for text in texts))
+        on_bytes(sum(map(parquet.utf8_bytes, texts)))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ import tiktoken.load
 import tiktoken_ext.openai_public
 import tokenizers
 from cyclopts import CycloptsError
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nanochat import cli
 from nanochat.data.parquet import write_shard
@@ -34,7 +32,7 @@ def store(tmp_path, monkeypatch):
     shard = tmp_path / "train.parquet"
     write_shard(shard, DOCUMENTS["train"])
     monkeypatch.setattr(tok_train, "list_shards", lambda source, split: [shard])
-    monkeypatch.setattr(tok_eval, "iter_documents", lambda source, split: iter(DOCUMENTS[split]))
+    monkeypatch.setattr(tok_eval, "first_documents", lambda source, split, size: iter(DOCUMENTS[split]))
     return tmp_path
 
 
@@ -276,15 +274,6 @@ def test_addresses_and_hashes_are_those_of_the_installed_tiktoken(monkeypatch):
         asked.clear()
         public.ENCODING_CONSTRUCTORS[name]()
         assert asked == files
-
-
-@given(documents=st.lists(st.text(alphabet="aé", max_size=9)), limit=st.integers(1, 40))
-def test_first_bytes_takes_just_enough_whole_documents(documents, limit):
-    chosen = tok_eval.first_bytes(documents, limit)
-    assert chosen == documents[: len(chosen)]
-    size = len("".join(chosen).encode())
-    assert size >= limit or chosen == documents
-    assert not chosen or size - len(chosen[-1].encode()) < limit
 
 
 def test_table_is_plain_in_a_pipe_and_drawn_on_a_terminal(capsys, monkeypatch):
