@@ -1,6 +1,6 @@
 """Time and memory of training a tokenizer and of encoding with it, ours beside those that are published.
 
-    pip install --target=PEERS rustbpe==0.1.0 gigatoken==0.10.0 fastokens==0.3.5
+    pip install --target=PEERS rustbpe==0.1.0 gigatoken==0.10.0
     python -m benchmarks.tokenizer --source=DIR --peers=PEERS --out=tokenizer.json
     python -m benchmarks.tokenizer --source=DIR --peers=PEERS --pattern=gpt4       or gpt2: gigatoken knows it, too
     python -m benchmarks.tokenizer --source=DIR --vocab-size=65536 --megabytes=150
@@ -14,6 +14,7 @@ again. PEERS comes first on the path of the published tokenizers only, for one o
 import gc
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -24,16 +25,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
-
-import pyarrow.parquet as pq
 
 from benchmarks.output import Output, write_json
 from nanochat import cli
 from nanochat.cli import int_flag
+from nanochat.data import parquet
 from nanochat.errors import UserError
+from nanochat.tokenizer_io import byte_letters, huggingface_json, parse_ranks, rank_lines
 
 Ranks = list[tuple[bytes, int]]
 Ways = dict[str, Callable[[list[str]], Any]]
@@ -47,9 +47,9 @@ PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
 }
 OURS, RUSTBPE, TOKENIZERS, TIKTOKEN = "ours", "rustbpe", "tokenizers", "tiktoken"
-GIGATOKEN, FASTOKENS = "gigatoken", "fastokens"
+GIGATOKEN = "gigatoken"
 TRAINERS = (OURS, RUSTBPE, TOKENIZERS)
-ENCODERS = (OURS, RUSTBPE, TOKENIZERS, TIKTOKEN, GIGATOKEN, FASTOKENS)
+ENCODERS = (OURS, RUSTBPE, TOKENIZERS, TIKTOKEN, GIGATOKEN)
 WARM_PASSES = 3  # at least; more while they take less than a second together: each thread has a cache to warm
 WORKER = "import sys; sys.path[:0] = {path}; from benchmarks.tokenizer import work; work()"
 
@@ -99,13 +99,15 @@ def documents(job: Job) -> list[str]:
     """The first texts of the folder for training, the last ones for encoding."""
     files = sorted(Path(job.source).glob("*.parquet"), reverse=job.action == "encode")
     megabytes = job.megabytes if job.action == "train" else job.held_out_megabytes
-    texts, size = [], 0
-    for text in (text for file in files for text in pq.read_table(file, columns=["text"])["text"].to_pylist()):
-        texts.append(text)
-        size += len(text.encode())
-        if size >= megabytes * 10**6:
-            return texts
-    raise UserError(f"{job.source} holds {size / 1e6:.0f} MB of text, {megabytes} MB are asked for")
+    found = itertools.chain.from_iterable(map(parquet.read_documents, files))
+    texts = list(parquet.up_to(found, megabytes * 10**6, parquet.utf8_bytes))
+    if (size := megabytes_of(texts)) < megabytes:
+        raise UserError(f"{job.source} holds {size:.0f} MB of text, {megabytes} MB are asked for")
+    return texts
+
+
+def megabytes_of(texts: list[str]) -> float:
+    return sum(map(parquet.utf8_bytes, texts)) / 1e6
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, int | None, Any]:
@@ -128,8 +130,6 @@ def _peak_bytes() -> int:
 
 
 def train(job: Job) -> dict[str, Any]:
-    from nanochat.tokenizer_io import rank_lines
-
     texts = documents(job)
     seconds, peak, model = timed(trainer(job, texts))
     ranks = sorted(ranks_of(model), key=lambda pair: pair[1])
@@ -137,7 +137,7 @@ def train(job: Job) -> dict[str, Any]:
         Path(job.ranks).write_bytes(rank_lines([token for token, _ in ranks]))
     return {
         "seconds": seconds,
-        "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
+        "megabytes": megabytes_of(texts),
         "peak_bytes": peak,
         "output": hashlib.sha256(repr(ranks).encode()).hexdigest(),
     }
@@ -147,8 +147,6 @@ def trainer(job: Job, texts: list[str]) -> Callable[[], Any]:
     """What trains and returns the model; all that comes before is done."""
     if job.tokenizer == TOKENIZERS:
         from tokenizers import trainers
-
-        from nanochat.tokenizer_io import byte_letters
 
         # As special tokens, the bytes get the ids of their values, and ties fall as elsewhere.
         how = trainers.BpeTrainer(vocab_size=job.vocab_size, show_progress=False, special_tokens=byte_letters())
@@ -171,8 +169,6 @@ def hugging_face(job: Job, ranks: Ranks) -> Any:
     """A tokenizer of the `tokenizers` library with these ranks."""
     import tokenizers
 
-    from nanochat.tokenizer_io import huggingface_json
-
     # its engine reads `{1,3}+` as a group repeated, and `$` as the end of a line
     pattern = PATTERNS[job.pattern].replace("3}+", "3}").replace("$", r"\z")
     return tokenizers.Tokenizer.from_str(huggingface_json(dict(ranks), pattern, ()))
@@ -181,19 +177,15 @@ def hugging_face(job: Job, ranks: Ranks) -> Any:
 def ranks_of(model: Any) -> Ranks:
     if hasattr(model, "get_mergeable_ranks"):
         return [(bytes(token), rank) for token, rank in model.get_mergeable_ranks()]
-    from nanochat.tokenizer_io import byte_letters
-
     byte = {letter: value for value, letter in enumerate(byte_letters())}
     return [(bytes(byte[letter] for letter in token), rank) for token, rank in model.get_vocab().items()]
 
 
 def encode(job: Job) -> dict[str, Any]:
     """Seconds of each way to encode, and what came out."""
-    from nanochat.tokenizer_io import parse_ranks
-
     texts = documents(job)
     ranks = parse_ranks(Path(job.ranks).read_bytes())
-    results: dict[str, Any] = {"megabytes": sum(len(text.encode()) for text in texts) / 1e6, "ways": {}}
+    results: dict[str, Any] = {"megabytes": megabytes_of(texts), "ways": {}}
     for way in encoder_ways(job, ranks):
         call = encoder_ways(job, ranks)[way]  # one that has seen no text
         first, peak, output = timed(partial(call, texts))
@@ -237,7 +229,7 @@ def encoder(job: Job, ranks: Ranks) -> tuple[Callable[[str], Any], Ways]:
 
         def as_arrays(texts: list[str]) -> Any:  # offsets into one array of tokens: cutting it up costs nothing
             tokens, offsets = (memoryview(part) for part in arrays(texts, num_threads=job.threads))
-            return (tokens.cast(kind)[start:end] for start, end in pairwise(offsets.cast("Q")))
+            return (tokens.cast(kind)[start:end] for start, end in itertools.pairwise(offsets.cast("Q")))
 
         return ours.encode, {
             "batch": lambda texts: ours.batch_encode(texts, num_threads=job.threads),
@@ -264,20 +256,9 @@ def encoder(job: Job, ranks: Ranks) -> tuple[Callable[[str], Any], Ways]:
             "batch, arrays": lambda texts: giga.encode_batch(texts, parallel=parallel),
         }
     hugging = hugging_face(job, ranks)
-    if job.tokenizer == FASTOKENS:
-        import fastokens
-
-        fast = fastokens.Tokenizer.from_json_str(hugging.to_str())
-        return lambda text: ids_of(fast.encode(text)), {
-            "batch": lambda texts: [ids_of(encoded) for encoded in fast.encode_batch(texts)]
-        }
     return lambda text: hugging.encode(text, add_special_tokens=False).ids, {
         "batch": lambda texts: [done.ids for done in hugging.encode_batch_fast(texts, add_special_tokens=False)]
     }
-
-
-def ids_of(encoded: Any) -> Any:
-    return getattr(encoded, "ids", encoded)
 
 
 # ---- in the process that asks
@@ -323,7 +304,7 @@ def main(settings: Settings) -> None:
     print(table(rows))
     report = {
         "machine": {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": {name: version(settings, name) for name in (RUSTBPE, TOKENIZERS, TIKTOKEN, GIGATOKEN, FASTOKENS)},
+        "versions": {name: version(settings, name) for name in ENCODERS[1:]},
         "settings": cli.as_dict(settings, without=["out"])
         | {"source": Path(settings.source).name, "peers": bool(settings.peers)},
         "rows": list(rows.values()),

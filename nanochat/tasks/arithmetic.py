@@ -3,8 +3,8 @@
 What identifies a problem is its template with its numbers: that decides between train and test, and the names, objects
 and wordings in it do not matter. Answers have one form, in few tokens: each calculation once as text, which the call
 that follows repeats (a small model copies more safely than it writes two forms of the same thing), then `#### result`.
-There are no spaces in a calculation: they would be tokens of their own, and the call has none either. The templates
-stand in arithmetic.jsonl beside this module; `[gets|buys|finds]` in one is any of these words.
+There are no spaces in a calculation: they would be tokens of their own, and the call has none either. The templates,
+names and things stand in arithmetic.jsonl beside this module; `[gets|buys|finds]` is any of these words.
 """
 
 import random
@@ -39,22 +39,9 @@ class Template(NamedTuple):
     steps: list[str]
 
 
-TEMPLATES = [Template(**line) for line in read_jsonl(Path(__file__).with_suffix(".jsonl"))]
-NAMES = (
-    "Ada", "Adam", "Alex", "Alice", "Amy", "Anna", "Ben", "Bill", "Bob", "Cara", "Carl", "Clara", "Dan", "David",
-    "Ella", "Emma", "Eva", "Finn", "Frank", "George", "Grace", "Helen", "Hugo", "Ian", "Iris", "Jack", "James", "Jane",
-    "Jim", "Joe", "John", "Julia", "Kate", "Ken", "Laura", "Leo", "Lily", "Lisa", "Lucy", "Maria", "Mark", "Mary",
-    "Max", "Mia", "Mike", "Nina", "Noah", "Olga", "Oscar", "Paul", "Peter", "Rob", "Rosa", "Ruth", "Sally", "Sam",
-    "Sarah", "Sophie", "Steve", "Sue", "Tess", "Tim", "Tina", "Tom", "Vera", "Will", "Zoe",
-)  # fmt: skip
-THINGS = (
-    "apples", "bags", "balloons", "balls", "bananas", "beans", "berries", "blocks", "books", "bottles", "boxes",
-    "buttons", "cakes", "candies", "candles", "cards", "carrots", "cars", "chairs", "cherries", "coins", "cookies",
-    "crayons", "cups", "dolls", "eggs", "flowers", "forks", "games", "hats", "keys", "lamps", "leaves", "lemons",
-    "letters", "marbles", "muffins", "nuts", "onions", "oranges", "peaches", "pears", "pencils", "pens", "photos",
-    "pictures", "plants", "plates", "plums", "potatoes", "roses", "shells", "shirts", "shoes", "socks", "spoons",
-    "stamps", "stickers", "stones", "strawberries", "sweets", "tickets", "tomatoes", "toys", "trees",
-)  # fmt: skip
+_LINES = read_jsonl(Path(__file__).with_suffix(".jsonl"))
+TEMPLATES = [Template(**line) for line in _LINES if "text" in line]
+NAMES, THINGS = (next(line[kind] for line in _LINES if kind in line) for kind in ("names", "things"))
 _OPERATIONS: dict[str, Callable[[int, int], int | None]] = {
     "+": lambda left, right: left + right,
     "-": lambda left, right: left - right,

@@ -60,8 +60,8 @@ class Task:
 
     def get_example(self, index: int) -> Conversation:
         """Item `index` before slicing: the question and, as the last message, the right answer."""
-        conversation: Conversation = self.items[index]
-        return conversation
+        found: Conversation = self.items[index]
+        return found
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether `completion`, the model's answer or the letter it chose, is right.
@@ -82,7 +82,6 @@ class Task:
     def prepare(cls, name: str, source: str, from_dir: Path | None) -> None:
         """Put into the store what the task `name` reads, nothing for most: files that lie in the folder `from_dir`,
         what is made from the text `source`. Raises UserError where it cannot be had."""
-        return
 
     def _range(self) -> range:
         total = self.num_examples()

@@ -28,7 +28,6 @@ from nanochat.tasks.common import Conversation, Split, Task
 LOCAL = "local directory"
 ORDER_SEED = 42
 
-
 Check = Callable[[dict[str, Any]], object]  # raises UserError for a row that cannot be used
 
 
@@ -47,10 +46,8 @@ HUB_TASKS = {row.pop("name"): HubTask(**row) for row in _ROWS}
 
 
 class PublishedTask(Task):
-    """Items of a hub data set in a fixed random order. Raises UserError where the data is absent.
-
-    The table is read with the first item (SmolTalk has 2 GB), and each item is built when it is needed.
-    """
+    """Items of a hub data set in a fixed random order, read with the first of them (SmolTalk has 2 GB). Raises
+    UserError where the data is absent."""
 
     published = True
 
@@ -61,20 +58,16 @@ class PublishedTask(Task):
         self._total = sum(entry["rows"] for entry in _present(self.name, split).values())
 
     @functools.cached_property
-    def _table(self) -> pa.Table:
-        return load_table(self.name, self.split)
+    def _tables(self) -> list[pa.Table]:
+        return load_tables(self.name, self.split)
 
     def num_examples(self) -> int:
         return self._total
 
-    def row_number(self, index: int) -> int:
-        """Where item `index` stands in the data set."""
-        return fixed_order(self._total)[index]
-
     def get_example(self, index: int) -> Conversation:
-        number = self.row_number(index)
+        number = fixed_order(self._total)[index]
         try:
-            return self.conversation(row(self._table, number))
+            return self.conversation(_row(self._tables, number))
         except UserError as error:
             raise UserError(f"{self.name} {self.split}, row {number}: {error}") from None
 
@@ -92,34 +85,32 @@ class PublishedTask(Task):
 # ---- reading: what tasks use
 
 
-def load_table(task: str, split: str) -> pa.Table:
-    """The items of one split as an Arrow table with the columns of HUB_TASKS, read once a process.
-
-    Raises UserError naming the command that gets the data when it is absent or damaged.
-    """
+def load_tables(task: str, split: str) -> list[pa.Table]:
+    """The files of one split as Arrow tables with the columns of HUB_TASKS, read once a process. Raises UserError
+    naming the command that gets the data when it is absent or damaged."""
     # what decides the content: the files with their sha256, and the columns
     files = tuple((folder(task) / name, entry["sha256"]) for name, entry in _present(task, split).items())
     return _read(files, tuple(HUB_TASKS[task].columns))
 
 
 def load_rows(task: str, split: str) -> list[dict[str, Any]]:
-    """All items of one split as dicts; for small data sets. Raises UserError like load_table."""
-    rows: list[dict[str, Any]] = load_table(task, split).to_pylist()
-    return rows
+    """All items of one split as dicts; for small data sets. Raises UserError like load_tables."""
+    return [row for table in load_tables(task, split) for row in table.to_pylist()]
 
 
-def row(table: pa.Table, index: int) -> dict[str, Any]:
-    """Item `index` of a table as a dict."""
-    return {name: table.column(name)[index].as_py() for name in table.column_names}
+def _row(tables: Sequence[pa.Table], number: int) -> dict[str, Any]:
+    for table in tables:
+        if number < len(table):
+            break
+        number -= len(table)
+    return {name: table.column(name)[number].as_py() for name in table.column_names}
 
 
 @functools.lru_cache(maxsize=16)
 def fixed_order(count: int) -> Sequence[int]:
     """0 … count-1 in a random order that is always the same: that of `shuffle(seed=42)` of the datasets library, in
-    which others take parts of these data sets, so that scores on the first n items compare.
-
-    The data sets lie sorted by subject or origin; in this order the first n items are a fair sample of all.
-    """
+    which others take parts of these data sets, so that scores on the first n items compare. They lie sorted by subject
+    or origin, and in this order the first n are a fair sample of all."""
     return tuple(np.random.default_rng(ORDER_SEED).permutation(count).tolist())
 
 
@@ -128,13 +119,9 @@ def source_text(task: str) -> str:
     `local directory` with the beginnings of their sha256."""
     entries = parquet.load_manifest(folder(task))["files"].values()
     local = ", ".join(entry["sha256"][:8] for entry in entries if entry["origin"] == LOCAL)
-    texts = [
-        f"{LOCAL} (sha256 {local})"
-        if entry["origin"] == LOCAL
-        else f"{entry['origin']} at {str(entry.get('served'))[:7]}"
-        for entry in entries
-    ]
-    return " and ".join(dict.fromkeys(texts)) or f"{HUB_TASKS[task].repo} at {HUB_TASKS[task].revision[:7]}"
+    served = dict.fromkeys(f"{entry['origin']} at {str(entry.get('served'))[:7]}" for entry in entries)
+    texts = [f"{LOCAL} (sha256 {local})" if text.startswith(f"{LOCAL} at ") else text for text in served]
+    return " and ".join(texts) or f"{HUB_TASKS[task].repo} at {HUB_TASKS[task].revision[:7]}"
 
 
 def folder(task: str) -> Path:
@@ -159,9 +146,13 @@ def _present(task: str, split: str) -> parquet.Manifest:
 
 def _is_complete(task: str, split: str) -> bool:
     """Whether all files of a split are here as they came, those of the hub in the revision of HUB_TASKS."""
-    entries = _entries(task, split)
-    expected = set(entries) if has_local(task, [split]) else {Path(path).name for path in HUB_TASKS[task].files[split]}
-    return set(_usable(task, entries)) == expected
+    found, usable = _entries(task, split), _usable(task, split)
+    return usable.keys() == (found.keys() if has_local(task, [split]) else _names(task, split).keys())
+
+
+def _names(task: str, split: str) -> dict[str, str]:
+    """File name in the store -> path in the repository."""
+    return {Path(path).name: path for path in HUB_TASKS[task].files[split]}
 
 
 def _entries(task: str, split: str) -> parquet.Manifest:
@@ -169,40 +160,21 @@ def _entries(task: str, split: str) -> parquet.Manifest:
     return {name: files[name] for name in sorted(files) if files[name]["split"] == split}
 
 
-def _usable(task: str, entries: parquet.Manifest) -> parquet.Manifest:
-    """Those of `entries` whose file has its size, and is local or of the revision of HUB_TASKS."""
+def _usable(task: str, split: str) -> parquet.Manifest:
+    """The entries of a split whose file is as it came, and is local or of the revision of HUB_TASKS."""
     revision = (HUB_TASKS[task].repo, HUB_TASKS[task].revision)
     return {
         name: entry
-        for name, entry in entries.items()
+        for name, entry in _entries(task, split).items()
         if (entry["origin"] == LOCAL or (entry["origin"], entry.get("asked")) == revision)
         and parquet.is_here(folder(task) / name, entry)
     }
 
 
 @functools.lru_cache(maxsize=16)
-def _read(files: tuple[tuple[Path, str], ...], columns: tuple[str, ...]) -> pa.Table:
-    tables = [_read_file(path).select(list(columns)) for path, _ in files]
-    if any(table.schema.types != tables[0].schema.types for table in tables):
-        # files of several writers: `string`, `large_string` and dictionaries of them in one column. By way of Python's
-        # values, since pyarrow's cast of list_view to list loses items
-        schema = pa.schema([field.with_type(_wide(field.type)) for field in tables[0].schema])
-        parts = (batch.to_pylist() for table in tables for batch in table.to_batches(max_chunksize=1024))
-        return pa.Table.from_batches(pa.RecordBatch.from_pylist(part, schema) for part in parts)
-    return pa.concat_tables(tables)
-
-
-def _wide(kind: pa.DataType) -> pa.DataType:
-    """The type that holds the same values of any width and encoding."""
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_wide(field.type)) for field in kind])
-    if pa.types.is_dictionary(kind):
-        return _wide(kind.value_type)
-    if hasattr(kind, "value_field"):  # lists of five kinds
-        return pa.large_list(_wide(kind.value_type))
-    if pa.types.is_integer(kind):
-        return pa.int64()
-    return pa.large_string() if pa.types.is_string(kind) or pa.types.is_string_view(kind) else kind
+def _read(files: tuple[tuple[Path, str], ...], columns: tuple[str, ...]) -> list[pa.Table]:
+    # not joined: what several writers have made, strings of three kinds and dictionaries of them, is no one table
+    return [_read_file(path).select(list(columns)) for path, _ in files]
 
 
 def _read_file(path: Path) -> pa.Table:
@@ -233,17 +205,12 @@ def provide(task: str, from_dir: Path | None, check: Check, elsewhere: bool = Fa
 
 
 def fetch(task: str, splits: Iterable[str], check: Check = bool) -> None:
-    """Download what is not here of `splits`; local files in their place are replaced.
-
-    Raises UserError like hub.download, and for files of another form; where the hub cannot be reached, local ones stay.
-    """
+    """Download what is not here of `splits`; local files in their place are replaced. Raises UserError like
+    hub.download, and for files of another form; where the hub cannot be reached, local ones stay."""
     for split in splits:
         local = has_local(task, [split])
-        if _is_complete(task, split) and not local:
-            continue
-        entries = {} if local else _usable(task, _entries(task, split))
-        for path in HUB_TASKS[task].files[split]:
-            name = Path(path).name
+        entries = {} if local else _usable(task, split)
+        for name, path in _names(task, split).items():
             if name not in entries:
                 otherwise = f"have {task}/{name} in a folder and give --from-dir=FOLDER"
                 if local:
@@ -257,12 +224,15 @@ def _download(task: str, split: str, path: str, otherwise: str, check: Check) ->
 
     data, target = HUB_TASKS[task], folder(task) / Path(path).name
     entry: parquet.Manifest = {}
-
-    def verify(temporary: Path) -> None:
-        entry.update(_describe(task, split, temporary, path, check))
-
     try:
-        commit = hub.download(data.repo, path, data.revision, target, verify=verify, otherwise=otherwise)
+        commit = hub.download(
+            data.repo,
+            path,
+            data.revision,
+            target,
+            verify=lambda temporary: entry.update(_describe(task, split, temporary, path, check)),
+            otherwise=otherwise,
+        )
     except UserError as error:
         with contextlib.suppress(OSError):
             folder(task).rmdir()  # where nothing came, nothing stays
@@ -273,36 +243,37 @@ def _download(task: str, split: str, path: str, otherwise: str, check: Check) ->
 
 def take_local(task: str, origin: Path, check: Check = bool) -> list[str]:
     """Copy the splits of a task that lie in the folder `origin`; returns them. Equal files copied before are kept.
-
-    They are looked for in folders named after the task or its repository, in any case: at the paths of the hub, else
-    by file names that begin with the split, anywhere below. Raises UserError when files are missing, damaged or
-    could be meant in several ways.
-    """
-    if not origin.is_dir():
-        raise UserError(f"--from-dir={origin}: no such folder")
-    found = {split: _find(task, split, origin) for split in HUB_TASKS[task].files}
+    Raises UserError as _find does, and for files that cannot be used."""
+    found = _find(task, origin)
     for split, paths in found.items():
-        if paths:
-            _copy(task, split, paths, check)
-    return [split for split, paths in found.items() if paths]
+        _copy(task, split, paths, check)
+    return list(found)
 
 
 def not_in(origin: Path, tasks: Sequence[str]) -> list[str]:
     """Those of `tasks` that take_local would not find in the folder `origin`. Raises UserError as it does, and where it
     would find none of them: then another folder was meant."""
-    if not origin.is_dir():
-        raise UserError(f"--from-dir={origin}: no such folder")
-    absent = [task for task in tasks if not any([_find(task, split, origin) for split in HUB_TASKS[task].files])]
+    absent = [task for task in tasks if not _find(task, origin)]
     if tasks and absent == list(tasks):
         example = f"{tasks[0].lower()}/train-*.parquet"
         raise UserError(f"--from-dir={origin}: none of {', '.join(tasks)} is there; expected folders as in {example}")
     return absent
 
 
-def _find(task: str, split: str, origin: Path) -> list[Path]:
-    data = HUB_TASKS[task]
-    names = {task.casefold(), data.repo.rpartition("/")[2].casefold()}
+def _find(task: str, origin: Path) -> dict[str, list[Path]]:
+    """The files of each split that lies in `origin`, in folders named after the task or its repository, in any case:
+    at the paths of the hub, else by file names that begin with the split, anywhere below. Raises UserError when files
+    are missing, or could be meant in several ways."""
+    if not origin.is_dir():
+        raise UserError(f"--from-dir={origin}: no such folder")
+    names = {task.casefold(), HUB_TASKS[task].repo.rpartition("/")[2].casefold()}
     roots = [path for path in sorted(origin.iterdir()) if path.is_dir() and path.name.casefold() in names]
+    found = {split: _find_split(task, split, origin, roots) for split in HUB_TASKS[task].files}
+    return {split: paths for split, paths in found.items() if paths}
+
+
+def _find_split(task: str, split: str, origin: Path, roots: list[Path]) -> list[Path]:
+    data = HUB_TASKS[task]
     for root in roots:
         exact = [root / path for path in data.files[split]]
         if all(path.is_file() for path in exact):
@@ -321,8 +292,7 @@ def _find(task: str, split: str, origin: Path) -> list[Path]:
 
 
 def _copy(task: str, split: str, found: list[Path], check: Check) -> None:
-    old = _entries(task, split)
-    usable, entries = _usable(task, old), {}
+    old, usable, entries = _entries(task, split), _usable(task, split), {}
     for index, path in enumerate(found):
         name = f"{split}-{index:05d}-of-{len(found):05d}.parquet"
         target, entry = folder(task) / name, usable.get(name, {})
@@ -345,10 +315,8 @@ def _record(task: str, split: str, entries: parquet.Manifest) -> None:
 
 
 def _describe(task: str, split: str, path: Path, name: str, check: Check) -> parquet.Manifest:
-    """Manifest entry of a file, every row of which is read and checked on the way.
-
-    Raises UserError (under `name`) when it is not parquet, is empty, lacks columns, or has a row that cannot be used.
-    """
+    """Manifest entry of a file, every row of which is read and checked on the way. Raises UserError (under `name`) when
+    it is not parquet, is empty, lacks columns, or has a row that cannot be used."""
     try:
         table = _read_file(path)
     except UserError as error:

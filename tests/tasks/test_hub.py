@@ -17,7 +17,7 @@ from nanochat.data import parquet
 from nanochat.errors import UserError
 from nanochat.tasks import hub, humaneval
 from nanochat.tasks.gsm8k import GSM8K
-from nanochat.tasks.hub import HUB_TASKS, HubTask, fetch, fixed_order, load_rows, load_table, source_text
+from nanochat.tasks.hub import HUB_TASKS, HubTask, fetch, fixed_order, load_rows, load_tables, source_text
 from nanochat.tasks.registry import make_task, task_row
 from tests.standin_hub import COMMIT, StandInHub, serving
 from tests.tasks.hub_rows import arc_row, gsm8k_row, mmlu_row, parquet_rows, put, talk_row
@@ -116,15 +116,15 @@ def test_an_interrupted_split_is_not_read_and_goes_on_where_it_stopped(monkeypat
         with pytest.raises(UserError, match=r"^SmolTalk: could not get .*--from-dir=FOLDER$"):
             fetch("SmolTalk", ["train"])
         with pytest.raises(UserError, match=r"no train items of SmolTalk in .*, or not all of them"):
-            load_table("SmolTalk", "train")
+            load_tables("SmolTalk", "train")
         fetch("SmolTalk", ["train"])
         assert server.gets(PARTS[0]) == 1
-        table = load_table("SmolTalk", "train")
-    assert table.column_names == ["messages"]  # other columns are left where they are
-    assert [hub.row(table, i)["messages"][0]["content"] for i in range(6)] == [
-        f"Say {n}." for n in (0, 1, 10, 11, 20, 21)
-    ]
-    assert load_table("SmolTalk", "train") is table  # read once
+        tables = load_tables("SmolTalk", "train")
+    rows = load_rows("SmolTalk", "train")
+    assert all(row.keys() == {"messages"} for row in rows)  # other columns are left where they are
+    assert [row["messages"][0]["content"] for row in rows] == [f"Say {n}." for n in (0, 1, 10, 11, 20, 21)]
+    assert make_task("SmolTalk", "train")[0] == rows[fixed_order(6)[0]]
+    assert load_tables("SmolTalk", "train") is tables  # read once
 
 
 def test_another_pinned_revision_is_fetched_anew(gsm8k, monkeypatch):
@@ -300,13 +300,6 @@ def test_a_damaged_local_file_is_refused_and_leaves_nothing(tmp_path):
 def test_rows_wrapped_in_a_column_named_train_are_unwrapped(tmp_path):
     put(tmp_path, "MMLU", train=[{"train": mmlu_row(i)} for i in range(3)])
     assert load_rows("MMLU", "train") == [mmlu_row(i) for i in range(3)]
-
-
-def test_a_table_gives_the_same_rows_as_the_list(tmp_path):
-    put(tmp_path, "ARC-Easy", test=[arc_row(i) for i in range(4)])
-    table = load_table("ARC-Easy", "test")
-    assert isinstance(table, pa.Table)
-    assert [hub.row(table, i) for i in range(4)] == load_rows("ARC-Easy", "test")
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 1000])

@@ -19,7 +19,7 @@ def test_conversations_come_as_they_are_system_message_included(store, tmp_path)
 
 def test_the_table_is_not_read_before_a_conversation_is_asked_for(store, tmp_path, monkeypatch):
     put(tmp_path, "SmolTalk", train=[talk_row(0), talk_row(1)])
-    monkeypatch.setattr(hub, "load_table", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(hub, "load_tables", lambda *_: pytest.fail("read"))
     assert len(SmolTalk("train")) == 2
 
 
