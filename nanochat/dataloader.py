@@ -121,8 +121,7 @@ class Prefetcher(Generic[T]):
         self._thread.shutdown(cancel_futures=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Micro-batches as tensors
+# ---- Micro-batches as tensors
 
 
 def filled_up(rows: Iterable[Row], shape: tuple[int, int], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,8 +156,7 @@ def target_batches(
         yield Batch(x.to(device).long(), y.to(device).long())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a base model is trained on
+# ---- What a base model is trained on
 
 
 def open_data(source: str) -> TrainData:

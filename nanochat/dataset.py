@@ -80,8 +80,7 @@ def main(settings: Settings) -> None:
         write_section("dataset", "Dataset", {"settings": as_dict(settings), "metrics": about, "tables": [table]})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Getting
+# ---- Getting
 
 
 def fetch(source: str, spec: HubSource, num_files: int, num_workers: int = 4) -> None:

@@ -88,10 +88,8 @@ class RustBPETokenizer:
     ) -> tuple["RustBPETokenizer", int, int]:
         """(tokenizer, documents, characters) from the non-empty texts of parquet shards, in order, each cut after
         doc_cap characters, up to max_chars in all. Read and split on all threads, without passing through Python.
-
         progress(documents, bytes, merges) is called about ten times a second. Raises UserError for shards that are
-        absent or damaged, or lack the column `text`.
-        """
+        absent or damaged, or lack the column `text`."""
         core = rustbpe.Tokenizer()
         size = _mergeable(vocab_size)
         try:

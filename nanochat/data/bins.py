@@ -126,8 +126,7 @@ class TokenFolder(TrainData):
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows
+# ---- Rows
 
 
 class BinRows(RowSource):
@@ -205,8 +204,7 @@ def row_starts(documents: np.ndarray, count: int, row_len: int) -> np.ndarray:
     return documents[np.array(chosen, dtype=np.int64)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One file
+# ---- One file
 
 
 def write_tokens(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
@@ -272,8 +270,7 @@ def open_tokens(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A folder of them
+# ---- A folder of them
 
 
 def tokenized_dir() -> Path:

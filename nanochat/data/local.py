@@ -337,8 +337,7 @@ def _ordered(folder: Path) -> Iterator[str]:
         yield from (text for _, text in sorted(texts.items()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files -> documents
+# ---- Files -> documents
 
 
 def read_documents(path: Path) -> Iterator[str]:

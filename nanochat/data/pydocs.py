@@ -215,10 +215,8 @@ def _signature(node: ast.ClassDef | FunctionNode, name: str) -> str:
 
 
 def _constants(node: ast.stmt) -> Iterator[str]:
-    """Long strings in a statement, under the names they are attached to.
-
-    `add_docstr(torch.abs, r'''...''')`, `add_newdoc("numpy", "abs", '''...''')`, `topics = {"assert": '''...'''}`
-    """
+    """Long strings in a statement, under the names they are attached to. `add_docstr(torch.abs, r'''...''')`,
+    `add_newdoc("numpy", "abs", '''...''')`, `topics = {"assert": '''...'''}`"""
     for call in ast.walk(node):
         if isinstance(call, ast.Call):
             names = [ast.unparse(arg) for arg in call.args if isinstance(arg, ast.Attribute | ast.Name)]
@@ -305,10 +303,8 @@ def is_documentation(text: str) -> bool:
 
 
 def without_copies(texts: Iterable[str]) -> Iterator[str]:
-    """Each document without what has been seen before (paragraphs are compared without case and white space).
-
-    Nothing is left of one that loses half of itself: it was a copy (vendored packages, stubs beside modules).
-    """
+    """Each document without what has been seen before (paragraphs are compared without case and white space). Nothing
+    is left of one that loses half of itself: it was a copy (vendored packages, stubs beside modules)."""
     seen: collections.Counter[str] = collections.Counter()
     short, times = BOILERPLATE
     documents = set()

@@ -99,8 +99,7 @@ def sample(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How the rows of a step become micro-batches
+# ---- How the rows of a step become micro-batches
 
 
 class BatchPlan(NamedTuple):

@@ -81,10 +81,8 @@ def isolation_level() -> Isolation:
 
 
 def require_isolation() -> Isolation:
-    """The layers in force, for those who run code; to be asked before long work that ends with running some.
-
-    Raises UserError off Linux, and below the minimum (Isolation.danger) unless allow_unsafe has been called.
-    """
+    """The layers in force, for those who run code; to be asked before long work that ends with running some. Raises
+    UserError off Linux, and below the minimum (Isolation.danger) unless allow_unsafe has been called."""
     level = isolation_level()
     if (danger := level.danger()) and os.environ.get(ALLOW_UNSAFE) != "1":
         raise UserError(
@@ -103,12 +101,10 @@ def allow_unsafe(allowed: bool) -> None:
 def execute_code(
     code: str, timeout: float = 5.0, maximum_memory_bytes: int | None = 256 * 1024 * 1024
 ) -> ExecutionResult:
-    """Run `code` as a main program of its own; from any thread, several at once.
-
-    `timeout` is wall-clock seconds. `maximum_memory_bytes` is address space, of which the interpreter takes 20 MB.
-    The standard library is there, other packages are not. Raises UserError like require_isolation, RuntimeError
-    where a layer that was there is refused now.
-    """
+    """Run `code` as a main program of its own; from any thread, several at once. `timeout` is wall-clock seconds.
+    `maximum_memory_bytes` is address space, of which the interpreter takes 20 MB. The standard library is there, other
+    packages are not. Raises UserError like require_isolation, RuntimeError where a layer that was there is refused
+    now."""
     return _execute(code, timeout, maximum_memory_bytes)
 
 
@@ -120,11 +116,8 @@ def check_function(
     maximum_memory_bytes: int | None = 256 * 1024 * 1024,
 ) -> ExecutionResult:
     """Whether the function `name` that `code` defines passes `check`: a program that calls it as `candidate`, and that
-    fails by raising. Otherwise as execute_code, the limits for each of the two.
-
-    The check has a process and a memory of its own, so that `code` can neither read it nor answer in its place; what
-    passes between them is in wire.py.
-    """
+    fails by raising. Otherwise as execute_code, the limits for each of the two. The check has a process and a memory of
+    its own, so that `code` can neither read it nor answer in its place; what passes between them is in wire.py."""
     return _execute(code, timeout, maximum_memory_bytes, name, check)
 
 

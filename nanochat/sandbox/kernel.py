@@ -74,10 +74,8 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 
 
 def enter_namespaces() -> None:
-    """A network without interfaces and IPC of its own; children see only each other's processes.
-
-    When the first child ends, the kernel kills every other process of its namespace.
-    """
+    """A network without interfaces and IPC of its own; children see only each other's processes. When the first child
+    ends, the kernel kills every other process of its namespace."""
     user, group = os.geteuid(), os.getegid()
     flags = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
     _checked(LIBC.unshare(flags), "unshare")

@@ -59,10 +59,8 @@ class Arithmetic(GeneratedTask):
     def __init__(
         self, split: Split, size: int | None = None, steps: int = 2, largest: int = 999, **kwargs: Any
     ) -> None:
-        """`size` problems of up to `steps` steps, numbers up to `largest`.
-
-        Raises UserError for steps other than 1 and 2, and for a `largest` outside 9 … 999.
-        """
+        """`size` problems of up to `steps` steps, numbers up to `largest`. Raises UserError for steps other than 1 and
+        2, and for a `largest` outside 9 … 999."""
         super().__init__(split, size, **kwargs)
         if steps not in (1, 2):
             raise UserError(f"Arithmetic steps={steps}: choose 1 or 2")
@@ -111,10 +109,8 @@ def _factors(step: str) -> list[str]:
 
 
 def _work_out(template: Template, numbers: Mapping[str, int]) -> list[tuple[str, int]] | None:
-    """(expression, result) of each step; None where a result is no whole number from 0 to LIMIT - 1.
-
-    A result that is used further is at least 1; nothing left halfway would read oddly.
-    """
+    """(expression, result) of each step; None where a result is no whole number from 0 to LIMIT - 1. A result that is
+    used further is at least 1; nothing left halfway would read oddly."""
     values = dict(numbers)
     results: list[tuple[str, int]] = []
     for step in template.steps:

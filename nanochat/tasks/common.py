@@ -33,11 +33,9 @@ _VALUE_WORDS = re.compile(
 
 
 class Task:
-    """Conversations, by index: `task[i]` for 0 <= i < len(task). A slice of them with start, stop and step.
-
-    Subclasses set `items` or give `num_examples` and `get_example`; where answers can be graded, they set `eval_type`
-    and give `evaluate`.
-    """
+    """Conversations, by index: `task[i]` for 0 <= i < len(task). A slice of them with start, stop and step. Subclasses
+    set `items` or give `num_examples` and `get_example`; where answers can be graded, they set `eval_type` and give
+    `evaluate`."""
 
     name: str = ""  # on the command line and in reports
     # graded by the logits of `conversation["letters"]`, by generating an answer, or not at all
@@ -64,10 +62,8 @@ class Task:
         return found
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion`, the model's answer or the letter it chose, is right.
-
-        Raises UserError for tasks that are only trained on, and ValueError for a letter that is none of the item's.
-        """
+        """Whether `completion`, the model's answer or the letter it chose, is right. Raises UserError for tasks that
+        are only trained on, and ValueError for a letter that is none of the item's."""
         if self.eval_type != "categorical":
             raise UserError(f"{self.name or type(self).__name__} has no answers to grade: choose another task")
         if completion not in conversation["letters"]:
@@ -158,11 +154,9 @@ def worded(text: str, rng: random.Random) -> str:
 
 
 def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> Conversation:
-    """A categorical item: the question as the user asks it, and the right letter as its answer.
-
-    The letter stands after its choice: a small model can then bind the letter to what it has just read, instead of
-    having to carry it over the whole choice. And `=A` without a space makes the letter the same token as in the answer.
-    """
+    """A categorical item: the question as the user asks it, and the right letter as its answer. The letter stands after
+    its choice: a small model can then bind the letter to what it has just read, instead of having to carry it over the
+    whole choice. And `=A` without a space makes the letter the same token as in the answer."""
     if len(letters) != len(choices):
         raise UserError(f"multiple choice with {len(letters)} letters for {len(choices)} choices: {question[:60]!r}")
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))

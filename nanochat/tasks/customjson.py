@@ -19,11 +19,9 @@ TEST_SHARE = 0.05  # of the conversations
 
 
 class CustomJSON(Task):
-    """The conversations of a file in its order. Raises UserError with file and line for what cannot be used.
-
-    About one in 20, by the hash of its messages, is in the test split, the others in the train split: equal ones never
-    stand in both, and adding lines moves none. A short file may have no test split, but always a train split.
-    """
+    """The conversations of a file in its order. Raises UserError with file and line for what cannot be used. About one
+    in 20, by the hash of its messages, is in the test split, the others in the train split: equal ones never stand in
+    both, and adding lines moves none. A short file may have no test split, but always a train split."""
 
     def __init__(self, filepath: str | Path, split: Split = "train", **kwargs: Any) -> None:
         super().__init__(**kwargs)

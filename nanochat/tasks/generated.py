@@ -17,9 +17,7 @@ from nanochat.tasks.common import stable_hash
 
 def generate(source: str, name: str, rules: tuple[object, ...], make: Callable[[], dict[str, str]]) -> None:
     """Write the material `name`, unless it is there as it was written and was made from this text by these `rules`.
-
-    make() -> the text of each of its files by name. Raises UserError without shards of `source`, and as `make` does.
-    """
+    make() -> the text of each of its files by name. Raises UserError without shards of `source`, and as `make` does."""
     folder = _folder(source)
     marker = _marker(folder, name)
     fingerprint = f"{stable_hash(sources.canonical(source), sources.text_hash(source), rules):016x}"
@@ -34,10 +32,8 @@ def generate(source: str, name: str, rules: tuple[object, ...], make: Callable[[
 
 
 def require(source: str, name: str, task: str) -> Path:
-    """The folder of `source` with the material `name` in it, undamaged.
-
-    Raises UserError with the command that makes it when it was not made, or a file of it is absent or was changed.
-    """
+    """The folder of `source` with the material `name` in it, undamaged. Raises UserError with the command that makes it
+    when it was not made, or a file of it is absent or was changed."""
     folder = _folder(source)
     marker = _marker(folder, name)
     command = f"python -m scripts.chat_data --source={source} --tasks={task}"

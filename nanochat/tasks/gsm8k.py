@@ -38,9 +38,7 @@ class GSM8K(PublishedTask):
 
 def answer_parts(answer: str) -> list[dict[str, str]]:
     """An answer as parts of an assistant message: text, python (the expression), python_output (its result), text, …
-
-    Marks that do not hold `expression=result` are left out: the text around them says what they say.
-    """
+    Marks that do not hold `expression=result` are left out: the text around them says what they say."""
     parts: list[dict[str, str]] = []
     end = 0
     text = ""

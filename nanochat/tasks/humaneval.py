@@ -64,11 +64,9 @@ def check_row(row: Any) -> None:
 
 
 def build_program(prompt: str, completion: str, entry_point: str) -> str:
-    """The program that defines `entry_point`: what the completion gives as code.
-
-    The full prompt comes first, for its imports and helpers: up to its docstring it is a function already, which the
-    completion defines anew, or goes on with.
-    """
+    """The program that defines `entry_point`: what the completion gives as code. The full prompt comes first, for its
+    imports and helpers: up to its docstring it is a function already, which the completion defines anew, or goes on
+    with."""
     code = extract_code(completion)
     defined = re.compile(rf"^(?:(?:async )?def {entry_point}\b|{entry_point}\s*(?::|=(?!=)))", re.MULTILINE)
     if not defined.search(code):

@@ -56,9 +56,7 @@ class ReasoningGym(GeneratedTask):
 
     def get_example(self, index: int) -> Conversation:
         """Puzzle `index`, also as the generator gave it (`entry`). Those without a reference answer have no answer.
-
-        Raises UserError when the generator has so few questions that none belongs to this split.
-        """
+        Raises UserError when the generator has so few questions that none belongs to this split."""
         entry = self._own_entry(index)
         messages = [{"role": "user", "content": entry["question"]}]
         if entry["answer"] is not None:  # some puzzles have many right answers, and the generator names none

@@ -78,11 +78,9 @@ def parse_spec(spec: str) -> list[TaskSpec]:
 
 
 def parse_tasks(spec: str, split: Split, source: str | None = None) -> list[Task]:
-    """The tasks of a spec, each as often as it says. `count` beyond the end of a task takes all of it.
-
-    `source` is the run's text source, for tasks made from text; one that it has too little for is LeftOut. Raises
-    UserError for a malformed spec, an unknown name and data that is absent.
-    """
+    """The tasks of a spec, each as often as it says. `count` beyond the end of a task takes all of it. `source` is the
+    run's text source, for tasks made from text; one that it has too little for is LeftOut. Raises UserError for a
+    malformed spec, an unknown name and data that is absent."""
     tasks: list[Task] = []
     for item in parse_spec(spec):
         try:
@@ -106,9 +104,8 @@ def canonical_name(name: str) -> str:
 
 def make_task(name: str, split: Split, source: str | None = None, count: int | None = None) -> Task:
     """The task `name`, in any case, or the JSONL file of that name; `count` is the number of items wanted (None: all).
-
-    `source` is the run's text source, for tasks made from text. Raises UserError for an unknown name and absent data.
-    """
+    `source` is the run's text source, for tasks made from text. Raises UserError for an unknown name and absent
+    data."""
     name = canonical_name(name)
     row = task_row(name)
     task_class: Any = row.load()

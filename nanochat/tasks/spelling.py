@@ -137,11 +137,9 @@ class SimpleSpelling(WordTask):
 
 
 class SpellingBee(WordTask):
-    """How often a letter occurs in a word: spelled, counted along, and verified with the tool.
-
-    In test no count is a safe guess, as 1 was, right in 48 of 100: words have a letter twice, and each count that a
-    word has is asked about as often, with each letter.
-    """
+    """How often a letter occurs in a word: spelled, counted along, and verified with the tool. In test no count is a
+    safe guess, as 1 was, right in 48 of 100: words have a letter twice, and each count that a word has is asked about
+    as often, with each letter."""
 
     name = "SpellingBee"
 
@@ -257,9 +255,7 @@ def frequent_words(documents: Iterable[str]) -> list[str]:
 
 def load_words(source: str, split: Split) -> list[str]:
     """Words of one split, the most frequent first; of the rarer half about one in five, by its hash, is for test.
-
-    Raises UserError when they were not made yet or are damaged, and TooLittleText where the text has too few.
-    """
+    Raises UserError when they were not made yet or are damaged, and TooLittleText where the text has too few."""
     path = require(source, "words", "SpellingBee") / "words.txt"
     words = path.read_text(encoding="utf-8").split()
     tested = {word for word in words[len(words) // 2 :] if split_of("word", word, test_share=TEST_SHARE) == "test"}
