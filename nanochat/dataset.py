@@ -63,7 +63,15 @@ def main(settings: Settings) -> None:
     source = canonical(settings.source)
     known = find_source(source)
     if isinstance(known, HubSource):
-        fetch(source, known, settings.num_files, settings.num_workers)
+        train = known.last if settings.num_files == -1 else settings.num_files
+        fetch_files(
+            {"source": source, "kind": "hub", "synthetic": False, "repo": known.repo, "revision": known.revision},
+            data_dir(source),
+            {parquet.shard_name(known.last): "val", **{parquet.shard_name(index): "train" for index in range(train)}},
+            describe=parquet.describe,
+            otherwise="use --source=pydocs, which needs none",
+            num_workers=settings.num_workers,
+        )
     else:
         pkgutil.resolve_name(known)(source, settings.num_files)
     manifest = parquet.load_manifest(data_dir(source))
@@ -83,45 +91,28 @@ def main(settings: Settings) -> None:
 # ---- Getting
 
 
-def fetch(source: str, spec: HubSource, num_files: int, num_workers: int = 4) -> None:
-    """Download train shards 0 … num_files-1 (-1: all) and the validation shard; those that are here are kept."""
-    train = spec.last if num_files == -1 else num_files
-    fetch_files(
-        {"source": source, "kind": "hub", "synthetic": False, "repo": spec.repo, "revision": spec.revision},
-        data_dir(source),
-        {_name(spec.last): "val", **{_name(index): "train" for index in range(train)}},
-        describe=parquet.describe,
-        counted="documents",
-        otherwise="use --source=pydocs, which needs none",
-        num_workers=num_workers,
-        called="shards",
-    )
-
-
 def fetch_files(
     about: parquet.Manifest,
     folder: Path,
     wanted: Mapping[str, str],
     *,
     describe: Callable[[Path, str, str], parquet.Manifest],
-    counted: str,
     otherwise: str,
     num_workers: int,
-    called: str = "files",
 ) -> None:
     """Download those files of `wanted` (name -> split) that do not stand in `folder` as its manifest has them.
 
     about: facts for the manifest, of which `source`, `repo` and `revision` are used here; the last only where the
-    manifest does not know a commit yet. describe(path, split, name) -> manifest entry with `size`, `split` and the
-    count `counted`; raises UserError where the file is not what it should be, and it is not kept. `otherwise` says what
-    one can do without the hub. Raises UserError as hub.download does.
+    manifest does not know a commit yet. describe(path, split, name) -> manifest entry; raises UserError where the file
+    is not what it should be, and it is not kept. `otherwise` says what one can do without the hub. Raises UserError as
+    hub.download does.
     """
     from nanochat.data import hub  # huggingface_hub takes 0.5 s to import: only for those who download
 
     manifest = parquet.load_manifest(folder)
     missing = [name for name in wanted if not parquet.is_here(folder / name, manifest["files"].get(name))]
     if len(wanted) > len(missing):
-        print(f"{about['source']}: {len(wanted) - len(missing)} of {len(wanted)} {called} are here")
+        print(f"{about['source']}: {len(wanted) - len(missing)} of {len(wanted)} files are here")
     if not missing:
         return
     stop = threading.Event()
@@ -142,6 +133,7 @@ def fetch_files(
             )
             parquet.update_manifest(folder, {**about, "revision": commit}, {name: entries[name]})
             progress.remove_task(task)
+            counted = parquet.counted(entries[name])
             print(f"{name}: {entries[name]['size'] / 1e6:,.1f} MB, {entries[name][counted]:,} {counted}", flush=True)
             return commit
 
@@ -158,15 +150,12 @@ def fetch_files(
                 raise
 
 
-def _name(index: int) -> str:
-    return f"shard_{index:05d}.parquet"
-
-
-def progress_bar() -> Progress:
-    """Bars in bytes on a terminal; elsewhere nothing (each finished file prints its line anyway)."""
+def progress_bar(in_bytes: bool = True) -> Progress:
+    """Bars on a terminal; elsewhere nothing: what is done prints its line."""
     console = Console()
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)
+    sizes = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else []
+    columns = [TextColumn("{task.description}"), BarColumn(), *sizes, TimeRemainingColumn()]
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 if __name__ == "__main__":

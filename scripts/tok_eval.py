@@ -38,6 +38,7 @@ class Settings:
 if __name__ == "__main__":
     cli.start(Settings)  # before what is slow to import
 
+import numpy as np
 import tiktoken
 from rich.console import Console
 from rich.table import Table
@@ -55,27 +56,24 @@ def main(settings: Settings) -> None:
     failed = [name for name, documents in texts.items()
               if any(tokenizer.decode(tokenizer.encode(text)) != text for text in documents)]  # fmt: skip
     ours = {name: sizes[name] / max(tokens[name], 1) for name in texts}
-    own = {
-        "title": "This tokenizer",
-        "columns": ["Text", "Bytes", "Tokens", "Bytes per token", "Round trip"],
-        "rows": [
-            [name, f"{sizes[name]:,}", f"{tokens[name]:,}", f"{ours[name]:.3f}", "FAILED" if name in failed else "ok"]
-            for name in texts
-        ],
-    }
-    rows = [[f"nanochat ({tokenizer.get_vocab_size():,})", *(f"{value:.2f}" for value in ours.values())]]
+    own = [
+        [name, f"{sizes[name]:,}", f"{tokens[name]:,}", f"{ours[name]:.3f}", "FAILED" if name in failed else "ok"]
+        for name in texts
+    ]
+    compared = [[f"nanochat ({tokenizer.get_vocab_size():,})", *(f"{value:.2f}" for value in ours.values())]]
     notes = []
     for baseline in BASELINES:
         row, note = compare(baseline, texts, sizes, ours)
-        rows.append(row)
+        compared.append(row)
         notes += note
-    compared = {
-        "title": "Bytes per token (in brackets: how much more, or less, nanochat's tokenizer packs into one)",
-        "columns": ["Tokenizer (vocabulary)", *texts],
-        "rows": rows,
-    }
 
-    tables = [own, compared, histogram(tokenizer.token_byte_lengths())]
+    columns = ["Text", "Bytes", "Tokens", "Bytes per token", "Round trip"]
+    title = "Bytes per token (in brackets: how much more, or less, nanochat's tokenizer packs into one)"
+    tables = [
+        {"title": "This tokenizer", "columns": columns, "rows": own},
+        {"title": title, "columns": ["Tokenizer (vocabulary)", *texts], "rows": compared},
+        histogram(tokenizer.token_byte_lengths()),
+    ]
     metrics = {f"bytes_per_token_{name}": value for name, value in ours.items()} | {"hash": tokenizer.hash}
     data = {"settings": asdict(settings), "metrics": metrics, "tables": tables, "notes": notes}
     if kept:
@@ -90,15 +88,12 @@ def main(settings: Settings) -> None:
 
 def histogram(lengths: Sequence[int]) -> dict[str, Any]:
     """Table of how many tokens stand for 1, 2, ... bytes; special tokens (0) left out."""
-    sizes = [length for length in lengths if length > 0]
-    counts = {size: sizes.count(size) for size in range(1, LONG)}
-    rows = [[str(size), counts[size]] for size in counts] + [[f"{LONG} or more", sum(size >= LONG for size in sizes)]]
-    most = max(count for _, count in rows)
-    return {
-        "title": "Tokens by their length in bytes",
-        "columns": ["Bytes", "Tokens", "Share", ""],
-        "rows": [[size, f"{n:,}", f"{n / len(sizes):.1%}", "█" * round(BAR * n / most)] for size, n in rows],
-    }
+    counts = np.bincount(np.minimum(lengths, LONG), minlength=LONG + 1)[1:].tolist()
+    sizes, total, most = [*map(str, range(1, LONG)), f"{LONG} or more"], sum(counts), max(counts)
+    rows = [
+        [size, f"{n:,}", f"{n / total:.1%}", "█" * round(BAR * n / most)] for size, n in zip(sizes, counts, strict=True)
+    ]
+    return {"title": "Tokens by their length in bytes", "columns": ["Bytes", "Tokens", "Share", ""], "rows": rows}
 
 
 def compare(

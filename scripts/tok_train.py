@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,9 +27,7 @@ O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-MARKED = (
-    0.05  # share of letters with a mark from which on auto takes it: Hindi, Tamil .5, Thai .2, Arabic .01, others 0
-)
+MARKED = 0.05  # share of letters with a mark from which on auto takes it: Hindi, Tamil .5, Thai .2, Arabic .01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +55,9 @@ if __name__ == "__main__":
     cli.start(Settings)  # before what is slow to import
 
 import regex
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
+
+from nanochat.dataset import progress_bar
 
 
 def main(settings: Settings) -> None:
@@ -67,7 +65,7 @@ def main(settings: Settings) -> None:
     started, notes = time.perf_counter(), []
     shards = list_shards(settings.source, "train")
     pattern = O200K if settings.pattern == "o200k" else None
-    if settings.pattern == "auto" and (share := marked(shards)) >= MARKED:
+    if settings.pattern == "auto" and (share := marked_share(shards)) >= MARKED:
         pattern = O200K
         notes.append(
             f"{share:.0%} of the letters have vowel signs or accents of their own: words are told apart as GPT-4o's "
@@ -87,22 +85,22 @@ def main(settings: Settings) -> None:
     train_seconds = time.perf_counter() - started
     tokenizer.save(tokenizer_dir())
 
+    size, statistics = tokenizer.get_vocab_size(), token_byte_statistics(tokenizer)
     metrics = {
         "train_seconds": train_seconds,
         "documents": documents,
         "characters": characters,
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": size,
         "special_tokens": len(SPECIAL_TOKENS),
-        **token_byte_statistics(tokenizer),
+        **statistics,
         "hash": tokenizer.hash,
     }
-    size = tokenizer.get_vocab_size()
     if size < settings.vocab_size:
         notes.append(f"The text ran out of pairs to merge: {size:,} tokens instead of {settings.vocab_size:,}.")
     data = {"settings": dataclasses.asdict(settings), "metrics": metrics, "notes": notes}
     sections.write_section("tok_train", "Tokenizer training", data)
     print(f"trained on {documents:,} documents, {characters:,} characters in {train_seconds:.1f} s")
-    shortest, longest, mean, deviation = (metrics[f"token_bytes_{name}"] for name in ("min", "max", "mean", "std"))
+    shortest, longest, mean, deviation = statistics.values()
     print(
         f"{size:,} tokens, {len(SPECIAL_TOKENS)} of them special; bytes per token: "
         f"min {shortest}, max {longest}, mean {mean:.4f}, std {deviation:.4f}"
@@ -112,7 +110,7 @@ def main(settings: Settings) -> None:
     print(f"saved in {tokenizer_dir()} (hash {tokenizer.hash})")
 
 
-def marked(shards: list[Path]) -> float:
+def marked_share(shards: list[Path]) -> float:
     """Share of the letters with a mark behind them, of up to eight shards' first documents."""
     letters = with_mark = 0
     for path in shards[:: -(-len(shards) // 8) or 1]:
@@ -137,12 +135,11 @@ def token_byte_statistics(tokenizer: RustBPETokenizer) -> dict[str, float]:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def shown_progress(vocab_size: int) -> Iterator[tuple[Progress, Callable[[int, int, int], None]]]:
     """Progress on a terminal, nothing in a log: how much text has been read, then a bar of the merges."""
-    console, started = Console(), time.perf_counter()
-    columns = [TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    started = time.perf_counter()
+    with progress_bar(in_bytes=False) as progress:
         bar = progress.add_task("reading text", total=None)
 
         def update(documents: int, text_bytes: int, merges: int) -> None:

@@ -640,7 +640,7 @@ def test_one_short_document_is_shared_out_too(folder):
 def prose(seed, sentences=40):
     """Lines of words, no two alike, different for each seed."""
     chance = random.Random(seed)
-    words = ["".join(chance.choices("abcdefghiklmnoprstu", k=chance.randint(2, 9))) for _ in range(400)]
+    words = ["".join(chance.choices("abcdefghiklmnoprstu", k=chance.randint(2, 9))) for _ in range(100)]
     return "\n".join(" ".join(chance.choices(words, k=9)).capitalize() + "." for _ in range(sentences))
 
 

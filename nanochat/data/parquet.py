@@ -37,7 +37,7 @@ def load_manifest(folder: Path) -> Manifest:
         manifest: Manifest = parse_json(path.read_bytes())
         (files,) = fields(manifest, files=dict)
         for name, entry in files.items():
-            count = next((name for name in COUNTS if name in entry), "documents")
+            count = counted(entry)
             fields(entry, split=str, size=int, sha256=str, **{count: int}, **COUNTS[count])
             if Path(name).name != name:  # it is read, and removed, by this name
                 raise ValueError(f"{name} is not in {folder}")
@@ -46,6 +46,11 @@ def load_manifest(folder: Path) -> Manifest:
     except (TypeError, ValueError, UserError):  # TypeError: an entry that is a number
         raise UserError(f"{path} is damaged: delete {folder} and get the data again") from None
     return manifest
+
+
+def counted(entry: Manifest) -> str:
+    """What is counted in a file of this kind, one of COUNTS."""
+    return next((name for name in COUNTS if name in entry), "documents")
 
 
 def update_manifest(folder: Path, about: Manifest, files: Manifest, replace: bool = False) -> None:
@@ -198,6 +203,10 @@ def strange_kind(head: bytes) -> str:
     return "an HTML page" if head.startswith((b"<!doctype", b"<html")) else ""
 
 
+def shard_name(index: int) -> str:
+    return f"shard_{index:05d}.parquet"
+
+
 def write_shard(path: Path, documents: Iterable[str], row_group: int = ROW_GROUP) -> None:
     """Write documents as zstd parquet in row groups of `row_group` documents, atomically."""
     schema = pa.schema([("text", pa.string())])
@@ -235,10 +244,10 @@ def write_shards(
         raise UserError(f"{len(held)} documents are too few: one is needed for validation and one to train on")
     entries: Manifest = {}
     for part in parts(itertools.chain([text], stream), shard_bytes, utf8_bytes):
-        name = f"shard_{len(entries):05d}.parquet"
+        name = shard_name(len(entries))
         write_shard(folder / name, part, row_group)
         entries[name] = describe(folder / name, "train")
-    name = f"shard_{len(entries):05d}.parquet"
+    name = shard_name(len(entries))
     write_shard(folder / name, held, row_group)
     entries[name] = describe(folder / name, "val")
     return entries

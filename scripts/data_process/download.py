@@ -77,7 +77,6 @@ def fetch(dataset: str, train_files: int, num_workers: int = 4) -> Path:
         folder,
         wanted,
         describe=_describe,
-        counted="tokens",
         otherwise="use scripts.data_process.tokenize_text, which needs none",
         num_workers=num_workers,
     )

@@ -13,7 +13,6 @@ from nanochat.dataloader import RowLoader, row_batches
 from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
 from tests.data.synchronous import Synchronous
-from tests.processes import run_processes
 
 DOCUMENT = 0
 T = 16
@@ -199,23 +198,6 @@ def test_epoch(folder):
     take(data, 1)
     assert 0.97 < data.epoch() <= 1  # all rows taken; the tail of the last file is in none of them
     data.close()
-
-
-def two_ranks(folder):
-    import torch.distributed as dist
-
-    data = loader(folder, 5, T, 2, rank=dist.get_rank(), world_size=2)
-    rows = take(data, 3)
-    state = data.state_dict()
-    data.close()
-    return rows, state
-
-
-def test_two_processes_have_one_state(folder):
-    (rows0, state0), (rows1, state1) = run_processes(2, two_ranks, folder)
-    np.testing.assert_array_equal(rows0, cycled(0, 3, 5)[:, 0::2])
-    np.testing.assert_array_equal(rows1, cycled(0, 3, 5)[:, 1::2])
-    assert state0 == state1 == all_ranks(folder, 1, 3, 5, 5)[1]
 
 
 def test_resume_with_other_data_or_rows_is_refused(folder, tmp_path):

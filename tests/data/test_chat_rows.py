@@ -141,7 +141,7 @@ def test_any_number_of_ranks_sees_the_same_batches_and_resumes(world, world_afte
         np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-@pytest.mark.parametrize("world", [3, 6, 7, 48, 56, 100, 127, 1000, 1024])
+@pytest.mark.parametrize("world", [3, 7, 48, 127, 1024])
 def test_any_number_of_ranks_up_to_1024(world, monkeypatch):
     source = packer()
     monkeypatch.setattr(source, "chunk", lru_cache(source.chunk))  # each rank packs all of them

@@ -169,7 +169,7 @@ def test_any_world_size_sees_the_same_global_batches_and_resumes(
     np.testing.assert_array_equal(again, expected[before:])
 
 
-@pytest.mark.parametrize("world", [3, 7, 12, 48, 56, 100, 127, 1000, 1024])
+@pytest.mark.parametrize("world", [3, 7, 48, 127, 1024])
 def test_any_number_of_ranks_up_to_1024(shared_source, world):
     """More ranks than row groups (there are 23), and than rows where there are more than 40 of them."""
     expected, _ = all_ranks(1, 3, rows=40, batch=40)
@@ -231,6 +231,7 @@ def test_a_rank_of_filler_only_has_a_state_and_an_epoch(shared_source):
 def shared_source(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("store")))
+    patch.setenv("LOCAL_RANK", "1")  # so that a thousand ranks do not each hash the shards
     documents = make_documents(200)
     write_source([documents[:180], documents[180:]])
     yield

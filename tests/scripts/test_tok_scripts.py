@@ -129,7 +129,7 @@ def test_a_damaged_shard_is_one_line_and_nothing_is_written(store):
 
 
 def test_progress_shows_text_and_then_merges(monkeypatch):
-    monkeypatch.setattr(tok_train.Console, "is_terminal", property(lambda self: True))
+    monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda self: True))
     with tok_train.shown_progress(vocab_size=1265) as (progress, update):
         (task,) = progress.tasks
         update(1234, 10**9, 0)

@@ -1,7 +1,6 @@
 """text_choice.py: one of four words is right, every word as often as any other, and the answer says it and no more."""
 
 import itertools
-import json
 import random
 from collections import Counter
 
@@ -14,7 +13,7 @@ from nanochat.eval.shortcuts import of_task
 from nanochat.tasks.spelling import QUOTATION, characters, load_words
 from nanochat.tasks.text_choice import CHOICES, LONGEST, TextChoice
 from nanochat.tokenizer import RustBPETokenizer
-from tests.tasks.test_words import documents, other_process, put_text
+from tests.tasks.test_words import documents, put_text
 
 
 @pytest.fixture
@@ -123,12 +122,3 @@ def test_other_alphabets(store):
 def test_absent_words_name_the_command(store):
     with pytest.raises(UserError, match=r"`python -m scripts\.chat_data --source=pydocs"):
         TextChoice("test", "pydocs")
-
-
-def test_same_items_in_every_process(ready):
-    code = (
-        "import json; from nanochat.tasks.text_choice import TextChoice; task = TextChoice('train', 'pydocs', 40); "
-        "print(json.dumps([task[index] for index in range(40)]))"
-    )
-    task = TextChoice("train", ready, 40)
-    assert json.loads(other_process(code, "1")) == [task[index] for index in range(40)]

@@ -222,12 +222,6 @@ def test_too_little_text(store):
         load_words("pydocs", "train")
 
 
-def test_same_words_in_every_process(source):
-    WordTask.prepare("SpellingBee", source)
-    code = "from nanochat.tasks.spelling import load_words; print(load_words('pydocs', 'test'))"
-    assert other_process(code, "1") == other_process(code, "2") == f"{load_words(source, 'test')}\n"
-
-
 def test_words_of_other_alphabets():
     assert frequent_words(["слово ёлка Москва " * 5 + "word " * 6]) == ["word", "слово", "ёлка"]
     assert frequent_words(["für große " * 5]) == ["für", "große"]
