@@ -1,9 +1,14 @@
 """A store with what the chat stages need: text, tokenizer and a base model trained for a few steps."""
 
+import subprocess
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import pytest
 
 from nanochat import ledger, pipeline
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
@@ -16,6 +21,17 @@ QUESTIONS = "How many apples does Ada have now? 0123456789 + - * = #### python o
 BASE = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 128, "device_batch_size": 4,
         "total_batch_size": 1024, "num_iterations": 3, "eval_tokens": 512, "core_metric_every": -1,
         "sample_every": -1, "eval_every": -1, "source": "pydocs", "device_type": "cpu", "model_tag": "m"}  # fmt: skip
+
+
+@contextmanager
+def in_store(folder: Path, like: Path | None = None) -> Iterator[Path]:
+    """Within, the store is `folder`, first made a copy of another, and the run is called test."""
+    if like is not None:
+        subprocess.run(["cp", "-r", f"{like}/.", str(folder)], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        patch.setenv("NANOCHAT_RUN_ID", "test")
+        yield folder
 
 
 def make_text() -> None:

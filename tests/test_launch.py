@@ -361,11 +361,6 @@ def run_and_signal(tmp_path, script, number):
     return job.returncode, seen + rest, err
 
 
-def test_processes_hear_of_the_signal_that_announces_the_end(tmp_path):
-    _, out, _ = run_and_signal(tmp_path, WORKER, signal.SIGUSR1)
-    assert out.count("saved") == 2
-
-
 def run_two(tmp_path, script, *words, **environment):
     """(exit code, stdout, stderr) of a script as two processes under torchrun."""
     (tmp_path / "script.py").write_text(script)
@@ -415,11 +410,11 @@ def test_a_users_mistake_is_one_line_whichever_ranks_met_it(tmp_path, ranks, sai
     assert (done.returncode, done.stderr) == (1, said)
 
 
-@pytest.mark.parametrize(("code", "expected"), [("0", 0), ("75", 75)])
-def test_processes_that_save_after_a_signal_decide_the_exit_code(tmp_path, code, expected):
-    script = WORKER.replace("SIGUSR1", "SIGTERM").replace("sys.exit(0)", f"sys.exit({code})")
-    found, out, err = run_and_signal(tmp_path, script, signal.SIGTERM)
-    assert (found, err, out.count("saved")) == (expected, "", 2)
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 0), ("SIGTERM", 75)])  # the first announces the end
+def test_processes_hear_of_a_signal_and_decide_the_exit_code_when_they_have_saved(tmp_path, name, code):
+    script = WORKER.replace("SIGUSR1", name).replace("sys.exit(0)", f"sys.exit({code})")
+    found, out, err = run_and_signal(tmp_path, script, signal.Signals[name])
+    assert (found, err, out.count("saved")) == (code, "", 2)
 
 
 def test_processes_that_do_not_save_end_it_with_the_signal(tmp_path):

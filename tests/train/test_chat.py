@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from functools import partial
 
@@ -13,14 +12,12 @@ from safetensors.torch import load_file
 from nanochat import checkpoint, cli
 from nanochat.errors import UserError
 from nanochat.paths import checkpoint_dir, run_dir, tokenizer_dir
-from nanochat.runtime import get_dist_info
 from nanochat.tasks.registry import parse_tasks
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import chat
 from nanochat.train.chat import inherit, plan_steps
 from scripts import chat_sft, mid_train
-from tests.chat_setup import kill_before_the_ledgers_line, make_base, make_text
-from tests.processes import run_processes
+from tests.chat_setup import in_store, kill_before_the_ledgers_line, make_base, make_text
 
 SMALL = {"tasks": "Arithmetic:60,Identity:40", "num_iterations": 4, "eval_tokens": 1024, "eval_every": 2,
          "device_type": "cpu"}  # fmt: skip
@@ -28,23 +25,17 @@ SMALL = {"tasks": "Arithmetic:60,Identity:40", "num_iterations": 4, "eval_tokens
 
 @pytest.fixture(scope="module")
 def base_store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("store")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-    patch.setenv("NANOCHAT_RUN_ID", "test")
-    make_text()
-    make_base()
-    patch.undo()
+    with in_store(tmp_path_factory.mktemp("store")) as folder:
+        make_text()
+        make_base()
     return folder
 
 
 @pytest.fixture
-def store(base_store, tmp_path, monkeypatch):
+def store(base_store, tmp_path):
     """A copy of the store with a base model in it."""
-    subprocess.run(["cp", "-r", f"{base_store}/.", str(tmp_path)], check=True)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("NANOCHAT_RUN_ID", "test")
-    return tmp_path
+    with in_store(tmp_path, base_store):
+        yield tmp_path
 
 
 def mid(**changes):
@@ -122,23 +113,6 @@ def test_runs_never_share_a_folder(store, capsys):
     make_base(num_iterations=2)
     mid(model_tag="m", resume="auto")
     assert "differs in parent: kept as m.1" in capsys.readouterr().out
-
-
-def sft_of_two_ranks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat, "compute_cleanup", lambda: None)  # the process group is the test's
-        patch.setenv("NANOCHAT_RUN_ID", f"two-rank{get_dist_info().rank}")
-        sft(source_stage="base", out_tag="two")
-
-
-def test_two_ranks_train_as_one(store):
-    sft(source_stage="base")
-    run_processes(2, sft_of_two_ranks)
-    single, double = (checkpoint.read_meta(checkpoint_dir("sft", tag), 4) for tag in ("m", "two"))
-    assert double["world_size"] == 2 and double["loader"] == single["loader"]
-    assert double["val_bpb"] == pytest.approx(single["val_bpb"], rel=1e-4)
-    losses = [meta["loop"]["smoothed_loss"] for meta in (single, double)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_batches_without_a_single_target_train_on_and_have_no_loss(store, tmp_path, capsys):

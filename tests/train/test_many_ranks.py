@@ -232,7 +232,9 @@ def hosts() -> Iterator[list[list[str]]]:
 
 def test_fsdp_ends_where_one_process_ends(one, two):
     assert_same_run(two, one)
-    assert checkpoint.read_meta(folder(two), STEPS)["world_size"] == 2
+    meta = checkpoint.read_meta(folder(two), STEPS)
+    assert meta["world_size"] == len(meta["rng"]) == 2
+    assert meta["loader"] == checkpoint.read_meta(folder(one), STEPS)["loader"]
     greedy, expected = ([s for s in report(tag)["samples"] if s["prompt"]] for tag in (two, one))
     assert greedy == expected and len(greedy) == 7
 
