@@ -16,12 +16,7 @@ Mask: TypeAlias = "Tensor | BlockMask"
 # cuDNN's kernel first: on an H200 a d12 training step (B=32, T=2048, H=6, D=128, bf16) runs at 539k tokens/s with it
 # and at 486k with the FlashAttention-2 that torch picks by itself (benchmarks/train_speed.py). The others follow for
 # shapes that it refuses.
-GPU_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+GPU_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # cuDNN makes a plan for every new shape, and with a KV cache every step has a new one: 65 ms a token instead of 11
 # (d12, 128 rows). Training and padded evaluations have lengths that divide by this; prompts mostly have not.
 PLANNED_LENGTHS = 64
@@ -76,12 +71,8 @@ def offset_keys(k: Tensor, joined: Tensor, carried: Tensor | None) -> tuple[Tens
 
 def visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """(queries, keys) bool: True where the query may look at the key (see causal_attention)."""
-    query_position = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
-    key_position = torch.arange(keys, device=device).unsqueeze(0)
-    mask = key_position <= query_position
-    if window >= 0:
-        mask &= query_position - key_position <= window
-    return mask
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask.triu(keys - queries - window) if window >= 0 else mask
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:

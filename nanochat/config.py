@@ -40,48 +40,33 @@ class GPTConfig:
     speedrun's records; ArchFlags, which has flags of their names, explains them.
     """
 
-    sequence_len: int = 2048
-    """Longest training row, in tokens."""
-    vocab_size: int = 65536
-    """Entries of the embedding and the head."""
-    n_layer: int = 20
-    """Transformer blocks."""
-    n_head: int = 10
-    """Query heads."""
-    n_kv_head: int = 10
-    """Key/value heads; n_head must be a multiple."""
-    n_embd: int = 1280
-    """Width of the residual stream; n_head must divide it."""
+    sequence_len: int = 2048  # longest training row, in tokens
+    vocab_size: int = 65536  # entries of the embedding and the head
+    n_layer: int = 20  # transformer blocks
+    n_head: int = 10  # query heads
+    n_kv_head: int = 10  # key/value heads; n_head must be a multiple
+    n_embd: int = 1280  # width of the residual stream; n_head must divide it
     window_pattern: str = "L"
     long_window: int = -1
     short_window: int = -1
-    document_token: int = -1
-    """Token that starts a document: attention does not look beyond it. -1 = attention runs over documents."""
+    document_token: int = -1  # that starts a document: attention does not look beyond it; -1: it runs over documents
     rotary_base: float = 10_000.0
     rotary_half: bool = False
-    attn_scale: float = 0.0
-    """Factor on the attention logits; 0 = 1/sqrt(head_dim)."""
-    logit_scale: float = 1.0
-    """Factor between lm_head and the softcap, at width mup_base_width where that is given."""
+    attn_scale: float = 0.0  # factor on the attention logits; 0 = 1/sqrt(head_dim)
+    logit_scale: float = 1.0  # factor between lm_head and the softcap, at width mup_base_width where that is given
     unet: bool = False
     x0_shortcut: bool = False
     value_embeds: ValueEmbeds = "none"
-    ngram_embeds: int = 0
-    """Longest run of tokens that has hashed embeddings; 0 = none."""
-    ngram_slots: int = 5
-    """Slots of each of their tables, in vocabularies."""
-    ngram_heads: int = 1
-    """Hashes of each n-gram, each for its share of the channels: two n-grams rarely share all of them."""
+    ngram_embeds: int = 0  # longest run of tokens that has hashed embeddings; 0 = none
+    ngram_slots: int = 5  # slots of each of their tables, in vocabularies
+    ngram_heads: int = 1  # hashes of each n-gram, each for some of the channels: two n-grams rarely share all of them
     key_offset: bool = False
     attn_gate: bool = False
     smear: bool = False
     backout: bool = False
-    attention_free_layer: int = -1
-    """Layer without attention; -1 = none."""
-    mup_base_width: int = 0
-    """Width at which muP and the standard parametrisation agree (nanochat.mup); 0 = standard parametrisation."""
-    mup_base_depth: int = 0
-    """Depth at which residual branches have weight 1 (CompleteP, arXiv 2505.01618); 0 = at every depth."""
+    attention_free_layer: int = -1  # layer without attention; -1 = none
+    mup_base_width: int = 0  # at which muP and the standard parametrisation agree (nanochat.mup); 0 = the latter
+    mup_base_depth: int = 0  # at which residual branches have weight 1 (CompleteP, arXiv 2505.01618); 0 = everywhere
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # what comes from a file may be anything
@@ -177,14 +162,10 @@ class InitSpec:
     init: Init = "uniform"
     """Hidden matrices: std = 1/sqrt(fan_in), from ±sqrt(3)·std (uniform: no outliers), or normal with
     1/sqrt(fan_in) · min(1, sqrt(fan_out/fan_in)) (spectral; arXiv 2310.17813)."""
-    seed: int = 42
-    """Each parameter has a generator of its own, seeded by this and its name."""
-    head_std: float = 0.001
-    """Of lm_head, at every width; 0: the first loss is ln(vocab_size) exactly."""
-    zero_proj: bool = True
-    """Projections back into the stream (c_proj) begin at zero, so that every block starts as the identity."""
-    gain: float = 1.0
-    """Factor on the std of hidden matrices."""
+    seed: int = 42  # each parameter has a generator of its own, seeded by this and its name
+    head_std: float = 0.001  # of lm_head, at every width; 0: the first loss is ln(vocab_size) exactly
+    zero_proj: bool = True  # projections back into the stream (c_proj) begin at 0: each block starts as the identity
+    gain: float = 1.0  # factor on the std of hidden matrices
 
 
 # What learned scalars begin with.

@@ -68,12 +68,9 @@ def ngram_slots(tokens: list[Tensor], factors: Tensor, slots: int) -> Tensor:
 class Cache(Protocol):
     """What the model needs of a KV cache (nanochat.engine.KVCache): rows of lengths of their own."""
 
-    incoming: Tensor | None
-    """(B,) how many of the tokens of this forward pass count, from the left; None: all of them, in every row."""
-    last_tokens: Tensor
-    """(B, 3) int64: the last tokens of each row, as many as n-grams look back."""
-    document_starts: Tensor
-    """(B,) int64: where the document begins that each row is in."""
+    incoming: Tensor | None  # (B,) how many tokens of this pass count, from the left; None: all, in every row
+    last_tokens: Tensor  # (B, 3) int64: the last tokens of each row, as many as n-grams look back
+    document_starts: Tensor  # (B,) int64: where the document begins that each row is in
 
     def get_pos(self) -> int: ...
     def begin(self, num_tokens: int) -> Tensor: ...
@@ -91,10 +88,8 @@ class ForwardContext(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    masks: "tuple[Mask | None, Mask | None]"
-    """For layers with short and long windows; None: plain causal attention."""
-    joined: Tensor | None
-    """(B or 1, T) whether the token before is of the same document; None: nobody needs to know."""
+    masks: "tuple[Mask | None, Mask | None]"  # for layers with short and long windows; None: plain causal attention
+    joined: Tensor | None  # (B or 1, T) whether the token before is of the same document; None: nobody needs to know
     kv_cache: Cache | None
 
 
@@ -191,8 +186,7 @@ def summarize(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    stats: Tensor | None = None
-    """(2, 5) fp32: where statistics of what attention and MLP add are written to; None: not taken"""
+    stats: Tensor | None = None  # (2, 5) fp32: where statistics of what attention and MLP add go; None: not taken
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -369,12 +363,10 @@ class GPT(nn.Module):
         """(B, T, C) in the compute dtype: the sum of the embeddings of each token with those before it."""
         tables: Any = self.transformer["ngram_embeds"]
         tokens = self.tokens_before(idx, kv_cache, len(tables))
-        total: Any = None
         slots = self.config.ngram_slots * self.config.vocab_size
-        for n, table in enumerate(tables, start=2):
-            part = table(ngram_slots(tokens[:n], self.ngram_factors, slots)).flatten(-2).to(self.compute_dtype)
-            total = part if total is None else total + part
-        return total
+        rows = (ngram_slots(tokens[:n], self.ngram_factors, slots) for n in range(2, len(tables) + 2))
+        parts = (table(row).flatten(-2).to(self.compute_dtype) for table, row in zip(tables, rows, strict=True))
+        return functools.reduce(torch.add, parts)
 
     def forward_context(self, idx: Tensor, kv_cache: Cache | None) -> ForwardContext:
         """Positions and masks of this forward pass; notes in the cache where documents begin."""

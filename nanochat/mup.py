@@ -24,6 +24,8 @@ depth, eps of the parameters in them likewise, rates as they are.
 import dataclasses
 import functools
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -41,26 +43,16 @@ ModelClass = Callable[[GPTConfig], nn.Module]
 class Dim(NamedTuple):
     """One dimension of a parameter."""
 
-    base: int
-    """Size at the base width."""
+    base: int  # size at the base width
     size: int
-    infinite: bool
-    """Grows with the width."""
+    infinite: bool  # grows with the width
 
     @property
     def growth(self) -> float:
         return self.size / self.base
 
 
-@dataclass(frozen=True)
-class InfShape:
-    """Dimensions of a parameter: (n,) or (fan out, fan in), whichever way round it is stored."""
-
-    dims: tuple[Dim, ...]
-
-    @property
-    def infinite(self) -> tuple[bool, ...]:
-        return tuple(dim.infinite for dim in self.dims)
+InfShape = tuple[Dim, ...]  # of a parameter: (n,) or (fan out, fan in), whichever way round it is stored
 
 
 @dataclass(frozen=True)
@@ -69,16 +61,11 @@ class ParamScaling:
 
     kind: Kind
     optimizer: Literal["muon", "adamw"]
-    init_std: float
-    """Standard deviation of the initial values, not relative; 0: begins as a constant."""
-    lr: float = 1.0
-    """On the learning rate requested at the base width."""
-    eps: float = 1.0
-    """On AdamW's eps; Muon has none that gradients of any size could notice."""
-    weight_decay: float = 1.0
-    """On the weight decay, which the optimizers multiply by the learning rate."""
-    multiplier: float = 1.0
-    """On what the parameter's layer puts out, in the forward pass (nanochat.gpt)."""
+    init_std: float  # standard deviation of the initial values, not relative; 0: begins as a constant
+    lr: float = 1.0  # on the learning rate requested at the base width
+    eps: float = 1.0  # on AdamW's eps; Muon has none that gradients of any size could notice
+    weight_decay: float = 1.0  # on the weight decay, which the optimizers multiply by the learning rate
+    multiplier: float = 1.0  # on what the parameter's layer puts out, in the forward pass (nanochat.gpt)
 
 
 # ---- which dimensions grow
@@ -103,7 +90,7 @@ def inf_shapes(model_class: ModelClass, config: GPTConfig) -> dict[str, InfShape
     base_width = config.mup_base_width or config.n_embd
     base, twice = (_fans(model_class, at_width(config, width)) for width in (base_width, 2 * base_width))
     return {
-        name: InfShape(tuple(Dim(b, s, b != t) for b, s, t in zip(base[name], sizes, twice[name], strict=True)))
+        name: tuple(Dim(b, s, b != t) for b, s, t in zip(base[name], sizes, twice[name], strict=True))
         for name, sizes in _fans(model_class, config).items()
     }
 
@@ -131,10 +118,10 @@ KINDS: dict[tuple[bool, ...], Kind] = {
 
 def classify(name: str, shape: InfShape) -> Kind:
     """What kind of parameter this is, by its infinite dimensions. ValueError, naming it, where no rule covers it."""
-    kind = KINDS.get(shape.infinite)
-    sizes = " x ".join(f"{dim.size}{' (infinite)' if dim.infinite else ''}" for dim in shape.dims)
+    kind = KINDS.get(tuple(dim.infinite for dim in shape))
+    sizes = " x ".join(f"{dim.size}{' (infinite)' if dim.infinite else ''}" for dim in shape)
     if kind is None:
-        raise ValueError(f"{name} of {sizes}: no muP rule for parameters of {len(shape.dims)} dimensions")
+        raise ValueError(f"{name} of {sizes}: no muP rule for parameters of {len(shape)} dimensions")
     if kind == "output" and name != "lm_head.weight":
         raise ValueError(f"{name} of {sizes}: maps width to a finite size, but only lm_head has an output multiplier")
     expected = _expected(name)
@@ -159,7 +146,7 @@ def _expected(name: str) -> Kind | None:
 
 def muon_lr_factor(shape: InfShape) -> float:
     """√((out/in) / (base out/base in)), divided by what the optimizer's own √max(1, out/in) already changes of it."""
-    out, into = shape.dims
+    out, into = shape
     own = math.sqrt(max(1.0, out.size / into.size)) / math.sqrt(max(1.0, out.base / into.base))
     return math.sqrt(out.growth / into.growth) / own
 
@@ -172,26 +159,21 @@ def mup_table(
 
     ValueError for a parameter that no rule covers, UserError for a base width that the heads do not divide.
     """
-    spec = spec or InitSpec()
-    return {
-        name: _scaling(name, shape, config, use_muon, spec) for name, shape in inf_shapes(model_class, config).items()
-    }
+    shapes, spec = inf_shapes(model_class, config), spec or InitSpec()
+    return {name: _scaling(name, shape, config, use_muon, spec) for name, shape in shapes.items()}
 
 
 def _scaling(name: str, shape: InfShape, config: GPTConfig, use_muon: bool, spec: InitSpec) -> ParamScaling:
     kind = classify(name, shape)
-    std = 0.0
-    if len(shape.dims) == 2:
-        out, into = shape.dims
-        std = init_std(name, out.size, into.size, config, spec)
-    eps = config.width_multiplier if any(shape.infinite) else 1.0
+    std = init_std(name, shape[0].size, shape[1].size, config, spec) if len(shape) == 2 else 0.0
+    eps = config.width_multiplier if any(dim.infinite for dim in shape) else 1.0
     if name.startswith(("transformer.h.", "transformer.value_embeds.")):  # gradients that come through a branch
         eps *= config.branch_multiplier
     if kind == "output":
         return ParamScaling(kind, "adamw", std, eps=eps, multiplier=config.width_multiplier)
     if kind != "hidden":
         return ParamScaling(kind, "adamw", std, eps=eps)
-    lr = muon_lr_factor(shape) if use_muon else 1.0 / shape.dims[1].growth
+    lr = muon_lr_factor(shape) if use_muon else 1.0 / shape[1].growth
     multiplier = config.branch_multiplier if name.endswith("c_proj.weight") else 1.0
     optimizer: Literal["muon", "adamw"] = "muon" if use_muon else "adamw"
     return ParamScaling(kind, optimizer, std, lr, 1.0 if use_muon else eps, 1.0 / lr, multiplier)
@@ -206,18 +188,14 @@ def as_records(
     """The table to be stored and shown: one record for all layers where it is the same in them."""
     shapes = inf_shapes(model_class, config)
     table = mup_table(model_class, config, use_muon, spec)
-    merged: dict[tuple[Any, ...], int] = {}
-    for name, scaling in table.items():
-        layers_merged = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        row = (layers_merged, shapes[name], scaling)
-        merged[row] = merged.get(row, 0) + 1
+    merged = Counter((re.sub(r"\.\d+\.", ".*.", name), shapes[name], scaling) for name, scaling in table.items())
     return [
         {
             "parameter": name,
             "count": count,
-            "fans": " x ".join(f"{dim.size}" for dim in shape.dims),
-            "at base": " x ".join(f"{dim.base}" for dim in shape.dims),
-            "infinite": " x ".join("∞" if dim.infinite else "·" for dim in shape.dims),
+            "fans": " x ".join(f"{dim.size}" for dim in shape),
+            "at base": " x ".join(f"{dim.base}" for dim in shape),
+            "infinite": " x ".join("∞" if dim.infinite else "·" for dim in shape),
             **dataclasses.asdict(scaling),
         }
         for (name, shape, scaling), count in merged.items()
@@ -226,12 +204,10 @@ def as_records(
 
 def format_table(records: list[dict[str, Any]]) -> str:
     """Lines of as_records, in columns; fans are out x in."""
-    cells = [list(records[0])] + [[_cell(value) for value in record.values()] for record in records]
+    shown = ([f"{value:.4g}" if isinstance(value, float) else str(value) for value in record.values()]
+             for record in records)  # fmt: skip
+    cells = [list(records[0]), *shown]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
     )
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

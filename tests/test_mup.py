@@ -154,21 +154,21 @@ def test_the_stated_init_is_what_is_drawn(init, zero_proj):
 
 def test_shapes_say_what_grows_whichever_way_they_are_stored():
     shapes = mup.inf_shapes(GPT, make_config(64, 32, "speedrun"))
-    assert shapes["transformer.wte.weight"].dims == ((32, 64, True), (64, 64, False))  # out: width, in: vocabulary
-    assert shapes["lm_head.weight"].dims == ((64, 64, False), (32, 64, True))
-    assert shapes["transformer.h.0.mlp.c_fc.weight"].dims == ((128, 256, True), (32, 64, True))
-    assert shapes["resid_lambdas"].dims == ((2, 2, False),)
+    assert shapes["transformer.wte.weight"] == ((32, 64, True), (64, 64, False))  # out: width, in: vocabulary
+    assert shapes["lm_head.weight"] == ((64, 64, False), (32, 64, True))
+    assert shapes["transformer.h.0.mlp.c_fc.weight"] == ((128, 256, True), (32, 64, True))
+    assert shapes["resid_lambdas"] == ((2, 2, False),)
 
 
 def test_a_vocabulary_of_the_size_of_the_width_is_finite_all_the_same():
     shape = mup.inf_shapes(GPT, GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=4, n_kv_head=4, n_embd=64))
-    assert shape["lm_head.weight"].infinite == (False, True)
+    assert [dim.infinite for dim in shape["lm_head.weight"]] == [False, True]
 
 
 def test_grouped_heads_and_widths_below_the_base():
     config = GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, mup_base_width=128)
     shapes, table = mup.inf_shapes(GPT, config), mup.mup_table(GPT, config, use_muon=False)
-    assert shapes["transformer.h.0.attn.c_k.weight"].dims == ((64, 16, True), (128, 32, True))
+    assert shapes["transformer.h.0.attn.c_k.weight"] == ((64, 16, True), (128, 32, True))
     assert table["transformer.h.0.attn.c_k.weight"].lr == 4 and table["lm_head.weight"].multiplier == 4
 
 
@@ -333,7 +333,7 @@ def test_everything_is_initialised(arch, changes):
     assert model(*make_batch(0)).isfinite()
 
 
-@pytest.mark.parametrize("width", [128, 256, 512])
+@pytest.mark.parametrize("width", [128, 512])
 @pytest.mark.parametrize("base_width", [0, 128])
 def test_trains_at_public_widths(uncompiled, width, base_width):
     model = public_model(width, base_width)
@@ -345,7 +345,7 @@ def test_trains_at_public_widths(uncompiled, width, base_width):
         use_mup=base_width > 0,
         base_width=128,
     )
-    losses = train(model, optimizer, 3, lambda step: public_batch())
+    losses = train(model, optimizer, 2, lambda step: public_batch())
     assert losses[0] == pytest.approx(math.log(256), abs=0.01) and losses[-1] < losses[0]
     model.eval()
     with torch.no_grad():

@@ -171,7 +171,7 @@ def test_a_shape_that_calls_the_wrong_dimension_infinite_is_an_error(monkeypatch
 
     def wrong(*about):
         table = shapes(*about)
-        out, into = table["transformer.wte.weight"].dims
+        out, into = table["transformer.wte.weight"]
         flipped = mup.InfShape((out._replace(infinite=finite == "in"), into._replace(infinite=True)))
         return table | {"transformer.wte.weight": flipped}
 
