@@ -24,7 +24,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -168,7 +168,7 @@ class Bench:
         steps = settings.steps * settings.total_batch_size // batch
         shared = {"total_batch_size": batch, "max_seq_len": settings.max_seq_len, "num_iterations": steps}
         flags = cli.parse(Recipe, [word for word in words if word.startswith("--")])
-        return resolve(cli.replace(flags, **shared)), changes
+        return resolve(replace(flags, **shared)), changes
 
     def model(self, config: GPTConfig) -> tuple[GPT, Callable[..., torch.Tensor]]:
         """(the model, what to train with)."""

@@ -27,7 +27,7 @@ from nanochat.flags import DeviceFlags
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import compute_dtype, compute_init
-from nanochat.train.monitor import Monitor, MonitorSettings, Snapshot
+from nanochat.train.monitor import Monitor, MonitorSettings
 from nanochat.train.spectral import TINY, spectral_norms, stacks
 
 BARS = {"microseconds_per_matrix": 50.0, "spectral_ms": 2.0, "activations_ms": 1.0, "overhead_at_10": 0.005,
@@ -152,7 +152,7 @@ def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: b
         "everything": MonitorSettings(1),
     }
     monitors = {name: Monitor(model, optimizer, kind) for name, kind in kinds.items()}
-    pending: list[Snapshot] = []
+    pending: list[Callable[[], dict[str, float]]] = []
 
     def step(monitor: Monitor | None) -> None:
         if monitor is not None:
@@ -173,7 +173,7 @@ def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: b
             order = (None, monitor) if turn % 2 else (monitor, None)  # the clock of the card drifts
             times = dict(zip(order, in_a_row([partial(step, one) for one in order], device), strict=True))
             while pending:  # as the console does, when the device has gone on
-                pending.pop().read()
+                pending.pop()()
             if turn >= 3:
                 plain.append(times[None])
                 added[name].append(times[monitor] - times[None])

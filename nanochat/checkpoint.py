@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from nanochat import cli
+from nanochat.flags import Stage
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Settings:
     action: Literal["export"] = "export"
     """export: the only one"""
     _: KW_ONLY
-    stage: Literal["base", "mid", "sft", "rl"] = "base"
+    stage: Stage = "base"
     """training stage that made the checkpoint"""
     tag: str | None = None
     """run of that stage; by default the newest"""
@@ -83,6 +84,7 @@ META_TYPES = {"stage": str, "tokenizer_hash": str, "step": int, "optimizer_steps
               "world_size": int, "settings": dict, "model_config": dict, "recipe": dict, "loop": dict, "loader": dict,
               "parent": dict, "before": dict, "rng": list}  # fmt: skip
 HASHING_THREADS = 16
+WTE = "transformer.wte.weight"
 
 
 class Damaged(UserError):
@@ -221,19 +223,14 @@ def check(folder: Path, step: int, resume: bool = False) -> dict[str, Any]:
         if not resume:
             if lacking := {"model_config", "tokenizer_hash", "settings"} - meta.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-            _check_config(path, from_json(GPTConfig, meta["model_config"]), shapes)
+            config = from_json(GPTConfig, meta["model_config"])  # looked at before a billion layers are built
+            wanted = {WTE: torch.empty(config.vocab_size, config.n_embd, device="meta")}
+            _check_shapes(path, {name: shape for name, shape in shapes.items() if name == WTE}, wanted)
+            layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
+            if layers != config.n_layer:
+                raise UserError(f"n_layer is {config.n_layer}, the weights have {layers} layers")
     verify(path, *([""] if resume else []))
     return meta
-
-
-def _check_config(path: Path, config: GPTConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise UserError before a billion layers are built."""
-    wte = "transformer.wte.weight"
-    wanted = {wte: torch.empty(config.vocab_size, config.n_embd, device="meta")}
-    _check_shapes(path, {name: shape for name, shape in shapes.items() if name == wte}, wanted)
-    layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
-    if layers != config.n_layer:
-        raise UserError(f"n_layer is {config.n_layer}, the weights have {layers} layers")
 
 
 def _committed(path: Path) -> bytes | None:
@@ -301,33 +298,33 @@ def find_model(
     """(model on the meta device, to be sharded or not and then filled; its tokenizer; meta) of a checkpoint: without a
     tag of the stage's newest run, without a step the last that is whole; all ranks get the same. Raises UserError when
     there is none, when files are damaged, or when the tokenizer that it was trained with is nowhere in the store."""
-    folder, meta = on_first_rank(lambda: _choose(stage, tag, step))
-    step = meta["step"]
-    tokenizer = _find_tokenizer(folder, step, meta["tokenizer_hash"])
+
+    def choose() -> tuple[Path, dict[str, Any]]:
+        folder = find_run(stage, tag)
+        return folder, newest(folder) if step is None else check(folder, step)
+
+    folder, meta = on_first_rank(choose)
+    path = step_dir(folder, meta["step"])
+    tokenizer = _find_tokenizer(path, meta["tokenizer_hash"])
     with torch.device("meta"):
         model = GPT(GPTConfig(**meta["model_config"]), compute_dtype(device))
     # a hash of meta.json, timings and all, tells this checkpoint from one that another run left at the same place
-    identity = sha256_file(step_dir(folder, step) / "meta.json")[:16]
+    identity = sha256_file(path / "meta.json")[:16]
     return model, tokenizer, {**meta, "stage": stage, "tag": folder.name, "identity": identity}
 
 
-def _choose(stage: str, tag: str | None, step: int | None) -> tuple[Path, dict[str, Any]]:
-    folder = find_run(stage, tag)
-    return folder, newest(folder) if step is None else check(folder, step)
-
-
-def _find_tokenizer(folder: Path, step: int, wanted: str) -> RustBPETokenizer:
+def _find_tokenizer(path: Path, wanted: str) -> RustBPETokenizer:
     """That of this hash: beside the checkpoint, where it was trained by this version; else the store's, or any other
     run's. Raises UserError where none is."""
-    base = get_base_dir()
+    base, own = get_base_dir(), path.parent / "tokenizer"
     others = [*base.glob("checkpoints/*/*/tokenizer"), *base.glob("runs/*/tokenizer")]
-    for place in (folder / "tokenizer", tokenizer_dir(), base / "tokenizer", *others):
+    for place in (own, tokenizer_dir(), base / "tokenizer", *others):
         with suppress(UserError):  # one that is absent or damaged
             if read_tokenizer_meta(place)["hash"] == wanted:
                 return RustBPETokenizer.from_directory(place)
     raise UserError(
-        f"{step_dir(folder, step)} was trained with tokenizer {wanted}, the store holds {get_tokenizer().hash}: train "
-        f"again, or put that tokenizer into {folder / 'tokenizer'}"
+        f"{path} was trained with tokenizer {wanted}, the store holds {get_tokenizer().hash}: train again, or put that "
+        f"tokenizer into {own}"
     )
 
 

@@ -181,11 +181,6 @@ def run_with_command(main: Callable[[T, Sequence[str]], int | None], cls: type[T
     errors.exit_on_user_error(lambda: sys.exit(main(parse(cls, words[:end]), words[end + 1 :])))
 
 
-def replace(settings: T, **changes: Any) -> T:
-    """A copy with some fields changed."""
-    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
-
-
 def as_dict(settings: Any, without: Sequence[str] = ()) -> dict[str, Any]:
     """Settings as plain values, to be stored with a checkpoint and shown in the report. `without`: fields to leave out,
     such as where a benchmark writes its results."""

@@ -83,9 +83,10 @@ def temporary_path(path: Path) -> Path:
 @functools.cache
 def _process_space() -> str:
     """8 hex digits for the processes whose numbers mean the same: those of this host, or of this container."""
+    name = socket.gethostname()
     with contextlib.suppress(OSError):
-        return hashlib.sha256(f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+        name += f" {os.readlink('/proc/self/ns/pid')}"
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def sweep(found: Iterable[Path]) -> None:
@@ -208,17 +209,14 @@ def append_jsonl(path: Path, record: dict[str, Any], sync: bool = False) -> None
     other; sync: the line is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        torn = file.tell() > 0 and _last_byte(file) != b"\n"
+        torn = False
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
         file.flush()
         if sync:
             os.fsync(file.fileno())
-
-
-def _last_byte(file: Any) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    byte: bytes = file.read(1)
-    return byte
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nanochat.cli import count_flag, float_flag, int_flag, seed_flag
+from nanochat.cli import alias, count_flag, float_flag, int_flag, seed_flag
 
 DeviceType = Literal["auto", "cpu", "cuda", "mps"]
 Fp8 = Literal["none", "head", "all"]
@@ -11,6 +11,7 @@ LossOn = Literal["assistant", "all"]
 Packing = Literal["bestfit", "stream"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 Resume = Literal["never", "auto"]
+Stage = Literal["base", "mid", "sft", "rl"]  # whose checkpoints there are
 NO_WANDB = "dummy"
 
 
@@ -32,14 +33,14 @@ class CodeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointFlags(DeviceFlags):
-    """Which checkpoint is evaluated."""
+class ModelFlags:
+    """Which checkpoint is read."""
 
-    stage: Literal["base", "mid", "sft", "rl"] = "base"
+    stage: Annotated[Stage, alias("-i")] = "sft"
     """Training stage of the checkpoint."""
-    model_tag: str | None = None
+    model_tag: Annotated[str | None, alias("-g")] = None
     """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, int_flag(gte=0)] = None
+    model_step: Annotated[int | None, int_flag(gte=0), alias("-s")] = None
     """Optimizer step of the checkpoint; default: the last."""
 
 

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from nanochat import cli
@@ -182,10 +182,8 @@ def torchrun_words(cluster: Cluster, max_restarts: int = 0, own: str | None = No
         else:
             words += [f"--node_rank={cluster.node_rank}"]
             words += [f"--master_addr={cluster.address}", f"--master_port={cluster.port}"]
-    words += [f"--signals_to_handle={SIGNALS}"]
-    if max_restarts:
-        words += [f"--max_restarts={max_restarts}"]
-    return ["torchrun", *words]
+    restarts = [f"--max_restarts={max_restarts}"] if max_restarts else []
+    return ["torchrun", *words, f"--signals_to_handle={SIGNALS}", *restarts]
 
 
 def command_line(
@@ -251,7 +249,7 @@ def main(settings: Settings, command: Sequence[str]) -> None:
     processes = settings.nproc_per_node
     cluster = detect(os.environ, visible_gpus if processes is None else lambda: processes)
     if processes is not None:
-        cluster = cli.replace(cluster, gpus_per_node=processes)
+        cluster = replace(cluster, gpus_per_node=processes)
     if settings.show:
         print(getattr(cluster, settings.show))
         return
@@ -262,7 +260,7 @@ def main(settings: Settings, command: Sequence[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cluster.node_rank > 0 and not settings.dry_run:
         reach = pkgutil.resolve_name("nanochat.cluster.nodes:reachable")
-        cluster = cli.replace(cluster, address=reach(os.environ, cluster.address, cluster.port))
+        cluster = replace(cluster, address=reach(os.environ, cluster.address, cluster.port))
     alone = cluster.nodes == 1 or not settings.max_restarts
     own = None if alone else pkgutil.resolve_name("nanochat.cluster.nodes:own_address")(cluster.address)
     added, words = command_line(cluster, command, settings.max_restarts, os.environ, cores, own)

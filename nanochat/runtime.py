@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -163,11 +163,9 @@ def on_first_rank(action: Callable[[], T]) -> T:
         except UserError as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer)
-    result, mistake = answer
-    if mistake is not None:
-        raise UserError(mistake)
-    found: T = result
-    return found
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return cast(T, answer[0])
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -212,6 +210,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def to_host(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start copying `values` to the host, on a GPU into pinned memory; what is returned waits for them."""
+    copy = values.to("cpu", non_blocking=values.is_cuda)
+    copied = torch.cuda.Event() if values.is_cuda else None
+    if copied is not None:
+        copied.record()
+
+    def wait() -> torch.Tensor:
+        if copied is not None:
+            copied.synchronize()
+        return copy
+
+    return wait
+
+
 class Stopped(BaseException):
     """A signal asked to stop within `interruptible`. No Exception: nothing is to take it for a failure of its own."""
 
@@ -229,7 +242,7 @@ class StopSignal:
         self.received: str | None = None
         self._open = False  # within `interruptible`
         self._at = 0.0  # when the first signal came
-        self._vote: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # of the last call
+        self._vote: Callable[[], torch.Tensor] | None = None  # of the last call: above 0 where any rank votes for it
         numbers = [signal.SIGTERM, signal.SIGUSR1]
         others = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
         numbers += [number for number in others if signal.getsignal(number) != signal.SIG_IGN]
@@ -265,13 +278,10 @@ class StopSignal:
         vote = wish or self.received is not None
         if not dist.is_initialized():
             return vote
-        before, self._vote = self._vote, _start_vote(vote, device)
-        if before is None:
-            return False
-        answer, copied = before
-        if copied is not None:
-            copied.synchronize()
-        return answer.item() > 0
+        answer = torch.tensor(float(vote)).to(device, non_blocking=True)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+        before, self._vote = self._vote, to_host(answer)
+        return before is not None and before().item() > 0
 
 
 @contextmanager
@@ -288,15 +298,3 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         stop._open = False
-
-
-def _start_vote(vote: bool, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """(above 0 where any rank votes for it, when that is known)."""
-    answer = torch.tensor(float(vote)).to(device, non_blocking=True)
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    if device.type != "cuda":
-        return answer, None
-    answer = answer.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    return answer, copied

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Annotated
 
 from nanochat import cli
-from nanochat.cli import count_flag, int_flag
-from nanochat.flags import CheckpointFlags
+from nanochat.cli import alias, count_flag, int_flag
+from nanochat.flags import DeviceFlags, ModelFlags, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(CheckpointFlags):
+class Settings(ModelFlags, DeviceFlags):
     """Score a trained model on the CORE tasks."""
 
+    stage: Annotated[Stage, alias("-i")] = "base"
     max_per_task: Annotated[int, count_flag()] = -1
     """Items per task; -1 for all."""
     device_batch_size: Annotated[int, int_flag(gte=1)] = 8

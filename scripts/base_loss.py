@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Annotated
 
 from nanochat import cli
-from nanochat.cli import int_flag
+from nanochat.cli import alias, int_flag
 from nanochat.data.sources import source_flag
-from nanochat.flags import CheckpointFlags
+from nanochat.flags import DeviceFlags, ModelFlags, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(CheckpointFlags):
+class Settings(ModelFlags, DeviceFlags):
     """Measure the loss of a trained model."""
 
+    stage: Annotated[Stage, alias("-i")] = "base"
     device_batch_size: Annotated[int, int_flag(gte=1)] = 32
     """Rows per forward pass on each device."""
     split_tokens: Annotated[int, int_flag(gte=1)] = 1_048_576

@@ -7,7 +7,7 @@ One dial, --depth, sizes the model; width, heads, horizon and learning rates fol
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from nanochat import cli
@@ -113,6 +113,7 @@ if __name__ == "__main__":
 
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,9 +123,8 @@ from nanochat import mup, parallel
 from nanochat.cluster.observer import ClusterObserver
 from nanochat.config import LEARNING_RATES, TUNED_AT, init_spec
 from nanochat.data.rows import BatchPlan, TrainData
-from nanochat.dataloader import RowLoader, open_data, row_batches
+from nanochat.dataloader import RowLoader, open_data
 from nanochat.errors import visible
-from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
 from nanochat.eval.bundle import load_bundle
 from nanochat.eval.core import evaluate_core
 from nanochat.eval.samples import make_samples
@@ -133,11 +133,11 @@ from nanochat.hardware import device_name
 from nanochat.kernels.fp8 import apply_fp8
 from nanochat.optim.schedule import batch_lr_scale, make_schedule, window_length
 from nanochat.parallel import Policy
-from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir
+from nanochat.paths import eval_bundle_dir, run_dir
 from nanochat.runtime import compute_cleanup, compute_dtype, compute_init, get_dist_info, interruptible, print0
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
+from nanochat.train import coordinates
 from nanochat.train.console import wandb_name, wandb_project
-from nanochat.train.coordinates import CoordRecorder
 from nanochat.train.loop import train
 from nanochat.train.memory import Batch, choose_rows, keep_activations, memory_advice
 from nanochat.train.monitor import Monitor, monitor_settings
@@ -145,13 +145,12 @@ from nanochat.train.observer import Observer
 from nanochat.train.run import (
     Evaluation,
     TrainingRun,
+    claim,
     compiled,
     compiles,
-    describe_run,
-    earlier_run,
-    evaluated_with,
     final_samples,
     finish,
+    held_out_loss,
     parallelize_model,
 )
 from nanochat.train.warmup import warm_kernels
@@ -180,22 +179,6 @@ def samples(model: GPT, tokenizer: RustBPETokenizer | None) -> list[dict[str, st
     return found
 
 
-def val_loss(
-    settings: Settings, forward: Callable[..., torch.Tensor], data: TrainData, rows: np.ndarray, device: torch.device
-) -> Callable[[int], dict[str, float]]:
-    """Measures bits per byte, or loss per token where the tokenizer of the data is not at hand."""
-    ranks = get_dist_info()
-    token_bytes = get_token_bytes(device, data.tokenizer) if data.tokenizer is not None else None
-
-    def measure(step: int) -> dict[str, float]:
-        batches = row_batches(rows, settings.device_batch_size, device, ranks.rank, ranks.world_size)
-        if token_bytes is None:
-            return {VAL_LOSS: evaluate_loss(forward, batches, data.vocab_size, device)}
-        return {VAL_BPB: evaluate_bpb(forward, batches, token_bytes)}
-
-    return measure
-
-
 def core(settings: Settings, model: GPT, data: TrainData) -> list[Evaluation]:
     """Measures CORE; nothing where the bundle has no task."""
     bundle = load_bundle(eval_bundle_dir())  # now, so that one that is missing shows before the end of the run
@@ -221,13 +204,13 @@ def core(settings: Settings, model: GPT, data: TrainData) -> list[Evaluation]:
     return [Evaluation(settings.core_metric_every, True, measure, optional="CORE")]
 
 
-def coordinates(model: GPT, rows: np.ndarray, anew: bool) -> Callable[[int], dict[str, float]]:
+def recorder(model: GPT, rows: np.ndarray, anew: bool) -> Callable[[int], dict[str, float]]:
     """Records the size of each module's output on the first validation row."""
     path = run_dir() / "coord_check.jsonl"
     if anew and get_dist_info().rank == 0:
         path.unlink(missing_ok=True)
     first = torch.from_numpy(rows[:1, :COORD_TOKENS].astype(np.int64))
-    return CoordRecorder(model, path, first.to(model.get_device())).record
+    return partial(coordinates.record, model, path, first.to(model.get_device()))
 
 
 def make_evaluations(
@@ -244,14 +227,15 @@ def make_evaluations(
         return {}
 
     val = data.fixed_rows("val", settings.max_seq_len, max(settings.eval_tokens, settings.max_seq_len))
-    forward = evaluated_with(model, forward, val[:, 1:].shape, settings.eval_every, last)
-    evaluations = [Evaluation(settings.eval_every, True, val_loss(settings, forward, data, val, model.get_device()))]
+    token_bytes = get_token_bytes(model.get_device(), tokenizer) if tokenizer is not None else None
+    size, every = settings.device_batch_size, settings.eval_every
+    evaluations = [held_out_loss(model, forward, val[:, :-1], val[:, 1:], size, token_bytes, every, last)]
     if tokenizer is not None and settings.core_metric_every > 0:
         evaluations += core(settings, model, data)
     if tokenizer is not None and settings.sample_every > 0:
         evaluations.append(Evaluation(settings.sample_every, False, sample, optional="samples"))
     if settings.coord_check:
-        record = coordinates(model, val, anew)
+        record = recorder(model, val, anew)
         evaluations.append(Evaluation(settings.coord_check_every, True, record, optional="coordinates"))
     return evaluations
 
@@ -288,7 +272,7 @@ def build_model(settings: Settings, data: TrainData, device: torch.device) -> tu
     apply_fp8(model, settings.fp8, device)
     if settings.device_batch_size is None:
         rows = choose_rows(model, policy, device, batch_of(settings))
-        settings = cli.replace(settings, device_batch_size=rows)
+        settings = replace(settings, device_batch_size=rows)
     model.to_empty(device=device)
     model.init_weights(init_spec(settings))
     return settings, model, policy, num_iterations, why
@@ -305,12 +289,14 @@ def main(settings: Settings) -> None:
     _, rank, _, world_size, device = compute_init(settings.device_type)
     watched = monitor_settings(settings.monitor_interval)
     data = open_data(settings.source)
-    settings = cli.replace(settings, source=data.source)
+    settings = replace(settings, source=data.source)
     keep_activations(settings.activation_memory_budget)
 
     settings, model, policy, num_iterations, why = build_model(settings, data, device)
     plan = plan_batch(settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size)
     config, forward = model.config, compiled(model, policy, settings.compile)
+    name = wandb_name(settings.run, settings.arch, config.n_embd, config.mup_base_width, datetime.now())
+    settings = replace(settings, run=name)
 
     # ---- the optimizer; its rates and the batch are what later stages go on with
     horizon = num_iterations * settings.total_batch_size
@@ -326,9 +312,8 @@ def main(settings: Settings) -> None:
     recipe = {**{name: getattr(settings, name) for name in RECIPE}, **rates}
     # a folder may be edited; what is fetched only grows, and that trains no finished run again
     text = text_hash(data.source) if data.source.startswith("local:") else data.fingerprint
-    meta = describe_run("base", settings, config, data.tokenizer_hash, recipe, num_iterations, data=text)
-    folder = checkpoint_dir("base", settings.model_tag or default_tag(settings))
-    earlier = earlier_run(folder, settings.resume, meta)
+    tag = settings.model_tag or default_tag(settings)
+    folder, meta, earlier = claim("base", tag, settings, config, data.tokenizer_hash, recipe, num_iterations, data=text)
     if earlier is None:  # this very run is complete
         compute_cleanup()
         return
@@ -342,7 +327,6 @@ def main(settings: Settings) -> None:
     evaluations = make_evaluations(settings, model, forward, data, num_iterations, anew=not earlier)
     rows, state = data.rows(settings.max_seq_len, settings.seed), earlier.get("loader")
     loader = RowLoader(rows, plan.rows_per_step, plan.device_batch_size, device, rank, world_size, state)
-    width, base_width = config.n_embd, config.mup_base_width
     run = TrainingRun(
         folder=folder,
         settings=settings,
@@ -365,7 +349,6 @@ def main(settings: Settings) -> None:
         warm_kernels=warm_kernels if settings.warm_kernels else lambda run: None,
         flops_per_token=model.estimate_flops(),
         memory_advice=memory_advice(model, policy, batch_of(settings), plan.device_batch_size),
-        wandb_name=wandb_name(settings.run, settings.arch, width, base_width, datetime.now()),
         wandb_project=wandb_project(settings.arch, settings.mup),
     )
     outcome = train(run)

@@ -9,23 +9,18 @@ the calculator is shown as [2+3 → 5]. /help shows what else can be typed.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import alias, float_flag, int_flag, seed_flag
-from nanochat.flags import DeviceFlags
+from nanochat.flags import DeviceFlags, ModelFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DeviceFlags):
-    """Talk to a trained model. In the chat, /help shows the commands; `quit`, `exit` or Ctrl-D ends."""
+class Settings(ModelFlags, DeviceFlags):
+    """Talk to a trained model; one of stage base goes on with your text. In the chat, /help shows the commands; `quit`,
+    `exit` or Ctrl-D ends."""
 
-    stage: Annotated[Literal["base", "mid", "sft", "rl"], alias("-i")] = "sft"
-    """Training stage of the model. A base model knows no chat: it goes on with the text it is given."""
-    model_tag: Annotated[str | None, alias("-g")] = None
-    """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, int_flag(gte=0), alias("-s")] = None
-    """Optimizer step of the checkpoint; default: the last."""
     prompt: Annotated[str | None, alias("-p")] = None
     """Answer this one message and exit."""
     temperature: Annotated[float, float_flag(gte=0), alias("-t")] = 0.6

@@ -6,7 +6,7 @@
 The method is in nanochat/train/rollouts.py; learning rates are those of the SFT run times --init-lr-frac.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from nanochat import cli
@@ -70,7 +70,6 @@ from nanochat.eval.chat import evaluate_generative, ready
 from nanochat.eval.samples import make_chat_samples
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
-from nanochat.paths import checkpoint_dir
 from nanochat.runtime import compute_cleanup, compute_init, out_of_memory_is_one_line, print0
 from nanochat.sandbox import allow_unsafe
 from nanochat.sections import STDERR_SUFFIXES, metric_text
@@ -79,16 +78,7 @@ from nanochat.tasks.registry import TaskSpec, make_task, parse_spec
 from nanochat.train.chat import plan_steps
 from nanochat.train.loop import train
 from nanochat.train.rollouts import REWARD, RolloutLoader, loss_of_taught, questions_at_once, row_width
-from nanochat.train.run import (
-    Evaluation,
-    TrainingRun,
-    attempt,
-    describe_run,
-    earlier_run,
-    final_samples,
-    finish,
-    load_parent,
-)
+from nanochat.train.run import Evaluation, TrainingRun, attempt, claim, final_samples, finish, load_parent
 
 FALLBACK = "Arithmetic"  # needs neither text nor data
 PASS_AT_K = "right answers to test questions"
@@ -175,7 +165,7 @@ def main(settings: Settings) -> None:
     except TooLittleText as error:
         note = f"Left out: {settings.task}: {error}; the model practises on {FALLBACK} instead"
         print0(note)
-        settings = cli.replace(settings, task=FALLBACK)
+        settings = replace(settings, task=FALLBACK)
         questions, test = (question_task(FALLBACK, split, None) for split in ("train", "test"))
     num_iterations = plan_steps(settings, len(questions), settings.questions_per_step)
     width = row_width(tokenizer, questions, settings.max_new_tokens, model.config.sequence_len)
@@ -190,9 +180,8 @@ def main(settings: Settings) -> None:
     measure = pass_at_k(settings, engine, test)
 
     # ---- where it goes, and whether some of it is there already
-    meta = describe_run("rl", settings, model.config, tokenizer.hash, recipe, num_iterations, parent)
-    folder = checkpoint_dir("rl", settings.out_tag or parent["tag"])
-    earlier = earlier_run(folder, settings.resume, meta)
+    tag = settings.out_tag or parent["tag"]
+    folder, meta, earlier = claim("rl", tag, settings, model.config, tokenizer.hash, recipe, num_iterations, parent)
     if earlier is None:  # this very run is complete
         compute_cleanup()
         return
@@ -228,7 +217,6 @@ def main(settings: Settings) -> None:
         grad_clip=settings.grad_clip,
         evaluations=[Evaluation(settings.eval_every, True, measure, optional=PASS_AT_K)],
         step_metrics=lambda: loader.metrics,
-        has_gradient_signal=loader.has_gradient_signal,
         observer=ClusterObserver(),
         memory_advice=MEMORY_ADVICE,
     )

@@ -6,23 +6,19 @@ NANOCHAT_API_KEY=... python -m scripts.chat_web --host=0.0.0.0
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from nanochat import cli
 from nanochat.cli import alias, float_flag, int_flag
-from nanochat.flags import DeviceFlags
+from nanochat.flags import DeviceFlags, ModelFlags, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DeviceFlags):
+class Settings(ModelFlags, DeviceFlags):
     """Serve trained models over HTTP. NANOCHAT_API_KEY, where it is set, is what clients must send."""
 
-    stage: Annotated[Literal["base", "mid", "sft", "rl"], alias("-i")] = "sft"
+    stage: Annotated[Stage, alias("-i")] = "sft"
     """Training stage of the model that answers where a request names none; the others are there by their names."""
-    model_tag: Annotated[str | None, alias("-g")] = None
-    """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, int_flag(gte=0), alias("-s")] = None
-    """Optimizer step of the checkpoint; default: the last."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: everybody who reaches this machine may use it."""
     port: Annotated[int, int_flag(gte=0, lte=65535), alias("-p")] = 8000

@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nanochat import cli
-from nanochat.cli import alias, int_flag
+from nanochat.cli import alias
+from nanochat.flags import ModelFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ModelFlags):
     """Export a trained model to Transformers."""
 
-    stage: Annotated[Literal["base", "mid", "sft", "rl"], alias("-i")] = "sft"
-    """Training stage of the model."""
-    model_tag: Annotated[str | None, alias("-g")] = None
-    """Name of the run among the stage's checkpoints; default: the newest."""
-    model_step: Annotated[int | None, int_flag(gte=0), alias("-s")] = None
-    """Optimizer step of the checkpoint; default: the last."""
     out: Annotated[Path, alias("-o")]
     """Folder to write; it must not exist yet, but with --push, which then sends it as it is."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -334,7 +334,7 @@ def test_the_monitor_reads_what_is_there_and_waits_for_nothing():
             reading = monitor.after_update()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    figures = reading.read()
+    figures = reading()
     for matrix in monitor.matrices:
         new, old = matrix.param.detach().double(), before[f"transformer.h.{matrix.name}.weight"].double()
         top, step = (torch.linalg.svdvals(m)[0].item() for m in (new, new - old))

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,7 +230,7 @@ def main(settings: Settings) -> None:
             raise UserError(f"no runs in {folder}: leave --report-only out")
         stored = json.loads((folder / "settings.json").read_text())
         names = [field.name for field in fields(SweepSettings) if field.name in stored]
-        settings = cli.replace(settings, **{name: stored[name] for name in names})
+        settings = replace(settings, **{name: stored[name] for name in names})
         report(settings, plan_sweep(settings), folder)
         return
     plan = plan_sweep(settings)

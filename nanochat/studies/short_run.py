@@ -17,7 +17,7 @@ from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Policy
 from nanochat.runtime import compute_dtype
-from nanochat.train.run import TrainingRun
+from nanochat.train.run import Loader, TrainingRun
 
 
 def build_model(
@@ -32,8 +32,8 @@ def build_model(
     return model, parallel.compile_model(model, policy) if device.type == "cuda" else model, policy
 
 
-class ResidentLoader:
-    """Micro-batches of a whole run (nanochat.train.run.Loader), from rows that are on the device already."""
+class ResidentLoader(Loader):
+    """Micro-batches of a whole run, from rows that are on the device already."""
 
     def __init__(self, rows: Tensor, rows_per_step: int, device_batch_size: int) -> None:
         """rows (steps x rows_per_step, T + 1) int32; when all have been given, the first come again."""
@@ -46,14 +46,6 @@ class ResidentLoader:
         part = next(self._parts).long()
         # contiguous, as in training: a model is compiled for each layout
         return part[:, :-1].contiguous(), part[:, 1:].contiguous()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def epoch(self) -> float:
-        return 0.0
-
-    def close(self) -> None: ...
 
 
 def short_run(

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanochat import cli
 from nanochat.config import LEARNING_RATES, TUNED_AT, ArchFlags, GPTConfig, build_config, init_spec, resolve
 from nanochat.data.rows import plan_batch
 from nanochat.data.sources import text_hash
@@ -186,7 +185,7 @@ class Bench:
 
     def config(self, width: int, mup: bool) -> GPTConfig:
         base_width = self.settings.base_width if mup else None
-        flags = cli.replace(self.flags, width=width, mup=mup, base_width=base_width)
+        flags = replace(self.flags, width=width, mup=mup, base_width=base_width)
         return build_config(flags, self.text.vocab_size, self.text.document_token)
 
     def model(self, width: int, mup: bool) -> tuple[GPT, Callable[..., torch.Tensor]]:

@@ -15,16 +15,14 @@ import torch
 from nanochat.config import LEARNING_RATES
 from nanochat.data.chat_rows import ChatPacker, ChatRows, evaluation_rows
 from nanochat.data.rows import plan_batch
-from nanochat.dataloader import RowLoader, target_batches
+from nanochat.dataloader import RowLoader
 from nanochat.errors import TooLittleText, UserError, visible
-from nanochat.eval.bpb import VAL_BPB, evaluate_bpb
 from nanochat.eval.samples import make_chat_samples
 from nanochat.flags import ChatTrainSettings, ParentFlags
 from nanochat.gpt import GPT
 from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
-from nanochat.paths import checkpoint_dir
-from nanochat.runtime import IGNORE_INDEX, compute_cleanup, compute_init, get_dist_info, print0
+from nanochat.runtime import IGNORE_INDEX, compute_cleanup, compute_init, print0
 from nanochat.tasks.common import LeftOut, Task, TaskMixture
 from nanochat.tasks.registry import make_task, parse_spec, parse_tasks
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
@@ -33,12 +31,11 @@ from nanochat.train.observer import Observer
 from nanochat.train.run import (
     Evaluation,
     TrainingRun,
+    claim,
     compiled,
-    describe_run,
-    earlier_run,
-    evaluated_with,
     final_samples,
     finish,
+    held_out_loss,
     load_parent,
 )
 
@@ -128,10 +125,10 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
     evaluations = held_out_bpb(settings, recipe, tokenizer, model, forward, num_iterations)
 
     # ---- where it goes, and whether some of it is there already
-    data = packer.fingerprint()
-    meta = describe_run(stage, settings, model.config, tokenizer.hash, recipe, num_iterations, parent, data)
-    folder = checkpoint_dir(stage, settings.out_tag or parent["tag"])
-    earlier = earlier_run(folder, settings.resume, meta)
+    tag, data = settings.out_tag or parent["tag"], packer.fingerprint()
+    folder, meta, earlier = claim(
+        stage, tag, settings, model.config, tokenizer.hash, recipe, num_iterations, parent, data
+    )
     if earlier is None:  # this very run is complete
         compute_cleanup()
         return
@@ -162,7 +159,6 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
         schedule=make_schedule(num_iterations, settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac),
         grad_clip=settings.grad_clip,
         evaluations=evaluations,
-        has_gradient_signal=lambda: loader.has_gradient_signal,
         observer=observer,
         flops_per_token=model.estimate_flops(length),
     )
@@ -201,20 +197,12 @@ def held_out_bpb(
         return []
     packer = ChatPacker(tokenizer, task, recipe["max_seq_len"], settings.packing, settings.loss_on)
     inputs, targets = evaluation_rows(packer, settings.eval_tokens)
-    device = model.get_device()
-    token_bytes = get_token_bytes(device, tokenizer)
+    token_bytes = get_token_bytes(model.get_device(), tokenizer)
     if not token_bytes.cpu().numpy()[targets[targets != IGNORE_INDEX]].any():
         print0("nothing is measured on the way: no held-out answer lies within a row")
         return []
-    ranks = get_dist_info()
-    forward = evaluated_with(model, forward, targets.shape, settings.eval_every, num_iterations)
-
-    def measure(step: int) -> dict[str, float]:
-        size = recipe["device_batch_size"]
-        batches = target_batches(inputs, targets, size, device, ranks.rank, ranks.world_size)
-        return {VAL_BPB: evaluate_bpb(forward, batches, token_bytes)}
-
-    return [Evaluation(settings.eval_every, True, measure)]
+    size, every = recipe["device_batch_size"], settings.eval_every
+    return [held_out_loss(model, forward, inputs, targets, size, token_bytes, every, num_iterations)]
 
 
 def describe(

@@ -18,7 +18,6 @@ from nanochat.flags import NO_WANDB
 from nanochat.hardware import device_name, memory_metrics, peak_flops, peak_memory_bytes, unlisted
 from nanochat.paths import run_dir
 from nanochat.runtime import get_dist_info, print0, synchronize
-from nanochat.train.observer import LateMetrics
 from nanochat.train.run import PROJECT, TrainingRun
 
 WARMUP_STEPS = 5  # left out of tokens/s and MFU: they compile, tune kernels and fill the allocator
@@ -41,18 +40,12 @@ MFU = "Hardware/mfu"  # FLOPs of the model over the dense bf16 peak of all devic
 class StepResult(NamedTuple):
     """What a training step came to, not yet synced to the host."""
 
-    loss: Tensor
-    """Mean over all ranks, 0-D."""
-    norm: Tensor
-    """Of the gradient before clipping, 0-D. Where this or the loss is not finite, the step has changed nothing."""
-    multiplier: float
-    """Of the learning rates."""
-    has_loss: bool
-    """Whether any target counted. Where none did, the loss of 0 is none."""
-    snapshot: LateMetrics | None
-    """What the monitor saw, where it looked."""
-    data_seconds: float = 0.0
-    """That the host waited for the batches."""
+    loss: Tensor  # mean over all ranks, 0-D
+    norm: Tensor  # of the gradient before clipping, 0-D; where it or the loss is not finite, the step changed nothing
+    multiplier: float  # of the learning rates
+    has_loss: bool  # whether any target counted; where none did, the loss of 0 is none
+    snapshot: Callable[[], dict[str, float]] | None  # what the monitor saw, where it looked
+    data_seconds: float = 0.0  # that the host waited for the batches
 
 
 class Console:
@@ -65,7 +58,7 @@ class Console:
         self.peak = peak_flops(device) if run.flops_per_token else None
         if self.peak is None and run.flops_per_token and device.type == "cuda":
             print0(f"no MFU: {unlisted('bf16 peak', [device_name(device)])}")
-        self.tracker = Tracker(run.meta, run.wandb_name or run.settings.run, run.earlier, run.wandb_project)
+        self.tracker = Tracker(run.meta, run.settings.run, run.earlier, run.wandb_project)
         self.pending: list[tuple[int, StepResult, dict[str, float]]] = []
         self.seen = 0
         self.clock = time.perf_counter()
@@ -119,7 +112,7 @@ class Console:
                 print0(f"step {step:05d} has no target: nothing is learnt in such steps, and they have no loss")
         state.latest.update(metrics)
         if result.snapshot is not None:  # hundreds of metrics, which checkpoints need not keep
-            metrics.update(result.snapshot.read())
+            metrics.update(result.snapshot())
         self.log(metrics, step)
 
     def _skipped(self, step: int, loss: float, norm: float) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat.files import append_jsonl
 from nanochat.gpt import GPT
 from nanochat.parallel import disable_compile
+from nanochat.runtime import rank_and_world
 
 COORD = "Activations/coord_l1"  # mean |x| of a module's output, on fixed rows
 LOGITS = "lm_head"
@@ -83,19 +83,12 @@ def measure(model: GPT, rows: Tensor) -> dict[str, dict[str, float]]:
     return {name: stats for name, stats in seen.items() if stats["l1"] > 0 or not name.startswith("ngram_embeds.")}
 
 
-class CoordRecorder:
-    """Appends the coordinates of a run to a JSONL file, which `scripts.coord_check --from` compares with those of runs
-    at other widths."""
-
-    def __init__(self, model: GPT, path: Path, rows: Tensor) -> None:
-        """rows (B, T): the same at every step and width."""
-        self.model, self.path, self.rows = model, path, rows
-
-    def record(self, step: int) -> dict[str, float]:
-        """Measure after `step` updates; returns mean |x| as metrics. Every rank must call it; rank 0 writes."""
-        width = self.model.config.n_embd
-        seen = measure(self.model, self.rows)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            for module, stats in seen.items():
-                append_jsonl(self.path, {"width": width, "seed": 0, "module": module, "t": step + 1, **stats})
-        return {f"{COORD}/{module}": stats["l1"] for module, stats in seen.items()}
+def record(model: GPT, path: Path, rows: Tensor, step: int) -> dict[str, float]:
+    """Measure after `step` updates, append that to a JSONL file, which `scripts.coord_check --from` compares with those
+    of runs at other widths, and return mean |x| as metrics. Every rank must call it; rank 0 writes. rows (B, T): the
+    same at every step and width."""
+    seen = measure(model, rows)
+    if rank_and_world()[0] == 0:
+        for module, stats in seen.items():
+            append_jsonl(path, {"width": model.config.n_embd, "seed": 0, "module": module, "t": step + 1, **stats})
+    return {f"{COORD}/{module}": stats["l1"] for module, stats in seen.items()}

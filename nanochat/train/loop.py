@@ -157,7 +157,7 @@ def train_step(run: TrainingRun) -> StepResult:
 
     # Update.
     multiplier, momentum = run.schedule(step)
-    has_loss = run.has_gradient_signal()
+    has_loss = run.loader.has_gradient_signal
     if not has_loss:
         multiplier = 0.0
     set_schedule(run.optimizer.param_groups, multiplier, momentum)

@@ -5,7 +5,7 @@ losses. Steps that are not due cost a comparison.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from nanochat.dtensor import is_sharded, local, replicas_of
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, STATISTICS
 from nanochat.optim import MuonAdamW
+from nanochat.runtime import rank_and_world, to_host
 from nanochat.train.console import GRAD_NORM
 from nanochat.train.observer import Observer
 from nanochat.train.spectral import TINY, Stack, spectral_norms, stacked_norms, stacks
@@ -57,24 +58,6 @@ def monitor_settings(interval: str) -> MonitorSettings | None:
     return MonitorSettings(steps, int(every), activations == "1") if steps else None
 
 
-class Snapshot:
-    """Metrics of one event, on their way to the host."""
-
-    def __init__(self, names: Sequence[str], values: Tensor) -> None:
-        """Starts the copy of values (len(names),) fp32; waits for nothing."""
-        self.names = names
-        self.values = values.to("cpu", non_blocking=values.is_cuda)  # on a GPU into pinned memory
-        self.copied = torch.cuda.Event() if values.is_cuda else None
-        if self.copied is not None:
-            self.copied.record()
-
-    def read(self) -> dict[str, float]:
-        """Waits for the copy."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return dict(zip(self.names, self.values.tolist(), strict=True))
-
-
 class _Matrix(NamedTuple):
     """One hidden matrix."""
 
@@ -97,8 +80,7 @@ class Monitor(Observer):
         self.optimizer, self.settings = optimizer, settings
         self.blocks: list[Any] = list(model.transformer.h)  # type: ignore[arg-type]
         self.device = model.get_device()
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank, self.world = rank_and_world()
         found = [(f"{layer}.{name}", param) for layer, block in enumerate(self.blocks)
                  for name, param in _hidden(block)]  # fmt: skip
         # By shape, so that each rank gets as many of each.
@@ -146,21 +128,18 @@ class Monitor(Observer):
             self.before = list(stacks(self._local()))
 
     @torch.no_grad()
-    def after_update(self) -> Snapshot | None:
-        """None where nothing was due."""
+    def after_update(self) -> Callable[[], dict[str, float]] | None:
         if not self.due:
             return None
         self.due = False
-        parts = [self._grad_norms(), self._param_norms()]
+        norms = self.optimizer.bucket_norms()
+        parts = [([f"{GRAD_NORM}/{label}" for label in norms], torch.stack(list(norms.values()))), self._param_norms()]
         if self.spectral and self.matrices:
             parts.append(self._spectral())
         if self.settings.activations:
             parts.append(self._activations())
-        return Snapshot([name for names, _ in parts for name in names], torch.cat([values for _, values in parts]))
-
-    def _grad_norms(self) -> tuple[list[str], Tensor]:
-        norms = self.optimizer.bucket_norms()
-        return [f"{GRAD_NORM}/{label}" for label in norms], torch.stack(list(norms.values()))
+        names, values = [name for names, _ in parts for name in names], to_host(torch.cat([part for _, part in parts]))
+        return lambda: dict(zip(names, values().tolist(), strict=True))
 
     def _param_norms(self) -> tuple[list[str], Tensor]:
         """Norms by label of the groups, as they are after the step."""

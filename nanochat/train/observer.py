@@ -4,21 +4,13 @@
 `TrainingRun(..., monitor=nanochat.train.monitor.Monitor(...))` looks inside the model.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from nanochat.runtime import heartbeat
-
-
-class LateMetrics(Protocol):
-    """Metrics on their way from the device."""
-
-    def read(self) -> dict[str, float]:
-        """Waits for them."""
-        ...
 
 
 class Observer:
@@ -45,8 +37,8 @@ class Observer:
     def before_update(self) -> None:
         """The gradients are there, the weights still the old ones."""
 
-    def after_update(self) -> LateMetrics | None:
-        """The optimizer has stepped. Must not wait for the device."""
+    def after_update(self) -> Callable[[], dict[str, float]] | None:
+        """The optimizer has stepped. Must not wait for the device: what is returned does, and gives metrics."""
         return None
 
     def after_step(self, step: int, background: dist.ProcessGroup | None) -> dict[str, float]:

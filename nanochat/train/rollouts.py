@@ -22,6 +22,7 @@ from nanochat.errors import UserError
 from nanochat.runtime import IGNORE_INDEX
 from nanochat.tasks.common import Conversation, Task
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.run import Loader
 
 # Answers sampled together for each row of a device batch: keys and values of a row (15 MB in a d12 at 400 tokens) are a
 # small part of what a row costs in training.
@@ -84,7 +85,7 @@ def loss_of_taught(
     return model(inputs, targets, loss_weights=loss_weights, **options)
 
 
-class RolloutLoader:
+class RolloutLoader(Loader):
     """The loop's loader: each optimizer step is questions_per_step new questions, num_samples answers to each.
 
     Questions come in an order drawn from the seed and are assigned one by one to any number of ranks: a rank with fewer
@@ -135,7 +136,8 @@ class RolloutLoader:
 
     def _roll_out(self) -> list[RolloutBatch]:
         places = range(self.position, self.position + self.questions_per_step)[self.rank :: self.world_size]
-        conversations = [self.task[self._question(place)] for place in places]
+        epochs = [divmod(place, len(self.task)) for place in places]
+        conversations = [self.task[int(epoch_order(self.seed, n, len(self.task))[i])] for n, i in epochs]
         with self.unsharded():
             answers = self._answer(conversations, list(places))
         self.position += self.questions_per_step
@@ -146,10 +148,6 @@ class RolloutLoader:
         rows = self._rows(flat, advantages(rewards).ravel())
         parts = zip(*(part.split(self.device_batch_size) for part in rows), strict=True)
         return [RolloutBatch(*part) for part in parts]
-
-    def _question(self, place: int) -> int:
-        epoch, within = divmod(place, len(self.task))
-        return int(epoch_order(self.seed, epoch, len(self.task))[within])
 
     def _answer(self, conversations: list[Conversation], places: list[int]) -> list[list[Answer]]:
         """The answers to each question, with their rewards; as many at a time as the device batch allows."""
@@ -191,16 +189,13 @@ class RolloutLoader:
             sums = sums.to(self.engine.model.get_device())
             dist.all_reduce(sums)
         reward, length, teaching = sums.tolist()
+        self.has_gradient_signal = teaching > 0
         count = self.questions_per_step * self.sampling.num_samples
         self.metrics = {
             REWARD: reward / count,
             SAMPLED_TOKENS: length / count,
             TEACHING_SHARE: teaching / self.questions_per_step,
         }
-
-    def has_gradient_signal(self) -> bool:
-        """Whether any question of the step has answers of different rewards."""
-        return self.metrics[TEACHING_SHARE] > 0
 
     def state_dict(self) -> dict[str, Any]:
         assert not self._ready, "the state is taken between optimizer steps"
@@ -209,6 +204,3 @@ class RolloutLoader:
     def epoch(self) -> float:
         """How often the questions have been gone through."""
         return self.position / len(self.task)
-
-    def close(self) -> None:
-        """Nothing runs in the background: answers need the newest weights."""

@@ -16,13 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nanochat import checkpoint, cli, parallel
 from nanochat.config import LEARNING_RATES
+from nanochat.dataloader import target_batches
 from nanochat.errors import UserError
+from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
 from nanochat.files import from_json, hold
 from nanochat.flags import ParentFlags, Resume, RunFlags
 from nanochat.gpt import GPT, GPTConfig
@@ -53,32 +55,33 @@ class Loader(Protocol):
     A batch is (inputs, targets), each (B, T) int64, or (inputs, targets, weights) with the factors of the losses.
     """
 
-    batches_per_step: int
-    """Micro-batches of one optimizer step; the same number on every rank."""
-    device_batch_size: int
-    """Rows of each: at most what was requested."""
+    batches_per_step: int  # micro-batches of one optimizer step; the same number on every rank
+    device_batch_size: int  # rows of each: at most what was requested
+    has_gradient_signal: bool = True
+    """Whether there is anything to learn from the batches of the step; the same on every rank. Where there is not, the
+    weights stay: Muon would take a full step along old momentum, however small the gradient."""
 
     def next_batch(self) -> tuple[Tensor, ...]: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
-    def epoch(self) -> float: ...
+    def epoch(self) -> float:
+        return 0.0
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Something measured every so many steps."""
 
-    every: int
-    """Steps between two measurements; 0 or less: never, except as `at_end` says."""
-    at_end: bool
-    """Also after the last step."""
+    every: int  # steps between two measurements; 0 or less: never, except as `at_end` says
+    at_end: bool  # also after the last step
     run: Callable[[int], dict[str, float]]
     """step -> metrics, named `Group/name`. Called on every rank, in evaluation mode, without gradients."""
-    optional: str = ""
-    """What to call it where its failure is only reported; see attempt. Empty: the run ends."""
+    optional: str = ""  # what to call it where its failure is only reported (see attempt); empty: the run ends
 
     def due(self, step: int, last: bool) -> bool:
         return (self.every > 0 and step % self.every == 0 and step > 0) or (last and self.at_end)
@@ -88,80 +91,50 @@ class Evaluation:
 class LoopState:
     """Counters of the loop; stored with every checkpoint."""
 
-    step: int = 0
-    """Optimizer steps done."""
-    smoothed_loss: float = 0.0
-    """Exponential moving average of the training loss, before bias correction."""
-    skipped: int = 0
-    """Steps whose loss or gradient was not finite, so that they changed nothing."""
-    without_loss: int = 0
-    """Steps in which no target counted."""
-    seconds: float = 0.0
-    """Time spent in training steps, evaluations left out."""
-    steady_steps: int = 0
-    """Steps behind tokens/s and MFU: all but the first few of each start."""
-    steady_seconds: float = 0.0
-    """Time those took."""
-    evaluated_step: int = -1
-    """Last step whose evaluations have been made."""
-    best: dict[str, float] = field(default_factory=dict)
-    """Smallest value of each Loss/ metric of the evaluations."""
-    latest: dict[str, float] = field(default_factory=dict)
-    """Newest value of each metric."""
-    failures: list[str] = field(default_factory=list)
-    """What could not be measured, and why."""
+    step: int = 0  # optimizer steps done
+    smoothed_loss: float = 0.0  # exponential moving average of the training loss, before bias correction
+    skipped: int = 0  # steps whose loss or gradient was not finite, so that they changed nothing
+    without_loss: int = 0  # steps in which no target counted
+    seconds: float = 0.0  # time spent in training steps, evaluations left out
+    steady_steps: int = 0  # steps behind tokens/s and MFU: all but the first few of each start
+    steady_seconds: float = 0.0  # time those took
+    evaluated_step: int = -1  # last step whose evaluations have been made
+    best: dict[str, float] = field(default_factory=dict)  # smallest value of each Loss/ metric of the evaluations
+    latest: dict[str, float] = field(default_factory=dict)  # newest value of each metric
+    failures: list[str] = field(default_factory=list)  # what could not be measured, and why
 
 
 @dataclass
 class TrainingRun:
     """Everything that nanochat.train.loop.train needs."""
 
-    folder: Path
-    """Where checkpoints go."""
+    folder: Path  # where checkpoints go
     settings: RunFlags
-    meta: dict[str, Any]
-    """What every checkpoint says of the run; see describe_run."""
-    earlier: dict[str, Any]
-    """meta.json of the checkpoint that the run goes on from; empty at its start."""
+    meta: dict[str, Any]  # what every checkpoint says of the run; see claim
+    earlier: dict[str, Any]  # meta.json of the checkpoint that the run goes on from; empty at its start
     model: GPT
-    """The model itself."""
     forward: Callable[..., Tensor]
     """The model as it is trained: compiled, or the model itself. Called as forward(x, y, loss_reduction="sum")."""
     optimizer: MuonAdamW
     loader: Loader
-    num_iterations: int
-    """Optimizer steps of the whole run."""
-    tokens_per_step: int
-    """Tokens in one global batch."""
-    schedule: Callable[[int], tuple[float, float]]
-    """step -> (learning-rate multiplier, Muon momentum)."""
-    grad_clip: float
-    """Largest global gradient norm; 0 = no clipping."""
+    num_iterations: int  # optimizer steps of the whole run
+    tokens_per_step: int  # tokens in one global batch
+    schedule: Callable[[int], tuple[float, float]]  # step -> (learning-rate multiplier, Muon momentum)
+    grad_clip: float  # largest global gradient norm; 0 = no clipping
     evaluations: list[Evaluation]
-    tokenizer: RustBPETokenizer | None = None
-    """Kept beside the checkpoints; None: not known."""
-    policy: Policy = field(default_factory=lambda: Policy("ddp", torch.float32))
-    """How the model is spread over the ranks."""
+    tokenizer: RustBPETokenizer | None = None  # kept beside the checkpoints; None: not known
+    policy: Policy = field(default_factory=lambda: Policy("ddp", torch.float32))  # how the model is spread over ranks
     prepare: Callable[[int], None] = lambda step: None
     """What else follows from the number of steps done, such as attention windows; before the first forward pass of
     each step."""
-    has_gradient_signal: Callable[[], bool] = lambda: True
-    """Whether there is anything to learn from the batches just taken; the same on every rank. Where there is not, the
-    weights stay: Muon would take a full step along old momentum, however small the gradient."""
     step_metrics: Callable[[], dict[str, float]] = dict
     """Further metrics of the step just made, named `Group/name`; printed with the loss."""
-    monitor: Observer = field(default_factory=Observer)
-    """Looks inside the model every so many steps (nanochat.train.monitor)."""
-    observer: Observer = field(default_factory=Observer)
-    """Watches the ranks while they train."""
+    monitor: Observer = field(default_factory=Observer)  # looks inside the model (nanochat.train.monitor)
+    observer: Observer = field(default_factory=Observer)  # watches the ranks while they train
     warm_kernels: Callable[["TrainingRun"], None] = lambda run: None
     """Compiles and tunes kernels before the first step, and undoes it (nanochat.train.warmup)."""
-    flops_per_token: float | None = None
-    """Of forward and backward; None: time is not spent on training alone, so no MFU."""
+    flops_per_token: float | None = None  # forward and backward; None: time not spent on training alone, so no MFU
     memory_advice: str = "halve --device-batch-size (the total batch, and so the result, stays the same)"
-    """What to do when the device is out of memory."""
-    wandb_name: str | None = None
-    """Of the run in W&B; None: --run."""
     wandb_project: str = PROJECT
     state: LoopState = field(default_factory=LoopState)
 
@@ -170,10 +143,8 @@ class TrainingRun:
 class Outcome:
     """What a call of `train` came to."""
 
-    finished: bool
-    """False: stopped by a signal, saved, to be continued."""
-    metrics: dict[str, float]
-    """Final metrics for the report."""
+    finished: bool  # False: stopped by a signal, saved, to be continued
+    metrics: dict[str, float]  # final ones, for the report
 
 
 T = TypeVar("T")
@@ -212,8 +183,9 @@ def load_parent(
     return model.train(), tokenizer, parent, policy
 
 
-def describe_run(
+def claim(
     stage: str,
+    tag: str,
     settings: RunFlags,
     config: GPTConfig,
     tokenizer_hash: str,
@@ -221,11 +193,12 @@ def describe_run(
     num_iterations: int,
     parent: dict[str, Any] | None = None,
     data: str | None = None,
-) -> dict[str, Any]:
-    """What every checkpoint says of its run. recipe: what later stages inherit (source, max_seq_len, batch sizes,
-    learning rates at that batch, weight_decay, use_muon); parent: what find_model says of the checkpoint that training
-    starts from; data: a hash of what is trained on, where the settings do not tell."""
-    about = {
+) -> tuple[Path, dict[str, Any], dict[str, Any] | None]:
+    """(folder of a run that nobody else may write into until this process ends, what every checkpoint says of the run,
+    its earlier_run). recipe: what later stages inherit (source, max_seq_len, batch sizes, learning rates at that batch,
+    weight_decay, use_muon); parent: what find_model says of the checkpoint that training starts from; data: a hash of
+    what is trained on, where the settings do not tell."""
+    meta = {
         "stage": stage,
         "settings": {**cli.as_dict(settings), "source": recipe["source"]},
         "model_config": asdict(config),
@@ -235,10 +208,11 @@ def describe_run(
         "world_size": get_dist_info().world_size,
     }
     if data is not None:
-        about["data"] = data
+        meta["data"] = data
     if parent is not None:
-        about["parent"] = {name: parent[name] for name in ("stage", "tag", "step", "identity")}
-    return about
+        meta["parent"] = {name: parent[name] for name in ("stage", "tag", "step", "identity")}
+    folder = checkpoint.checkpoint_dir(stage, tag)
+    return folder, meta, earlier_run(folder, settings.resume, meta)
 
 
 ORIGINS = ("tokenizer_hash", "parent", "data")  # what else must be the same for a run to be the same one
@@ -253,13 +227,10 @@ def earlier_run(folder: Path, resume: Resume, meta_now: dict[str, Any]) -> dict[
     What a run with other settings, another tokenizer or another parent left in `folder` is set aside. Under
     resume="never" anything that is there is refused with a UserError.
     """
-    started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if not dist.is_initialized():
-        return _look(folder, resume, meta_now, started_again)
     # torchrun counts on each node for itself, and only where a process died
-    anyone_started_again = any(gather(started_again))
+    started_again = any(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0))
     # on a shared disk the others may see the newest checkpoint only a minute later
-    meta = on_first_rank(lambda: _look(folder, resume, meta_now, anyone_started_again))
+    meta = on_first_rank(lambda: _look(folder, resume, meta_now, started_again))
     if meta:
         _await_everywhere(checkpoint.step_dir(folder, meta["step"]) / "COMMITTED")
     return meta
@@ -388,6 +359,29 @@ def evaluated_with(
             return model(*batch, **options)
 
     return run
+
+
+def held_out_loss(
+    model: GPT,
+    forward: Callable[..., Tensor],
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    device_batch_size: int,
+    token_bytes: Tensor | None,
+    every: int,
+    num_iterations: int,
+) -> Evaluation:
+    """Bits per byte of fixed rows (N, T), or the loss per token where nobody can say the bytes of tokens."""
+    forward = evaluated_with(model, forward, targets.shape, every, num_iterations)
+    device, ranks = model.get_device(), get_dist_info()
+
+    def measure(step: int) -> dict[str, float]:
+        batches = target_batches(inputs, targets, device_batch_size, device, ranks.rank, ranks.world_size)
+        if token_bytes is None:
+            return {VAL_LOSS: evaluate_loss(forward, batches, model.config.vocab_size, device)}
+        return {VAL_BPB: evaluate_bpb(forward, batches, token_bytes)}
+
+    return Evaluation(every, True, measure)
 
 
 # ---- after the loop

@@ -8,7 +8,6 @@ else may remember the steps taken; the loop gives them counters and a loader of 
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +55,8 @@ def warm_up(model: GPT, optimizer: MuonAdamW, run_steps: Callable[[], None], rep
     """
     started = time.perf_counter()
     saved = {name: tensor.to("cpu", copy=True) for name, tensor in _tensors(model, optimizer).items()}
-    groups = [_rates(group) for group in optimizer.param_groups]
+    groups = [{key: value for key, value in group.items() if key not in ("params", "names")}
+              for group in optimizer.param_groups]  # fmt: skip
     num_steps, generators = optimizer.num_steps, rng_state()
     for _ in range(repeats):
         run_steps()
@@ -78,14 +78,9 @@ def _tensors(model: GPT, optimizer: MuonAdamW) -> dict[str, Tensor]:
     return {name: local(tensor.detach()) for name, tensor in named.items()}
 
 
-def _rates(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "names")}
-
-
-class SyntheticLoader:
+class SyntheticLoader(Loader):
     """Random tokens in the shape and layout of the batches that a loader gives for a model: (device_batch_size,
-    sequence_len) int64, contiguous, inputs and targets apart; as many a step. Draws from a generator of its own. A
-    Loader of nanochat.train.run."""
+    sequence_len) int64, contiguous, inputs and targets apart; as many a step. Draws from a generator of its own."""
 
     def __init__(self, loader: Loader, model: GPT) -> None:
         self.device_batch_size, self.batches_per_step = loader.device_batch_size, loader.batches_per_step
@@ -96,12 +91,3 @@ class SyntheticLoader:
     def next_batch(self) -> Batch:
         inputs, targets = (torch.randint(self.vocab_size, self.shape, generator=self.generator) for _ in range(2))
         return Batch(inputs.to(self.device), targets.to(self.device))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def epoch(self) -> float:
-        return 0.0
-
-    def close(self) -> None:
-        """Nothing to stop."""

@@ -191,18 +191,6 @@ def test_sigterm_saves_exits_0_and_the_rest_is_bit_for_bit(prepared, one_thread,
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_two_processes_under_torchrun(prepared):
-    main(Settings(**{**SMALL, "num_iterations": 4, "model_tag": "one"}))
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-           *command(num_iterations=4, model_tag="two")[1:]]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(two, env=environment, check=True, capture_output=True)
-    single, double = (checkpoint.read_meta(checkpoint_dir("base", tag), 4) for tag in ("one", "two"))
-    assert double["val_bpb"] == pytest.approx(single["val_bpb"], rel=1e-4)
-    assert double["world_size"] == 2 and len(double["rng"]) == 2
-    assert double["loader"] == single["loader"]
-
-
 def on_each_rank(settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_train, "compute_cleanup", lambda: None)  # the process group is the test's
@@ -277,18 +265,19 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(prep
 
 
 def test_too_little_data_is_said_before_training(prepared, capsys):
-    main(Settings(**{**SMALL, "num_iterations": 400, "total_batch_size": 128, "eval_every": -1}))
+    long = {**SMALL, "num_iterations": 2, "total_batch_size": 25_600, "device_batch_size": 400, "eval_every": -1}
+    main(Settings(**long))
     out = capsys.readouterr().out
     assert "too little data" in out and out.index("too little data") < out.index("step 00001")
     assert "n-gram" not in out
     tables = {"ngram_embeds": 2, "ngram_slots": 1, "model_tag": "tables"}
-    main(Settings(**{**SMALL, **tables, "num_iterations": 200, "eval_every": -1}))
+    main(Settings(**{**long, **tables}))
     assert "n-gram tables learn" in capsys.readouterr().out
 
 
 def test_time_is_not_spent_on_evaluations(prepared, monkeypatch):
-    import scripts.base_train as script
     from nanochat.train import loop
+    from nanochat.train import run as script
 
     evaluations, clock, measure = [], time.perf_counter, script.evaluate_bpb
 

@@ -1,6 +1,7 @@
 """scripts/make_eval_bundle.py, base_loss.py and base_eval.py on a tiny store: real shards, tokenizer and model."""
 
 import lzma
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +94,9 @@ def test_base_loss_of_an_untrained_model(trained, capsys):
 
 def test_a_row_file_is_scored_as_the_rows_it_was_written_from(trained, tmp_path, capsys):
     settings = base_loss.Settings(split_tokens=4096, device_batch_size=5, device_type="cpu")
-    base_loss.main(cli.replace(settings, write_rows=tmp_path / "rows.npy"))
+    base_loss.main(replace(settings, write_rows=tmp_path / "rows.npy"))
     written = section("base_loss")
-    base_loss.main(cli.replace(settings, rows=tmp_path / "rows.npy", device_batch_size=3))
+    base_loss.main(replace(settings, rows=tmp_path / "rows.npy", device_batch_size=3))
     scored = section("base_loss_rows")
     kinds = written["tables"][2]["rows"]
     assert (kinds[0][0], kinds[-1][0]) == ("packed rows", "documents in full")
@@ -106,9 +107,9 @@ def test_a_row_file_is_scored_as_the_rows_it_was_written_from(trained, tmp_path,
     assert scored["notes"] == ["Standard errors are over documents."] and "documents in full" in written["notes"][0]
     assert "rows.npy, packed rows" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--rows=\S+absent\.npy: cannot be read"):
-        base_loss.main(cli.replace(settings, rows=tmp_path / "absent.npy"))
+        base_loss.main(replace(settings, rows=tmp_path / "absent.npy"))
     with pytest.raises(UserError, match="expected one of them"):
-        base_loss.main(cli.replace(settings, rows=tmp_path / "rows.npy", write_rows=tmp_path / "other.npy"))
+        base_loss.main(replace(settings, rows=tmp_path / "rows.npy", write_rows=tmp_path / "other.npy"))
 
 
 def test_baselines_see_exactly_the_bytes_that_the_model_is_scored_on(trained):

@@ -23,7 +23,7 @@ from nanochat.studies.coord_check import (
     slopes,
     steepest,
 )
-from nanochat.train.coordinates import COORD, CoordRecorder, measure
+from nanochat.train.coordinates import COORD, measure, record
 from tests.train.test_coordinates import ROWS, hook_count, make_config, make_model
 
 # ---- measuring
@@ -181,12 +181,11 @@ def test_recorder_and_what_reads_it(tmp_path):
     paths = []
     for index, (width, seed) in enumerate([(32, 0), (64, 0), (32, 1), (64, 1)]):
         model = make_model(make_config(width, 16), seed)
-        recorder = CoordRecorder(model, tmp_path / f"run{index}" / RECORDS, ROWS)
+        paths.append(tmp_path / f"run{index}" / RECORDS)
         for step in (0, 10, 10):  # 10 again: the run was resumed
-            metrics = recorder.record(step)
+            metrics = record(model, paths[-1], ROWS, step)
         assert metrics[f"{COORD}/wte"] == pytest.approx(measure(model, ROWS)["wte"]["l1"])
         assert hook_count(model) == 0
-        paths.append(recorder.path)
     records = read_records(paths)
     assert {(r["width"], r["seed"], r["t"]) for r in records} == {
         (w, s, t) for w in (32, 64) for s in (0, 1) for t in (1, 11)
@@ -222,7 +221,7 @@ def test_script_compares_runs(tmp_path):
     for width in (64, 128):
         model = make_model(make_config(width, 64))
         folders.append(str(tmp_path / str(width)))
-        CoordRecorder(model, tmp_path / str(width) / RECORDS, ROWS).record(0)
+        record(model, tmp_path / str(width) / RECORDS, ROWS, 0)
     settings = cli.parse(Settings, [f"--from={','.join(folders)}", f"--out={tmp_path}", "--no-mup"])
     with pytest.raises(SystemExit):  # at init, the standard parametrisation shows in the logits alone
         main(settings)

@@ -21,7 +21,7 @@ from nanochat.eval.samples import make_chat_samples
 from nanochat.paths import checkpoint_dir, get_base_dir, run_dir
 from nanochat.runtime import get_dist_info
 from nanochat.tasks.arithmetic import Arithmetic
-from nanochat.train import chat
+from nanochat.train import chat, run
 from scripts import chat_eval, chat_rl, chat_sft
 from tests.chat_setup import make_base, make_text
 from tests.processes import run_processes
@@ -82,7 +82,7 @@ def sft(tag, at_evaluation=lambda: None, **changes):
         return evaluate_bpb(*arguments)
 
     settings = chat_sft.Settings(**{**SFT, "out_tag": tag, **changes})
-    in_a_run_called(tag, chat_sft.main, settings, (chat, "evaluate_bpb", evaluate))
+    in_a_run_called(tag, chat_sft.main, settings, (run, "evaluate_bpb", evaluate))
 
 
 def rl(tag, at_reward=lambda: None, **changes):
@@ -97,6 +97,7 @@ def rl(tag, at_reward=lambda: None, **changes):
 def on_two_ranks():
     """Everything that needs two ranks, in one group: most of the time goes to starting processes."""
     sft("fsdp", parallel="fsdp")
+    sft("ddp", parallel="ddp")
     sft("bare", use_fsdp=True, model_tag="bare", keep_last=1, keep_every=4)
     sft("stopped", parallel="fsdp", save_every=-1, at_evaluation=stop_rank_1)
     steps = checkpoint.committed_steps(checkpoint_dir("sft", "stopped"))
@@ -171,11 +172,14 @@ def assert_equal(first, second):
 
 
 def test_sft_ends_as_one_process_does(ranks, alone):
-    for name in ("Loss/train_loss", "Loss/val_bpb", "Optimization/grad_norm"):
-        single, double = metric("one", "sft", name), metric("fsdp", "sft", name)
-        assert list(double) == ([2, 4, 6] if name == "Loss/val_bpb" else [1, 2, 3, 4, 5, 6])
-        assert double == pytest.approx(single, rel=1e-3), name
-    assert_moved_alike(weights("base", "m"), weights("sft", "one"), weights("sft", "fsdp"))
+    for tag in ("fsdp", "ddp"):
+        for name in ("Loss/train_loss", "Loss/val_bpb", "Optimization/grad_norm"):
+            single, double = metric("one", "sft", name), metric(tag, "sft", name)
+            assert list(double) == ([2, 4, 6] if name == "Loss/val_bpb" else [1, 2, 3, 4, 5, 6])
+            assert double == pytest.approx(single, rel=1e-3), name
+        assert_moved_alike(weights("base", "m"), weights("sft", "one"), weights("sft", tag))
+        single, double = (checkpoint.read_meta(checkpoint_dir("sft", one), 6) for one in ("one", tag))
+        assert double["world_size"] == 2 and double["loader"] == single["loader"]
     samples = section("fsdp", "chat_sft")["samples"]
     assert len(samples) == 6 and samples == section("one", "chat_sft")["samples"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.train.coordinates import COORD, CoordRecorder, measure, statistics, watching
+from nanochat.train.coordinates import COORD, measure, record, statistics, watching
 
 
 def make_config(width=32, base_width=0, **changes):
@@ -93,5 +93,5 @@ def test_recorder_sees_a_compiled_model_too(tmp_path):
     model.transformer.h[0].forward = torch.compile(model.transformer.h[0].forward, backend="eager")
     with torch.no_grad():
         model(ROWS)
-    metrics = CoordRecorder(model, tmp_path / "x.jsonl", ROWS).record(1)
+    metrics = record(model, tmp_path / "x.jsonl", ROWS, 1)
     assert f"{COORD}/h.0.attn" in metrics and f"{COORD}/h.0.mlp" in metrics

@@ -37,6 +37,7 @@ class FakeLoader:
     def __init__(self, batch=4, rank=0, world=1, step=0, repeat=False, masked=()):
         self.batches_per_step = ROWS // (batch * world)
         self.device_batch_size = batch
+        self.has_gradient_signal = True
         self.batch, self.rank, self.world, self.repeat, self.masked = batch, rank, world, repeat, masked
         self.given = step * self.batches_per_step
 
@@ -410,17 +411,15 @@ def test_a_step_without_a_gradient_signal_leaves_the_weights(folder):
     class Silent(FakeLoader):
         def next_batch(self):
             inputs, targets = super().next_batch()
-            silent = self.given > 4 * self.batches_per_step  # all weights move from the third step on
-            return inputs, torch.full_like(targets, -1) if silent else targets
-
-    loader = Silent()
+            # all weights move from the third step on
+            self.has_gradient_signal = self.given <= 4 * self.batches_per_step
+            return inputs, targets if self.has_gradient_signal else torch.full_like(targets, -1)
 
     def remember(step):
         seen.append(weights(run))
         return {}
 
-    run = make_run(folder, 6, loader, evaluations=[Evaluation(1, True, remember)])
-    run.has_gradient_signal = lambda: loader.given <= 4 * loader.batches_per_step
+    run = make_run(folder, 6, Silent(), evaluations=[Evaluation(1, True, remember)])
     train(run)
     for name in seen[0]:
         assert not torch.equal(seen[2][name], seen[3][name])
