@@ -56,7 +56,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import numpy as np
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ from torch import Tensor, nn
 from nanochat import dcp
 from nanochat.dtensor import is_sharded, local, row_range
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, atomic_write_text, from_json, sha256_file, walk
+from nanochat.files import atomic_write, atomic_write_text, from_json, save_tensors, sha256_file, walk
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, get_base_dir, slug, tokenizer_dir
@@ -419,7 +418,7 @@ def write_weights(state: Path, out: Path) -> None:
     weights = {name: torch.empty(shape) for name, shape in _state_shapes(state).items()}
     _read_state(state, {f"model.{name}": tensor for name, tensor in weights.items()})
     with atomic_write(out) as temporary:
-        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+        save_tensors(weights, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
 

@@ -123,6 +123,17 @@ def atomic_write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def save_tensors(tensors: dict[str, Any], path: Path) -> None:
+    """A safetensors file with the rights of any new file: that package's own can be read by their owner alone, and a
+    model in a shared store by nobody else."""
+    import safetensors.torch  # imports torch
+
+    path.touch()
+    rights = path.stat().st_mode
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(rights)
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of the content of `path`."""
     with open(path, "rb") as stream:

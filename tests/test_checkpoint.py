@@ -345,6 +345,7 @@ def test_export_equals_what_safetensors_itself_writes(tokenizer, tmp_path):
     assert checkpoint.export(path.parent, 3) == path / "model.safetensors"
     assert (path / "model.safetensors").read_bytes() == written_at_once
     out = checkpoint.export(path.parent, 3, tmp_path / "out.safetensors")
+    assert out.stat().st_mode == (path / "meta.json").stat().st_mode  # safetensors' own are for their owner alone
     save_file(dict(model.state_dict()), tmp_path / "reference.safetensors")
     ours, reference = load_file(out), load_file(tmp_path / "reference.safetensors")
     assert ours.keys() == reference.keys()

@@ -30,6 +30,7 @@ def load(
     path: Path, device: torch.device, trust: bool
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], ForeignTokenizer, int]:
     """(model: idx -> logits, tokenizer, longest prompt in tokens). trust: run code that lies in the folder."""
+    path = path.expanduser()
     if not (path / "config.json").is_file():
         raise UserError(
             f"--hf-path={path}: no config.json in it; name the folder of a model that Transformers can load"
@@ -45,8 +46,10 @@ def load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as error:  # each part of a damaged folder has errors of its own, some derived from nothing else
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--hf-path={path} cannot be loaded: {type(error).__name__}: {reason}") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "trust_remote_code" in reason:
+            reason = "it brings code of its own; read that, then add --trust-remote-code"
+        raise UserError(f"--hf-path={path} cannot be loaded: {reason}") from None
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
         raise UserError(f"--hf-path={path}: its tokenizer has neither a BOS nor an EOS token to begin prompts with")

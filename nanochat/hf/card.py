@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
 from nanochat.gpt import GPT
 from nanochat.hf.names import is_classic
-from nanochat.report import TEMPLATES, cells, code, data_label, escape, header
-from nanochat.sections import duration, metric_text, number
+from nanochat.report import data_label, escape, templates
 
 SECTIONS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # of a training stage
 EVALUATIONS = {"base": ("base_loss", "base_eval")}  # of the other stages: chat_eval_<stage>
@@ -17,22 +14,12 @@ EVALUATIONS = {"base": ("base_loss", "base_eval")}  # of the other stages: chat_
 def model_card(model: GPT, about: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """about: what the checkpoint's meta.json says. report: report.json, of whatever run; what it says is shown where it
     is about this model."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=escape,
-        autoescape=False,  # this is Markdown
-    )
-    environment.filters.update(
-        number=number, duration=duration, cells=cells, header=header, code=code, metric=metric_text
-    )
     sections = {section["stage"]: section for section in report.get("sections", [])}
     stage = about["stage"]
     is_ours = SECTIONS[stage] in sections and _is_of(sections[SECTIONS[stage]], about)
     shown = [sections[name] for name in EVALUATIONS.get(stage, (f"chat_eval_{stage}",)) if name in sections]
-    card: str = environment.get_template("model_card.md.j2").render(
+    template = templates(escape).get_template("model_card.md.j2")
+    card: str = template.render(
         about=about,
         classic=is_classic(model.config),
         config=model.config,
@@ -41,7 +28,7 @@ def model_card(model: GPT, about: Mapping[str, Any], report: Mapping[str, Any]) 
         label=data_label(list(sections.values())).strip() if is_ours else "",
         sections=[sections[SECTIONS[stage]], *shown] if is_ours else [],
     )
-    return card + "\n"
+    return card
 
 
 def _is_of(section: Mapping[str, Any], about: Mapping[str, Any]) -> bool:

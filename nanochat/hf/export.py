@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from nanochat.chat_format import CHAT_TEMPLATE, tokenizer_config
 from nanochat.config import GPTConfig
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, fields, parse_json
+from nanochat.files import atomic_write, fields, parse_json, save_tensors
 from nanochat.gpt import GPT
 from nanochat.hf.card import model_card
 from nanochat.hf.names import classic_settings, is_classic, sizes, weight_name
@@ -75,7 +74,7 @@ def export(
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in exported(model).items()}
-        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(weights, folder / "model.safetensors")
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The model card of an export."""
 
+import re
 import time
 
+import pytest
 import yaml
 
 from nanochat.hf.card import model_card
@@ -62,3 +64,12 @@ def test_the_report_of_another_model_is_not_shown(make_model, tokenizer):
         card = model_card(model, about, found)
         assert "No report of the run that trained it was at hand." in card and "GSM8K" not in card
     assert "from_pretrained(folder)\n" in card and "remote" not in card
+
+
+@pytest.mark.parametrize("name", ["nanochat", "everything"])
+def test_the_example_of_the_card_runs(name, exports, transformers, monkeypatch, capsys):
+    """As it stands there, and without being asked whether the folder's code may run."""
+    _, folder = exports(name)
+    monkeypatch.chdir(folder)
+    exec(re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1], {})
+    assert "<|assistant_start|>" in capsys.readouterr().out
