@@ -74,9 +74,9 @@ def number(value: Any) -> str:
     size = abs(value)
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
-    if size >= 1e12 or size < 1e-3:
+    if size >= 1e9 or size < 1e-3:
         return f"{value:.4g}"
-    return f"{value:,.4f}" if size < 1000 else f"{value:,.1f}"
+    return f"{value:,.{4 if size < 1000 else 1 if size < 1e5 else 0}f}"
 
 
 def metric_text(metrics: Mapping[str, Any], name: str) -> str:

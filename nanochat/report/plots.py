@@ -136,12 +136,13 @@ def _is_number(record: Mapping[str, Any], name: str) -> bool:
 
 
 def smooth(points: Points) -> list[tuple[float, float]]:
-    """The mean of a fortieth of the curve on either side of each point; less at its ends."""
+    """The mean of a fortieth of the curve on either side of each point; less where it begins, for there it is steep,
+    and what there is where it ends."""
     sums = [0.0, *itertools.accumulate(y for _, y in points)]
     found = []
     for place, (x, _) in enumerate(points):
-        side = min(len(points) // 40, place, len(points) - 1 - place)
-        first, end = place - side, place + side + 1
+        side = min(len(points) // 40, place)
+        first, end = place - side, min(place + side + 1, len(points))
         found.append((x, (sums[end] - sums[first]) / (end - first)))
     return found
 
@@ -317,6 +318,8 @@ def _draw_bars(axis: Axes, panel: Panel) -> None:
     axis.set_yticks(range(len(labels)), [shorten(label) for label in labels])
     axis.invert_yaxis()
     axis.margins(x=0.15)
+    if all(point[1] >= 0 for series in panel.series for point in series.points):
+        axis.set_xlim(left=0)
     axis.tick_params(left=False)
-    if len(panel.series) > 1:
-        axis.legend(loc="best")
+    if len(panel.series) > 1:  # below: there is always a bar where it would stand
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.08), ncols=len(panel.series), borderaxespad=0)
