@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from nanochat.eval.bundle import Bundle, Task
 from nanochat.eval.scores import (
@@ -25,20 +24,15 @@ from nanochat.eval.scores import (
     Record,
     TaskScore,
     gather_records,
-    longest_first,
-    pad_rows,
     write_scores,
 )
-from nanochat.eval.tree import Row, Scorer, common_length
+from nanochat.eval.tree import Model, Row, common_length, score
 from nanochat.gpt import GPT
-from nanochat.runtime import heartbeat, rank_and_world
+from nanochat.runtime import rank_and_world
 from nanochat.tokenizer import repaired
 
 _CHUNK_ITEMS = 512  # items rendered and encoded at a time: bounds memory on the tasks with 10,000 items
 _MOST_REMEMBERED = 64  # tasks whose rows are kept for the next evaluation, some 3 MB each
-_CHUNK_LOGITS = 1 << 26  # logits turned to fp32 at a time: 256 MiB
-
-Model = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Tokenizer(Protocol):
@@ -154,42 +148,6 @@ def prepare(
 # ---- scoring
 
 
-@torch.no_grad()
-def score_rows(
-    model: Model, rows: Sequence[Row], device: torch.device, *, pad: int, max_tokens: int, tokens_per_forward: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(mean loss of the answer in nats a token (rows,) float64, whether every answer token is the argmax (rows,))."""
-    means = np.zeros(len(rows))
-    exact = np.zeros(len(rows), dtype=bool)
-    for numbers, width in longest_first([len(row.tokens) for row in rows], max_tokens, tokens_per_forward):
-        heartbeat()
-        idx = pad_rows([np.asarray(rows[number].tokens).tolist() for number in numbers], width, pad)
-        lengths = [rows[number].end - rows[number].start for number in numbers]
-        where = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)])
-        column = torch.tensor([c for number in numbers for c in range(rows[number].start, rows[number].end)])
-        target = idx[where, column].to(device)
-        logits = model(idx.to(device))
-        losses, hits = _answer_losses(logits, where.to(device), (column - 1).to(device), target)
-        first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        # summed on the host in float64: the GPU's scatter-add has no fixed order, and would not repeat bit for bit
-        means[numbers] = np.add.reduceat(losses, first) / np.array(lengths)
-        exact[numbers] = np.logical_and.reduceat(hits, first)
-    return means, exact
-
-
-def _answer_losses(
-    logits: torch.Tensor, where: torch.Tensor, column: torch.Tensor, target: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and argmax hit at the answer positions only: (32, 2048, 65536) logits in fp32 would be 17 GB."""
-    losses, hits = [], []
-    step = max(1, _CHUNK_LOGITS // logits.size(-1))
-    for part in zip(where.split(step), column.split(step), target.split(step), strict=True):
-        picked = logits[part[0], part[1]].float()
-        losses.append(F.cross_entropy(picked, part[2], reduction="none"))
-        hits.append(picked.argmax(dim=-1) == part[2])
-    return torch.cat(losses).cpu().numpy().astype(np.float64), torch.cat(hits).cpu().numpy()
-
-
 def evaluate_task(
     model: Model,
     tokenizer: Tokenizer,
@@ -210,21 +168,13 @@ def evaluate_task(
     # half of the table: what is padded behind a row still has a place in it
     limit = max(2, min(sequence_len, model.cos.size(1) // 2) if isinstance(model, GPT) else sequence_len)
 
-    def score(rows: list[list[Row]]) -> tuple[np.ndarray, np.ndarray]:
-        pad, flat = tokenizer.get_bos_token_id(), list(itertools.chain.from_iterable(rows))
-        if not isinstance(model, GPT):
-            return score_rows(model, flat, device, pad=pad, max_tokens=limit, tokens_per_forward=budget)
-        scorer = Scorer(model, device, pad, limit, budget)
-        scorer.add(rows)
-        return scorer.result(len(flat))
-
     def measure() -> dict[int, Record]:
         rank, world = rank_and_world()
         local = range(rank, len(items), world)
         records: dict[int, Record] = {}
         for chunk in (local[i : i + _CHUNK_ITEMS] for i in range(0, len(local), _CHUNK_ITEMS)):
             rows = prepare(task, tokenizer, items, chunk, limit)
-            means, exact = score(rows)
+            means, exact = score(model, rows, device, tokenizer.get_bos_token_id(), limit, budget)
             first = 0
             for i, item_rows in zip(chunk, rows, strict=True):
                 outcome = _grade(task.kind, items[i], means[first : first + len(item_rows)], bool(exact[first]))

@@ -1,8 +1,10 @@
 """Scores rows that begin alike: what the options of an item share goes through the model once, the options behind it
-side by side (tree attention, as of arXiv 2305.09781), and only the places that predict an answer get logits."""
+side by side (tree attention, as of arXiv 2305.09781), and only the places that predict an answer get logits. So for a
+GPT; other models read each row in full."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +17,8 @@ from nanochat.runtime import heartbeat
 # What launching a forward pass costs, in tokens that the device could have read meanwhile: less padding for more passes
 OVERHEAD = {"cuda": 4096, "cpu": 32}
 MOST_TOKENS = {"cpu": 2048}  # in a forward pass: more do not stay in the caches of a CPU
+
+Model = Callable[..., Tensor]  # a GPT, or any other: idx (B, T) int64 -> logits (B, T, V), whose rows go in full
 
 
 class Row(NamedTuple):
@@ -135,7 +139,7 @@ def common_length(sequences: Sequence[Sequence[int] | np.ndarray]) -> int:
     return length if same.all() else int(same.argmin())
 
 
-def make_stems(items: Sequence[Sequence[Row]], least: int) -> list[Stem]:
+def make_stems(items: Sequence[Sequence[Row]], least: float) -> list[Stem]:
     """Rows, numbered through, in as few tokens as they can be scored with; in full where that saves fewer than `least`
     in all: sharing takes two forward passes for one."""
     numbers = list(itertools.accumulate(map(len, items), initial=0))
@@ -179,12 +183,23 @@ def batches(lengths: Sequence[int], most: int, overhead: int) -> Iterator[list[i
         yield order[start:end].tolist()
 
 
+@torch.no_grad()
+def score(
+    model: Model, items: Sequence[Sequence[Row]], device: torch.device, pad: int, max_tokens: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(mean loss of each row's answer in nats a token, float64, whether all its tokens are the argmax), each (rows,).
+    At most `most` tokens a forward pass, but one row at least, padded to max_tokens at most."""
+    scorer = Scorer(model, device, pad, max_tokens, most)
+    scorer.add(items)
+    return scorer.result(sum(map(len, items)))
+
+
 class Scorer:
     """Collects the losses of answers; nothing waits for the device before `result`."""
 
-    def __init__(self, model: GPT, device: torch.device, pad: int, max_tokens: int, tokens_per_forward: int) -> None:
+    def __init__(self, model: Model, device: torch.device, pad: int, max_tokens: int, most: int) -> None:
         self.model, self.device, self.pad, self.max_tokens = model, device, pad, max_tokens
-        self.most = min(tokens_per_forward, MOST_TOKENS.get(device.type, tokens_per_forward))
+        self.most = min(most, MOST_TOKENS.get(device.type, most))
         self.overhead = OVERHEAD.get(device.type, OVERHEAD["cuda"])
         self.numbers: list[int] = []
         self.found: list[Tensor] = []  # (2, answers' tokens): loss, hit
@@ -193,9 +208,8 @@ class Scorer:
         """Tokens in the rows of a forward pass. On a GPU never a multiple of 64: attention.PLANNED_LENGTHS."""
         return length if self.device.type == "cpu" else min((length + 7) // 16 * 16 + 8, self.max_tokens)
 
-    @torch.no_grad()
     def add(self, items: Sequence[Sequence[Row]]) -> None:
-        stems = make_stems(items, self.overhead)
+        stems = make_stems(items, self.overhead if isinstance(self.model, GPT) else math.inf)
         lengths = [self.padded(len(stem.trunk.tokens)) for stem in stems]
         for batch in batches(lengths, self.most, self.overhead):
             chosen = [stems[i] for i in batch]
@@ -204,6 +218,7 @@ class Scorer:
             if not more:
                 self.forward(trunks, None)
                 continue
+            assert isinstance(self.model, GPT)
             tree = Tree(self.model, self.on_device([len(trunk.tokens) for trunk in trunks]))
             self.forward(trunks, tree)
             count = max(len(chosen[i].branches) for i in more)
@@ -229,7 +244,9 @@ class Scorer:
                 self.numbers += [number] * len(answer)
         unique, where = np.unique(np.array(places, dtype=int), return_inverse=True)
         at = self.on_device(unique // width), self.on_device(unique % width)
-        logits = self.model(self.on_device(idx), kv_cache=tree, at=at)
+        text = self.on_device(idx)
+        logits = self.model(text, kv_cache=tree, at=at) if isinstance(self.model, GPT) else self.model(text)[at]
+        logits = logits.float()
         index, target = self.on_device(where), self.on_device(targets)
         losses = logits.logsumexp(-1)[index] - logits[index, target]
         self.found.append(torch.stack([losses, logits.argmax(-1)[index] == target]))

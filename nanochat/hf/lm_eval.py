@@ -21,7 +21,7 @@ from nanochat.chat_format import CHAT_TEMPLATE, Piece, completion_pieces, conver
 from nanochat.checkpoint import STAGE_SCRIPTS, load_model
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
-from nanochat.eval.core import Row, score_rows
+from nanochat.eval.tree import Row, score
 from nanochat.runtime import compute_cleanup, compute_init, gather, rank_and_world
 from nanochat.tokenizer import repaired
 
@@ -124,8 +124,8 @@ class NanochatLM(TemplateLM):
         found = [(0.0, True)] * len(requests)
         if rows:
             longest = self.max_length + 1
-            limits = {"max_tokens": longest, "tokens_per_forward": self.batch_size * longest}
-            means, exact = score_rows(self.model, rows, self._device, pad=self.prefix_token_id, **limits)
+            limits = self._device, self.prefix_token_id, longest, self.batch_size * longest
+            means, exact = score(self.model, [[row] for row in rows], *limits)
             for place, row, mean, hit in zip(places, rows, means, exact, strict=True):
                 found[place] = -float(mean) * (row.end - row.start), bool(hit)
         for (names, *_), answer in zip(requests, found, strict=True):
