@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -20,10 +21,11 @@ from safetensors.torch import load_file
 
 from nanochat import checkpoint, cli
 from nanochat.paths import checkpoint_dir, get_base_dir, tokenizer_dir
+from nanochat.runtime import compute_cleanup
 from nanochat.tokenizer import RustBPETokenizer
-from scripts.base_train import Settings, main
+from scripts import base_train
 from tests.data.test_text_rows import write_source
-from tests.processes import free_port
+from tests.processes import free_port, run_processes
 from tests.scripts.test_base_train import SMALL, words
 
 STEPS = 100
@@ -180,18 +182,26 @@ def store(tmp_path_factory) -> Iterator[None]:
         yield
 
 
+def undisturbed(tag: str, **changes: str | bool) -> None:
+    """A whole run in this process, or in the process group that this one is in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_RUN_ID", tag)
+        patch.setattr(base_train, "compute_cleanup", lambda: None)  # the process group is the test's
+        base_train.main(base_train.Settings(**{**RUN, "model_tag": tag, **changes}))
+
+
 @pytest.fixture(scope="module")
 def one(store) -> str:
     """One process that nothing disturbed."""
-    finish("one")
+    undisturbed("one")
+    compute_cleanup()
     return "one"
 
 
 @pytest.fixture(scope="module")
 def two(store) -> str:
     """Two ranks under fsdp that nothing disturbed."""
-    text = finish("two", "--parallel=fsdp", ranks=2)
-    assert "parallel: fsdp (--parallel=fsdp)" in text
+    run_processes(2, partial(undisturbed, "two", parallel="fsdp"))
     return "two"
 
 
@@ -242,13 +252,13 @@ def test_fsdp_ends_where_one_process_ends(one, two):
 def test_flags_that_contradict_each_other(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["base_train", "--use-fsdp", "--parallel=ddp", "--device-type=cpu"])
     with pytest.raises(SystemExit) as end:
-        cli.run(main, Settings)
+        cli.run(base_train.main, base_train.Settings)
     assert end.value.code == 1
     error = "error: --use-fsdp and --parallel=ddp contradict each other: give one of them\n"
     assert capsys.readouterr().err == error
 
 
-def test_stopped_by_a_signal_to_one_rank_the_rest_is_bit_for_bit(two):
+def test_stopped_by_a_signal_to_one_rank_the_rest_is_bit_for_bit(two, capfd):
     with job("stopped", "--parallel=fsdp", "--resume=auto", ranks=2) as started:
         started.wait_for("step 00003/")
         started.worker(1).send_signal(signal.SIGTERM)
@@ -256,7 +266,8 @@ def test_stopped_by_a_signal_to_one_rank_the_rest_is_bit_for_bit(two):
     assert "stopped by another rank at step" in started.text
     stopped_at = checkpoint.committed_steps(folder("stopped"))[-1]
     assert 3 <= stopped_at < STEPS
-    text = finish("stopped", "--use_fsdp=True", "--resume=auto", ranks=2)
+    run_processes(2, partial(undisturbed, "stopped", use_fsdp=True, resume="auto"), heard=True)
+    text = capfd.readouterr().out
     assert f"resumed from step {stopped_at} in" in text and "parallel: fsdp" in text
     assert_same_bits("stopped", two)
 
