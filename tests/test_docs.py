@@ -1,5 +1,6 @@
 """Every command of the documentation is run: dry, up to where its work begins, or with stand-ins for what needs an
-account or a cluster. Blocks of commands have no language, or bash; what is no command says text, json or the like."""
+account or a cluster. Blocks of commands have no language, or bash; what is no command says text, json or the like.
+Commands within sentences count, too."""
 
 import os
 import re
@@ -18,6 +19,7 @@ from tests.shell.test_pretrain import tree as pretrain_tree  # noqa: F401
 
 DOCUMENTS = ("README.md", "README.zh.md", "docs/guide.md", "docs/walkthrough.md", "docs/d12.md")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python -m|bash) [^`…]+)`")
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
 # Commands of others: only the files of ours that they name are looked for.
 OTHERS = frozenset(
@@ -78,7 +80,13 @@ def with_folders(command, tmp_path):
     return re.sub(r"(?<=[=:])/(?:my|data|mnt)/[\w/.]+", make, command)
 
 
-EVERY = sorted({command for document in DOCUMENTS for command in commands(document)})
+def in_sentences(document):
+    """The commands that stand in its text."""
+    text = BLOCK.sub("", (ROOT / document).read_text(encoding="utf-8"))
+    return [" ".join(command.split()) for command in INLINE.findall(text)]
+
+
+EVERY = sorted({command for name in DOCUMENTS for command in (*commands(name), *in_sentences(name))})
 
 
 def of(*beginnings):
