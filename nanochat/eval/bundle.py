@@ -31,7 +31,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "schema": {"context_options": list[str], "continuation": str, "gold": int},
     "language_modeling": {"context": str, "continuation": str},
 }
-_OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
+OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
 _KINDS = ("published", "offline", "custom")
 _MOST_SHOTS = 1000
 _MOST_YAML = 2**18  # the published core.yaml has 5 KB
@@ -200,8 +200,8 @@ def _checked_item(line: bytes, kind: str, where: str) -> dict[str, Any]:
         fields(item, **_FIELDS[kind])
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if kind in _OPTIONS:
-        options = item[_OPTIONS[kind]]
+    if kind in OPTIONS:
+        options = item[OPTIONS[kind]]
         if not 0 <= item["gold"] < len(options) or len(options) < 2:
             raise UserError(f"{where}: gold {item['gold']} is not one of {len(options)} options, of which it takes two")
     answers = item["choices"] if kind == "multiple_choice" else [item["continuation"].strip()]

@@ -15,7 +15,6 @@ from nanochat.eval import bundle
 from nanochat.tasks.common import Conversation, Task
 
 DRAWS = 2000  # items x random models; the mean of one model over 100 items would be off by 4 %
-_OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
 
 Choice = tuple[Sequence[str], int]  # the options of an item, and which is right
 Guess = tuple[float, str]  # accuracy between 0 and 1, and how it is reached
@@ -75,7 +74,7 @@ def of_bundle_task(task: bundle.Task) -> dict[str, float]:
     if task.kind == "language_modeling":
         found = of_answers([item["continuation"].strip() for item in task.items])
     else:
-        choices = [(item[_OPTIONS[task.kind]], item["gold"]) for item in task.items]
+        choices = [(item[bundle.OPTIONS[task.kind]], item["gold"]) for item in task.items]
         found = of_choices(choices, (item.get("query", item.get("continuation", "")) for item in task.items))
     return {"guessing": 0.01 * task.baseline, **found}
 

@@ -207,13 +207,9 @@ def paired_ratio(first: Sequence[float], second: Sequence[float], weights: Seque
 
 
 def paired_mean(first: Sequence[float], second: Sequence[float]) -> Paired:
-    """Difference of the means of scores of the same items."""
-    n = len(first)
-    differences = [b - a for a, b in zip(first, second, strict=True)]
-    mean = sum(differences) / n
-    spread = sum((value - mean) ** 2 for value in differences)
-    stderr = math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan
-    return Paired(mean, stderr, n, sum(value > 0 for value in differences), sum(value < 0 for value in differences))
+    """Difference of the means of scores of the same items, of which the higher is the better."""
+    found = paired_ratio(first, second, [1.0] * len(first))
+    return found._replace(better=found.worse, worse=found.better)
 
 
 def _tasks(stage: str, first: Run, second: Run, notes: list[str]) -> list[list[Any]]:
