@@ -12,7 +12,6 @@ import numpy as np
 
 from nanochat.data.sources import Split
 from nanochat.errors import UserError
-from nanochat.runtime import IGNORE_INDEX
 from nanochat.tokenizer import RustBPETokenizer
 
 Row = tuple[np.ndarray, np.ndarray]  # inputs (T,) and targets (T,) of any integer type
@@ -43,6 +42,8 @@ class RowSource(ABC):
 
     def steps(self) -> Iterator[tuple[Iterable[Row], bool]]:
         """Of each optimizer step: the local rows, made as they are read, and whether any rank has a target in it."""
+        from nanochat.runtime import IGNORE_INDEX  # which imports torch; plan_batch is asked before that
+
         rows = self.in_order()
         while True:
             step = list(islice(rows, self.rows_per_step))
