@@ -280,9 +280,9 @@ def _draw_lines(axis: Axes, panel: Panel) -> None:
         axis.set_xscale("log")
     if panel.x == "step":
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    if max((abs(y) for series in panel.series for _, y in series.points), default=0) >= 1000:
-        axis.yaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    for side, place in ((axis.xaxis, 0), (axis.yaxis, 1)):
+        if max((abs(point[place]) for series in panel.series for point in series.points), default=0) >= 1000:
+            side.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     names = list(dict.fromkeys(series.name for series in panel.series))
     for series in panel.series:
         colour = COLOURS[names.index(series.name) % len(COLOURS)]
