@@ -24,7 +24,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +54,7 @@ from scripts.base_train import Settings as Recipe
 WARM_STEPS = 20  # left out of the speed
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings:
     """Train what a list of runs names, and score it."""
 

@@ -14,7 +14,6 @@ import dataclasses
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +40,7 @@ PUBLISHED_ITEMS = 9_345  # of the 22 published tasks, at most 500 of each
 WAYS = ("single", "batched", "shared")
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(Output, DeviceFlags, ArchFlags):
     """Time the CORE metric."""
 

@@ -7,7 +7,6 @@ out. TFLOP/s count the three products: logits, gradient of the hidden states, gr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -26,7 +25,7 @@ WARM_UP = 5  # calls left out
 CAP = 15.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(Output):
     """Measure the head in bf16 and in 8 bits."""
 

@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +34,7 @@ from nanochat.hardware import device_name, find_gpu, peak_memory_bytes, unlisted
 from nanochat.runtime import compute_cleanup, compute_dtype, compute_init
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(Output, DeviceFlags, ArchFlags):
     """Measure decoding."""
 

@@ -11,7 +11,6 @@ H100.
 import itertools
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -35,7 +34,7 @@ BARS = {"microseconds_per_matrix": 50.0, "spectral_ms": 2.0, "activations_ms": 1
 INTERVALS = (1, 10, 100)
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(Output, DeviceFlags):
     """Measure the monitor."""
 

@@ -4,7 +4,6 @@ right, and whether it says so where it does not know.
     python -m benchmarks.plain_questions -i sft -g tiny-d4-pydocs
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from benchmarks.output import Output, write_json
@@ -54,7 +53,7 @@ HONEST = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(DeviceFlags, Output):
     """Ask a chat model plain questions."""
 

@@ -8,7 +8,6 @@ its seeds, and the laws, each fitted to all sizes of an architecture by least sq
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, linear_regression
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ Size = tuple[int, str, int]  # tokens, architecture, depth
 LEAST_SIZES = 3  # for a fit: a line goes through any two
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings:
     """Fit and draw what runs of several sizes reached."""
 

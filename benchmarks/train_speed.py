@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,7 +71,7 @@ CLASSES = {
 PRODUCT_SHARE, ATTENTION_SHARE = 0.77, 0.60  # of the peak
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(Output, ArchFlags):
     """Measure the training step."""
 

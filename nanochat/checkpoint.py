@@ -240,8 +240,7 @@ def _committed(path: Path) -> bytes | None:
 
 
 def sums(path: Path) -> list[tuple[str, str]]:
-    """(SHA-256, name) of the files of the checkpoint `path`; none where it is older than these. A file has two while
-    it is replaced."""
+    """(SHA-256, name) of the files of the checkpoint `path`; two while one is replaced, none where it is older."""
     with damage_reported(path / "COMMITTED", ValueError, OSError):
         lines = (path / "COMMITTED").read_text().splitlines()
         found = [re.fullmatch(r"([0-9a-f]{64})  ((?:state/)?[.\w]+)", line) for line in lines]

@@ -12,7 +12,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from cyclopts import App, CycloptsError, Parameter, Token, validators
 from cyclopts.help import DefaultFormatter
@@ -149,6 +149,16 @@ def start(cls: type[T], check: Callable[[T], object] = bool) -> None:
         check(_started[cls])
 
     errors.exit_on_user_error(parse_and_check)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def program(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass of a script's flags, and `start` at once where the script is what runs: before it imports
+    what takes seconds."""
+    settings = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    if cls.__module__ == "__main__":
+        start(settings)
+    return settings
 
 
 def check(module: str, words: Sequence[str]) -> None:

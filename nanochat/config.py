@@ -119,8 +119,7 @@ class GPTConfig:
 
     @property
     def value_embed_std(self) -> float:
-        """Of the initial value embeddings, at every width: as the embedding's (records), or as small as the value
-        projection's weights at width 768."""
+        """Of the initial value embeddings: as the embedding's (records), or the value projection's at width 768."""
         return 768**-0.5 if self.value_embeds == "gated" else 1.0
 
     @property
@@ -349,8 +348,7 @@ class ArchFlags:
     ngram_heads: Annotated[int | None, int_flag(gte=1, lte=8)] = None
     """Hashes of each n-gram, each for its share of the channels (1)."""
     key_offset: bool | None = None
-    """The slower half of each key's rotary dimensions comes from the token before: finding what followed an earlier
-    occurrence takes one layer."""
+    """The slower half of each key is the token before's: finding what followed it earlier takes one layer."""
     attn_gate: bool | None = None
     """A learned gate on each head's output, from the first 12 channels of its input."""
     smear: bool | None = None
@@ -384,8 +382,7 @@ class ArchFlags:
     matrix_lr: Annotated[float | None, float_flag(gte=0)] = None
     """Muon learning rate of the matrices (0.02; speedrun, ngram 0.05); all rates follow batch and horizon."""
     embedding_lr: Annotated[float | None, float_flag(gte=0)] = None
-    """AdamW learning rate of the embedding at width 768 (0.2; speedrun, ngram 0.6); goes with width^-0.5, not under
-    muP."""
+    """AdamW rate of the embedding at width 768 (0.2; speedrun, ngram 0.6); goes with width^-0.5, not under muP."""
     unembedding_lr: Annotated[float | None, float_flag(gte=0)] = None
     """The same of the head (0.004; speedrun, ngram 0.22)."""
     value_embedding_lr: Annotated[float | None, float_flag(gte=0)] = None

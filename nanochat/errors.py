@@ -36,8 +36,7 @@ def visible(text: str) -> str:
 
 
 def masked(text: str) -> str:
-    """`text` without what stands before the @ of addresses, whose `http://` may be missing, so that no password gets
-    into a log."""
+    """`text` without what stands before the @ of addresses, with or without `http://`: passwords stay out of logs."""
     return re.sub(r"(?:(?<=://)(?:[^/\s]*:\S*|[^/\s]*)|\b(?!(?:local|bin):)[^\s/:=@]+:[^\s/]\S*)@", "***@", text)
 
 

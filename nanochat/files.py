@@ -34,8 +34,7 @@ _remembering = threading.Lock()
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, for a file or a folder, that becomes `path` on success and is removed on
-    failure."""
+    """A path beside `path`, for a file or a folder, that becomes `path` on success and is removed on failure."""
     if path.parent not in _swept:
         _swept.add(path.parent)
         sweep(path.parent.glob("*.tmp"))
@@ -199,9 +198,8 @@ def let_go() -> None:
 
 
 def link_files(source: Path, target: Path, replace: bool = True) -> None:
-    """All files below `source` also below `target`, as hard links (copies where the disk has none): those that are
-    replaced or deleted in one later stay as they are in the other. replace: also where `target` has another of that
-    name."""
+    """All files below `source` also below `target`, as hard links (copies where the disk has none): what is replaced or
+    deleted in one later stays in the other. replace: also where `target` has another of that name."""
     target.mkdir(parents=True, exist_ok=True)
     files = [file for file in source.rglob("*") if file.is_file() and file.suffix != ".tmp"]
     for name in sorted(file.relative_to(source) for file in files):
@@ -231,8 +229,7 @@ def append_jsonl(path: Path, record: dict[str, Any], sync: bool = False) -> None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file, without lines that are no JSON object (cut short by a kill); none where there
-    is no file."""
+    """The records of a JSON Lines file, without lines that are no object (cut short by a kill); none without a file."""
     records = []
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""Flags that several programs share. Nothing here imports torch: see cli.start."""
+"""Flags that several programs share. Nothing here imports torch: see cli.program."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

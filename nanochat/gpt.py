@@ -156,8 +156,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def gate(linear: Linear, x: Tensor) -> Tensor:
-    """(B, T, H, 1) in (0, 2), from the first channels of x (B, T, C); 1 where the gate's weights are zero, as they are
-    at first."""
+    """(B, T, H, 1) in (0, 2), from the first channels of x (B, T, C); 1 at first, when the gate's weights are zero."""
     return 2 * torch.sigmoid(linear(x[..., :GATE_CHANNELS])).unsqueeze(-1)
 
 
@@ -344,8 +343,7 @@ class GPT(nn.Module):
         return norm(x + share * norm(wte(before.clamp(min=0)).to(self.compute_dtype)))  # type: ignore[operator]
 
     def tokens_before(self, idx: Tensor, kv_cache: Cache | None, count: int) -> list[Tensor]:
-        """idx (B, T), the token before each, the one before that, ... up to `count` back; NO_TOKEN where the document
-        or the row has not begun there."""
+        """idx (B, T), the token before each, ... up to `count` back; NO_TOKEN before the document or the row begins."""
         if kv_cache is None:
             past = torch.full_like(idx[:, :1], NO_TOKEN).expand(-1, LOOK_BACK)
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
@@ -84,8 +85,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    import resource  # Unix only; nothing else here needs it
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -24,8 +24,7 @@ from nanochat.errors import UserError
 
 DEFAULT_PORT = 29500  # torchrun's own
 MAX_THREADS = 16  # a process of ours has no use for more
-# What torchrun hands on to its processes. Of SIGUSR1, by which Slurm and others announce the end, it would otherwise
-# die, and leave them behind.
+# What torchrun hands on. Of SIGUSR1, by which Slurm and others announce the end, it would die and leave orphans behind.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SUBCOMMANDS = {"plan": "nanochat.cluster.plan"}  # first word -> module that is run instead; the launcher needs none
 SHUTDOWN_SECONDS = 110  # that torchrun leaves processes to save after a signal; schedulers warn 120 s before the end

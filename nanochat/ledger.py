@@ -190,9 +190,8 @@ def stage_module(command: Sequence[str], root: Path = REPO) -> str | None:
 
 
 def code_version(module: str, root: Path = REPO) -> str:
-    """Hash of all code that `module` runs: itself, what it imports from nanochat/ and scripts/ however deep, data in
-    a .jsonl file of a module's name beside it, and the crate's sources when one of them uses it. Comments and layout
-    do not count."""
+    """Hash of all code that `module` runs, comments and layout left out: itself, what it imports from nanochat/ and
+    scripts/ however deep, a .jsonl file of a module's name beside it, and the crate's sources where it is used."""
     parts: dict[str, bytes] = {}  # name of a module or file -> what of it counts
     queue = [module]
     while queue:

@@ -174,8 +174,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def compute_cleanup() -> None:
-    """Leave the process group, all ranks together: one whose peer has gone aborts within a collective; and the folders
-    that this process holds."""
+    """Let go of folders; leave the process group, all ranks together: one whose peer is gone aborts in a collective."""
     let_go()
     if dist.is_initialized():
         barrier()

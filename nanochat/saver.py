@@ -67,9 +67,8 @@ class Saver:
         self.failure: BaseException | None = None
 
     def save(self, step: int, meta: dict[str, Any], last: bool = False) -> float:
-        """Start saving the state as it is now (every rank calls this); returns the seconds that this took. meta must be
-        JSON-able; last: write model.safetensors too. Raises UserError on every rank when the disk is too small, or when
-        the save before this one failed."""
+        """Start saving the state as it is now, on every rank; returns the seconds that this took. meta is JSON-able;
+        last: write model.safetensors too. UserError on all ranks when the disk is too small or the last save failed."""
         started = time.perf_counter()
         self.wait()
         self._on_first_rank(lambda: self._check_space(last))
@@ -116,8 +115,7 @@ class Saver:
                 shutil.rmtree(path)
 
     def _share(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Names of the tensors whose local rows this rank writes: each part once, about as many bytes on every rank.
-        Also adds up what all ranks write."""
+        """Names of the tensors whose local rows this rank writes: each part once, about as many bytes on every rank."""
         held = self._gather({
             name: (row_range(tensor)[0] if is_sharded(tensor) else 0, local(tensor).nbytes)
             for name, tensor in tensors.items()

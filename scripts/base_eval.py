@@ -7,7 +7,6 @@
 Scores go to base_eval/<tag>_<step>.csv, the answer to every item to the .jsonl beside it.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from nanochat.cli import alias, count_flag, int_flag
 from nanochat.flags import DeviceFlags, ModelFlags, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(ModelFlags, DeviceFlags):
     """Score a trained model on the CORE tasks."""
 
@@ -30,9 +29,6 @@ class Settings(ModelFlags, DeviceFlags):
     trust_remote_code: bool = False
     """Run the modelling code that lies in --hf-path."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 import torch
 

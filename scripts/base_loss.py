@@ -11,7 +11,6 @@ checkpoint, or another program's model of the same tokens, is scored on the very
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,7 @@ from nanochat.data.sources import source_flag
 from nanochat.flags import DeviceFlags, ModelFlags, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(ModelFlags, DeviceFlags):
     """Measure the loss of a trained model."""
 
@@ -36,9 +35,6 @@ class Settings(ModelFlags, DeviceFlags):
     write_rows: Path | None = None
     """Write the validation rows to this file."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

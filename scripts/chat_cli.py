@@ -8,7 +8,6 @@ Answers go to stdout, everything else to stderr: Markdown is set at a terminal, 
 the calculator is shown as [2+3 → 5]. /help shows what else can be typed.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat import cli
@@ -16,7 +15,7 @@ from nanochat.cli import alias, float_flag, int_flag, seed_flag
 from nanochat.flags import DeviceFlags, ModelFlags
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(ModelFlags, DeviceFlags):
     """Talk to a trained model; one of stage base goes on with your text. In the chat, /help shows the commands; `quit`,
     `exit` or Ctrl-D ends."""
@@ -32,9 +31,6 @@ class Settings(ModelFlags, DeviceFlags):
     seed: Annotated[int, seed_flag()] = 42
     """Seed of the first answer; each further one takes the next."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 import contextlib
 import io

@@ -8,7 +8,6 @@ Scores go to chat_eval/<stage>_<tag>_<step>.csv, the answer to every item to the
 items or sampling of its own has `_` and 8 hex digits of them behind the step, so that it overwrites no other.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nanochat import cli
@@ -16,7 +15,7 @@ from nanochat.cli import alias, count_flag, float_flag, int_flag, seed_flag
 from nanochat.flags import CodeFlags, DeviceFlags
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(CodeFlags, DeviceFlags):
     """Score a chat model on multiple-choice and open questions."""
 
@@ -44,9 +43,6 @@ class Settings(CodeFlags, DeviceFlags):
     seed: Annotated[int, seed_flag()] = 42
     """Seed of sampling; each answer to each item has one of its own."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 import time
 from dataclasses import replace

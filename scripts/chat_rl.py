@@ -6,7 +6,7 @@
 The method is in nanochat/train/rollouts.py; learning rates are those of the SFT run times --init-lr-frac.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from nanochat import cli
@@ -14,7 +14,7 @@ from nanochat.cli import float_flag, int_flag
 from nanochat.flags import CodeFlags, ParentFlags
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(CodeFlags, ParentFlags):
     """Train a chat model by reinforcement on questions whose answers can be graded."""
 
@@ -53,9 +53,6 @@ class Settings(CodeFlags, ParentFlags):
     """Answers to each."""
     save_every: Annotated[int, int_flag(gte=-1)] = 60
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -6,7 +6,6 @@
 Sequence length, batch and learning rates are those of the stage before unless a flag says otherwise.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nanochat import cli
@@ -14,7 +13,7 @@ from nanochat.cli import float_flag, int_flag
 from nanochat.flags import ChatTrainSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(ChatTrainSettings):
     """Fine-tune a model on conversations."""
 
@@ -25,9 +24,6 @@ class Settings(ChatTrainSettings):
     warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 1.0
     eval_every: Annotated[int, int_flag(gte=-1)] = 100
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 from nanochat.cluster.observer import ClusterObserver
 from nanochat.train.chat import train_on_chats

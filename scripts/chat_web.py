@@ -5,7 +5,6 @@ python -m scripts.chat_web -i base --port=9000
 NANOCHAT_API_KEY=... python -m scripts.chat_web --host=0.0.0.0
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat import cli
@@ -13,7 +12,7 @@ from nanochat.cli import alias, float_flag, int_flag
 from nanochat.flags import DeviceFlags, ModelFlags, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(ModelFlags, DeviceFlags):
     """Serve trained models over HTTP. NANOCHAT_API_KEY, where it is set, is what clients must send."""
 
@@ -30,9 +29,6 @@ class Settings(ModelFlags, DeviceFlags):
     deadline: Annotated[float, float_flag(gte=1)] = 300.0
     """Seconds that an answer may take."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 import os
 import socket

@@ -8,7 +8,6 @@ The classic architecture is the model type `nanochat` of Transformers; every oth
 loaded with trust_remote_code=True.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +16,7 @@ from nanochat.cli import alias
 from nanochat.flags import ModelFlags
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(ModelFlags):
     """Export a trained model to Transformers."""
 
@@ -32,9 +31,6 @@ class Settings(ModelFlags):
     dry_run: bool = True
     """With --push: only show what would be sent, and where to."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 import torch
 

@@ -6,7 +6,6 @@
 Sequence length, batch and learning rates are those of the base run unless a flag says otherwise.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat import cli
@@ -14,7 +13,7 @@ from nanochat.cli import float_flag
 from nanochat.flags import ChatTrainSettings, LossOn, Packing
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(ChatTrainSettings):
     """Train a base model on conversations."""
 
@@ -23,9 +22,6 @@ class Settings(ChatTrainSettings):
     loss_on: LossOn = "all"
     warmdown_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.2
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 from nanochat.cluster.observer import ClusterObserver
 from nanochat.train.chat import train_on_chats

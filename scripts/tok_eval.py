@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,15 +28,12 @@ LONG, BAR = 16, 30  # bytes from which tokens are counted together; characters o
 BASELINES = json.loads(Path(__file__).with_name("tok_baselines.json").read_bytes())
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings:
     """Measure how well the tokenizer compresses."""
 
     source: Annotated[str, source_flag("Where the train and validation text comes from")] = "fineweb-edu"
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before what is slow to import
 
 import numpy as np
 import tiktoken

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +29,7 @@ O200K = (
 MARKED = 0.05  # share of letters with a mark from which on auto takes it: Hindi, Tamil .5, Thai .2, Arabic .01
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings:
     """Train the byte-pair tokenizer."""
 
@@ -50,9 +49,6 @@ class Settings:
     """How words are told apart: o200k (GPT-4o's) keeps vowel signs and accents of their own in them, as Hindi and Thai
     have; auto: where one letter in 20 has such a mark."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before what is slow to import
 
 import regex
 from rich.progress import Progress

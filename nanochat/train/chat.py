@@ -132,15 +132,8 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
     if earlier is None:  # this very run is complete
         compute_cleanup()
         return
-    loader = RowLoader(
-        ChatRows(packer),
-        rows_per_step=plan.rows_per_step,
-        device_batch_size=recipe["device_batch_size"],
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        state=earlier.get("loader"),
-    )
+    size, state = recipe["device_batch_size"], earlier.get("loader")
+    loader = RowLoader(ChatRows(packer), plan.rows_per_step, size, device, rank, world_size, state)
 
     # ---- train
     run = TrainingRun(

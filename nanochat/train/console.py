@@ -178,9 +178,6 @@ class Console:
                 result["peak FLOP/s per device"] = self.peak
         return result
 
-    def close(self) -> None:
-        self.tracker.close()
-
 
 class Tracker:
     """Writes records `{"stage": …, "step": …, "tokens": …, metric: value}` to runs/<run id>/metrics.jsonl, and to W&B

@@ -61,7 +61,7 @@ def train(run: TrainingRun) -> Outcome:
         run.loader.close()
         stop.restore()
         run.observer.close()
-        console.close()
+        console.tracker.close()
     if console.diverged:
         raise UserError(
             f"loss or gradient norm was not finite in {MAX_SKIPPED} steps in a row, up to step {run.state.step}; they "
@@ -170,8 +170,7 @@ def train_step(run: TrainingRun) -> StepResult:
 
 
 def _evaluate(run: TrainingRun, console: Console, due: list[Evaluation]) -> bool:
-    """Make these evaluations and record what they say. False, on all ranks, where a signal stopped one of them: then
-    nothing is recorded."""
+    """Make these evaluations and record what they say; False, and nothing recorded, where a signal stopped any rank."""
     state = run.state
     run.model.eval()
     metrics: dict[str, float] = {}

@@ -22,7 +22,7 @@ from nanochat.train.observer import Observer
 from nanochat.train.spectral import TINY, Stack, spectral_norms, stacked_norms, stacks
 
 PRESETS = {"production": 100, "research": 10, "validation": 1}
-HIDDEN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # matrices of a block
+HIDDEN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # a block's that Muon trains
 BRANCHES = ("attn", "mlp")  # rows of Block.stats
 
 PARAM_NORM = "Model/param_norm"  # norm of all parameters of a group (/group)
@@ -81,8 +81,9 @@ class Monitor(Observer):
         self.blocks: list[Any] = list(model.transformer.h)  # type: ignore[arg-type]
         self.device = model.get_device()
         rank, self.world = rank_and_world()
-        found = [(f"{layer}.{name}", param) for layer, block in enumerate(self.blocks)
-                 for name, param in _hidden(block)]  # fmt: skip
+        named = dict(model.named_parameters())
+        names = (f"{layer}.{name}" for layer in range(len(self.blocks)) for name in HIDDEN)
+        found = [(name, named[key]) for name in names if (key := f"transformer.h.{name}.weight") in named]
         # By shape, so that each rank gets as many of each.
         found.sort(key=lambda pair: tuple(pair[1].shape))
         self.matrices = [_Matrix(name, param, k % self.world == rank) for k, (name, param) in enumerate(found)]
@@ -198,9 +199,3 @@ class Monitor(Observer):
                 for row, branch in enumerate(BRANCHES) if hasattr(block, branch)]  # fmt: skip
         names = [f"{name}/{layer}.{BRANCHES[row]}" for layer, row in rows for name in ACTIVATIONS]
         return names, torch.stack([self.stats[layer][row] for layer, row in rows]).flatten()
-
-
-def _hidden(block: Any) -> list[tuple[str, Any]]:
-    """(name, weight) of the matrices of a block that Muon trains."""
-    params = dict(block.named_parameters())
-    return [(name, params[f"{name}.weight"]) for name in HIDDEN if f"{name}.weight" in params]

@@ -309,8 +309,7 @@ def _look(folder: Path, resume: Resume, meta_now: dict[str, Any], started_again:
 
 
 def resume(run: TrainingRun) -> None:
-    """Put model, optimizer, random generators and counters where run.earlier left them (not the loader, whose state is
-    given to its constructor)."""
+    """Put all but the loader, which is given its state when it is made, where run.earlier left it."""
     meta = run.earlier
     step, rank = meta["step"], get_dist_info().rank
     path = checkpoint.step_dir(run.folder, step) / "meta.json"

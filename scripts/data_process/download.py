@@ -7,14 +7,13 @@ go on where it stopped; files that are here are not fetched again. HF_ENDPOINT n
 always comes along.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nanochat import cli
 from nanochat.cli import alias, int_flag
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings:
     """Download tokenized text; what is here already is kept."""
 
@@ -27,9 +26,6 @@ class Settings:
     num_workers: Annotated[int, int_flag(gte=1, lte=64), alias("-w")] = 4
     """Files fetched at the same time."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 from pathlib import Path
 from typing import Any, NamedTuple

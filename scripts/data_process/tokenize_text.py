@@ -7,7 +7,6 @@ nanochat/data/bins.py) and, last, their meta.json to tokenized_data/<source>-<to
 for `scripts.base_train --source=bin:<source>-<tokenizer hash>`. <|bos|> starts every document.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat import cli
@@ -15,7 +14,7 @@ from nanochat.cli import int_flag
 from nanochat.data.sources import source_flag
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings:
     """Tokenize text into token files."""
 
@@ -24,9 +23,6 @@ class Settings:
     shard_tokens: Annotated[int, int_flag(gte=1, lte=2_000_000_000)] = 100_000_000
     """Tokens in a file; the document that reaches it is still written whole."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 import json
 import os
