@@ -314,7 +314,7 @@ def test_shards_do_not_depend_on_how_text_is_spread_over_files(tmp_path, texts, 
         (origin / "a.jsonl").write_text(jsonl(shuffled[:cut]))
         (origin / "b.jsonl").write_text(jsonl(shuffled[cut:]))
         target = origin / "out"
-        files = local.convert(local.input_files(origin), target)
+        files = local.convert(local.all_files(origin), target)
         results.append([entry["sha256"] for entry in files.values()])
         read = [text for path in sorted(target.iterdir()) for text in pq.read_table(path)["text"].to_pylist()]
         assert sorted(read) == sorted(text.encode("utf-8", "replace").decode() for text in texts)
@@ -328,13 +328,12 @@ def test_repeated_documents_do_not_move_the_validation_split(tmp_path):
         origin = tmp_path / f"{times} times"
         origin.mkdir()
         (origin / "a.jsonl").write_text(jsonl([chr(0x100 + i) for i in range(150)] * times))
-        found.append(local.convert(local.input_files(origin), origin / "out"))
+        found.append(local.convert(local.all_files(origin), origin / "out"))
     assert found[0] == found[1] and found[0]["shard_00001.parquet"]["documents"] == 15
 
 
 def test_validation_is_one_per_cent(folder, monkeypatch):
     monkeypatch.setattr(local, "SHARD_BYTES", 100_000)
-    monkeypatch.setattr(local, "BUCKET_BYTES", 50_000)  # several buckets
     monkeypatch.setattr(local, "MIN_VAL_BYTES", 0)  # as of much text
     chance = random.Random(0)
     texts = [" ".join(str(chance.random()) for _ in range(10)) for _ in range(3000)]

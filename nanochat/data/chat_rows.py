@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nanochat.data.packing import pack_conversations, stream_rows
+from nanochat.data.parquet import up_to
 from nanochat.data.rows import RowSource, sample
 from nanochat.errors import UserError
 from nanochat.flags import LossOn, Packing
@@ -170,12 +171,7 @@ class ChatRows(RowSource):
 
 def evaluation_rows(packer: ChatPacker, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """(inputs, targets), each (R, T): the first conversations of the task, packed, up to max_tokens positions."""
-    rows = max(1, max_tokens // packer.sequence_len)
-    inputs, targets = [], []
-    for first in range(0, len(packer.task), CHUNK):
-        chunk = packer.pack(list(range(first, min(first + CHUNK, len(packer.task)))))
-        inputs.append(chunk.inputs)
-        targets.append(chunk.targets)
-        if sum(map(len, inputs)) >= rows:
-            break
+    rows, items = max(1, max_tokens // packer.sequence_len), range(len(packer.task))
+    chunks = (packer.pack(list(items[first : first + CHUNK])) for first in items[::CHUNK])
+    inputs, targets, *_ = zip(*up_to(chunks, rows, lambda chunk: len(chunk.inputs)), strict=True)
     return np.concatenate(inputs)[:rows], np.concatenate(targets)[:rows]

@@ -9,7 +9,6 @@ shard_*.parquet already keeps its shards and their order. Links are followed.
 
 import codecs
 import collections
-import contextlib
 import csv
 import hashlib
 import io
@@ -45,18 +44,18 @@ WHOLE_TXT_BYTES = 65_536  # a .txt file up to this is one document
 TXT_DOCUMENT_BYTES = 16_384  # a longer one is cut at the first blank line after this many
 LONGEST_LINE = 2**30  # bytes of one document in a file of many: it is held in memory, in several forms
 LONGEST_PART = 2**26  # bytes of a line of .txt that are read at once
-BUCKET_BYTES = 512_000_000  # input held in memory at once while ordering
-MAX_BUCKETS = 256  # one open file each
+BATCH = 256  # documents that near-duplicates are looked for of at once
 
 
 def take_folder(source: str, num_files: int) -> None:
     """Convert the folder of `source`, or link its shards when it is in the standard layout (num_files of them for
     training, -1: all); nothing when it is unchanged."""
     origin, folder = Path(source.removeprefix("local:")), data_dir(source)
-    inputs, ready = _taken(origin)
+    inputs, others, ready = _taken(origin)
     manifest = parquet.load_manifest(folder)
     about = {"source": source, "kind": "local files", "synthetic": False, **fingerprint(origin, inputs)}
-    if left_out := _left_out(origin, inputs):
+    kinds = collections.Counter(path.suffix or "without a suffix" for path in others)
+    if left_out := ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())[:10]):
         print(f"{source}: left out {left_out}")
         about["left_out"] = left_out
     before = manifest["files"] if manifest.get("source") == source else {}
@@ -89,19 +88,28 @@ def take_folder(source: str, num_files: int) -> None:
         parquet.replace_shards(folder, about, files)
 
 
-def _taken(origin: Path) -> tuple[list[Path], bool]:
-    """The files below `origin` that are read, and whether they are shards that are ready."""
-    inputs = input_files(origin)
+def _taken(origin: Path) -> tuple[list[Path], list[Path], bool]:
+    """The files below `origin` that are read, those that are left out, and whether the former are ready shards."""
+    files = all_files(origin)
+    inputs = sorted(filter(_is_text, files))
+    if not inputs:
+        packed = ", ".join(filter(None, COMPRESSED))
+        raise UserError(
+            f"--source=local:{origin}: no .parquet, {', '.join(FORMATS)} files there (or {packed} of the latter)"
+        )
     ready = [path for path in inputs if path.parent == origin and path.match("shard_*.parquet")]
     if any(path.is_dir() for path in origin.glob("shard_*.parquet")):  # as Spark writes one file: parts in a folder
         ready = []
-    return ready or inputs, bool(ready)
+    taken = ready or inputs
+    known = set(map(os.path.realpath, taken))
+    return taken, [path for path in files if os.path.realpath(path) not in known], bool(ready)
 
 
 def text_hash(source: str) -> str:
     """Changes with the text that a source has to offer: once it does, the dataset stage runs again."""
     origin = Path(source.removeprefix("local:"))
-    return fingerprint(origin, _taken(origin)[0])["content"]
+    inputs, _, _ = _taken(origin)
+    return fingerprint(origin, inputs)["content"]
 
 
 def _check_splits(source: str, val: Path, files: parquet.Manifest) -> None:
@@ -115,42 +123,23 @@ def _check_splits(source: str, val: Path, files: parquet.Manifest) -> None:
         print(f"{source}: {val.name}, which is for validation as the last shard, has more text than all others")
 
 
-def all_files(folder: Path) -> Iterator[Path]:
+def all_files(folder: Path) -> list[Path]:
     """Files below `folder`. Raises UserError for a link that leads nowhere, and for folders that may not be read."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    for path in walk(folder, onerror=refuse):
+    if not folder.is_dir():
+        raise UserError(f"--source=local:{folder}: no such folder")
+    found = list(walk(folder, onerror=refuse))
+    for path in found:
         if path.is_symlink() and not path.exists() and _is_text(path):
             raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: copy that too")
-        if path.is_file():
-            yield path
+    return [path for path in found if path.is_file()]
 
 
 def _is_text(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
-
-
-def input_files(folder: Path) -> list[Path]:
-    """Files with text below `folder`, sorted. Raises UserError when there are none."""
-    if not folder.is_dir():
-        raise UserError(f"--source=local:{folder}: no such folder")
-    found = [path for path in all_files(folder) if _is_text(path)]
-    if not found:
-        packed = ", ".join(filter(None, COMPRESSED))
-        raise UserError(
-            f"--source=local:{folder}: no .parquet, {', '.join(FORMATS)} files there (or {packed} of the latter)"
-        )
-    return sorted(found)
-
-
-def _left_out(folder: Path, taken: list[Path]) -> str:
-    """How many files of which kind are not read; empty if none."""
-    known = {os.path.realpath(path) for path in taken}
-    others = (path for path in all_files(folder) if os.path.realpath(path) not in known)
-    kinds = collections.Counter(path.suffix or "without a suffix" for path in others)
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())[:10])
 
 
 def fingerprint(folder: Path, files: list[Path]) -> dict[str, str]:
@@ -212,32 +201,30 @@ def convert(files: list[Path], target: Path) -> parquet.Manifest:
     """Write the documents of `files` as shards into `target`; returns the manifest entries. Raises UserError for
     unreadable input (with file and line) and for fewer than two documents."""
     target.mkdir(parents=True, exist_ok=True)
-    buckets = min(MAX_BUCKETS, 1 + sum(path.stat().st_size for path in files) // BUCKET_BYTES)
     with temporary_folder(target / "ordering") as folder:
-        _spread(files, folder, buckets)
-        sizes, marks = (np.concatenate(parts) for parts in zip(*map(_measured, sorted(folder.iterdir())), strict=True))
-        if not sizes.any():
-            raise UserError(
-                f"no text in {', '.join(map(str, files[:3]))}{' …' * (len(files) > 3)}: nothing to train on"
-            )
+        keys, sizes, marks = _collect(files, folder / "documents.arrow")
+        order = np.argsort(keys, kind="stable")
+        sizes, marks, repeated = sizes[order], marks[order], np.append(False, keys[order][1:] == keys[order][:-1])
+        sizes[repeated] = 0  # they must not move the validation split
         val_bytes = held_out_bytes(int(sizes.sum()))
         most = min(MAX_VAL_BYTES, int(sizes.sum() * MAX_VAL_SHARE))
         held, torn = overlap.hold_out(overlap.clusters(marks), sizes, val_bytes, most)
         if torn:
             print("note: nothing of the size of the validation split stands apart: parts of the same are on both sides")
-        held = held[sizes > 0]
-        if held.any():
-            val_bytes = int(sizes[sizes > 0][held].sum())
-            documents: Iterator[str] = itertools.chain(
-                *(itertools.compress(_ordered(folder), chosen) for chosen in (held, ~held))
+        held, left = held & ~repeated, ~held & ~repeated
+        with pa.memory_map(str(folder / "documents.arrow")) as stream:
+            texts = pa.ipc.open_file(stream).read_all()["text"]
+            documents: Iterator[str] = (
+                texts[place].as_py() for place in [*order[held].tolist(), *order[left].tolist()]
             )
-        else:
-            documents = _ordered(folder)
-            head = list(itertools.islice(documents, 1))
-            if head and len(head[0].encode()) > val_bytes >= MIN_PIECE_BYTES:
-                head = list(pieces(head[0], val_bytes // 4))  # of at most four bytes a character
-            documents = itertools.chain(head, documents)
-        return parquet.write_shards(target, documents, val_bytes, SHARD_BYTES)
+            if held.any():
+                val_bytes = int(sizes[held].sum())
+            else:
+                head = next(documents)
+                cut = len(head.encode()) > val_bytes >= MIN_PIECE_BYTES
+                parts = pieces(head, val_bytes // 4) if cut else [head]  # of at most four bytes a character
+                documents = itertools.chain(parts, documents)
+            return parquet.write_shards(target, documents, val_bytes, SHARD_BYTES)
 
 
 def held_out_bytes(total: int) -> int:
@@ -270,30 +257,24 @@ def pieces(text: str, limit: int = PIECE) -> Iterator[str]:
     yield text[start:]
 
 
-def _spread(files: list[Path], folder: Path, buckets: int) -> None:
-    """Write each document, or its pieces, to one of `buckets` Arrow files by its hash, with the marks that it shares
-    with others of its document or file and with near-duplicates."""
-    columns = {"key": pa.binary(16), "marks": pa.binary(8 * (1 + overlap.PAIRS)), "text": pa.large_string()}
-    schema = pa.schema(columns)
-    waiting: list[list[tuple[bytes, bytes, str]]] = [[] for _ in range(buckets)]
-    sizes = [0] * buckets
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(pa.ipc.new_file(str(folder / f"{i:03d}.arrow"), schema)) for i in range(buckets)]
-
-        def flush(i: int) -> None:
-            columns = zip(*waiting[i], strict=True) if waiting[i] else [()] * 3
-            writers[i].write_table(pa.table(list(columns), schema=schema))
-            waiting[i], sizes[i] = [], 0
-
-        for key, mark, text in _marked(keyed for path in files for keyed in _keyed(path)):
-            # buckets are ranges of the hash, so that one after the other they are in order
-            i = int.from_bytes(key[:8], "big") * buckets >> 64
-            waiting[i].append((key, mark, text))
-            sizes[i] += parquet.utf8_bytes(text)
-            if sizes[i] > 1 << 20:
-                flush(i)
-        for i in range(buckets):
-            flush(i)
+def _collect(files: list[Path], path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Write each document, or its pieces, to the Arrow file `path`. Returns what they are ordered by (N,), their UTF-8
+    bytes (N,) and the marks (N, C) that each shares with others of its document or file and with near-duplicates."""
+    schema = pa.schema([("text", pa.large_string())])
+    about: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    keyed = (each for file in files for each in _keyed(file))
+    with pa.OSFile(str(path), "wb") as stream, pa.ipc.new_file(stream, schema) as writer:
+        while batch := list(itertools.islice(keyed, BATCH)):
+            keys, wholes, texts = zip(*batch, strict=True)
+            column = pa.array(texts, pa.large_string())
+            writer.write_batch(pa.record_batch([column], schema))
+            groups = np.frombuffer(b"".join(whole[:8] for whole in wholes), np.uint64)
+            marks = np.column_stack([groups, overlap.sketches(texts)])
+            about.append((np.array(keys, "S16"), pc.binary_length(column).to_numpy(), marks))
+    if not about:
+        raise UserError(f"no text in {', '.join(map(str, files[:3]))}{' …' * (len(files) > 3)}: nothing to train on")
+    found = tuple(map(np.concatenate, zip(*about, strict=True)))
+    return found[0], found[1], found[2]
 
 
 def _keyed(path: Path) -> Iterator[tuple[bytes, bytes, str]]:
@@ -306,35 +287,6 @@ def _keyed(path: Path) -> Iterator[tuple[bytes, bytes, str]]:
         for number, piece in enumerate(pieces(text)):
             if piece.strip():
                 yield key if piece == text else parquet.text_hash(f"{key.hex()} {number}"), whole, piece
-
-
-def _marked(keyed: Iterator[tuple[bytes, bytes, str]]) -> Iterator[tuple[bytes, bytes, str]]:
-    while batch := list(itertools.islice(keyed, 256)):
-        keys, wholes, texts = zip(*batch, strict=True)
-        groups = np.frombuffer(b"".join(whole[:8] for whole in wholes), np.uint64)
-        marks = np.column_stack([groups, overlap.sketches(texts)])
-        yield from zip(keys, map(np.ndarray.tobytes, marks), texts, strict=True)
-
-
-def _measured(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """UTF-8 bytes (N,) and marks (N, C) of the documents in a bucket; 0 bytes for a repetition, which must not move the
-    validation split."""
-    with pa.memory_map(str(path)) as stream:
-        table = pa.ipc.open_file(stream).read_all()
-        order = pc.sort_indices(table["key"])
-        keys = table["key"].take(order)
-        sizes = pc.binary_length(table["text"]).take(order).to_numpy().astype(np.int64)
-        marks = np.frombuffer(b"".join(table["marks"].take(order).to_pylist()), np.uint64)
-    sizes[1:][pc.equal(keys[1:], keys[:-1]).to_numpy()] = 0
-    return sizes, marks.reshape(len(sizes), 1 + overlap.PAIRS)
-
-
-def _ordered(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.iterdir()):
-        with pa.memory_map(str(path)) as stream:
-            table = pa.ipc.open_file(stream).read_all()
-            texts = dict(zip(table["key"].to_pylist(), table["text"].to_pylist(), strict=True))
-        yield from (text for _, text in sorted(texts.items()))
 
 
 # ---- Files -> documents

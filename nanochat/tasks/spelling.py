@@ -25,7 +25,7 @@ from typing import Any
 
 import regex
 
-from nanochat.data import sources
+from nanochat.data import parquet, sources
 from nanochat.errors import TooLittleText
 from nanochat.files import read_jsonl
 from nanochat.tasks.common import (
@@ -234,18 +234,12 @@ def _count(word: str, letter: str) -> list[dict[str, str]]:
 def frequent_words(documents: Iterable[str]) -> list[str]:
     """Lower-case words of 3 to 12 letters that occur at least MIN_COUNT times, the most frequent first."""
     counts: Counter[str] = Counter()
-    chunk: list[str] = []
-    size = total = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document)
-        if size >= CHUNK_CHARS:
-            counts.update(_WORD.findall("\n".join(chunk)))
-            total += size
-            chunk, size = [], 0
-            if total >= MAX_CHARS:
-                break
-    counts.update(_WORD.findall("\n".join(chunk)))
+    total = 0
+    for chunk in map(list, parquet.parts(iter(documents), CHUNK_CHARS, len)):
+        counts.update(_WORD.findall("\n".join(chunk)))
+        total += sum(map(len, chunk))
+        if total >= MAX_CHARS:
+            break
     foreign = sum(count for word, count in counts.items() if not word.isascii())
     any_letters = foreign >= FOREIGN_SHARE * counts.total()
     # words as frequent as each other in alphabetical order: the order must not hang on which came first
