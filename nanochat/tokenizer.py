@@ -189,7 +189,8 @@ class RustBPETokenizer:
         """Ids of one text, or of each text of a list in parallel. `prepend`, `append`: a special token's name or id.
         Names of special tokens in the text are text, but those of `allowed_special` ("all": of all) become their ids,
         the longest where two begin at one place. Raises ValueError for lone surrogates and for unknown names."""
-        before, after = ([] if token is None else [self._token_id(token)] for token in (prepend, append))
+        named = [self.encode_special(token) if isinstance(token, str) else token for token in (prepend, append)]
+        before, after = ([] if token is None else [token] for token in named)
         if not isinstance(text, (str, list)):
             raise TypeError(f"encode takes a string or a list of strings, not {type(text).__name__}")
         allowed = self._allowed(allowed_special)
@@ -259,9 +260,6 @@ class RustBPETokenizer:
             ids += new
             mask += [int(piece.trained)] * len(new)
         return ids[:max_tokens], mask[:max_tokens]
-
-    def _token_id(self, token: str | int) -> int:
-        return self.encode_special(token) if isinstance(token, str) else token
 
     def _allowed(self, allowed: Allowed) -> list[str]:
         """Names, the longest first."""

@@ -27,6 +27,7 @@ from nanochat.errors import UserError
 OUTPUT_LIMIT = 256 << 10  # bytes kept of stdout, and of stderr
 ALLOW_UNSAFE = "NANOCHAT_ALLOW_UNSAFE_CODE"
 MAX_TIMEOUT = 3600
+MEMORY = 256 << 20  # bytes of address space
 READY = b"ready\n"  # what a program's process says once it is locked in
 GRACE = 30.0  # seconds that the supervisor gets on top of the program's time before it is killed itself
 LOST: dict[str, Any] = {}  # outcome where the supervisor was killed
@@ -98,9 +99,7 @@ def allow_unsafe(allowed: bool) -> None:
         os.environ[ALLOW_UNSAFE] = "1"
 
 
-def execute_code(
-    code: str, timeout: float = 5.0, maximum_memory_bytes: int | None = 256 * 1024 * 1024
-) -> ExecutionResult:
+def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int | None = MEMORY) -> ExecutionResult:
     """Run `code` as a main program of its own; from any thread, several at once. `timeout` is wall-clock seconds.
     `maximum_memory_bytes` is address space, of which the interpreter takes 20 MB. The standard library is there, other
     packages are not. Raises UserError like require_isolation, RuntimeError where a layer that was there is refused
@@ -108,17 +107,11 @@ def execute_code(
     return _execute(code, timeout, maximum_memory_bytes)
 
 
-def check_function(
-    code: str,
-    name: str,
-    check: str,
-    timeout: float = 5.0,
-    maximum_memory_bytes: int | None = 256 * 1024 * 1024,
-) -> ExecutionResult:
+def check_function(code: str, name: str, check: str, timeout: float = 5.0) -> ExecutionResult:
     """Whether the function `name` that `code` defines passes `check`: a program that calls it as `candidate`, and that
     fails by raising. Otherwise as execute_code, the limits for each of the two. The check has a process and a memory of
     its own, so that `code` can neither read it nor answer in its place; what passes between them is in wire.py."""
-    return _execute(code, timeout, maximum_memory_bytes, name, check)
+    return _execute(code, timeout, MEMORY, name, check)
 
 
 def _execute(code: str, timeout: float, memory: int | None, name: str = "", check: str = "") -> ExecutionResult:

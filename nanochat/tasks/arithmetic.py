@@ -10,14 +10,12 @@ names and things stand in arithmetic.jsonl beside this module; `[gets|buys|finds
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from nanochat.errors import UserError
 from nanochat.files import read_jsonl
 from nanochat.tasks.common import (
     Conversation,
     GeneratedTask,
-    Split,
     answered,
     call_calculator,
     item_rng,
@@ -25,9 +23,9 @@ from nanochat.tasks.common import (
     worded,
 )
 
-LIMIT = 1000  # results are below it
+LIMIT = 1000  # numbers and results are below it
 LARGEST_FACTOR = 12  # factors and divisors, mostly
-LARGE_SHARE = 0.3  # of the problems have numbers up to `largest`, the others up to SMALL
+LARGE_SHARE = 0.3  # of the problems have numbers up to LIMIT, the others up to SMALL
 SMALL = 99
 TRIES = 300  # draws of numbers before another template is taken
 
@@ -56,20 +54,8 @@ class Arithmetic(GeneratedTask):
     name = "Arithmetic"
     source = "generated word problems"
 
-    def __init__(
-        self, split: Split, size: int | None = None, steps: int = 2, largest: int = 999, **kwargs: Any
-    ) -> None:
-        """`size` problems of up to `steps` steps, numbers up to `largest`. Raises UserError for steps other than 1 and
-        2, and for a `largest` outside 9 … 999."""
-        super().__init__(split, size, **kwargs)
-        if steps not in (1, 2):
-            raise UserError(f"Arithmetic steps={steps}: choose 1 or 2")
-        if not 9 <= largest < LIMIT:
-            raise UserError(f"Arithmetic largest={largest}: choose 9 to {LIMIT - 1}")
-        self.steps, self.largest = steps, largest
-
     def get_example(self, index: int) -> Conversation:
-        rng = item_rng("arithmetic", self.split, index, self.steps, self.largest)
+        rng = item_rng("arithmetic", self.split, index, 2, LIMIT - 1)  # two steps at most, and the largest number
         template, numbers, results = self._problem(rng)
         first, second = rng.sample(NAMES, 2)
         question = worded(template.text, rng).format(x=first, y=second, things=rng.choice(THINGS), **numbers)
@@ -77,27 +63,20 @@ class Arithmetic(GeneratedTask):
 
     def _problem(self, rng: random.Random) -> tuple[Template, dict[str, int], list[tuple[str, int]]]:
         """A template, numbers that put it into this split, and (expression, result) of each step."""
-        usable = [template for template in TEMPLATES if len(template.steps) <= self.steps]
         while True:
             # the template first and for good: else those that most numbers fit would be drawn far more often
-            template = rng.choice(usable)
+            template = rng.choice(TEMPLATES)
             for _ in range(TRIES):
-                numbers = _draw_numbers(template, self.largest, rng)
+                numbers = _draw_numbers(template, rng)
                 results = _work_out(template, numbers)
-                if results is not None and problem_split(template, numbers) == self.split:
+                its = split_of("arithmetic", template.text, sorted(numbers.items()))
+                if results is not None and its == self.split:
                     return template, numbers, results
 
 
-def problem_split(template: Template, numbers: Mapping[str, int]) -> Split:
-    """Where a problem belongs: by its template and its numbers."""
-    return split_of("arithmetic", template.text, sorted(numbers.items()))
-
-
-def _draw_numbers(template: Template, largest: int, rng: random.Random) -> dict[str, int]:
+def _draw_numbers(template: Template, rng: random.Random) -> dict[str, int]:
     """Numbers from 2 up, so that plurals are right; most are small, factors and divisors above all."""
-    most, most_factor = min(SMALL, largest), min(LARGEST_FACTOR, largest)
-    if rng.random() < LARGE_SHARE:
-        most, most_factor = largest, most
+    most, most_factor = (LIMIT - 1, SMALL) if rng.random() < LARGE_SHARE else (SMALL, LARGEST_FACTOR)
     factors = {name for step in template.steps for name in _factors(step)}
     names = sorted({name for step in template.steps for name in step if name in "abc"})
     return {name: rng.randint(2, most_factor if name in factors else most) for name in names}

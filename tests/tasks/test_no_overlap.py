@@ -85,7 +85,6 @@ TASKS: dict[str, tuple[Callable[..., Task], Callable[[dict[str, Any]], list[Hash
     "SimpleSpelling": (lambda split: SimpleSpelling(split, "pydocs", SIZE), spelled_words),
     "SpellingBee": (lambda split: SpellingBee(split, "pydocs", SIZE), spelled_words),
     "Arithmetic": (lambda split: Arithmetic(split, SIZE), template_and_numbers),
-    "Arithmetic, small": (lambda split: Arithmetic(split, SIZE, steps=1, largest=9), template_and_numbers),
     "TextChoice": (lambda split: TextChoice(split, "pydocs"), choices),
     "Identity": (Identity, all_questions),
     "FILE.jsonl": (lambda split: CustomJSON(custom_file(), split), own_words),

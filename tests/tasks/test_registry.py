@@ -190,7 +190,7 @@ def test_importing_the_registry_imports_no_task_and_no_torch():
 
 
 def test_a_graded_mixture_has_each_answer_graded_by_its_own_task(store):
-    sums, few = Arithmetic("train", size=20), Arithmetic("train", size=5, steps=1)
+    sums, few = Arithmetic("train", size=20), Arithmetic("train", size=5)
     few.reward = lambda conversation, completion: 0.5  # type: ignore[method-assign]
     mixture = GradedMixture([sums, few])
     assert len(mixture) == 25 and mixture.name == "Arithmetic" and mixture.eval_type == "generative"
