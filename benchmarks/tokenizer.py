@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -36,8 +36,9 @@ from nanochat.errors import UserError
 from nanochat.tokenizer_io import byte_letters, huggingface_json, parse_ranks, rank_lines
 
 Ranks = list[tuple[bytes, int]]
-Ways = dict[str, Callable[[list[str]], Any]]
-"""Name -> how to encode a list of texts."""
+Ways = dict[str, Callable[[list[str]], Any]]  # name -> how to encode a list of texts
+Row = dict[str, Any]
+Rows = dict[tuple[str, str, int], Row]  # what, by which tokenizer, on how many threads
 
 PATTERNS = {
     "default": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
@@ -90,9 +91,9 @@ class Job(Settings):
 
 
 def work() -> None:
-    """Do the job on standard input; print its results as JSON."""
+    """Do the job on standard input; print a result for each way as JSON."""
     job = Job(**json.load(sys.stdin))
-    print(json.dumps(train(job) if job.action == "train" else encode(job)))
+    print(json.dumps(list(train(job) if job.action == "train" else encode(job))))
 
 
 def documents(job: Job) -> list[str]:
@@ -129,40 +130,37 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def train(job: Job) -> dict[str, Any]:
+def digest(output: Any) -> str:
+    return hashlib.sha256(json.dumps(output).encode()).hexdigest()
+
+
+def train(job: Job) -> Iterator[Row]:
     texts = documents(job)
-    seconds, peak, model = timed(trainer(job, texts))
-    ranks = sorted(ranks_of(model), key=lambda pair: pair[1])
+    model, learn = trainer(job, texts)
+    seconds, peak, _ = timed(learn)
+    byte = {letter: value for value, letter in enumerate(byte_letters())}
+    pairs = model.get_vocab().items() if job.tokenizer == TOKENIZERS else model.get_mergeable_ranks()
+    ranked = sorted((rank, bytes(map(byte.get, token) if isinstance(token, str) else token)) for token, rank in pairs)
+    lines = rank_lines([token for _, token in ranked])
     if job.tokenizer == OURS:
-        Path(job.ranks).write_bytes(rank_lines([token for token, _ in ranks]))
-    return {
-        "seconds": seconds,
-        "megabytes": megabytes_of(texts),
-        "peak_bytes": peak,
-        "output": hashlib.sha256(repr(ranks).encode()).hexdigest(),
-    }
+        Path(job.ranks).write_bytes(lines)
+    yield {"what": "train", "seconds": seconds, "megabytes": megabytes_of(texts), "peak_bytes": peak,
+           "output": digest([lines.decode(), [rank for rank, _ in ranked]])}  # fmt: skip
 
 
-def trainer(job: Job, texts: list[str]) -> Callable[[], Any]:
-    """What trains and returns the model; all that comes before is done."""
+def trainer(job: Job, texts: list[str]) -> tuple[Any, Callable[[], Any]]:
+    """A model, and what trains it; all that comes before is done."""
     if job.tokenizer == TOKENIZERS:
         from tokenizers import trainers
 
         # As special tokens, the bytes get the ids of their values, and ties fall as elsewhere.
         how = trainers.BpeTrainer(vocab_size=job.vocab_size, show_progress=False, special_tokens=byte_letters())
         model = hugging_face(job, [])
-        learn = partial(model.train_from_iterator, trainer=how)
-    else:
-        import rustbpe
+        return model, lambda: model.train_from_iterator(iter(texts), trainer=how)
+    import rustbpe
 
-        model = rustbpe.Tokenizer()
-        learn = partial(model.train_from_iterator, vocab_size=job.vocab_size, pattern=PATTERNS[job.pattern])
-
-    def run() -> Any:
-        learn(iter(texts))
-        return model
-
-    return run
+    model = rustbpe.Tokenizer()
+    return model, lambda: model.train_from_iterator(iter(texts), job.vocab_size, pattern=PATTERNS[job.pattern])
 
 
 def hugging_face(job: Job, ranks: Ranks) -> Any:
@@ -174,86 +172,60 @@ def hugging_face(job: Job, ranks: Ranks) -> Any:
     return tokenizers.Tokenizer.from_str(huggingface_json(dict(ranks), pattern, ()))
 
 
-def ranks_of(model: Any) -> Ranks:
-    if hasattr(model, "get_mergeable_ranks"):
-        return [(bytes(token), rank) for token, rank in model.get_mergeable_ranks()]
-    byte = {letter: value for value, letter in enumerate(byte_letters())}
-    return [(bytes(byte[letter] for letter in token), rank) for token, rank in model.get_vocab().items()]
-
-
-def encode(job: Job) -> dict[str, Any]:
+def encode(job: Job) -> Iterator[Row]:
     """Seconds of each way to encode, and what came out."""
     texts = documents(job)
     ranks = parse_ranks(Path(job.ranks).read_bytes())
-    results: dict[str, Any] = {"megabytes": megabytes_of(texts), "ways": {}}
-    for way in encoder_ways(job, ranks):
-        call = encoder_ways(job, ranks)[way]  # one that has seen no text
-        first, peak, output = timed(partial(call, texts))
+    for way in encoders(job, ranks):
+        call = partial(encoders(job, ranks)[way], texts)  # one that has seen no text
+        first, peak, output = timed(call)
         output = [list(map(int, ids)) for ids in output]
         passes: list[float] = []
         while len(passes) < WARM_PASSES or sum(passes) < 1:
-            passes.append(timed(partial(call, texts))[0])
-        results["ways"][way] = {
-            "first": first,
-            "warm": min(passes),
-            "peak_bytes": peak,
-            "tokens": sum(map(len, output)),
-            "output": hashlib.sha256(json.dumps(output).encode()).hexdigest(),
-        }
+            passes.append(timed(call)[0])
+        yield {"what": f"encode {way}", "first": first, "warm": min(passes), "megabytes": megabytes_of(texts),
+               "peak_bytes": peak, "tokens": sum(map(len, output)), "output": digest(output)}  # fmt: skip
         del output
-    return results
 
 
-@cache
-def trained(job: Job) -> Any:
-    """A tokenizer that cannot load ranks, but learns the same ones; it remembers no words, so it may be shared."""
-    return trainer(job, documents(job))()
-
-
-def encoder_ways(job: Job, ranks: Ranks) -> Ways:
-    """With a new tokenizer: one text after the other and in batches; with several threads batches only."""
+def encoders(job: Job, ranks: Ranks) -> Ways:
+    """A new tokenizer's ways to encode: one text after the other and in batches; with several threads batches only."""
     one, batches = encoder(job, ranks)
-    if job.threads > 1:
-        return batches
-    return {"one by one": lambda texts: [one(text) for text in texts]} | batches
+    return batches if job.threads > 1 else {"one by one": lambda texts: list(map(one, texts))} | batches
 
 
 def encoder(job: Job, ranks: Ranks) -> tuple[Callable[[str], Any], Ways]:
     """How to encode one text, and a batch of them."""
+    pattern, threads = PATTERNS[job.pattern], job.threads
     if job.tokenizer == OURS:
         import rustbpe
 
-        ours = rustbpe.Tokenizer.from_ranks(ranks, PATTERNS[job.pattern])
+        ours = rustbpe.Tokenizer.from_ranks(ranks, pattern)
         # As nanochat.tokenizer does.
         arrays, kind = (ours.batch_encode_u16, "H") if len(ranks) <= 1 << 16 else (ours.batch_encode_u32, "I")
 
         def as_arrays(texts: list[str]) -> Any:  # offsets into one array of tokens: cutting it up costs nothing
-            tokens, offsets = (memoryview(part) for part in arrays(texts, num_threads=job.threads))
+            tokens, offsets = (memoryview(part) for part in arrays(texts, num_threads=threads))
             return (tokens.cast(kind)[start:end] for start, end in itertools.pairwise(offsets.cast("Q")))
 
-        return ours.encode, {
-            "batch": lambda texts: ours.batch_encode(texts, num_threads=job.threads),
-            "batch, arrays": as_arrays,
-        }
+        return ours.encode, {"batch": partial(ours.batch_encode, num_threads=threads), "batch, arrays": as_arrays}
     if job.tokenizer == RUSTBPE:
         published = trained(replace(job, action="train"))
         return published.encode, {"batch": published.batch_encode}
     if job.tokenizer == TIKTOKEN:
         import tiktoken
 
-        pattern = PATTERNS[job.pattern]
         encoding = tiktoken.Encoding("same", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
-        batch = encoding.encode_ordinary_batch
-        return encoding.encode_ordinary, {"batch": lambda texts: batch(texts, num_threads=job.threads)}
+        return encoding.encode_ordinary, {"batch": partial(encoding.encode_ordinary_batch, num_threads=threads)}
     if job.tokenizer == GIGATOKEN:
         import gigatoken
 
         if job.pattern == "default":
             raise UserError("gigatoken does not know this pattern; see --pattern=gpt4")
-        giga, parallel = gigatoken.Tokenizer.from_tiktoken(job.ranks, pretokenizer=job.pattern), job.threads > 1
+        giga, parallel = gigatoken.Tokenizer.from_tiktoken(job.ranks, pretokenizer=job.pattern), threads > 1
         return giga.encode, {
-            "batch": lambda texts: giga.encode_batch_list(texts, parallel=parallel),
-            "batch, arrays": lambda texts: giga.encode_batch(texts, parallel=parallel),
+            "batch": partial(giga.encode_batch_list, parallel=parallel),
+            "batch, arrays": partial(giga.encode_batch, parallel=parallel),
         }
     hugging = hugging_face(job, ranks)
     return lambda text: hugging.encode(text, add_special_tokens=False).ids, {
@@ -261,15 +233,23 @@ def encoder(job: Job, ranks: Ranks) -> tuple[Callable[[str], Any], Ways]:
     }
 
 
+@cache
+def trained(job: Job) -> Any:
+    """A tokenizer that cannot load ranks, but learns the same ones; it remembers no words, so it may be shared."""
+    model, learn = trainer(job, documents(job))
+    learn()
+    return model
+
+
 # ---- in the process that asks
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """The job's results, or {"error": one line}."""
-    if job.tokenizer == RUSTBPE and not job.peers:
-        return {"error": "not installed"}
+def run_job(job: Job) -> list[Row]:
+    """The job's results, or one with an `error` of one line."""
     rayon = {"RAYON_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": str(job.threads > 1).lower()}
     path = [os.path.abspath(job.peers)] if job.tokenizer != OURS and job.peers else []
+    if job.tokenizer == RUSTBPE and not path:
+        return [{"what": job.action, "error": "not installed"}]
     done = subprocess.run(
         [sys.executable, "-c", WORKER.format(path=path)],
         input=json.dumps(asdict(job)),
@@ -281,7 +261,7 @@ def run_job(job: Job) -> dict[str, Any]:
         return json.loads(done.stdout)
     last = (done.stderr.strip().splitlines() or ["died"])[-1]
     missing = f"No module named '{job.tokenizer}'" in last
-    return {"error": "not installed" if missing else last.split("UserError: ")[-1]}
+    return [{"what": job.action, "error": "not installed" if missing else last.split("UserError: ")[-1]}]
 
 
 def main(settings: Settings) -> None:
@@ -289,14 +269,13 @@ def main(settings: Settings) -> None:
 
     if not list(Path(settings.source).glob("*.parquet")):
         raise UserError(f"{settings.source} holds no parquet files")
-    rows: dict[str, dict[str, Any]] = {}
+    rows: Rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(settings.repeats):
             for action, names in (("train", TRAINERS), ("encode", ENCODERS)):
-                for threads in sorted({1, settings.threads}):
-                    for name in names:
-                        given = asdict(settings) | {"threads": threads, "tokenizer": name, "action": action}
-                        keep_fastest(rows, Job(**given, ranks=os.path.join(folder, "ours.tiktoken")))
+                for threads, name in itertools.product(sorted({1, settings.threads}), names):
+                    given = asdict(settings) | {"threads": threads, "tokenizer": name, "action": action}
+                    keep_fastest(rows, Job(**given, ranks=os.path.join(folder, "ours.tiktoken")))
     compare(rows)
     cpu = hardware()["processor"]
     print(f"{cpu}: pattern {settings.pattern}, {settings.vocab_size:,} tokens from {settings.megabytes} MB, "
@@ -315,38 +294,36 @@ def main(settings: Settings) -> None:
         raise UserError(f"{wrong[0]['tokenizer']} gives another output than ours: see the table")
 
 
-def keep_fastest(rows: dict[str, dict[str, Any]], job: Job) -> None:
+def keep_fastest(rows: Rows, job: Job) -> None:
     """Do the job, and keep the least of each of its numbers over all rounds."""
-    result = run_job(job)
-    if "error" in result and job.tokenizer == OURS:
-        raise UserError(f"ours fails: {result['error']}")
-    for way, figures in result.get("ways", {"": result}).items():
-        name = f"{job.action} {way}".strip()
-        about = {"what": name, "tokenizer": job.tokenizer, "threads": job.threads}
-        measured = about | figures | {"megabytes": result.get("megabytes")}
-        row = rows.setdefault(f"{name}, {job.tokenizer}, {job.threads}", measured)
+    for found in run_job(job):
+        if "error" in found and job.tokenizer == OURS:
+            raise UserError(f"ours fails: {found['error']}")
+        row = rows.setdefault(
+            (found["what"], job.tokenizer, job.threads), {"tokenizer": job.tokenizer, "threads": job.threads} | found
+        )
         for figure in ("seconds", "first", "warm", "peak_bytes"):
-            if row.get(figure) is not None and figures.get(figure) is not None:
-                row[figure] = min(row[figure], figures[figure])
+            if row.get(figure) is not None and found.get(figure) is not None:
+                row[figure] = min(row[figure], found[figure])
 
 
-def compare(rows: dict[str, dict[str, Any]]) -> None:
+def compare(rows: Rows) -> None:
     """Mark every row by whether its output is ours: the ranks of training, the token ids of encoding."""
-    ours = {row["what"].split()[0]: row["output"] for row in rows.values() if row["tokenizer"] == OURS}
-    for row in rows.values():
+    ours = {what.split()[0]: row["output"] for (what, name, _), row in rows.items() if name == OURS}
+    for (what, _, _), row in rows.items():
         if "output" in row:
-            row["same"] = row["output"] == ours[row["what"].split()[0]]
+            row["same"] = row["output"] == ours[what.split()[0]]
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(rows: Rows) -> str:
     head = f"{'first':>17} {'ours is':>8} {'warm':>17} {'ours is':>8} {'peak':>8} output"
     lines = [f"{'':<22} {'threads':>7} {'':<11} {head}"]
-    for row in sorted(rows.values(), key=lambda row: (row["what"].split()[0] != "train", row["threads"], row["what"])):
-        start = f"{row['what']:<22} {row['threads']:>7} {row['tokenizer']:<11}"
+    for what, name, threads in sorted(rows, key=lambda key: (not key[0].startswith("train"), key[2], key[0])):
+        row, start = rows[what, name, threads], f"{what:<22} {threads:>7} {name:<11}"
         if "error" in row:
             lines.append(f"{start} {row['error']}")
             continue
-        ours = rows[f"{row['what']}, {OURS}, {row['threads']}"]
+        ours = rows[what, OURS, threads]
         cells = [
             f"{row[time]:6.3f} s {row['megabytes'] / row[time]:4.0f} MB/s {row[time] / ours[time]:7.1f}x"
             for time in ("seconds", "first", "warm")
