@@ -22,17 +22,20 @@ from nanochat.tasks.spelling import SimpleSpelling, SpellingBee
 from nanochat.tasks.text_choice import TextChoice
 from tests.tasks.test_arithmetic import question_pattern
 from tests.tasks.test_identity import plain
-from tests.tasks.test_reasoning_gym import package  # noqa: F401  (the fixture)
+from tests.tasks.test_reasoning_gym import install_stand_in
 from tests.tasks.test_words import documents, other_process, put_text
 
 SIZE = 3000
 
 
-@pytest.fixture(autouse=True)
-def ready(store, package):  # noqa: F811
-    put_text("pydocs", documents(150), documents(40, seed=1))
-    SpellingBee.prepare("SpellingBee", "pydocs")
-    TextChoice.prepare("TextChoice", "pydocs")
+@pytest.fixture(scope="module", autouse=True)
+def ready(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("store")))
+        install_stand_in(patch)
+        put_text("pydocs", documents(150), documents(40, seed=1))
+        SpellingBee.prepare("SpellingBee", "pydocs")
+        yield
 
 
 def question_of(conversation: dict[str, Any]) -> str:
