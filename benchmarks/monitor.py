@@ -26,7 +26,10 @@ from nanochat.flags import DeviceFlags
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import compute_dtype, compute_init
+from nanochat.studies.short_run import ResidentLoader, short_run
+from nanochat.train.loop import train_step
 from nanochat.train.monitor import Monitor, MonitorSettings
+from nanochat.train.observer import Observer
 from nanochat.train.spectral import TINY, spectral_norms, stacks
 
 BARS = {"microseconds_per_matrix": 50.0, "spectral_ms": 2.0, "activations_ms": 1.0, "overhead_at_10": 0.005,
@@ -140,42 +143,36 @@ def spectral_times(matrices: list[Tensor], device: torch.device, repeats: int) -
 
 def step_times(settings: Settings, model: GPT, optimizer: MuonAdamW, compiled: bool) -> dict[str, float]:
     """Milliseconds of a step without monitor, and what an event of each kind adds to it."""
-    device = model.get_device()
+    device, tokens = model.get_device(), (settings.accumulation * settings.device_batch_size, settings.max_seq_len + 1)
+    rows = torch.randint(settings.vocab_size, tokens, device=device, dtype=torch.int32)
     forward = torch.compile(model, dynamic=False) if compiled else model
-    shape = (settings.device_batch_size, settings.max_seq_len + 1)
-    idx = torch.randint(settings.vocab_size, shape, device=device)
+    loader = ResidentLoader(rows, len(rows), settings.device_batch_size)
+    run = short_run(model, forward, optimizer, loader, 1, rows.numel(), lambda step: (1.0, 0.95), grad_clip=1.0)
     kinds = {
         "norms": MonitorSettings(1, spectral_every=0, activations=False),
         "activations": MonitorSettings(1, spectral_every=0),  # and norms
         "spectral": MonitorSettings(1, activations=False),
         "everything": MonitorSettings(1),
     }
-    monitors = {name: Monitor(model, optimizer, kind) for name, kind in kinds.items()}
-    pending: list[Callable[[], dict[str, float]]] = []
+    monitors: dict[str, Observer] = {name: Monitor(model, optimizer, kind) for name, kind in kinds.items()}
+    none, pending = Observer(), []
 
-    def step(monitor: Monitor | None) -> None:
-        if monitor is not None:
-            monitor.before_forward(1)
-        for _ in range(settings.accumulation):
-            forward(idx[:, :-1], idx[:, 1:]).backward()
-        if monitor is not None:
-            monitor.before_update()
-        optimizer.step(max_norm=1.0)
-        optimizer.zero_grad(set_to_none=True)
-        if monitor is not None and (snapshot := monitor.after_update()) is not None:
-            pending.append(snapshot)
+    def step(monitor: Observer) -> None:
+        run.monitor = monitor
+        pending.append(train_step(run).snapshot)
 
     plain: list[float] = []
     added: dict[str, list[float]] = {name: [] for name in monitors}
     for turn in range(settings.repeats + 3):  # the first compile and tune
         for name, monitor in monitors.items():
-            order = (None, monitor) if turn % 2 else (monitor, None)  # the clock of the card drifts
+            order = (none, monitor) if turn % 2 else (monitor, none)  # the clock of the card drifts
             times = dict(zip(order, in_a_row([partial(step, one) for one in order], device), strict=True))
             while pending:  # as the console does, when the device has gone on
-                pending.pop()()
+                if read := pending.pop():
+                    read()
             if turn >= 3:
-                plain.append(times[None])
-                added[name].append(times[monitor] - times[None])
+                plain.append(times[none])
+                added[name].append(times[monitor] - times[none])
     result = {"step_ms": statistics.median(plain)}
     result |= {f"{name}_event_ms": statistics.median(differences) for name, differences in added.items()}
     result["activations_event_ms"] -= result["norms_event_ms"]  # which every event has

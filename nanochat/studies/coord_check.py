@@ -8,11 +8,11 @@ modules at all times, except for the logits, which may begin as 1/√width. Bars
 import json
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, linear_regression, stdev
+from statistics import fmean, linear_regression
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from nanochat.runtime import compute_cleanup, compute_init, print0
 from nanochat.studies.figures import line_panels
 from nanochat.studies.flags import SYMBOLS
 from nanochat.studies.flags import CoordCheckSettings as Settings
+from nanochat.studies.transfer import estimate
 from nanochat.train.coordinates import LOGITS, measure
 
 Record = dict[str, Any]  # width, seed, module, t, l1, l2, mean, std
@@ -38,7 +39,8 @@ HIDDEN_AT_INIT, HIDDEN, LOGITS_AT_END = 0.05, 0.10, 0.25  # largest absolute slo
 JUDGED = 11  # up to this t: ten updates
 SP_AT_LEAST = 0.2  # slope that the standard parametrisation shows somewhere, if the check sees anything at all
 
-VOCAB_SIZE, SEQUENCE_LEN, HEAD_DIM = SYMBOLS, 64, 64
+VOCAB_SIZE, ROWS, SEQUENCE_LEN, HEAD_DIM = SYMBOLS, 8, 64, 64
+HEAD_STD = 0.02  # the head must not begin at zero, where there is nothing to measure
 RECORDS = "coord_check.jsonl"  # what base_train --coord-check writes into the folder of its run
 SHOWN = (1, 2, 4, 8, 11)  # values of t in the table
 
@@ -55,23 +57,21 @@ def run_checks(settings: Settings) -> list[Record]:
     except ValueError:
         raise UserError(f"--widths={settings.widths}: give whole numbers, as in 128,256,512") from None
     configs = {width: _config(settings, width) for width in widths}
-    spec = InitSpec(settings.init, 0, settings.head_std, zero_proj=False)
+    spec = InitSpec(settings.init, 0, HEAD_STD, zero_proj=False)
     flags = resolve(ArchFlags(arch=settings.arch))
-    rates: dict[str, Any] = {name: getattr(flags, name) * settings.lr_scale for name in LEARNING_RATES}
-    use_muon = settings.optimizer == "muon"
+    options: Any = {name: getattr(flags, name) for name in LEARNING_RATES} | {"use_muon": settings.optimizer == "muon"}
 
     def make_model(width: int, seed: int) -> GPT:
         model = GPT(configs[width]).to(device)
         model.init_weights(spec, seed=seed)
         return model
 
-    def make_optimizer(model: GPT) -> MuonAdamW:
-        return model.setup_optimizer(**rates, use_muon=use_muon)
-
-    print0(mup.format_table(mup.as_records(GPT, configs[widths[-1]], use_muon, spec)))
-    batches = markov_batches(settings.steps + 1, settings.rows, SEQUENCE_LEN, settings.symbols, device=device)
+    print0(mup.format_table(mup.as_records(GPT, configs[widths[-1]], options["use_muon"], spec)))
+    batches = markov_batches(settings.steps + 1, ROWS, SEQUENCE_LEN, settings.symbols, device=device)
     models = {width: partial(make_model, width) for width in widths}
-    return get_coord_data(models, batches, make_optimizer, settings.steps, settings.seeds)
+    return get_coord_data(
+        models, batches, lambda model: model.setup_optimizer(**options), settings.steps, settings.seeds
+    )
 
 
 def _config(settings: Settings, width: int) -> GPTConfig:
@@ -184,24 +184,20 @@ def slopes(records: Sequence[Record], statistic: str = "l1") -> list[Slope]:
     widths = sorted({record["width"] for record in records})
     if len(widths) < 2:
         raise ValueError(f"a slope needs two widths, here are {widths}")
-    series: dict[tuple[str, int], dict[int, dict[int, float]]] = {}
+    series: defaultdict[tuple[str, int], dict[int, dict[int, float]]] = defaultdict(dict)
     for record in records:
         value, where = record[statistic], f"{record['module']} at width {record['width']}, t = {record['t']}"
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{where}: {statistic} = {value}, so nothing can be told from it; draw all weights")
-        series.setdefault((record["module"], record["t"]), {}).setdefault(record["seed"], {})[record["width"]] = value
-    return [Slope(module, t, *_mean_slope(module, by_seed, widths)) for (module, t), by_seed in series.items()]
-
-
-def _mean_slope(module: str, by_seed: dict[int, dict[int, float]], widths: list[int]) -> tuple[float, float]:
-    """(mean, standard error) over the seeds."""
-    found = []
-    for seed, values in by_seed.items():
-        if sorted(values) != widths:
-            raise ValueError(f"{module}: seed {seed} has widths {sorted(values)}, not {widths}")
-        x, y = [math.log2(width) for width in widths], [math.log2(values[width]) for width in widths]
-        found.append(linear_regression(x, y).slope)
-    return fmean(found), stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+        series[record["module"], record["t"]].setdefault(record["seed"], {})[record["width"]] = math.log2(value)
+    found, places = [], [math.log2(width) for width in widths]
+    for (module, t), by_seed in series.items():
+        for seed, logs in by_seed.items():
+            if sorted(logs) != widths:
+                raise ValueError(f"{module}: seed {seed} has widths {sorted(logs)}, not {widths}")
+        fits = [linear_regression(places, [logs[width] for width in widths]).slope for logs in by_seed.values()]
+        found.append(Slope(module, t, fmean(fits), estimate(fits).stderr if len(fits) > 1 else 0.0))
+    return found
 
 
 def judge(found: Sequence[Slope]) -> list[str]:
@@ -222,9 +218,8 @@ def judge(found: Sequence[Slope]) -> list[str]:
     return wrong
 
 
-def judge_control(found: Sequence[Slope]) -> list[str]:
-    """What is wrong with slopes of the standard parametrisation: that none is steep."""
-    worst = steepest(found)
+def judge_control(worst: Slope) -> list[str]:
+    """What is wrong with the steepest slope of the standard parametrisation: that it is not steep."""
     if abs(worst.slope) >= SP_AT_LEAST:
         return []
     return [f"the standard parametrisation shows no slope beyond {worst.slope:+.3f} ({worst.module}): too weak a check"]
@@ -252,16 +247,15 @@ def slope_table(found: Sequence[Slope]) -> str:
 def plot_coord_data(records: Sequence[Record], y: str = "l1") -> str:
     """SVG, one panel for each t (of more than 12, evenly chosen ones): the mean over seeds of statistic `y` against
     width, a curve a module."""
-    values: dict[int, dict[str, dict[int, list[float]]]] = {}
+    values: defaultdict[tuple[int, str, int], list[float]] = defaultdict(list)
     for record in records:
-        curve = values.setdefault(record["t"], {}).setdefault(record["module"], {})
-        curve.setdefault(record["width"], []).append(record[y])
+        values[record["t"], record["module"], record["width"]].append(record[y])
+    times, modules, widths = (list(dict.fromkeys(parts)) for parts in zip(*values, strict=True))
     panels = {
         f"{y}, t = {t}": [
-            (module, [(width, fmean(many)) for width, many in sorted(points.items())])
-            for module, points in modules.items()
+            (m, [(w, fmean(values[t, m, w])) for w in sorted(widths) if values[t, m, w]]) for m in modules
         ]
-        for t, modules in sorted(values.items())[:: math.ceil(len(values) / 12)]
+        for t in sorted(times)[:: math.ceil(len(times) / 12)]
     }
     return line_panels(panels, "width", f"mean over seeds of {y}", columns=3, log_axes="xy")
 
@@ -273,7 +267,7 @@ def main(settings: Settings) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     print0(slope_table(found))
-    wrong = judge(found) if settings.mup else judge_control(found)
+    wrong = judge(found) if settings.mup else judge_control(steepest(found))
     for name, slope in (("besides the logits", steepest(found)), ("of the logits", steepest(found, logits=True))):
         print0(f"steepest {name}: {slope.slope:+.3f} ± {slope.stderr:.3f} ({slope.module}, t = {slope.t})")
     for line in wrong:
@@ -285,9 +279,11 @@ def main(settings: Settings) -> None:
         "missed": wrong,
         "records": records,
     }
-    atomic_write_text(settings.out / "coord_check.json", json.dumps(result, indent=1))
-    atomic_write_text(settings.out / "coord_check.svg", plot_coord_data(records))
-    print0(f"wrote {settings.out / 'coord_check.json'} and {settings.out / 'coord_check.svg'}")
+    files = {settings.out / "coord_check.json": json.dumps(result, indent=1)}
+    files[settings.out / "coord_check.svg"] = plot_coord_data(records)
+    for path, text in files.items():
+        atomic_write_text(path, text)
+    print0("wrote " + " and ".join(map(str, files)))
     compute_cleanup()
     if wrong:
         sys.exit(1)

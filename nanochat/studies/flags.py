@@ -37,14 +37,8 @@ class CoordCheckSettings(DeviceFlags):
     """Of the hidden matrices."""
     init: Init = "uniform"
     """How hidden matrices are drawn."""
-    head_std: Annotated[float, float_flag(gte=0)] = 0.02
-    """Standard deviation of the head."""
-    lr_scale: Annotated[float, float_flag(gte=0)] = 1.0
-    """Factor on all learning rates of the architecture; higher ones show more, noise too."""
     symbols: Annotated[int, int_flag(gte=4, lte=SYMBOLS)] = 32
     """Different tokens in the text; when there are as many as the narrowest width, they disturb each other there."""
-    rows: Annotated[int, int_flag(gte=1)] = 8
-    """Rows of 64 tokens in a step."""
     from_: Annotated[str | None, Parameter(name="--from")] = None
     """Compare these runs of base_train --coord-check instead: folders with a coord_check.jsonl, or run ids."""
     out: Path = Path("coord_check")
