@@ -111,7 +111,8 @@ def store(known: Mapping[str, str]) -> dict[str, Any]:
         fields["NasId"] = needed(known, "VOLC_STORAGE_ID", "VOLC_NAS_ADDR")
     elif "NasAddr" not in fields:
         fields |= {f: needed(known, name) for f, name in store_fields(known).items() if f != "SubPath"}
-    return {"Type": needed(known, "VOLC_STORAGE_TYPE"), **fields, "MountPath": needed(known, "VOLC_MOUNT_PATH")}
+    fields = {"Type": needed(known, "VOLC_STORAGE_TYPE"), **fields, "MountPath": needed(known, "VOLC_MOUNT_PATH")}
+    return {field: value for field, value in fields.items() if value}
 
 
 def not_sent(known: Mapping[str, str]) -> list[str]:
@@ -146,8 +147,8 @@ def make_task(known: Mapping[str, str], command: Sequence[str]) -> dict[str, Any
             raise Mistake(f"{name}={path}: expected a folder in the task, from / on")
     code_path, line = known.get("VOLC_CODE_PATH"), shlex.join(command)
     nodes = integer(known, "NNODES", 1, 1, 10_000)
-    registry = {"RegistryUsername": "VOLC_REGISTRY_USERNAME", "RegistryToken": "VOLC_REGISTRY_TOKEN"}  # if private
-    credential = {field: needed(known, name) for field, name in registry.items()}
+    registry = {"RegistryUsername": "VOLC_REGISTRY_USERNAME", "RegistryToken": "VOLC_REGISTRY_TOKEN"}
+    private = any(map(known.get, registry.values()))
     by_name = known.get("VOLC_QUEUE_NAME") and not known.get("VOLC_QUEUE_ID")
     task = {
         "TaskName": known.get("VOLC_TASK_NAME") or "nanochat",
@@ -158,7 +159,7 @@ def make_task(known: Mapping[str, str], command: Sequence[str]) -> dict[str, Any
         "UserCodePath": None if code_path else "./",
         "RemoteMountCodePath": None if code_path else f"{UPLOADED_TO}/",
         "ImageUrl": needed(known, "VOLC_IMAGE"),
-        "ImageCredential": credential if any(map(known.get, registry.values())) else None,
+        "ImageCredential": {field: needed(known, name) for field, name in registry.items()} if private else None,
         "ResourceQueueID": None if by_name else needed(known, "VOLC_QUEUE_ID", "VOLC_QUEUE_NAME"),
         "ResourceQueueName": known["VOLC_QUEUE_NAME"] if by_name else None,
         "TaskRoleSpecs": [{"RoleName": "worker", "RoleReplicas": nodes, "Flavor": needed(known, "VOLC_FLAVOR")}],
@@ -175,7 +176,8 @@ def make_task(known: Mapping[str, str], command: Sequence[str]) -> dict[str, Any
         "Priority": integer(known, "VOLC_PRIORITY", 0, 0, 9) or None,
         "Preemptible": bool(integer(known, "VOLC_PREEMPTIBLE", 0, 0, 1)),
     }
-    task = merged(_without_empty(task), extra_fields(known.get("VOLC_EXTRA_YAML", "")))
+    task = {name: value for name, value in task.items() if value is not None}
+    task = merged(task, extra_fields(known.get("VOLC_EXTRA_YAML", "")))
     check_places(task)
     secrets = {*SECRETS, *known.get("VOLC_SECRETS", "").split()}
     for one in task["Envs"]:
@@ -236,15 +238,6 @@ def merged(ours: Any, extra: Any) -> Any:
     return items
 
 
-def _without_empty(value: Any) -> Any:
-    """Without the entries of dicts that are None or an empty string."""
-    if isinstance(value, list):
-        return [_without_empty(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _without_empty(item) for name, item in value.items() if item is not None and item != ""}
-    return value
-
-
 def render(task: Mapping[str, Any], hide: bool = False) -> str:
     """The task as YAML; `hide` puts *** in the place of secrets."""
     return yaml.safe_dump(_hidden(task) if hide else task, sort_keys=False, width=10**9)
@@ -255,13 +248,12 @@ def _hidden(value: Any) -> Any:
         return [_hidden(item) for item in value]
     if not isinstance(value, dict):
         return value
-    private = {"Value"} if value.get("IsPrivate") else set()
-    return {
-        name: HIDDEN
-        if name in private or (SECRET_FIELDS.search(str(name)) and not missing(str(item)))
-        else _hidden(item)
-        for name, item in value.items()
-    }
+
+    def is_secret(name: Any, item: Any) -> bool:
+        private = name == "Value" and value.get("IsPrivate")
+        return private or bool(SECRET_FIELDS.search(str(name)) and not missing(str(item)))
+
+    return {name: HIDDEN if is_secret(name, item) else _hidden(item) for name, item in value.items()}
 
 
 def export(folder: Path) -> None:
@@ -308,8 +300,8 @@ def submit(task: Mapping[str, Any]) -> int:
                 os.write(1, chunk)
                 said += chunk
     if process.returncode == 0:
-        found = re.search(b"t-[0-9]{14}-[a-z0-9]+", said)
-        print(NEXT.format(id=found[0].decode() if found else "TASK_ID"))  # its list has it, too: volc ml_task list
+        found = re.search("t-[0-9]{14}-[a-z0-9]+", said.decode(errors="replace"))
+        print(NEXT.format(id=found[0] if found else "TASK_ID"))  # its list has it, too: volc ml_task list
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 

@@ -1,7 +1,5 @@
 import functools
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nanochat import cli
 from nanochat.cluster import preflight
 from nanochat.cluster.preflight import ALL_REDUCE, DISK, MATMUL, MEMORY, Measurement, table, warnings
 from nanochat.errors import UserError
@@ -97,9 +96,8 @@ def test_slow_disks_are_compared_among_those_that_wrote():
     assert "rank 4 on host2" in next(line for line in table(disks).splitlines() if "disk" in line)
 
 
-def test_the_command_runs_alone(tmp_path):
-    environment = {"NANOCHAT_BASE_DIR": str(tmp_path / "store"), "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", "nanochat.cluster.preflight", "--device-type=cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "preflight: 1 rank(s) on 1 host(s)" in done.stdout and "matmul" in done.stdout
-    assert "warning" not in done.stdout and "all-reduce" not in done.stdout
+def test_the_command_runs_alone(store, capsys):
+    preflight.main(cli.parse(preflight.Settings, ["--device-type=cpu"]))
+    out = capsys.readouterr().out
+    assert "preflight: 1 rank(s) on 1 host(s)" in out and "matmul" in out
+    assert "warning" not in out and "all-reduce" not in out
