@@ -9,8 +9,10 @@ to the base rates.
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import NamedTuple
+
+import numpy as np
 
 from nanochat.errors import UserError
 from nanochat.studies.figures import line_panels
@@ -185,29 +187,21 @@ def wider_is_better(curves: Mapping[int, Sequence[Curve]], noise: float = 0.0) -
     steps = {tuple(step for step, _ in curve) for by_seed in curves.values() for curve in by_seed}
     if len(steps) != 1 or len({len(by_seed) for by_seed in curves.values()}) != 1:
         raise UserError("loss curves of different lengths or numbers of seeds cannot be compared: finish all runs")
-    found = []
+    found: list[Crossing] = []
     (recorded,) = steps
-    for narrow, wide in pairwise(widths):
-        pairs = list(zip(curves[narrow], curves[wide], strict=True))
-        gaps = [
-            _gap([(before[index][1], after[index][1]) for before, after in pairs]) for index in range(len(recorded))
-        ]
-        known = [gap.stderr for gap in gaps if not math.isnan(gap.stderr)]
-        usual = median(known) if known else 0.0
-        for index, (step, gap) in enumerate(zip(recorded, gaps, strict=True)):
-            level = estimate([before[index][1] for before, _ in pairs if math.isfinite(before[index][1])] or [0.0]).mean
-            stderr = usual if math.isnan(gap.stderr) else max(usual, gap.stderr)
-            if gap.mean > max(noise, CROSSING_ERRORS * stderr, 1e-6 * abs(level)):
-                found.append(Crossing(step, narrow, wide, gap.mean))
+    losses = {w: np.ma.masked_invalid([[loss for _, loss in curve] for curve in curves[w]]) for w in widths}
+    for narrow, wide in pairwise(widths):  # (seeds, steps) each; masked where a run has diverged
+        gaps, diverged = losses[wide] - losses[narrow], np.ma.getmaskarray(losses[wide]).any(axis=0)
+        mean = np.where(diverged, math.inf, gaps.mean(axis=0).filled(-math.inf))
+        stderr = np.ma.masked_where(diverged, gaps.std(axis=0, ddof=1) / np.sqrt(gaps.count(axis=0)))
+        usual = np.ma.median(stderr) if stderr.count() else 0.0
+        noises = (
+            CROSSING_ERRORS * np.maximum(stderr.filled(0), usual),
+            1e-6 * abs(losses[narrow].mean(axis=0)).filled(0),
+        )
+        crosses = mean > np.maximum(noise, np.maximum(*noises))
+        found += [Crossing(recorded[index], narrow, wide, float(mean[index])) for index in crosses.nonzero()[0]]
     return sorted(found)
-
-
-def _gap(losses: Sequence[tuple[float, float]]) -> Estimate:
-    """Wide minus narrow over the seeds' (narrow, wide); inf where a wide one diverged, -inf where only narrow ones."""
-    if not all(math.isfinite(wide) for _, wide in losses):
-        return Estimate(math.inf, math.nan)
-    finite = [wide - narrow for narrow, wide in losses if math.isfinite(narrow)]
-    return estimate(finite) if finite else Estimate(-math.inf, math.nan)
 
 
 # ---- the bars
