@@ -252,8 +252,7 @@ def templates(finalize: Callable[[Any], Any] | None, html: bool = False) -> Any:
         number=number,
         duration=duration,
         cell=cell,
-        cells=cells,
-        header=header,
+        table=table,
         code=code,
         fence=fence,
         gib=lambda size: f"{size / 2**30:.1f} GiB",
@@ -294,9 +293,9 @@ def cells(row: Sequence[Any]) -> Markdown:
     return Markdown(f"| {' | '.join(map(cell, row))} |")
 
 
-def header(columns: Sequence[Any]) -> Markdown:
-    """The first two lines of a table, all of whose columns but the first are numbers."""
-    return Markdown(f"{cells(columns)}\n|---|{'---:|' * (len(columns) - 1)}")
+def table(rows: Sequence[Sequence[Any]], columns: Sequence[Any]) -> Markdown:
+    """A Markdown table, all of whose columns but the first are numbers."""
+    return Markdown("\n".join([cells(columns), f"|---|{'---:|' * (len(columns) - 1)}", *map(cells, rows)]))
 
 
 def code(text: str) -> Markdown:
