@@ -313,32 +313,25 @@ def main(settings: Settings) -> None:
     # a folder may be edited; what is fetched only grows, and that trains no finished run again
     text = text_hash(data.source) if data.source.startswith("local:") else data.fingerprint
     tag = settings.model_tag or default_tag(settings)
-    folder, meta, earlier = claim("base", tag, settings, config, data.tokenizer_hash, recipe, num_iterations, data=text)
-    if earlier is None:  # this very run is complete
+    tokenizer, known = data.tokenizer, {"data": text, "tokenizer_hash": data.tokenizer_hash}
+    claimed = claim("base", tag, settings, model, tokenizer, policy, optimizer, recipe, num_iterations, **known)
+    if claimed.earlier is None:  # this very run is complete
         compute_cleanup()
         return
     cropped = announce(settings, model, data, plan, num_iterations, why)
     if settings.mup:
-        meta["mup"] = mup.as_records(GPT, config, settings.use_muon, init_spec(settings))
-        print0(mup.format_table(meta["mup"]))
+        claimed.meta["mup"] = mup.as_records(GPT, config, settings.use_muon, init_spec(settings))
+        print0(mup.format_table(claimed.meta["mup"]))
     print0(f"learning rates x {lr_scale:.3f}, for this batch and horizon")
 
     # ---- train
-    evaluations = make_evaluations(settings, model, forward, data, num_iterations, anew=not earlier)
-    rows, state = data.rows(settings.max_seq_len, settings.seed), earlier.get("loader")
+    evaluations = make_evaluations(settings, model, forward, data, num_iterations, anew=not claimed.earlier)
+    rows, state = data.rows(settings.max_seq_len, settings.seed), claimed.earlier.get("loader")
     loader = RowLoader(rows, plan.rows_per_step, plan.device_batch_size, device, rank, world_size, state)
     run = TrainingRun(
-        folder=folder,
-        settings=settings,
-        meta=meta,
-        earlier=earlier,
-        model=model,
+        **vars(claimed),
         forward=forward,
-        tokenizer=data.tokenizer,
-        policy=policy,
-        optimizer=optimizer,
         loader=loader,
-        num_iterations=num_iterations,
         tokens_per_step=settings.total_batch_size,
         schedule=make_schedule(num_iterations, settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac),
         grad_clip=settings.grad_clip,
@@ -353,7 +346,6 @@ def main(settings: Settings) -> None:
     )
     outcome = train(run)
     if outcome.finished:
-        tokenizer = data.tokenizer
         wanted = tokenizer is not None and settings.sample_every > 0
         said = final_samples(run, lambda: samples(model, tokenizer)) if wanted else []
         metrics = {"cropped share": cropped, **outcome.metrics}
@@ -361,13 +353,11 @@ def main(settings: Settings) -> None:
     compute_cleanup()
 
 
-def describe(run: TrainingRun, final: dict[str, float], samples: list[dict[str, str]]) -> dict[str, Any]:
+def describe(run: TrainingRun, final: dict[str, Any], samples: list[dict[str, str]]) -> dict[str, Any]:
     """The report's section."""
     metrics = {
         "parameters": run.model.num_params(),
         "FLOPs per token": run.model.estimate_flops(),
-        "device": device_name(run.model.get_device()),
-        "ranks": run.meta["world_size"],
         "epochs": run.loader.epoch(),
         **final,
     }

@@ -65,7 +65,6 @@ from nanochat.engine import Engine, Sampling
 from nanochat.errors import TooLittleText, UserError
 from nanochat.eval.chat import evaluate_generative, ready
 from nanochat.eval.samples import make_chat_samples
-from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
 from nanochat.runtime import compute_cleanup, compute_init, out_of_memory_is_one_line, print0
 from nanochat.sandbox import allow_unsafe
@@ -178,8 +177,8 @@ def main(settings: Settings) -> None:
 
     # ---- where it goes, and whether some of it is there already
     tag = settings.out_tag or parent["tag"]
-    folder, meta, earlier = claim("rl", tag, settings, model.config, tokenizer.hash, recipe, num_iterations, parent)
-    if earlier is None:  # this very run is complete
+    claimed = claim("rl", tag, settings, model, tokenizer, policy, optimizer, recipe, num_iterations, parent)
+    if claimed.earlier is None:  # this very run is complete
         compute_cleanup()
         return
     loader = RolloutLoader(
@@ -192,23 +191,15 @@ def main(settings: Settings) -> None:
         rank,
         world_size,
         settings.seed,
-        state=earlier.get("loader"),
+        state=claimed.earlier.get("loader"),
         unsharded=lambda: parallel.unsharded_params(model, policy),
     )
 
     # ---- train
     run = TrainingRun(
-        folder=folder,
-        settings=settings,
-        meta=meta,
-        earlier=earlier,
-        model=model,
+        **vars(claimed),
         forward=partial(loss_of_taught, model),
-        tokenizer=tokenizer,
-        policy=policy,
-        optimizer=optimizer,
         loader=loader,
-        num_iterations=num_iterations,
         tokens_per_step=rows * width,
         schedule=make_schedule(num_iterations, 0.0, settings.warmdown_ratio, 0.0),
         grad_clip=settings.grad_clip,
@@ -218,8 +209,9 @@ def main(settings: Settings) -> None:
         memory_advice=MEMORY_ADVICE,
     )
     with out_of_memory_is_one_line(device, MEMORY_ADVICE), parallel.unsharded_params(model, policy):
-        meta["before"] = earlier["before"] if earlier else attempt(run.state, PASS_AT_K, partial(measure, 0), {})
-    print0("before: " + " | ".join(f"{name} {value:.4f}" for name, value in meta["before"].items()))
+        before = run.earlier["before"] if run.earlier else attempt(run.state, PASS_AT_K, partial(measure, 0), {})
+    run.meta["before"] = before
+    print0("before: " + " | ".join(f"{name} {value:.4f}" for name, value in before.items()))
     outcome = train(run)
     if outcome.finished:  # on all ranks alike; one that was told to stop has no time for samples
         samples = final_samples(run, lambda: make_chat_samples(model, tokenizer))
@@ -229,7 +221,7 @@ def main(settings: Settings) -> None:
 
 
 def describe(
-    run: TrainingRun, final: dict[str, float], questions: Task, test: Task, samples: list[dict[str, str]]
+    run: TrainingRun, final: dict[str, Any], questions: Task, test: Task, samples: list[dict[str, str]]
 ) -> dict[str, Any]:
     """The report's section."""
     before, latest, settings = run.meta["before"], run.state.latest, run.meta["settings"]
@@ -248,8 +240,6 @@ def describe(
     return {
         "settings": settings,
         "metrics": {
-            "device": device_name(run.model.get_device()),
-            "ranks": run.meta["world_size"],
             "reward in the last step": latest[REWARD],
             **{name.replace("Eval/", "first "): value for name, value in before.items()},
             **{name: value for name, value in final.items() if name not in speed},

@@ -20,7 +20,6 @@ from nanochat.errors import TooLittleText, UserError, visible
 from nanochat.eval.samples import make_chat_samples
 from nanochat.flags import ChatTrainSettings, ParentFlags
 from nanochat.gpt import GPT
-from nanochat.hardware import device_name
 from nanochat.optim.schedule import make_schedule
 from nanochat.runtime import IGNORE_INDEX, compute_cleanup, compute_init, print0
 from nanochat.tasks.common import LeftOut, Task, TaskMixture
@@ -126,28 +125,18 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
 
     # ---- where it goes, and whether some of it is there already
     tag, data = settings.out_tag or parent["tag"], packer.fingerprint()
-    folder, meta, earlier = claim(
-        stage, tag, settings, model.config, tokenizer.hash, recipe, num_iterations, parent, data
-    )
-    if earlier is None:  # this very run is complete
+    claimed = claim(stage, tag, settings, model, tokenizer, policy, optimizer, recipe, num_iterations, parent, data)
+    if claimed.earlier is None:  # this very run is complete
         compute_cleanup()
         return
-    size, state = recipe["device_batch_size"], earlier.get("loader")
+    size, state = recipe["device_batch_size"], claimed.earlier.get("loader")
     loader = RowLoader(ChatRows(packer), plan.rows_per_step, size, device, rank, world_size, state)
 
     # ---- train
     run = TrainingRun(
-        folder=folder,
-        settings=settings,
-        meta=meta,
-        earlier=earlier,
-        model=model,
+        **vars(claimed),
         forward=forward,
-        tokenizer=tokenizer,
-        policy=policy,
-        optimizer=optimizer,
         loader=loader,
-        num_iterations=num_iterations,
         tokens_per_step=batch,
         schedule=make_schedule(num_iterations, settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac),
         grad_clip=settings.grad_clip,
@@ -161,8 +150,6 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
         for sample in samples:
             print0(visible(f"--- {sample['prompt']}\n{sample['text']}"))
         metrics = {
-            "device": device_name(device),
-            "ranks": world_size,
             "conversations": len(packer.task),
             "epochs": loader.epoch(),
             "share of positions trained on": epoch.trained,
@@ -171,7 +158,7 @@ def train_on_chats(settings: ChatTrainSettings, stage: str, parent_stage: str, o
             "share of conversations without a target in their row": epoch.emptied,
             **outcome.metrics,
         }
-        finish(run, *SECTIONS[stage], describe(settings, meta, tasks, metrics, samples))
+        finish(run, *SECTIONS[stage], describe(settings, run.meta, tasks, metrics, samples))
     compute_cleanup()
 
 

@@ -154,10 +154,11 @@ class Console:
             f"{state.seconds / 60:.1f} min, {pace * (total - step) / 60:.1f} left"
         )
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Any]:
         """Final metrics. Tokens/s and MFU are means over the steady steps, whose number stands beside them."""
         state = self.run.state
-        result: dict[str, float] = {"steps": state.step, "tokens": state.step * self.run.tokens_per_step}
+        result: dict[str, Any] = {"device": device_name(self.device), "ranks": self.world, "steps": state.step}
+        result["tokens"] = state.step * self.run.tokens_per_step
         final = {name: value for name, value in state.latest.items() if name.startswith(("Loss/", "Eval/"))}
         result.update({f"final {name.split('/')[1]}": value for name, value in final.items()})
         result.update({f"minimum {name.split('/')[1]}": value for name, value in state.best.items()})

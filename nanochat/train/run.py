@@ -27,7 +27,7 @@ from nanochat.errors import UserError
 from nanochat.eval.bpb import VAL_BPB, VAL_LOSS, evaluate_bpb, evaluate_loss
 from nanochat.files import from_json, hold
 from nanochat.flags import ParentFlags, Resume, RunFlags
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Policy
 from nanochat.paths import check_writable, get_base_dir
@@ -105,25 +105,31 @@ class LoopState:
 
 
 @dataclass
-class TrainingRun:
-    """Everything that nanochat.train.loop.train needs."""
+class Claim:
+    """A run whose folder nobody else may write into until this process ends."""
 
     folder: Path  # where checkpoints go
     settings: RunFlags
-    meta: dict[str, Any]  # what every checkpoint says of the run; see claim
-    earlier: dict[str, Any]  # meta.json of the checkpoint that the run goes on from; empty at its start
+    meta: dict[str, Any]  # what every checkpoint says of the run
+    earlier: Any  # meta.json of the checkpoint that the run goes on from; empty at its start, None: it is complete
     model: GPT
+    optimizer: MuonAdamW
+    num_iterations: int  # optimizer steps of the whole run
+    tokenizer: RustBPETokenizer | None = None  # kept beside the checkpoints; None: not known
+    policy: Policy = field(default_factory=lambda: Policy("ddp", torch.float32))  # how the model is spread over ranks
+
+
+@dataclass(kw_only=True)
+class TrainingRun(Claim):
+    """Everything that nanochat.train.loop.train needs."""
+
     forward: Callable[..., Tensor]
     """The model as it is trained: compiled, or the model itself. Called as forward(x, y, loss_reduction="sum")."""
-    optimizer: MuonAdamW
     loader: Loader
-    num_iterations: int  # optimizer steps of the whole run
     tokens_per_step: int  # tokens in one global batch
     schedule: Callable[[int], tuple[float, float]]  # step -> (learning-rate multiplier, Muon momentum)
     grad_clip: float  # largest global gradient norm; 0 = no clipping
     evaluations: list[Evaluation]
-    tokenizer: RustBPETokenizer | None = None  # kept beside the checkpoints; None: not known
-    policy: Policy = field(default_factory=lambda: Policy("ddp", torch.float32))  # how the model is spread over ranks
     prepare: Callable[[int], None] = lambda step: None
     """What else follows from the number of steps done, such as attention windows; before the first forward pass of
     each step."""
@@ -144,7 +150,7 @@ class Outcome:
     """What a call of `train` came to."""
 
     finished: bool  # False: stopped by a signal, saved, to be continued
-    metrics: dict[str, float]  # final ones, for the report
+    metrics: dict[str, Any]  # final ones, for the report
 
 
 T = TypeVar("T")
@@ -187,22 +193,25 @@ def claim(
     stage: str,
     tag: str,
     settings: RunFlags,
-    config: GPTConfig,
-    tokenizer_hash: str,
+    model: GPT,
+    tokenizer: RustBPETokenizer | None,
+    policy: Policy,
+    optimizer: MuonAdamW,
     recipe: dict[str, Any],
     num_iterations: int,
     parent: dict[str, Any] | None = None,
     data: str | None = None,
-) -> tuple[Path, dict[str, Any], dict[str, Any] | None]:
-    """(folder of a run that nobody else may write into until this process ends, what every checkpoint says of the run,
-    its earlier_run). recipe: what later stages inherit (source, max_seq_len, batch sizes, learning rates at that batch,
-    weight_decay, use_muon); parent: what find_model says of the checkpoint that training starts from; data: a hash of
-    what is trained on, where the settings do not tell."""
+    tokenizer_hash: str | None = None,
+) -> Claim:
+    """Take the folder, and see what is there already (earlier_run). recipe: what later stages inherit (source,
+    max_seq_len, batch sizes, learning rates at that batch, weight_decay, use_muon); parent: what find_model says of the
+    checkpoint that training starts from; data: a hash of what is trained on, where the settings do not tell;
+    tokenizer_hash: where there is no tokenizer."""
     meta = {
         "stage": stage,
         "settings": {**cli.as_dict(settings), "source": recipe["source"]},
-        "model_config": asdict(config),
-        "tokenizer_hash": tokenizer_hash,
+        "model_config": asdict(model.config),
+        "tokenizer_hash": tokenizer_hash or (tokenizer and tokenizer.hash),
         "recipe": recipe,
         "num_iterations": num_iterations,
         "world_size": get_dist_info().world_size,
@@ -212,7 +221,8 @@ def claim(
     if parent is not None:
         meta["parent"] = {name: parent[name] for name in ("stage", "tag", "step", "identity")}
     folder = checkpoint.checkpoint_dir(stage, tag)
-    return folder, meta, earlier_run(folder, settings.resume, meta)
+    earlier = earlier_run(folder, settings.resume, meta)
+    return Claim(folder, settings, meta, earlier, model, optimizer, num_iterations, tokenizer, policy)
 
 
 ORIGINS = ("tokenizer_hash", "parent", "data")  # what else must be the same for a run to be the same one
