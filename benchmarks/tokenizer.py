@@ -195,7 +195,6 @@ def encoders(job: Job, ranks: Ranks) -> Ways:
 
 
 def encoder(job: Job, ranks: Ranks) -> tuple[Callable[[str], Any], Ways]:
-    """How to encode one text, and a batch of them."""
     pattern, threads = PATTERNS[job.pattern], job.threads
     if job.tokenizer == OURS:
         import rustbpe

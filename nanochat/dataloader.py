@@ -117,7 +117,6 @@ class Prefetcher(Generic[T]):
         return self._ahead.popleft().result()
 
     def close(self) -> None:
-        """Stop the thread and wait for it."""
         self._thread.shutdown(cancel_futures=True)
 
 

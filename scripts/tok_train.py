@@ -119,7 +119,6 @@ def marked_share(shards: list[Path]) -> float:
 
 
 def token_byte_statistics(tokenizer: RustBPETokenizer) -> dict[str, float]:
-    """Minimum, maximum, mean and standard deviation of bytes per token; special tokens do not count."""
     import torch
 
     lengths = torch.tensor([length for length in tokenizer.token_byte_lengths() if length > 0], dtype=torch.float64)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.data.parquet import strange_kind
+from nanochat.data.parquet import strange_kind, up_to
 from nanochat.data.rows import RowSource, TrainData
 from nanochat.data.sources import SPLITS, Split
 from nanochat.errors import UserError
@@ -82,16 +82,10 @@ class TokenFolder(TrainData):
     def fixed_rows(self, split: Split, sequence_len: int, max_tokens: int = VAL_TOKENS) -> np.ndarray:
         """The first max_tokens tokens of the split, one behind the other whatever documents begin, uint16. A row's last
         token is the first of the next, so that inputs and targets are the same stream, one apart."""
-        parts: list[np.ndarray] = []
         wanted = max_tokens // sequence_len * sequence_len + 1
-        have = 0
-        for path in self.files(split):
-            parts.append(open_tokens(path)[: wanted - have])
-            have += len(parts[-1])
-            if have == wanted:
-                break
-        stream = np.concatenate(parts)
-        if have < sequence_len + 1 or wanted == 1:
+        parts = (open_tokens(path)[:wanted] for path in self.files(split))
+        stream = np.concatenate(list(up_to(parts, wanted, len)))[:wanted]
+        if len(stream) <= sequence_len:
             raise self.too_little_data(split, sequence_len)
         rows = np.lib.stride_tricks.sliding_window_view(stream, sequence_len + 1)[::sequence_len].copy()
         self.check_vocabulary(rows)
@@ -333,7 +327,6 @@ def _find(directory: str | Path) -> Path:
 
 
 def _checked(meta: Any, folder: Path) -> dict[str, Any]:
-    """`meta` if it is valid."""
     match meta:
         case {"vocab_size": int(size), "document_token": int(document), "tokenizer_hash": str() | None} if (
             0 <= document < size <= MOST_IDS and isinstance(meta.get("splits", {}), dict)

@@ -59,7 +59,6 @@ class Epoch(NamedTuple):
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order in which an epoch goes through `count` items."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from nanochat.data import parquet
+
 WINDOW = 24  # bytes, some five words
 EVERY = 8  # one run of so many is kept
 FEW = 4  # a document of fewer runs than this is only like those of the same letters
@@ -28,15 +30,8 @@ def sketches(texts: Sequence[str]) -> np.ndarray:
     """(N, PAIRS) uint64: documents that agree in a column are taken for alike."""
     raw = [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts]
     parts = [folded[folded > 0] if (folded := _FOLD[text]).any() else text for text in raw]
-    found = np.zeros((len(texts), 2 * PAIRS), np.uint64)
-    first = 0
-    while first < len(parts):
-        last, size = first + 1, len(parts[first])
-        while last < len(parts) and size + len(parts[last]) <= BATCH:
-            size += len(parts[last])
-            last += 1
-        found[first:last] = _least(parts[first:last])
-        first = last
+    batches = map(_least, map(list, parquet.parts(iter(parts), BATCH, len)))
+    found = np.concatenate([np.zeros((0, 2 * PAIRS), np.uint64), *batches])
     return (found[:, ::2] * _ODD[0] ^ found[:, 1::2]) * _ODD[1] + np.arange(PAIRS, dtype=np.uint64)
 
 

@@ -230,7 +230,6 @@ def _constants(node: ast.stmt) -> Iterator[str]:
 
 
 def _string(node: ast.AST | None) -> str | None:
-    """The value of a string constant."""
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 

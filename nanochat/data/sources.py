@@ -64,7 +64,6 @@ def find_source(source: str) -> HubSource | str:
 
 
 def command(source: str) -> str:
-    """The command that gets `source`."""
     return (
         f"python -m nanochat.dataset{' -n 8' if isinstance(find_source(source), HubSource) else ''} --source={source}"
     )

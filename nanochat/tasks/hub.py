@@ -125,13 +125,12 @@ def source_text(task: str) -> str:
 
 
 def folder(task: str) -> Path:
-    """Where the files of a task lie in the store."""
     return task_data_dir() / "hub" / task
 
 
-def has_local(task: str, splits: Iterable[str]) -> bool:
-    """Whether one of `splits` in the store was copied from a folder."""
-    return any(entry["origin"] == LOCAL for split in splits for entry in _entries(task, split).values())
+def is_local(task: str, split: str) -> bool:
+    """Whether a split in the store was copied from a folder."""
+    return any(entry["origin"] == LOCAL for entry in _entries(task, split).values())
 
 
 def _present(task: str, split: str) -> parquet.Manifest:
@@ -147,7 +146,7 @@ def _present(task: str, split: str) -> parquet.Manifest:
 def _is_complete(task: str, split: str) -> bool:
     """Whether all files of a split are here as they came, those of the hub in the revision of HUB_TASKS."""
     found, usable = _entries(task, split), _usable(task, split)
-    return usable.keys() == (found.keys() if has_local(task, [split]) else _names(task, split).keys())
+    return usable.keys() == (found.keys() if is_local(task, split) else _names(task, split).keys())
 
 
 def _names(task: str, split: str) -> dict[str, str]:
@@ -208,7 +207,7 @@ def fetch(task: str, splits: Iterable[str], check: Check = bool) -> None:
     """Download what is not here of `splits`; local files in their place are replaced. Raises UserError like
     hub.download, and for files of another form; where the hub cannot be reached, local ones stay."""
     for split in splits:
-        local = has_local(task, [split])
+        local = is_local(task, split)
         entries = {} if local else _usable(task, split)
         for name, path in _names(task, split).items():
             if name not in entries:

@@ -90,22 +90,19 @@ def _runs(texts: Sequence[str], units: Callable[[str], list[str]], usable: Calla
     """Runs of usable units (sentences, lines) of a paragraph, up to MAX_RUN long, no unit twice."""
     passages: list[Passage] = []
     seen: set[str] = set()
+
+    def fits(unit: str) -> bool:
+        fresh = unit not in seen
+        seen.add(unit)
+        return fresh and usable(unit)
+
     for number, text in enumerate(texts):
         for paragraph in regex.split(r"\n\s*\n", text):
-            run: list[str] = []
-            for unit in units(paragraph):
-                if usable(unit) and unit not in seen:
-                    run.append(unit)
-                elif run:
-                    passages += _cut(number, run)
-                    run = []
-                seen.add(unit)
-            passages += _cut(number, run)
+            for good, group in itertools.groupby(units(paragraph), fits):
+                run = list(group)
+                if good:
+                    passages += [Passage(number, run[i : i + MAX_RUN]) for i in range(0, len(run), MAX_RUN)]
     return passages
-
-
-def _cut(number: int, run: list[str]) -> list[Passage]:
-    return [Passage(number, run[i : i + MAX_RUN]) for i in range(0, len(run), MAX_RUN)]
 
 
 def unspaced(text: str) -> bool:

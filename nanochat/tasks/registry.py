@@ -33,7 +33,6 @@ class TaskRow:
         return any("{source}" in path for path in self.reads)
 
     def load(self) -> type[Task]:
-        """The class, imported now."""
         task_class: type[Task] = pkgutil.resolve_name(self.path)
         return task_class
 
@@ -120,7 +119,6 @@ def make_task(name: str, split: Split, source: str | None = None, count: int | N
 
 
 def task_row(name: str) -> TaskRow:
-    """What is known of the task with this canonical name."""
     if name.endswith(".jsonl"):
         file = str(Path(name).expanduser().resolve())
         row = TaskRow("nanochat.tasks.customjson:CustomJSON", (file,), graded=False)

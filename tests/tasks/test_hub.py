@@ -248,12 +248,12 @@ def test_a_folder_moved_or_touched_changes_nothing(tmp_path, monkeypatch):
 
 def test_fetching_puts_published_files_in_the_place_of_local_ones(gsm8k, tmp_path):
     put(tmp_path, "GSM8K", train=[gsm8k_row(7)], test=[gsm8k_row(1)])
-    assert hub.has_local("GSM8K", ["train"]) and hub.has_local("GSM8K", ["test"])
+    assert hub.is_local("GSM8K", "train") and hub.is_local("GSM8K", "test")
     fetch("GSM8K", ["train", "test"])
     assert load_rows("GSM8K", "train") == [gsm8k_row(i) for i in range(5)]
     assert load_rows("GSM8K", "test") == [gsm8k_row(i) for i in range(100, 103)]
     assert source_text("GSM8K") == f"someone/problems at {COMMIT[:7]}"
-    assert not hub.has_local("GSM8K", ["train", "test"])
+    assert not hub.is_local("GSM8K", "train") and not hub.is_local("GSM8K", "test")
 
 
 def test_local_files_stay_where_the_hub_cannot_be_reached(gsm8k, tmp_path):
