@@ -67,7 +67,7 @@ def main(settings: Settings) -> None:
         fetch_files(
             {"source": source, "kind": "hub", "synthetic": False, "repo": known.repo, "revision": known.revision},
             data_dir(source),
-            {parquet.shard_name(known.last): "val", **{parquet.shard_name(index): "train" for index in range(train)}},
+            {parquet.shard_name(known.last): "val", **dict.fromkeys(map(parquet.shard_name, range(train)), "train")},
             describe=parquet.describe,
             otherwise="use --source=pydocs, which needs none",
             num_workers=settings.num_workers,

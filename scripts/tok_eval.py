@@ -113,11 +113,11 @@ def compare(
 def missing_ranks(name: str) -> tuple[str, str] | None:
     """(why, detail) where tiktoken would have to download this baseline's rank files; None where it would not. Checked
     before tiktoken is asked, which would fetch a missing file, and delete and fetch a damaged one."""
-    folder = _tiktoken_cache()
-    if folder is None:
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if folder == "":
         return "no cache", "TIKTOKEN_CACHE_DIR is empty, which switches tiktoken's cache off"
     for address, sha256 in BASELINES[name].items():
-        path = folder / hashlib.sha1(address.encode()).hexdigest()
+        path = Path(folder or f"{tempfile.gettempdir()}/data-gym-cache", hashlib.sha1(address.encode()).hexdigest())
         try:
             content = path.read_bytes()
         except OSError:
@@ -125,14 +125,6 @@ def missing_ranks(name: str) -> tuple[str, str] | None:
         if hashlib.sha256(content).hexdigest() != sha256:
             return "cached ranks damaged", f"{path} is not {address} as published"
     return None
-
-
-def _tiktoken_cache() -> Path | None:
-    """The folder where tiktoken looks first; None where its cache is switched off."""
-    for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
-        if variable in os.environ:
-            return Path(os.environ[variable]) if os.environ[variable] else None
-    return Path(tempfile.gettempdir()) / "data-gym-cache"
 
 
 def print_table(table: dict[str, Any]) -> None:

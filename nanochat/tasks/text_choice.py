@@ -11,7 +11,6 @@ before each `yes` and `no`.
 """
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 from nanochat.errors import TooLittleText
@@ -26,10 +25,7 @@ QUESTIONS = {
     "ends": f"{_WHICH} [ends in|ends with|has at its end] [|the letter ]{{letter}}{_WORDS}",
     "begins": f"{_WHICH} [begins with|starts with|has at its beginning] [|the letter ]{{letter}}{_WORDS}",
 }
-_ASKED: dict[str, Callable[[list[str]], str]] = {
-    "ends": lambda letters: letters[-1],
-    "begins": lambda letters: letters[0],
-}
+PLACES = {"ends": -1, "begins": 0}  # of the letter that is asked about
 
 
 class TextChoice(WordTask):
@@ -42,7 +38,7 @@ class TextChoice(WordTask):
         """Raises UserError before the words are there, and TooLittleText where few letters begin and end them."""
         super().__init__(split, source, size, **kwargs)
         self.words = [word for word in self.words if len(word) <= LONGEST]
-        different = {kind: len({letter(characters(word)) for word in self.words}) for kind, letter in _ASKED.items()}
+        different = {kind: len({characters(word)[place] for word in self.words}) for kind, place in PLACES.items()}
         self.kinds = [kind for kind, count in different.items() if count >= CHOICES]
         if not self.kinds:
             raise TooLittleText(
@@ -60,7 +56,7 @@ class TextChoice(WordTask):
         rng = item_rng(self.name, self.split, index)
         rng.shuffle(words)
         words.insert(places[member], right)
-        letter = _ASKED[kind](characters(right))
+        letter = characters(right)[PLACES[kind]]
         quotes = rng.choice(QUOTES)
         question = worded(QUESTIONS[kind], rng).format(letter=letter, words=", ".join(map(quotes.format, words)))
         return {**answered(question, _worked(kind, words, right)), "choices": words}
@@ -76,7 +72,7 @@ class TextChoice(WordTask):
         found: dict[str, str] = {}
         while len(found) < CHOICES:
             word = rng.choice(self.words)
-            found.setdefault(_ASKED[kind](characters(word)), word)
+            found.setdefault(characters(word)[PLACES[kind]], word)
         return list(found.values())
 
 

@@ -52,31 +52,25 @@ DATASETS = {
 
 def main(settings: Settings) -> None:
     """Get what `settings` ask for. Raises UserError for more files than there are, and what hub.download raises."""
-    folder = fetch(settings.dataset, settings.shards, settings.num_workers)
+    spec, folder = DATASETS[settings.dataset], tokenized_dir() / settings.dataset
+    if settings.shards > spec.train_files:
+        raise UserError(
+            f"--shards={settings.shards}: {settings.dataset} has {spec.train_files} train files; choose 1 to that many"
+        )
+    train = (f"{spec.name}_train_{index:06d}.bin" for index in range(1, settings.shards + 1))
+    fetch_files(
+        {"source": settings.dataset, "kind": "hub", "repo": spec.repo, "revision": "main"},
+        folder,
+        {f"{spec.name}_val_000000.bin": "val", **dict.fromkeys(train, "train")},
+        describe=_describe,
+        otherwise="use scripts.data_process.tokenize_text, which needs none",
+        num_workers=settings.num_workers,
+    )
     found = describe_folder(folder)
     for split in ("train", "val"):
         files = found.files(split)
         print(f"{settings.dataset} {split}: {len(files)} files, {sum(map(read_header, files)):,} tokens")
     print(f"in {folder}")
-
-
-def fetch(dataset: str, train_files: int, num_workers: int = 4) -> Path:
-    """Download the validation file and train files 1 … train_files; those here are kept. Returns the folder."""
-    spec = DATASETS[dataset]
-    if train_files > spec.train_files:
-        raise UserError(f"--shards={train_files}: {dataset} has {spec.train_files} train files; choose 1 to that many")
-    folder = tokenized_dir() / dataset
-    wanted = {f"{spec.name}_val_000000.bin": "val"}
-    wanted |= {f"{spec.name}_train_{index:06d}.bin": "train" for index in range(1, train_files + 1)}
-    fetch_files(
-        {"source": dataset, "kind": "hub", "repo": spec.repo, "revision": "main"},
-        folder,
-        wanted,
-        describe=_describe,
-        otherwise="use scripts.data_process.tokenize_text, which needs none",
-        num_workers=num_workers,
-    )
-    return folder
 
 
 def _describe(path: Path, split: str, name: str) -> dict[str, Any]:
