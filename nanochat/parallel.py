@@ -37,16 +37,14 @@ class Policy:
     """How a model is distributed."""
 
     strategy: Strategy
-    param_dtype: torch.dtype
-    """What gathered weights are cast to, and computed with; the shards stay fp32."""
-    reduce_dtype: torch.dtype = torch.float32
-    """What gradients are summed over ranks in."""
+    param_dtype: torch.dtype  # what gathered weights are cast to, and computed with; the shards stay fp32
+    reduce_dtype: torch.dtype = torch.float32  # what gradients are summed over ranks in
+    # Free gathered weights after the forward pass and gather them again for the backward pass: half as much traffic
+    # again, and only one block's weights in memory at a time.
     reshard_after_forward: bool = False
-    """Free gathered weights after the forward pass and gather them again for the backward pass: half as much traffic
-    again, and only one block's weights in memory at a time."""
+    # Keep the gradients of all but the last micro-batch unsharded on each rank (4 bytes a parameter), and reduce once
+    # a step.
     accumulate_unsharded: bool = True
-    """Keep the gradients of all but the last micro-batch unsharded on each rank (4 bytes a parameter), and reduce once
-    a step."""
 
 
 def requested_strategy(parallel: Parallel, use_fsdp: bool) -> Parallel:

@@ -118,27 +118,69 @@ def _product(a, b, c, extra, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl
 TILE = 128, 256, 64  # on an H200 1.13 ms for 65,536 x 1,280 -> 5,120; the others tried took 1.23 to 1.40
 
 
-def _launch(a: Tensor, b: Tensor, extra: Tensor | None, columns: int, backward: bool, programs: int) -> Tensor:
-    (M, K), (BM, BN, BK) = a.shape, TILE
-    c = a.new_empty((M, columns))
+def relu_squared_product(x: Tensor, weight: Tensor, squares: Tensor | None, programs: int) -> Tensor:
+    """relu(x (N, K) @ weight (M, K).T)², (N, M); with `squares` (x @ weight.T) * 2 sqrt(squares), weight laid out along
+    M. programs: multiprocessors of the GPU."""
+    (M, K), (BM, BN, BK), columns, backward = x.shape, TILE, weight.size(0), squares is not None
+    c = x.new_empty((M, columns))
     describe: Any = TensorDescriptor.from_tensor
-    tiles = triton.cdiv(M, BM) * triton.cdiv(columns, BN)
-    programs = min(tiles, programs)
+    programs = min(triton.cdiv(M, BM) * triton.cdiv(columns, BN), programs)
     _product[(programs,)](
-        describe(a, [BM, BK]),
-        describe(b, [BK, BN] if backward else [BN, BK]),
+        describe(x, [BM, BK]),
+        describe(weight.T.contiguous(), [BK, BN]) if backward else describe(weight.contiguous(), [BN, BK]),
         describe(c, [BM, BN // 2]),
-        describe(c if extra is None else extra, [BM, BN // 2]),
+        describe(c if squares is None else squares, [BM, BN // 2]),
         M, columns, K, BM, BN, BK, 8, programs, backward, num_warps=8, num_stages=3,
     )  # fmt: skip
     return c
 
 
-def relu_squared_product(x: Tensor, weight: Tensor, programs: int) -> Tensor:
-    """relu(x (N, K) @ weight (M, K).T)², (N, M). programs: multiprocessors of the GPU."""
-    return _launch(x, weight, None, weight.size(0), False, programs)
+# ---- products that are symmetric
 
 
-def relu_squared_product_grad(grad: Tensor, weight: Tensor, y: Tensor, programs: int) -> Tensor:
-    """(grad (N, K) @ weight (K, M)) * 2 sqrt(y (N, M)): the gradient before the squares y."""
-    return _launch(grad, weight, y, weight.size(1), True, programs)
+@triton.jit
+def _symmetric(a, b, c, extra, N, times, plus, diagonal, DEPTH: tl.constexpr, TALL: tl.constexpr, EXTRA: tl.constexpr,
+               B: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """One tile, on or below the diagonal, of times * a @ b.T (TALL: a.T @ b) + plus * extra + diagonal * 1, for one of
+    a stack of matrices below each other; written to its mirror image, too."""
+    t, matrix = tl.program_id(0), tl.program_id(1)
+    row = ((tl.sqrt(8.0 * t + 1.5) - 1.0) * 0.5).to(tl.int32)
+    column = t - row * (row + 1) // 2
+    m, n, top = row * B, column * B, matrix * N
+    sums = tl.zeros((B, B), dtype=tl.float32)
+    for k in range(0, DEPTH, BK):
+        if TALL:
+            left, right = a.load([matrix * DEPTH + k, m]).T, b.load([matrix * DEPTH + k, n])
+        else:
+            left, right = a.load([top + m, k]), b.load([top + n, k]).T
+        sums = tl.dot(left, right, sums)
+    sums *= times
+    if EXTRA:
+        sums += plus * extra.load([top + m, n]).to(tl.float32)
+        same = (m + tl.arange(0, B))[:, None] == (n + tl.arange(0, B))[None, :]
+        sums = tl.where(same, sums + diagonal, sums)
+    out = sums.to(c.dtype)
+    c.store([top + m, n], out)
+    if row != column:
+        c.store([top + n, m], out.T)
+
+
+SIDE, DEEP = 128, 64  # of a tile of the result; of what is multiplied at a time
+
+
+def symmetric_product(
+    a: Tensor, b: Tensor, extra: Tensor | None, times: float, plus: float, diagonal: float, tall: bool
+) -> Tensor:
+    """times * a @ b.mT + plus * extra + diagonal * 1, (K, s, s); tall: a.mT @ b. Sizes are multiples of SIDE."""
+    K, m, n = a.shape
+    side, depth = (n, m) if tall else (m, n)
+    c, describe = a.new_empty((K, side, side)), TensorDescriptor.from_tensor
+    block: Any = [DEEP, SIDE] if tall else [SIDE, DEEP]
+    flat = [describe(x.flatten(0, 1), block) for x in (a, b)]
+    tiles: Any = [describe(x.flatten(0, 1), [SIDE, SIDE]) for x in (c, c if extra is None else extra)]
+    blocks = side // SIDE
+    sizes = depth, tall, extra is not None, SIDE, DEEP
+    _symmetric[(blocks * (blocks + 1) // 2, K)](
+        *flat, *tiles, side, times, plus, diagonal, *sizes, num_warps=8, num_stages=3
+    )
+    return c

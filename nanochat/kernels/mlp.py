@@ -16,7 +16,12 @@ HOPPER = 9  # major compute capability; others have no kernel of ours that was m
 
 def has_fused_mlp(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this GPU has kernels of its own for mlp()."""
-    cuda = device.type == "cuda" and dtype == torch.bfloat16 and TRITON and torch.version.hip is None
+    return dtype == torch.bfloat16 and on_hopper(device)
+
+
+def on_hopper(device: torch.device) -> bool:
+    """Whether our kernels that multiply run here."""
+    cuda = device.type == "cuda" and TRITON and torch.version.hip is None
     return cuda and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
@@ -37,14 +42,14 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        y = relu_squared_product(x, up)
+        y = relu_squared_product(x, up, None)
         ctx.save_for_backward(x, y, up, down)
         return y @ down.T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, y, up, down = ctx.saved_tensors
-        inner = relu_squared_product_grad(grad, down, y)
+        inner = relu_squared_product(grad, down.T, y)
         return inner @ up, weight_gradient(inner, x), weight_gradient(grad, y)
 
 
@@ -61,30 +66,15 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("nanochat::relu_squared_product", mutates_args=())
-def relu_squared_product(x: Tensor, weight: Tensor) -> Tensor:
-    """max(x (N, K) @ weight (M, K).T, 0)² -> (N, M)."""
+def relu_squared_product(x: Tensor, weight: Tensor, squares: Tensor | None) -> Tensor:
+    """max(x (N, K) @ weight (M, K).T, 0)² -> (N, M); with squares (N, M) that were so made, x being the gradient behind
+    them, (x @ weight.T) * 2 sqrt(squares), the gradient before them."""
     from nanochat.kernels import device
 
-    return device.relu_squared_product(x.contiguous(), weight.contiguous(), _multiprocessors(x))
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return device.relu_squared_product(x.contiguous(), weight, squares, programs)
 
 
 @relu_squared_product.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, squares: Tensor | None) -> Tensor:
     return x.new_empty((x.size(0), weight.size(0)))
-
-
-@torch.library.custom_op("nanochat::relu_squared_product_grad", mutates_args=())
-def relu_squared_product_grad(grad: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-    """(grad (N, K) @ weight (K, M)) * 2 sqrt(y (N, M)): the gradient before the squares y."""
-    from nanochat.kernels import device
-
-    return device.relu_squared_product_grad(grad.contiguous(), weight.contiguous(), y, _multiprocessors(y))
-
-
-@relu_squared_product_grad.register_fake
-def _(grad: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-    return torch.empty_like(y)
-
-
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -3,8 +3,12 @@
 Scalars are 0-D tensors, so that a new value recompiles nothing. Where `ok` (0-D bool) is false, weights and state stay.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from nanochat.kernels.symmetric import symmetric_product
 
 # Polar Express, arXiv 2505.16932: polynomials that push all singular values in (0, 1] to 1, each the best for the
 # interval that its predecessor left; computed for 5 iterations from l = 1e-3, with a safety factor of 1.02 for bf16.
@@ -24,9 +28,9 @@ def exchange_dtype(device: torch.device) -> torch.dtype:
 
 def orthogonalize(G: Tensor, steps: int) -> Tensor:
     """Nearest semi-orthogonal matrices to G (K, m, n), roughly: singular values end near 1."""
-    X = G.to(exchange_dtype(G.device))
     if G.is_cuda:
-        return orthogonalize_by_products(X, steps)
+        return orthogonalize_by_products(G, steps)
+    X = G.to(exchange_dtype(G.device))
     wide = G.size(-2) <= G.size(-1)
     if not wide:
         X = X.mT  # the Gram matrix is taken on the short side
@@ -37,22 +41,27 @@ def orthogonalize(G: Tensor, steps: int) -> Tensor:
     return X if wide else X.mT
 
 
-def orthogonalize_by_products(X: Tensor, steps: int) -> Tensor:
-    """The same for large matrices: nothing but products reads or writes all of X, whose norm is the trace of its Gram
-    matrix, and no product is of something transposed anew."""
-    wide = X.size(-2) <= X.size(-1)
-    identity = torch.eye(min(X.shape[-2:]), dtype=X.dtype, device=X.device)
-    scale: Tensor | None = None  # what X still has to be multiplied by
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        A = X @ X.mT if wide else X.mT @ X
-        if scale is None:
-            trace = A.diagonal(dim1=-2, dim2=-1).float().sum(-1)[:, None, None]
-            scale = 1 / (trace.sqrt() * 1.02 + 1e-6)
-            A = (A * scale.square()).to(X.dtype)
-            factor = (a * identity + b * A + c * (A @ A)) * scale
-        else:
-            factor = a * identity + b * A + c * (A @ A)
-        X = factor.to(X.dtype) @ X if wide else X @ factor.to(X.dtype)
+def orthogonalize_by_products(G: Tensor, steps: int) -> Tensor:
+    """The same in few large products, most of them symmetric. What multiplies X is found from its Gram matrix alone: at
+    each iteration, or for long matrices of several, where all of X then takes part in four products in place of ten. In
+    one go the small singular values would be lost, and in bf16 in two: fp16 has the range, for X is normed."""
+    tall = G.size(-2) > G.size(-1)
+    norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    X = (G / (norm * 1.02 + 1e-6)).to(torch.float16 if G.is_cuda else G.dtype)
+    polynomials = POLAR_EXPRESS[:steps]
+    several = max(G.shape[-2:]) >= 2 * min(G.shape[-2:])
+    for together in (polynomials[:2], polynomials[2:]) if several else [[one] for one in polynomials]:
+        factor: Any = None
+        by: Any = None
+        for a, b, c in together:
+            if by is None:
+                gram = symmetric_product(X, X, tall=tall)
+            else:  # what that is after the last iteration
+                gram = symmetric_product(symmetric_product(by, gram), by)
+            by = symmetric_product(gram, gram, gram, c, b, a)
+            factor = by if factor is None else symmetric_product(by, factor)
+        if factor is not None:
+            X = X @ factor if tall else factor @ X
     return X
 
 
@@ -109,19 +118,9 @@ def muon_update(
 
 
 def adamw_update(
-    params: Tensor,
-    grads: Tensor,
-    factor: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    eps: Tensor,
-    weight_decay: Tensor,
-    ok: Tensor,
-) -> None:
+    params: Tensor, grads: Tensor, factor: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor,
+    beta1: Tensor, beta2: Tensor, eps: Tensor, weight_decay: Tensor, ok: Tensor,
+) -> None:  # fmt: skip
     """One AdamW step in place (arXiv 1711.05101) by the gradients times `factor` (clipping), bias-corrected, fp32."""
     grads = grads if factor is None else grads * factor
     _set_where(ok, exp_avg, exp_avg.lerp(grads, 1 - beta1))

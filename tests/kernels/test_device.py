@@ -70,6 +70,19 @@ def test_the_mlp_and_its_gradients(rows):
 
 
 @runs
+@hopper
+@pytest.mark.parametrize("shape", [(2, 256, 128), (2, 128, 384), (1, 384, 256)])
+def test_half_of_a_symmetric_product(shape):
+    x, tall = drawn(*shape, dtype=torch.float16, scale=0.1), shape[1] > shape[2]
+    gram = kernels.symmetric_product(x, x, None, 1.0, 0.0, 0.0, tall)
+    wide = x.double().mT if tall else x.double()
+    assert relative(gram, wide @ wide.mT) < 5e-4 and torch.equal(gram, gram.mT)
+    found, wide = kernels.symmetric_product(gram, gram, gram, 0.3, -0.7, 2.5, False), gram.double()
+    one = torch.eye(gram.size(-1), dtype=torch.float64, device=DEVICE)
+    assert relative(found, 0.3 * wide @ wide - 0.7 * wide + 2.5 * one) < 5e-4 and torch.equal(found, found.mT)
+
+
+@runs
 @pytest.mark.parametrize(("kind", "dtype"), [(0, E4M3), (0, E5M2), (1, E4M3), (2, E5M2)])
 @pytest.mark.parametrize("rows", [21, 160])
 def test_rounding_to_8_bits(kind, dtype, rows):
@@ -101,4 +114,4 @@ def test_the_gradient_of_a_weight_in_pieces(rows, columns):
 def test_all_of_this_through_the_interpreter():
     program = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(program, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "17 passed" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "20 passed" in done.stdout, done.stdout[-3000:]
