@@ -33,7 +33,7 @@ from nanochat import cli
 from nanochat.cli import int_flag
 from nanochat.data import parquet
 from nanochat.errors import UserError
-from nanochat.tokenizer_io import byte_letters, huggingface_json, parse_ranks, rank_lines
+from nanochat.tokenizer import byte_letters, huggingface_json, parse_ranks, rank_lines
 
 Ranks = list[tuple[bytes, int]]
 Ways = dict[str, Callable[[list[str]], Any]]  # name -> how to encode a list of texts

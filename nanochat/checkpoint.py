@@ -69,7 +69,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.paths import checkpoint_dir, get_base_dir, slug, tokenizer_dir
 from nanochat.runtime import compute_dtype, on_first_rank, print0
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.tokenizer_io import read_meta as read_tokenizer_meta
+from nanochat.tokenizer import read_meta as read_tokenizer_meta
 
 STAGE_SCRIPTS = {  # which writes the checkpoints of each training stage
     "base": "scripts.base_train",

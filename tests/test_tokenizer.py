@@ -1,4 +1,4 @@
-"""nanochat/tokenizer.py and tokenizer_io.py: encoding, vocabulary, files."""
+"""nanochat/tokenizer.py: encoding, vocabulary, files."""
 
 import base64
 import json
@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 
 from nanochat.errors import UserError
 from nanochat.tokenizer import (
+    FILES,
     MIN_VOCAB_SIZE,
     SPECIAL_TOKENS,
     RustBPETokenizer,
     get_token_bytes,
     get_tokenizer,
+    huggingface_json,
+    merges_from_ranks,
     repaired,
 )
-from nanochat.tokenizer_io import FILES, huggingface_json, merges_from_ranks
 from scripts.tok_eval import TEXTS
 
 VOCAB_SIZE = 900

@@ -27,8 +27,7 @@ from nanochat.hf.card import model_card
 from nanochat.hf.names import classic_settings, is_classic, sizes, weight_name
 from nanochat.hf.one_file import one_file
 from nanochat.paths import report_dir
-from nanochat.tokenizer import RustBPETokenizer
-from nanochat.tokenizer_io import huggingface_json
+from nanochat.tokenizer import RustBPETokenizer, huggingface_json
 
 OWN_TYPE, OWN_FILE = "nanochat_gpt", "modeling_nanochat_gpt"
 ABOUT = "nanochat.json"

@@ -16,8 +16,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf.export import ABOUT, OWN_TYPE, exported
 from nanochat.hf.names import classic_config
 from nanochat.paths import checkpoint_dir
-from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
-from nanochat.tokenizer_io import byte_letters
+from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer, byte_letters
 
 
 def find_folder(name: str) -> Path:
