@@ -16,6 +16,7 @@ For the same reason the word itself stands behind a space wherever an answer rep
 question: its tokens are copied, and need not be known under two names.
 """
 
+import json
 import random
 from abc import abstractmethod
 from collections import Counter
@@ -26,8 +27,9 @@ from typing import Any
 import regex
 
 from nanochat.data import parquet, sources
-from nanochat.errors import TooLittleText
-from nanochat.files import read_jsonl
+from nanochat.errors import TooLittleText, UserError
+from nanochat.files import atomic_write_text, parse_json, read_jsonl, sha256_file
+from nanochat.paths import slug, task_data_dir
 from nanochat.tasks.common import (
     Conversation,
     GeneratedTask,
@@ -36,9 +38,9 @@ from nanochat.tasks.common import (
     call_calculator,
     item_rng,
     split_of,
+    stable_hash,
     worded,
 )
-from nanochat.tasks.generated import generate, require
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 ABSENT_SHARE = 0.15  # of the questions are about a letter that is not in the word
@@ -102,13 +104,17 @@ class WordTask(GeneratedTask):
 
     @classmethod
     def prepare(cls, name: str, source: str, from_dir: Path | None = None) -> None:
-        """Count the words of the train text and write them, unless that is done. Raises UserError without text."""
-
-        def make() -> dict[str, str]:
-            words = frequent_words(sources.iter_documents(source, "train"))
-            return {"words.txt": "".join(f"{word}\n" for word in words)}
-
-        generate(source, "words", (RULES, MAX_CHARS, MIN_COUNT, MAX_WORDS), make)
+        """Count the words of the train text and write them, unless they are there as they were written and were counted
+        on this text by these rules. Raises UserError without text."""
+        rules, whose = (RULES, MAX_CHARS, MIN_COUNT, MAX_WORDS), sources.canonical(source)
+        fingerprint = f"{stable_hash(whose, sources.text_hash(source), rules):016x}"
+        path, marker = _stored(source)
+        if marker.get("fingerprint") == fingerprint and _is_whole(path, marker):
+            return
+        words = frequent_words(sources.iter_documents(source, "train"))
+        atomic_write_text(path, "".join(f"{word}\n" for word in words))
+        marker = {"source": whose, "fingerprint": fingerprint, "files": {path.name: sha256_file(path)}}
+        atomic_write_text(path.with_suffix(".json"), json.dumps(marker, indent=1) + "\n")
 
     @abstractmethod
     def ask(self, word: str, rng: random.Random) -> tuple[str, Any]:
@@ -247,10 +253,30 @@ def frequent_words(documents: Iterable[str]) -> list[str]:
     return sorted(kept, key=lambda word: (-kept[word], word))[:MAX_WORDS]
 
 
+def _stored(source: str) -> tuple[Path, dict[str, Any]]:
+    """Where the words of a source lie, and what words.json beside them says."""
+    path = task_data_dir() / slug(sources.canonical(source)) / "words.txt"
+    try:
+        marker = parse_json(path.with_suffix(".json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        marker = None
+    return path, marker if isinstance(marker, dict) else {}
+
+
+def _is_whole(path: Path, marker: dict[str, Any]) -> bool:
+    return path.exists() and marker.get("files") == {path.name: sha256_file(path)}
+
+
 def load_words(source: str, split: Split) -> list[str]:
     """Words of one split, the most frequent first; of the rarer half about one in five, by its hash, is for test.
     Raises UserError when they were not made yet or are damaged, and TooLittleText where the text has too few."""
-    path = require(source, "words", "SpellingBee") / "words.txt"
+    path, marker = _stored(source)
+    command = f"python -m scripts.chat_data --source={source} --tasks=SpellingBee"
+    # two sources can have the same slug (local:/a/b and local:/a-b); the marker says whose words these are
+    if marker.get("source") != sources.canonical(source):
+        raise UserError(f"no words of {source} in {path.parent}: run `{command}`")
+    if not _is_whole(path, marker):
+        raise UserError(f"{path.parent}: {path.name} absent or damaged: run `{command}`")
     words = path.read_text(encoding="utf-8").split()
     tested = {word for word in words[len(words) // 2 :] if split_of("word", word, test_share=TEST_SHARE) == "test"}
     chosen = [word for word in words if (word in tested) == (split == "test")]
