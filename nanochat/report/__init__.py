@@ -49,9 +49,8 @@ def generate(run_dir: Path, copy_to: Path, usd_per_hour: float | None = None) ->
     if not sections and not records:
         raise UserError(f"nothing to report in {run_dir}: run a stage first (bash speedrun.sh), or set NANOCHAT_RUN_ID")
     report = collect(run_dir.name, sections, records, usd_per_hour)
-    plots = pkgutil.resolve_name("nanochat.report.plots:plots")(
-        run_dir, report
-    )  # an annex, which takes 0.5 s to import
+    draw = pkgutil.resolve_name("nanochat.report.plots:plots")  # an annex, which takes 0.5 s to import
+    plots = draw(run_dir, report)
     report["curve"] = CURVE if any(plot.file == CURVE for plot in plots) else None
     report["plots"] = [{"file": plot.file, "about": plot.about} for plot in plots]
 
