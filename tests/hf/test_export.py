@@ -45,6 +45,29 @@ def test_logits_are_ours(loaded, tokenizer):
         assert (theirs(rows).logits - model(rows)).abs().max() <= TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [4, 12])
+@pytest.mark.parametrize("name", ["nanochat", "speedrun", "ngram"])
+@torch.no_grad()
+def test_shapes_that_are_trained(name, depth, make_model, tokenizer, tmp_path, transformers):
+    """1,000 random and 100 real rows where there is a GPU, else a part of them; and 200 greedy tokens."""
+    device, share = ("cuda", 1) if torch.cuda.is_available() else ("cpu", 25)
+    shape = {"n_layer": depth, "n_embd": 64 * depth, "head_dim": 128 if depth == 12 else 64, "sequence_len": 128}
+    model = make_model(name, **shape).to(device)
+    export(model, tokenizer, meta_of(model, tokenizer), tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    theirs.to(device).eval()
+    random = torch.randint(model.config.vocab_size, (1000 // share, 128), generator=torch.Generator().manual_seed(0))
+    for rows in (random, real_rows(tokenizer, 100 // share, 128)):
+        worst = max((theirs(part).logits - model(part)).abs().max().item() for part in rows.to(device).split(25))
+        print(f"{name} d{depth}: {len(rows)} rows of 128, {worst:.1e}")
+        assert worst <= TOLERANCE
+    prompt = tokenizer.encode("The quick brown fox", prepend="<|bos|>")
+    ((wanted,), _), *_ = Engine(model, tokenizer).generate_many([prompt], Sampling(max_new_tokens=200, temperature=0.0))
+    found = theirs.generate(torch.tensor([prompt], device=device), max_new_tokens=200, do_sample=False)[0].tolist()
+    assert found == wanted and len(wanted) == len(prompt) + 200
+
+
 @every_arch
 @torch.no_grad()
 def test_padding_in_front_or_behind_changes_nothing(loaded, tokenizer):
