@@ -76,9 +76,8 @@ def make_shards(source: str, num_files: int) -> None:
     size, labels = int(sizes.sum()), np.unique([packages[text] for text in documents], return_inverse=True)[1]
     held, _ = overlap.hold_out(labels, sizes, max(MIN_VAL_BYTES, int(size * VAL_SHARE)))
     val_bytes = int(sizes[held].sum())
-    order = [*np.flatnonzero(held).tolist(), *np.flatnonzero(~held).tolist()]
-    shard_bytes = (size - val_bytes) // TRAIN_SHARDS + 1
-    files = parquet.write_shards(folder, (documents[i] for i in order), val_bytes, shard_bytes, ROW_GROUP)
+    ordered = (documents[i] for i in np.argsort(~held, kind="stable").tolist())
+    files = parquet.write_shards(folder, ordered, val_bytes, (size - val_bytes) // TRAIN_SHARDS + 1, ROW_GROUP)
     parquet.replace_shards(folder, about, files)
 
 

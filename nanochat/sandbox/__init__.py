@@ -30,7 +30,6 @@ MAX_TIMEOUT = 3600
 MEMORY = 256 << 20  # bytes of address space
 READY = b"ready\n"  # what a program's process says once it is locked in
 GRACE = 30.0  # seconds that the supervisor gets on top of the program's time before it is killed itself
-LOST: dict[str, Any] = {}  # outcome where the supervisor was killed
 REMOVAL = 2.0  # seconds that a caller waits for the removal of what a program left
 
 
@@ -129,10 +128,10 @@ def _execute(code: str, timeout: float, memory: int | None, name: str = "", chec
     return ExecutionResult(error is None, shown, complaints, error, timed_out, memory_out)
 
 
-def _judge(outcome: dict[str, Any], nonce: bytes, timeout: float) -> tuple[str | None, bool, bool]:
+def _judge(outcome: dict[str, Any] | None, nonce: bytes, timeout: float) -> tuple[str | None, bool, bool]:
     """(error, timeout, memory_exceeded) from what the supervisor saw and its processes reported: the program and, if
     there is one, its check, whose word alone counts as success."""
-    if outcome is LOST:  # by the program, where no layer forbids it, or by the system when memory ran out
+    if outcome is None:  # by the program, where no layer forbids it, or by the system when memory ran out
         return "its supervisor was killed", False, False
     for message, status, _ in outcome["ends"]:
         if not message.startswith(READY) and status is not None and os.WIFEXITED(status):
@@ -164,8 +163,8 @@ def _failure(message: bytes, status: int, cpu_seconds: float, timeout: float) ->
 
 
 def _supervised(jobs: list[dict[str, Any]], patience: float) -> tuple[Any, bytes, bytes]:
-    """(outcome, stdout, stderr) of a job for sandbox.child.main; a second job is what only the check may know.
-    RuntimeError when the supervisor itself fails."""
+    """(outcome, stdout, stderr) of a job for sandbox.child.main; a second job is what only the check may know. No
+    outcome where the supervisor was killed, RuntimeError when it fails itself."""
     scratch = tempfile.mkdtemp(prefix="nanochat-sandbox-", dir=os.path.realpath(tempfile.gettempdir()))
     try:
         inlet, outlet = os.pipe()
@@ -185,7 +184,7 @@ def _supervised(jobs: list[dict[str, Any]], patience: float) -> tuple[Any, bytes
                 finally:
                     _end(process)
         if not outcome and process.returncode == -signal.SIGKILL:
-            return LOST, stdout, stderr
+            return None, stdout, stderr
         if not outcome:
             last = stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
             raise RuntimeError(f"the sandbox's supervisor ended with code {process.returncode}: {last[0]}")

@@ -103,7 +103,7 @@ def _row(tables: Sequence[pa.Table], number: int) -> dict[str, Any]:
         if number < len(table):
             break
         number -= len(table)
-    return {name: table.column(name)[number].as_py() for name in table.column_names}
+    return dict(table.slice(number, 1).to_pylist()[0])
 
 
 @functools.lru_cache(maxsize=16)
