@@ -1,6 +1,6 @@
 """lm-evaluation-harness as a judge of our checkpoints: the model `nanochat` of its command line.
 
-    python -m nanochat.hf.lm_eval --model nanochat --model_args stage=base,tag=d20 --tasks hellaswag,arc_easy
+    python -m nanochat.hf.lm_eval --model nanochat --model_args stage=base,tag=d20 --tasks piqa,arc_easy --batch_size 16
     python -m nanochat.hf.lm_eval --model nanochat --model_args stage=sft --apply_chat_template --tasks gsm8k
     python -m nanochat.launch -- -m nanochat.hf.lm_eval --model nanochat --model_args stage=base --tasks lambada_openai
 
