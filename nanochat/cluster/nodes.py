@@ -82,8 +82,8 @@ def _others_joined(folder: Path, attempt: str, nodes: int, patience: float, sign
     otherwise show only hours later."""
     started = next_word = time.monotonic()
     while not signals:
-        joined = (folder / f"joined-{attempt}-{rank}" for rank in range(1, nodes))
-        missing = " ".join(path.name.rpartition("-")[2] for path in joined if not path.exists())
+        ranks = range(1, nodes)
+        missing = " ".join(str(rank) for rank in ranks if not (folder / f"joined-{attempt}-{rank}").exists())
         if not missing:
             return True
         if time.monotonic() - started >= patience:

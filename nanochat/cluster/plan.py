@@ -6,7 +6,6 @@
 To sharpen it, measure (benchmarks/scale.sh) and add rows to MEASURED. The model is the classic one of that depth.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from nanochat import cli
@@ -16,7 +15,7 @@ from nanochat.flags import Parallel
 NETWORK_GBPS = 200.0  # of each GPU's share of its node's network cards
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings:
     """Predict memory, traffic and time of a training step on a cluster that need not exist."""
 
@@ -43,9 +42,6 @@ class Settings:
     network_gbps: Annotated[float, float_flag(gte=0.001)] = NETWORK_GBPS
     """Network of each GPU, 1e9 bits per second: that of a node's cards together over its GPUs. Assumed."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 import functools
 from collections.abc import Sequence

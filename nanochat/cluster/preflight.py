@@ -12,13 +12,10 @@ from nanochat import cli
 from nanochat.flags import DeviceFlags
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings(DeviceFlags):
     """Measure every rank's matmuls, all-reduce, disk, memory and clock, and name what is slow."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 import os
 import socket
@@ -72,8 +69,7 @@ def check(device: torch.device, folder: Path) -> list[Measurement]:
     `folder`: where disk speed is measured (created if missing). Raises UserError, on all ranks, when it cannot be
     written on some host.
     """
-    hosts = gather(socket.gethostname())
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    hosts, (rank, _) = gather(socket.gethostname()), runtime.rank_and_world()
     values, error = {}, ""
     if hosts.index(hosts[rank]) == rank:
         try:
@@ -178,10 +174,11 @@ def table(measurements: list[Measurement]) -> str:
     hosts = len({m.host for m in measurements})
     lines = [f"preflight: {len(measurements)} rank(s) on {hosts} host(s)"]
     for label in COMPARED:
-        if known := _known(measurements, label):
+        known, usual = _known(measurements, label)
+        if known:
             value, rank, host = min(known)
             where = f"(rank {rank} on {host})" if len(known) > 1 else ""
-            lines.append(f"  {label:24} worst {value:9.2f}  median {_median(known):9.2f}  {where}".rstrip())
+            lines.append(f"  {label:24} worst {value:9.2f}  median {usual:9.2f}  {where}".rstrip())
     if len(measurements) > 1:
         worst = max(measurements, key=lambda m: abs(m.clock_seconds))
         lines.append(
@@ -195,12 +192,12 @@ def warnings(measurements: list[Measurement]) -> list[str]:
     """One line for each rank that is slow in something, or whose clock is off."""
     lines = []
     for label, (share, look) in COMPARED.items():
-        known = _known(measurements, label)
+        known, usual = _known(measurements, label)
         lines += [
-            f"rank {rank} on {host}: {label} {value:.2f}, {100 * value / _median(known):.0f} % of the median "
-            f"{_median(known):.2f}; look at {look}, or leave that host out"
+            f"rank {rank} on {host}: {label} {value:.2f}, {100 * value / usual:.0f} % of the median {usual:.2f}; "
+            f"look at {look}, or leave that host out"
             for value, rank, host in known
-            if value < share * _median(known)
+            if value < share * usual
         ]
     usual = median(m.clock_seconds for m in measurements)  # it may be rank 0 whose clock is off
     return lines + [
@@ -211,21 +208,15 @@ def warnings(measurements: list[Measurement]) -> list[str]:
     ]
 
 
-def _known(measurements: list[Measurement], label: str) -> list[tuple[float, int, str]]:
-    """(value, rank, host) of the ranks that measured this."""
-    return [(m.values[label], m.rank, m.host) for m in measurements if label in m.values]
-
-
-def _median(known: list[tuple[float, int, str]]) -> float:
-    return median(value for value, *_ in known)
+def _known(measurements: list[Measurement], label: str) -> tuple[list[tuple[float, int, str]], float]:
+    """(value, rank, host) of the ranks that measured this, and the median; 0 where none did."""
+    known = [(m.values[label], m.rank, m.host) for m in measurements if label in m.values]
+    return known, median(value for value, *_ in known) if known else 0.0
 
 
 def main(settings: Settings) -> None:
-    *_, device = runtime.compute_init(settings.device_type)
-    try:
-        check(device, paths.get_base_dir())
-    finally:
-        runtime.compute_cleanup()
+    check(runtime.compute_init(settings.device_type)[-1], paths.get_base_dir())
+    runtime.compute_cleanup()
 
 
 if __name__ == "__main__":
