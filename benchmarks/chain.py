@@ -180,12 +180,8 @@ def artifacts(lane: Lane) -> dict[str, str]:
             records = [record for record in records if record.keys() > {"stage", "step", "tokens"}]
             found[name] = "\n".join(json.dumps(record, sort_keys=True) for record in records)
         elif path.name in ("COMMITTED", "COMPLETE"):  # hashes of files with times are left out
-            lines = [
-                line
-                for line in path.read_text(errors="replace").splitlines()
-                if not line.endswith((".json", "/.metadata"))
-            ]
-            found[name] = "\n".join(lines)
+            lines = path.read_text(errors="replace").splitlines()
+            found[name] = "\n".join(line for line in lines if not line.endswith((".json", "/.metadata")))
     return found
 
 

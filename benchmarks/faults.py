@@ -138,22 +138,16 @@ def inject(lane: Lane, fault: Fault, rng: random.Random) -> None:
     judge(lane, fault, text)
 
 
-def _parent_and_command(process: psutil.Process) -> tuple[int, list[str]]:
-    """(0, []) of one that has ended meanwhile."""
-    try:
-        return process.ppid(), process.cmdline()
-    except psutil.Error:
-        return 0, []
-
-
 def send(lane: Lane, fault: Fault) -> None:
     """The signal, to those that it is for."""
     assert lane.process is not None
     number, bash = signal.Signals[fault.kind], lane.process.pid
-    found = [(each, _parent_and_command(each)) for each in lane.processes()]
-    runners = [each for each, (parent, command) in found if parent == bash and "nanochat.pipeline" in command]
-    above = {each.pid for each in runners}
-    stages = [each for each, (parent, command) in found if parent in above and "nanochat.pipeline" not in command]
+    runners, others = [], []
+    for each in lane.processes():
+        with suppress(psutil.Error):  # it has ended meanwhile
+            (runners if "nanochat.pipeline" in each.cmdline() else others).append((each, each.ppid()))
+    runners = [each for each, parent in runners if parent == bash]
+    stages = [each for each, parent in others if parent in {runner.pid for runner in runners}]
     chosen = {"runner": runners, "stage": stages}.get(fault.detail, [])
     for process in chosen:
         process.send_signal(number)
@@ -201,20 +195,17 @@ def make_read_only(store: Path) -> None:
 def damage(lane: Lane, fault: Fault, rng: random.Random) -> None:
     """Spoil one of the newest files."""
     newest = set(lane.checkpoints().values())
-    names = {
-        path: name for name, path in lane.files().items()
-        if path.stat().st_size and not UNDAMAGED.fullmatch(name)
-        and not any(folder.name.startswith("step_") and folder not in newest for folder in path.parents)
-    }  # fmt: skip
+    older = {folder for folder in lane.store.rglob("step_*") if folder.is_dir()} - newest
+    files = {path: name for name, path in lane.files().items() if older.isdisjoint(path.parents)}
+    names = {path: name for path, name in files.items() if path.stat().st_size and not UNDAMAGED.fullmatch(name)}
     if not names:
         return
     path = rng.choice(sorted(names, key=lambda path: path.stat().st_mtime_ns)[-15:])
     content, how = path.read_bytes(), rng.choice(DAMAGES)
     place = rng.randrange(len(content))
     changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-    spoilt = dict(zip(DAMAGES, (content[: len(content) // 2], changed, b"", None, content + b"?" * 99), strict=True))[
-        how
-    ]
+    made = content[: len(content) // 2], changed, b"", None, content + b"?" * 99
+    spoilt = made[DAMAGES.index(how)]
     fault.detail = f"{how}: {names[path]}"
     path.unlink()  # it may be a link to another that is not to be spoilt
     if spoilt is not None:
