@@ -18,6 +18,9 @@ from nanochat.hf.names import classic_config
 from nanochat.paths import checkpoint_dir
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer, byte_letters
 
+# what nanochat.json says, where it is there
+KINDS = {"stage": str, "tag": str, "step": int, "model_config": dict, "settings": dict, "recipe": dict}
+
 
 def find_folder(name: str) -> Path:
     """The folder `name`, else what the hub has under it. Raises UserError where there is neither."""
@@ -33,15 +36,12 @@ def find_folder(name: str) -> Path:
 
     check_connection()
     try:
-        patterns = ["*.json", "*.safetensors"]
-        return Path(
-            snapshot_download(name, endpoint=endpoint(), allow_patterns=patterns, token=os.environ.get("HF_TOKEN"))
-        )
+        asked: Any = {"endpoint": endpoint(), "token": os.environ.get("HF_TOKEN")}
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **asked))
     except (HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"could not get {name} from the hub ({reason}): check the name, HF_TOKEN and HF_ENDPOINT"
-        ) from None
+        hint = "check the name, HF_TOKEN and HF_ENDPOINT"
+        raise UserError(f"could not get {name} from the hub ({reason}): {hint}") from None
 
 
 def load(folder: Path) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
@@ -101,18 +101,14 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = parse_json((folder / name).read_bytes())
         fields({"x": found}, x=dict)
+        if name == ABOUT:
+            fields(found, **{key: kind for key, kind in KINDS.items() if key in found})
+            if found.get("stage", "base") not in STAGE_SCRIPTS:
+                raise UserError(f"stage is {found['stage']!r:.50}")
     except FileNotFoundError:
         raise UserError(f"{folder} has no {name}: give the folder of a model") from None
     except (ValueError, UserError) as error:
         raise UserError(f"{folder / name} is damaged ({error}): get it again") from None
-    if name == ABOUT:
-        known = {"stage": str, "tag": str, "step": int, "model_config": dict, "settings": dict, "recipe": dict}
-        kinds = {key: kind for key, kind in known.items() if key in found}
-        if (
-            any(type(found[key]) is not kind for key, kind in kinds.items())
-            or found.get("stage", "base") not in STAGE_SCRIPTS
-        ):
-            raise UserError(f"{folder / name} is damaged (its values are of other types): get it again")
     return found
 
 
