@@ -13,7 +13,6 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ from nanochat.errors import UserError
 GROUP = "core"
 
 
-@dataclass(frozen=True, kw_only=True)
+@cli.program
 class Settings:
     """Write the store's evaluation bundle as tasks of lm-evaluation-harness, for the store's tokenizer."""
 
@@ -32,9 +31,6 @@ class Settings:
     max_per_task: Annotated[int, cli.count_flag()] = -1
     """Items per task, the ones that base_eval takes with this flag; -1 for all."""
 
-
-if __name__ == "__main__":
-    cli.start(Settings)  # before torch is imported, which takes seconds
 
 import numpy as np
 import yaml
