@@ -85,20 +85,17 @@ def read(cls: type[T], argv: Sequence[str]) -> T | None:
         result_action="return_value",
     )
 
-    def collect(settings: T) -> T:
-        return settings
-
-    def collect_any(settings: T | None = None) -> T:
+    def collect(settings: T | None = None) -> T:
         return settings if settings is not None else cls()
 
     # cyclopts flattens a dataclass parameter named "*" into top-level flags; without a single flag it gives None where
     # that is allowed, and asks for the flags that must be given where it is not
     flags: Any = Annotated[cls, Parameter(name="*")]
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    required = any(field.default is field.default_factory is dataclasses.MISSING for field in fields)
-    collect.__annotations__ = {"settings": flags, "return": cls}
-    collect_any.__annotations__ = {"settings": flags | None, "return": cls}
-    app.default(collect if required else collect_any)
+    if any(field.default is field.default_factory is dataclasses.MISSING for field in fields):
+        collect.__defaults__ = None
+    collect.__annotations__ = {"settings": flags if collect.__defaults__ is None else flags | None, "return": cls}
+    app.default(collect)
     result = app(list(argv), exit_on_error=False, print_error=False)
     return result if isinstance(result, cls) else None
 
