@@ -19,6 +19,7 @@ esac
 
 source dev/setup.sh
 find_cargo
+unset PYTHONDONTWRITEBYTECODE # with it every process compiles what it imports: torch takes 3.1 s of CPU and not 1.6
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 
