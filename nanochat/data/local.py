@@ -273,8 +273,8 @@ def _collect(files: list[Path], path: Path) -> tuple[np.ndarray, np.ndarray, np.
             about.append((np.array(keys, "S16"), pc.binary_length(column).to_numpy(), marks))
     if not about:
         raise UserError(f"no text in {', '.join(map(str, files[:3]))}{' …' * (len(files) > 3)}: nothing to train on")
-    found = tuple(map(np.concatenate, zip(*about, strict=True)))
-    return found[0], found[1], found[2]
+    found, sizes, marks = map(np.concatenate, zip(*about, strict=True))
+    return found, sizes, marks
 
 
 def _keyed(path: Path) -> Iterator[tuple[bytes, bytes, str]]:

@@ -64,9 +64,8 @@ def find_source(source: str) -> HubSource | str:
 
 
 def command(source: str) -> str:
-    return (
-        f"python -m nanochat.dataset{' -n 8' if isinstance(find_source(source), HubSource) else ''} --source={source}"
-    )
+    count = " -n 8" if isinstance(find_source(source), HubSource) else ""
+    return f"python -m nanochat.dataset{count} --source={source}"
 
 
 def list_shards(source: str, split: Split) -> list[Path]:

@@ -5,7 +5,7 @@
 """
 
 import pkgutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,8 @@ def make_task(name: str, split: Split, source: str | None = None, count: int | N
 def task_row(name: str) -> TaskRow:
     if name.endswith(".jsonl"):
         file = str(Path(name).expanduser().resolve())
-        row = TaskRow("nanochat.tasks.customjson:CustomJSON", (file,), graded=False)
-        return replace(row, splits=("train",), arguments=(name,))
+        path = "nanochat.tasks.customjson:CustomJSON"
+        return TaskRow(path, (file,), graded=False, splits=("train",), arguments=(name,))
     if name.startswith(GYM):
         return TaskRow("nanochat.tasks.reasoning_gym:ReasoningGym", arguments=(name.removeprefix(GYM),))
     return TASKS[name]
