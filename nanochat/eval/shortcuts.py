@@ -40,16 +40,16 @@ def of_choices(items: Sequence[Choice], text: Iterable[str] = ()) -> dict[str, f
         "the most frequent words": lambda option: _mean(math.log(counts[word]) for word in option.split()),
         "the rarest words": lambda option: -_mean(math.log(counts[word]) for word in option.split()),
     }
-    found = {f"always {place + 1} of {most}": _share(right == place for _, right in items)
+    found = {f"always {place + 1} of {most}": _mean(right == place for _, right in items)
              for most in [max((len(options) for options, _ in items), default=0)] for place in range(most)}  # fmt: skip
-    found |= {name: _share(_credit([scorer(option) for option in options], right) for options, right in items)
+    found |= {name: _mean(_credit([scorer(option) for option in options], right) for options, right in items)
               for name, scorer in scorers.items()}  # fmt: skip
     untrained = (
         _credit([_mean(_noise(draw, word) for word in option.split()) for option in options], right)
         for options, right in items
         for draw in range(draws)
     )
-    return {**found, "an untrained model": _share(untrained)}
+    return {**found, "an untrained model": _mean(untrained)}
 
 
 def of_answers(answers: Sequence[str]) -> dict[str, float]:
@@ -106,10 +106,6 @@ def _noise(draw: int, word: str) -> float:
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return math.fsum(found) / len(found) if found else 0.0
-
-
-def _share(values: Iterable[float]) -> float:
-    return _mean(map(float, values))
 
 
 def _answer(conversation: Conversation) -> str:

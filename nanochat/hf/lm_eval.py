@@ -8,9 +8,7 @@ All else is as lm_eval has it. Texts begin with <|bos|>, as all documents did in
 has put in becomes a special token: its names carry a mark that no text has.
 """
 
-import codecs
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -184,15 +182,17 @@ class NanochatLM(TemplateLM):
             for number, prompt in enumerate(prompts)
         ]
         batch = self.engine.batch(samples, rows=self.batch_size)
-        texts = [_Text() for _ in prompts]
+        texts, stops = [bytearray() for _ in prompts], [stop.encode() for stop in until if stop]
         first_special = self.tokens.get_vocab_size() - len(self.tokens.get_special_tokens())
         while len(batch):
             over = []
             for row, token, _ in batch.step():
-                if token < first_special and texts[row.prompt].add(self.tokens.decode_bytes([token]), until):
+                new, text = self.tokens.decode_bytes([token]) if token < first_special else b"", texts[row.prompt]
+                text += new
+                if any(stop in text[-(len(stop) + len(new)) :] for stop in stops):
                     over.append(row)
             batch.leave([row for row in over if not row.ended])
-        return [text.text for text in texts]
+        return [text.decode("utf-8", "replace") for text in texts]
 
     # ---- ranks
 
@@ -206,20 +206,6 @@ class NanochatLM(TemplateLM):
     def barrier(self) -> None:
         if dist.is_initialized():
             dist.barrier()
-
-
-class _Text:
-    """An answer as it comes, in bytes."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, data: bytes, until: Sequence[str]) -> bool:
-        """Whether one of these is in the text now."""
-        new = self._decoder.decode(data)
-        self.text += new
-        return any(stop in self.text[-(len(stop) + len(new)) :] for stop in until if stop)
 
 
 def _marked(piece: Piece) -> str:
