@@ -74,23 +74,23 @@ class Measurement(NamedTuple):
     where: str
 
 
-# By depth. Add rows as they are measured: between two the MFU is interpolated, beyond them the nearest counts. The last
-# three are benchmarks/results/parallel_h200.jsonl.
-TWO = "two H200 of one host, torch 2.11, 2026-11-22"
+# By depth. Add rows as they are measured: between two the MFU is interpolated, beyond them the nearest counts. All but
+# the first are in benchmarks/results/parallel_h200.jsonl.
+TWO = "two H200 of one host, torch 2.11"
 MEASURED = (
-    Measurement(12, 32768, 32, 524_288, 538_348, 0.483, "one H200, torch 2.11, 2026-11-22"),
-    Measurement(20, 65536, 16, 524_288, 151_912, 0.548, f"ddp, {TWO}"),
-    Measurement(26, 65536, 8, 524_288, 77_534, 0.554, f"ddp, {TWO}"),
-    Measurement(32, 65536, 8, 524_288, 47_439, 0.592, f"fsdp, {TWO}"),
+    Measurement(12, 32768, 32, 65_536, 570_925, 0.531, "one H100, torch 2.11, 2026-11-28"),
+    Measurement(20, 32768, 16, 524_288, 174_234, 0.577, f"ddp, {TWO}, 2026-11-28"),
+    Measurement(24, 32768, 16, 131_072, 111_651, 0.613, "one H200, torch 2.11, 2026-11-28"),
+    Measurement(32, 65536, 8, 524_288, 47_439, 0.592, f"fsdp, {TWO}, 2026-11-22"),
 )
 
 # Measured on two H200 of one host, d12: 1.97 times the tokens/s of one
 TWO_GPU_EFFICIENCY = 0.98
 # There: bus bandwidth of an fp32 all-reduce (python -m nanochat.cluster.preflight)
 NVLINK_BYTES_PER_SECOND = 258e9
-# There, under fsdp: the whole optimizer step (both all-to-alls, AdamW, clipping) against its Newton-Schulz products at
-# MATMUL_FLOPS: 0.34 at d20 (24 ms), 0.41 at d26 (55 ms), 0.46 at d32 (114 ms)
-OPTIMIZER_EFFICIENCY = 0.41
+# There, under fsdp: the whole optimizer step (both all-to-alls, AdamW, clipping) against Newton-Schulz by full products
+# at MATMUL_FLOPS: 12.9 ms at d20
+OPTIMIZER_EFFICIENCY = 0.62
 
 # Assumptions, none of them measured here
 NETWORK_EFFICIENCY = 0.8  # of that, what collectives reach

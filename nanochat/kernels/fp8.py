@@ -2,12 +2,12 @@
 
 y = x @ w.T takes x and w in e4m3 (3 bits of mantissa, at most 448); the gradients of y come in e5m2 (2 bits, at most
 57,344), which has the range that gradients need (arXiv 2209.05433). Each tensor has one scale, its largest magnitude /
-the format's maximum, found anew at every use: nothing to tune when width, batch or learning rate change, nothing
-overflows, and no value goes to the host. Fixed scales would save one reading of each tensor, and are known to go wrong
-when the recipe changes. What has been rounded is written twice by one kernel, along its rows and along its columns, for
-the hardware multiplies along the rows of both factors. Autograd keeps the second of these, one byte an element where
-bf16 has two, beside what the norms keep in bf16; queries, keys and values share that of their input. The squared ReLU
-of an MLP is computed where its result is rounded, forward and backward.
+the format's maximum, found anew at every use (in a sample, where that is enough): nothing to tune when width, batch or
+learning rate change, nothing overflows, and no value goes to the host. Fixed scales would save one reading of each
+tensor, and are known to go wrong when the recipe changes. What has been rounded is written twice by one kernel, along
+its rows and along its columns, for the hardware multiplies along the rows of both factors. Autograd keeps the second of
+these, one byte an element where bf16 has two, beside what the norms keep in bf16; queries, keys and values share that
+of their input. The squared ReLU of an MLP is computed where its result is rounded, forward and backward.
 
 Only training is done in 8 bits (nanochat.kernels.linear). On a CPU the same numbers are computed in fp32 from the 8-bit
 values, which is slow, and there for tests.
@@ -31,6 +31,9 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the hardware takes both dimensions of a weight in steps of 16
 LEAST_WIDTH = 1280  # of both sides of a block's matrix. Blocks of 1,280 run at 1.17 times the speed in 8 bits, of 1,664
 # at 1.26, of 768 at .87 (H200, 32,768 tokens): rounding takes what a smaller product saves
+# From so many rows (tokens) on the largest magnitude is looked for in every 16th, and twice that is provided for: this
+# takes one of the 15 or more powers of two that the formats span, and what is still larger becomes the maximum.
+MANY_ROWS, SAMPLED = 16_384, 16
 CAPABILITY = (8, 9)  # the first with 8-bit matmuls (Ada; Hopper is 9.0)
 
 
@@ -102,8 +105,10 @@ def rounded(
     x: Tensor, gradient: bool = False, kind: int = PLAIN, h: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (R, C) in e4m3 (e5m2 for a gradient), the same laid out anew as `transposed` does, and their scale."""
-    # row by row first: the compiler does that beside what it does with each row anyway
-    return to_fp8(x, _wide(x, kind, h).abs().amax(-1).amax().float(), gradient, kind, h)
+    seen, seen_h, margin = x, h, 1.0
+    if x.size(0) >= MANY_ROWS:
+        seen, seen_h, margin = x[::SAMPLED], None if h is None else h[::SAMPLED], 2.0
+    return to_fp8(x, margin * _wide(seen, kind, seen_h).abs().amax(-1).amax().float(), gradient, kind, h)
 
 
 def _wide(x: Tensor, kind: int, h: Tensor | None) -> Tensor:

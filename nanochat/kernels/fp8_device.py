@@ -20,7 +20,7 @@ def _round(x, h, largest, y, columns, scale, rows, width, padded, LIMIT: tl.cons
         value = value * 2.0 * tl.maximum(tl.load(h + place, mask=mask, other=0.0).to(tl.float32), 0.0)
     value = value / factor
     inside = tl.minimum(tl.maximum(value, -LIMIT), LIMIT)
-    value = tl.where(value == value, inside, value).to(y.dtype.element_ty)
+    value = tl.where(tl.abs(value) < float("inf"), inside, value * 0.0).to(y.dtype.element_ty)  # NaN where not finite
     tl.store(y + place, value, mask=mask)
     place, mask = c.to(tl.int64)[:, None] * padded + r[None, :], (c < width)[:, None] & (r < padded)[None, :]
     tl.store(columns + place, tl.trans(value), mask=mask)

@@ -48,7 +48,7 @@ def test_unsharded_gradients_between_passes_are_counted():
 
 
 def test_the_run_that_was_measured_is_predicted():
-    row = plan.MEASURED[0]
+    row = next(row for row in plan.MEASURED if row.depth == 20)
     sizes = {"depth": row.depth, "vocab_size": row.vocab_size, "total_batch_size": row.tokens_per_step}
     one, two = (Plan(Settings(**sizes, gpus_per_node=n, device_batch_size=row.device_batch_size)) for n in (1, 2))
     assert row.tokens_per_step / sum(one.step()) == pytest.approx(row.tokens_per_second, rel=0.02)
@@ -139,9 +139,10 @@ def test_plan_is_a_word_of_launch(monkeypatch, capsys):
     assert wrong.startswith("error: ") and wrong.count("\n") == 1
 
 
-@pytest.mark.parametrize(("depth", "strategy", "rows"), [(20, "ddp", 16), (26, "ddp", 8), (32, "fsdp", 8)])
+@pytest.mark.parametrize(("depth", "strategy", "rows"), [(20, "ddp", 16), (32, "fsdp", 8)])
 def test_what_was_measured_on_two_gpus_is_predicted(depth, strategy, rows):
     measured = next(row for row in plan.MEASURED if row.depth == depth)
-    asked = Settings(depth=depth, gpus_per_node=2, parallel=strategy, device_batch_size=rows, gpu_memory_gb=150)
+    sizes = {"depth": depth, "vocab_size": measured.vocab_size, "device_batch_size": rows}
+    asked = Settings(**sizes, gpus_per_node=2, parallel=strategy, gpu_memory_gb=150)
     predicted = Plan(asked)
     assert asked.total_batch_size / sum(predicted.step()) == pytest.approx(2 * measured.tokens_per_second, rel=0.02)

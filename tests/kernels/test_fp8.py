@@ -83,6 +83,17 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden():
         assert not value(quantize(x, E5M2)).isfinite().all()
 
 
+def test_of_many_rows_some_say_how_large_they_are(monkeypatch):
+    monkeypatch.setattr(fp8, "MANY_ROWS", 48)
+    x = torch.randn(48, 16)
+    x[5, 3] = 1e4  # in a row that is not looked at
+    values, columns, scale = fp8.rounded(x)
+    assert scale == 2 * x[::16].abs().max() / 448 and values.float().abs().max() == values[5, 3].float() == 448
+    assert ((values.float() * scale - x).abs() <= 1.01 * ERROR[E4M3] * x.abs() + scale * 2**-9)[:5].all()
+    exact = fp8.rounded(x[:47])[2]
+    assert exact == 1e4 / 448 and torch.equal(columns.float(), values.float().T)
+
+
 def test_transposing_fills_up_to_sixteen_rows():
     x = quantize(torch.randn(21, 32), E5M2)
     got = transposed(x)

@@ -55,6 +55,32 @@ def test_what_was_measured_is_estimated(arch, depth, rows, gib, fp8):
     assert needed_bytes(built, DDP, batch, rows) / 2**30 == pytest.approx(gib, rel=0.05)
 
 
+# The same of four passes a step on one, and of two on each of two, by 16 rows; d24 with and without 8 bits.
+@pytest.mark.parametrize(
+    ("depth", "strategy", "world", "gib", "fp8"),
+    [
+        (20, "ddp", 1, 24.23, False),
+        (20, "ddp", 2, 23.21, False),
+        (20, "fsdp", 2, 22.40, False),
+        (24, "ddp", 1, 35.22, False),
+        (24, "ddp", 1, 42.44, True),
+    ],
+)
+def test_what_was_measured_of_several_passes_and_on_two_gpus_is_estimated(
+    depth, strategy, world, gib, fp8, monkeypatch
+):
+    if world > 1:
+        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", world)):
+            monkeypatch.setenv(name, str(value))
+    built = model(depth)
+    for layer in built.modules():
+        if isinstance(layer, Linear):
+            layer.fp8 = fp8
+    batch = Batch(64 // world, 2048, use_muon=True)
+    needed = needed_bytes(built, Policy(strategy, torch.bfloat16), batch, 16)
+    assert needed / 2**30 == pytest.approx(gib, rel=0.1)
+
+
 def test_what_is_not_kept_makes_room():
     built, memory = model(26), int(48e9)
     all_kept, half = (fitting_rows(built, DDP, memory, BATCH._replace(budget=b), 32)[0] for b in (1.0, 0.5))
