@@ -1,5 +1,6 @@
 """The benchmark of the training step, as far as a CPU can tell."""
 
+import json
 import shlex
 
 import pytest
@@ -49,3 +50,16 @@ def test_a_program_is_started_cold_and_again(tmp_path):
 def test_a_peer_is_measured_with_the_suite(tmp_path):
     with pytest.raises(UserError, match="--suite"):
         train_speed.main(train_speed.Settings(peer=tmp_path))
+
+
+def test_parts_of_the_suite_are_chosen_by_name(tmp_path, monkeypatch, capsys):
+    ran: list[list[str]] = []
+    monkeypatch.setattr(train_speed, "twice", lambda words: ran.append(words) or {"error": "not here"})
+    out = tmp_path / "speed.json"
+    train_speed.main(train_speed.Settings(suite=True, peer=tmp_path, only=r"depth=20$|--peer.*12", out=str(out)))
+    assert [words[-2:] for words in ran] == [["--steps=10", "--depth=20"], ["12", "65536"], ["20", "65536"]]
+    assert len(json.loads(out.read_text())["runs"]) == 3 and "--peer --depth=12" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no regular expression"):
+        train_speed.main(train_speed.Settings(suite=True, only="("))
+    with pytest.raises(UserError, match="--suite"):
+        train_speed.main(train_speed.Settings(only="depth"))

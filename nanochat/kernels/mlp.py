@@ -33,8 +33,7 @@ def mlp(x: Tensor, c_fc: Linear, c_proj: Linear, fused: bool) -> Tensor:
     aligned = x.size(-1) % 8 == 0 and c_fc.out_features % 8 == 0  # rows of 16 bytes, for the copy engine
     if not (fused and aligned and torch.is_grad_enabled()) or c_fc.fp8:
         return c_proj(relu_squared(c_fc(x)))
-    out: Tensor = FusedMLP.apply(x.flatten(0, 1), c_fc.weight.to(x.dtype), c_proj.weight.to(x.dtype))
-    return out.view(x.shape)
+    return FusedMLP.apply(x.flatten(0, 1), c_fc.weight.to(x.dtype), c_proj.weight.to(x.dtype)).view(x.shape)
 
 
 class FusedMLP(torch.autograd.Function):

@@ -23,8 +23,7 @@ def norm(x: Tensor) -> Tensor:
         return CpuNorm.apply(x, None, None)
     if not _learns_on_gpu(x):
         return F.rms_norm(x, (x.size(-1),))
-    out: Tensor = Norm.apply(x, None, None)
-    return out
+    return Norm.apply(x, None, None)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,16 +40,14 @@ def rotate_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return norm(rotate(x, cos, sin))
     if TRITON and half & (half - 1) == 0:
         return rotated_norm(x, cos[0, :, 0], sin[0, :, 0])[0]
-    out: Tensor = Norm.apply(x, cos, sin)
-    return out
+    return Norm.apply(x, cos, sin)
 
 
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)²."""
     if not _learns_on_gpu(x):
         return F.relu(x).square()
-    out: Tensor = ReluSquared.apply(x)
-    return out
+    return ReluSquared.apply(x)
 
 
 def _learns_on_gpu(x: Tensor) -> bool:

@@ -139,10 +139,6 @@ class MuonBucket(Bucket):
         self.all_grads: Tensor | None = None
         self.weights: Tensor | None = None
 
-    def owned(self) -> list[tuple[int, int]]:
-        """(row of the state, index of the parameter) of the matrices that this rank updates."""
-        return [(i, self.first + i) for i in range(self.each) if self.first + i < len(self.params)]
-
     def start_reduce(self) -> None:
         grads = self.local_grads()
         padding = [torch.zeros_like(grads[0])] * (self.each * self.world - len(grads))
@@ -183,11 +179,8 @@ class MuonBucket(Bucket):
         return self.weights
 
     def named_state(self) -> dict[str, Tensor]:
-        return {
-            f"{self.names[index]}.{kind}": tensor[row]
-            for kind, tensor in self.state.items()
-            for row, index in self.owned()
-        }
+        own = list(enumerate(self.names[self.first :][: self.each]))
+        return {f"{name}.{kind}": tensor[row] for kind, tensor in self.state.items() for row, name in own}
 
 
 def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
