@@ -201,7 +201,7 @@ class Chat:
 
     def _sample(self, prompt: list[int], written: list[int]) -> Iterator[int]:
         """The tokens of the answer as they are sampled, without the one that ends it; `written` gets them too."""
-        for (token,), _ in self.engine.stream([prompt], self.sampling, [(self.settings.seed + self.answers) % 2**64]):
+        for (token,), _ in self.engine.stream(prompt, self.sampling, (self.settings.seed + self.answers) % 2**64):
             if token in self.engine.tools.stops:
                 return
             written.append(token)

@@ -143,6 +143,20 @@ def test_rows_decoded_by_recorded_steps_are_as_if_alone(features):
             tokens.append(token)
 
 
+@torch.no_grad()
+def test_a_second_answer_of_a_shape_records_no_step():
+    model = build("nanochat").eval()
+    engine = Engine(model, FakeTokenizer())
+    answers, recorded = [], []
+    for _ in range(2):
+        answers.append(engine.generate_batch([BOS, 7, 8], num_samples=2, max_tokens=40, seed=3, top_k=20))
+        recorded.append({kind: id(step) for kind, step in engine._idle.graphs.recorded.items()})
+        torch.cuda.empty_cache()
+        model.lm_head.weight.mul_(1)  # the engine's copy of the weights is renewed in place
+    assert answers[0] == answers[1]
+    assert recorded[0] == recorded[1]
+
+
 @pytest.mark.parametrize("features", [None, {}, EVERYTHING])
 def test_core_is_the_same_where_what_options_share_is_read_once(features):
     """Against rows in full; None: the classic architecture."""

@@ -16,6 +16,8 @@ from nanochat.kernels.pointwise import TRITON
 from nanochat.tokenizer import RustBPETokenizer
 
 PROMPTS_AT_ONCE = 16  # that go through the model together
+KEPT = 2**29  # bytes of a cache, at most, that stays with its recorded steps for the next batch of its shape
+LENGTHS = 256  # there, caches are made for a multiple of so many tokens, so that shapes come again
 
 
 class Engine:
@@ -24,8 +26,8 @@ class Engine:
     def __init__(self, model, tokenizer: RustBPETokenizer) -> None:
         self.model = model
         self._copy: GPT | None = None
-        self._runs: Callable[..., Tensor] | None = None
         self._version = -1
+        self._idle: Batch | None = None  # that has ended
         self.tokenizer = tokenizer
         specials = {name: tokenizer.encode_special(name) for name in TOOL_TOKENS}
         self.tools = Tools(tokenizer, specials, {specials["<|assistant_end|>"], specials["<|bos|>"]})
@@ -40,16 +42,16 @@ class Engine:
         if model.lm_head.weight.dtype == model.compute_dtype and not fuses:
             return model
         version = sum(param._version for param in model.parameters())  # counts changes in place
-        if self._copy is None or self._runs is None:
-            self._runs = self._copy = model.inference_copy()
+        if self._copy is None:
+            self._copy = model.inference_copy()
             if fuses:
-                from nanochat.engine.fused import Fused  # there is no Triton without a GPU of its kind
+                from nanochat.engine.fused import fuse  # there is no Triton without a GPU of its kind
 
-                self._runs = Fused(self._copy)
+                fuse(self._copy)
         elif version != self._version:
             model.update_copy(self._copy)
         self._version = version
-        return self._runs
+        return self._copy
 
     def generate(
         self,
@@ -67,7 +69,7 @@ class Engine:
         sequence_len. Raises UserError for an empty prompt."""
         options = {"num_samples": num_samples, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = self._sampling(tokens, max_tokens, options)
-        yield from self.stream([tokens], sampling, [seed])
+        yield from self.stream(tokens, sampling, seed)
 
     def generate_batch(
         self, tokens: Sequence[int], num_samples: int = 1, seed: int = 42, max_tokens: int | None = None, **options: Any
@@ -128,6 +130,8 @@ class Engine:
                     ends = [len(row.tokens) - (row.tokens[-1] in stops and not keep_stop) for row in samples]
                     pairs = list(zip(samples, ends, strict=True))
                     yield number, [row.tokens[:end] for row, end in pairs], [row.mask[:end] for row, end in pairs]
+        if batch is not None:
+            self._put_back(batch)
 
     def samples(self, prompt_number: int, prompt: Sequence[int], sampling: Sampling, seed: int) -> list[Row]:
         """The rows of one prompt. Raises UserError for an empty one."""
@@ -139,27 +143,33 @@ class Engine:
         """A batch with room for `rows` of these (None: for all), that has taken them all in."""
         total, most = sum(map(len, samples)), max(map(len, samples))
         length = max(len(row.tokens) + row.sampling.max_new_tokens for group in samples for row in group)
-        size = total if rows is None else max(most, min(rows, total))
-        batch = Batch(self.model, self.ready(), size, min(len(samples), PROMPTS_AT_ONCE), length)
+        size, forward = total if rows is None else max(most, min(rows, total)), self.ready()
+        if hasattr(forward, "step"):
+            length = -(-length // LENGTHS) * LENGTHS
+        shape = size, min(len(samples), PROMPTS_AT_ONCE), length
+        batch, self._idle = self._idle, None
+        if batch is None or batch.shape != shape or batch.forward is not forward:
+            batch = Batch(self.model, forward, *shape)
         for group in samples:
             batch.join(group)
         return batch
 
-    def stream(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """(tokens, masks) of all len(prompts) x num_samples rows, one column a step, until every row has ended; rows
-        that have ended repeat <|assistant_end|>. seeds: of each prompt's first sample, see generate_many."""
-        samples = [self.samples(i, prompt, sampling, seeds[i]) for i, prompt in enumerate(prompts)]
-        if sampling.max_new_tokens < 1:
-            return
-        batch, count = self.batch(samples), sampling.num_samples
-        while batch.waiting or batch.reading:  # so that all begin together
-            batch.read_prompts()
-        while len(batch):
-            tokens = [self.tools.specials["<|assistant_end|>"]] * len(prompts) * count
-            masks = [1] * len(tokens)
-            for row, token, mask in batch.step():
-                place = row.prompt * count + row.sample
-                tokens[place], masks[place] = token, mask
-            yield tokens, masks
+    def _put_back(self, batch: Batch) -> None:
+        """What was recorded for this batch, which has ended, serves the next of its shape, unless it is large."""
+        if batch.graphs is not None and sum(layer.nbytes for layer in batch.cache.k_cache) <= KEPT // 2:
+            batch.cache.reset()
+            self._idle = batch
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+        """(tokens, masks) of all samples of a prompt, one column a step, until every row has ended; rows that have
+        ended repeat <|assistant_end|>."""
+        samples, count = self.samples(0, prompt, sampling, seed), sampling.num_samples
+        batch = self.batch([samples]) if sampling.max_new_tokens > 0 else None
+        while batch:
+            tokens, masks = [self.tools.specials["<|assistant_end|>"]] * count, [1] * count
+            for row, token, mask in (column := batch.step()):
+                tokens[row.sample], masks[row.sample] = token, mask
+            if column:  # else the prompt is still being read
+                yield tokens, masks
+        if batch is not None:
+            self._put_back(batch)

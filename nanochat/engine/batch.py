@@ -28,6 +28,7 @@ class Batch:
     def __init__(
         self, model: Any, forward: Callable[..., Tensor], rows: int, prefills: int, length: int, remember: bool = False
     ) -> None:
+        self.shape = rows, prefills, length
         self.forward, self.size, self.remember, self.device = forward, rows, remember, model.get_device()
         config, dtype = model.config, getattr(model, "compute_dtype", torch.float32)
         self.document_token = config.document_token
@@ -82,7 +83,7 @@ class Batch:
             copied.synchronize()
         tokens = [(row, *row.next_token(token)) for row, token in zip(rows, sampled.tolist(), strict=True)]
         self._remove_ended()
-        self.behind = not ahead
+        self.behind = not ahead and bool(self.live)
         return tokens
 
     def _decode(self, known: list[int], ahead: int) -> None:

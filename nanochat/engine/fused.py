@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.attention import offset_keys
 from nanochat.engine.kv_cache import KVCache
 from nanochat.gpt import GPT, LOGIT_CAP, NO_TOKEN, Block, ForwardContext, gate
 from nanochat.kernels import decode
-from nanochat.kernels.pointwise import norm, rotate_norm
+from nanochat.kernels.pointwise import norm
 from nanochat.loss import softcap
 
 
@@ -33,30 +32,25 @@ def linear(
     return y if add is None else torch.add(add, y, alpha=factor)
 
 
-class Fused:
-    """Runs an inference copy: prompts as that does it, and one token of each row by `step`."""
+def fuse(model: GPT) -> None:
+    """Give an inference copy a `step`, which reads one token of each row."""
+    model.step = Fused(model).step  # type: ignore[assignment]
 
+
+class Fused:
     def __init__(self, model: GPT) -> None:
         self.model = model
         self.blocks = [FusedBlock(block, model) for block in model.transformer.h]  # type: ignore[union-attr]
-
-    def __call__(self, idx: Tensor, kv_cache: KVCache) -> Tensor:
-        logits: Tensor = self.model(idx, kv_cache=kv_cache)
-        return logits
 
     def step(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) in fp32 after idx (B, 1), as the model gives them but for rounding, in a cache that is
         `fixed`."""
         model, config = self.model, self.model.config
-        cos, sin, joined = model.cos, model.sin, None
         if config.document_token >= 0:
             begins = idx[:, 0] == config.document_token
             cache.document_starts.copy_(torch.where(begins, cache.begin(1)[:, 0], cache.document_starts))
-        if config.key_offset:
-            position = cache.begin(1)
-            cos, sin = cos[0, position], sin[0, position]
-            joined = model.tokens_before(idx, cache, 1)[1] != NO_TOKEN
-        ctx = ForwardContext(cos, sin, (None, None), joined, cache)
+        joined = model.tokens_before(idx, cache, 1)[1] != NO_TOKEN if config.key_offset else None
+        ctx = ForwardContext(model.cos, model.sin, (None, None), joined, cache)
         x = model.run_blocks(model.embed(idx, cache), idx, ctx, self.blocks)
         if config.smear or config.ngram_embeds or config.key_offset:
             cache.note_tokens(idx)
@@ -69,8 +63,7 @@ class FusedBlock:
     which become parts of one matrix."""
 
     def __init__(self, block: Block, model: GPT) -> None:
-        self.block, self.tables = block, (model.cos, model.sin)
-        self.has_documents = model.config.document_token >= 0
+        self.block, self.has_documents = block, model.config.document_token >= 0
         self.space: dict[int, tuple[Tensor, Tensor]] = {}
         if hasattr(block, "attn"):
             parts = block.attn.c_q, block.attn.c_k, block.attn.c_v
@@ -95,17 +88,12 @@ class FusedBlock:
         x = norm(x).unsqueeze(1) if value_embed is not None or hasattr(attn, "gate") else x
         if value_embed is not None:
             v = attn.join(v.unsqueeze(1), value_embed.view(B, 1, *v.shape[1:]), x)[:, 0]
-        if attn.key_offset:
-            assert ctx.joined is not None
-            carried = cache.carried(attn.layer)
-            keys, slow = offset_keys(rotate_norm(k.unsqueeze(1), ctx.cos, ctx.sin), ctx.joined, carried)
-            cache.insert(attn.layer, keys, v.unsqueeze(1))
-            cache.carry(attn.layer, slow, carried)
         if B not in self.space:
             self.space[B] = decode.scratch(B, heads[0], heads[1], attn.head_dim, x.device)
-        first, insert = cache.document_starts if self.has_documents else None, not attn.key_offset
+        first = cache.document_starts if self.has_documents else None
+        joined = None if ctx.joined is None else ctx.joined[:, 0]
         y = decode.attend(
-            q, k, v, cache, attn.layer, attn.window, first, insert, *self.tables, attn.scale, self.space[B]
+            q, k, v, cache, attn.layer, attn.window, first, joined, ctx.cos, ctx.sin, attn.scale, self.space[B]
         )
         if hasattr(attn, "gate"):
             y = (y.view(B, 1, heads[0], -1) * gate(attn.gate, x)).view(B, -1)

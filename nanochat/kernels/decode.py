@@ -89,12 +89,13 @@ def scratch(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, cache: Any, layer: int, window: int, first: Tensor | None, insert: bool,
+    q: Tensor, k: Tensor, v: Tensor, cache: Any, layer: int, window: int, first: Tensor | None, joined: Tensor | None,
     cos: Tensor, sin: Tensor, scale: float, space: tuple[Tensor, Tensor],
 ) -> Tensor:  # fmt: skip
     """What causal attention over a cache gives for q (B, H, D), k and v (B, Hkv, D), of one token a row, not rotated
-    yet: (B, H * D). insert: k and v go into the cache; else they are there already. first (B,): where documents begin.
-    Of rows that take no token in (cache.incoming is 0) nothing is written."""
+    yet, which are put into it: (B, H * D). first (B,): where documents begin. joined (B,): of keys with a part of the
+    token before, whether that is of the same document. Of rows that take no token in (cache.incoming is 0) nothing is
+    written."""
     keys, values = cache.get_layer_cache(layer)
     (rows, heads, dim), kv_heads = q.shape, k.size(1)
     parts, counts = space
@@ -103,10 +104,10 @@ def attend(
     assert keys.stride() == values.stride() and q.stride(2) == k.stride(2) == v.stride(2) == keys.stride(3) == 1
     _attend[rows, kv_heads, parts.size(2)](
         q, k, v, q.stride(0), k.stride(0), v.stride(0), keys, values, *keys.stride()[:3], cache.cache_seqlens,
-        cache.incoming, cos if first is None else first, cos, sin, scale, parts, counts, out,
-        keys.size(1), window if window >= 0 else keys.size(1) + 1, parts.size(2), HEADS=kv_heads,
-        GROUP=heads // kv_heads, D=dim, FIRST=first is not None, INSERT=insert, EARLY=bool(early), MOST=SPLITS,
-        BT=64 if rows == 1 else 32,
+        cache.incoming, cos if first is None else first, cos if joined is None else joined, cos, sin, scale, parts,
+        counts, out, keys.size(1), window if window >= 0 else keys.size(1) + 1, parts.size(2), HEADS=kv_heads,
+        GROUP=heads // kv_heads, D=dim, FIRST=first is not None, OFFSET=joined is not None, EARLY=bool(early),
+        MOST=SPLITS, BT=64 if rows == 1 else 32,
         BG=max(16, triton.next_power_of_2(heads // kv_heads)), BD=max(16, triton.next_power_of_2(dim // 2)),
         num_warps=4, **early,
     )  # fmt: skip
@@ -116,13 +117,11 @@ def attend(
 @triton.jit(do_not_specialize=["size", "window", "splits"])  # not compiled for each length of a cache
 def _attend(
     q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, keys, values, row_stride, step, head_stride,
-    lengths, incoming, firsts, cos_ptr, sin_ptr, scale, parts, counts, out, size, window, splits,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, INSERT: tl.constexpr,
+    lengths, incoming, firsts, joined, cos_ptr, sin_ptr, scale, parts, counts, out, size, window, splits,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, OFFSET: tl.constexpr,
     EARLY: tl.constexpr, MOST: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     b, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if EARLY and not INSERT:
-        gdc_wait()
     HALF: tl.constexpr = D // 2
     dtype = keys.dtype.element_ty
     g, d = tl.arange(0, BG)[:, None], tl.arange(0, BD)[None, :]
@@ -136,7 +135,7 @@ def _attend(
     share = tl.cdiv(tl.cdiv(position + 1 - low, splits), BT) * BT
     used = tl.where(tl.load(incoming + b) > 0, tl.cdiv(position + 1 - low, share), 0)
     begin = low + split * share
-    end = tl.where(split < used, tl.minimum(begin + share, position + (0 if INSERT else 1)), begin)
+    end = tl.where(split < used, tl.minimum(begin + share, position), begin)
     base = b.to(tl.int64) * row_stride + h * head_stride
     cos = tl.load(cos_ptr + position * HALF + d, mask=in_half, other=0.0)
     sin = tl.load(sin_ptr + position * HALF + d, mask=in_half, other=0.0)
@@ -144,8 +143,7 @@ def _attend(
     k1, k2, seen = _block(keys, base, begin, end, size, step, d, HALF, BT)
     v1, v2, seen = _block(values, base, begin, end, size, step, d, HALF, BT)
     if EARLY:
-        if INSERT:
-            gdc_wait()
+        gdc_wait()
         gdc_launch_dependents()
 
     q1, q2 = _rotated(q_ptr + b * q_stride + (h * GROUP + g) * D + d, in_group & in_half, cos, sin, HALF)
@@ -153,22 +151,22 @@ def _attend(
     most = tl.full([BG, 1], float("-inf"), tl.float32)
     total = tl.zeros([BG, 1], tl.float32)
     sum1, sum2 = tl.zeros([BG, BD], tl.float32), tl.zeros([BG, BD], tl.float32)
-    if INSERT & (split == used - 1):
+    if split == used - 1:
         one = tl.arange(0, 1)[:, None] + d  # (1, BD)
-        new_k1, new_k2 = _rotated(k_ptr + b * k_stride + h * D + one, one < HALF, cos, sin, HALF)
-        new_k1, new_k2 = new_k1.to(dtype), new_k2.to(dtype)
-        new_v1 = tl.load(v_ptr + b * v_stride + h * D + one, mask=one < HALF, other=0.0)
-        new_v2 = tl.load(v_ptr + b * v_stride + h * D + HALF + one, mask=one < HALF, other=0.0)
-        place = base + (position % size) * step + one
-        tl.store(keys + place, new_k1, mask=one < HALF)
-        tl.store(keys + place + HALF, new_k2, mask=one < HALF)
-        tl.store(values + place, new_v1, mask=one < HALF)
-        tl.store(values + place + HALF, new_v2, mask=one < HALF)
-        product = q1.to(tl.float32) * new_k1.to(tl.float32) + q2.to(tl.float32) * new_k2.to(tl.float32)
+        value = v_ptr + b * v_stride + h * D + one
+        is_joined = True
+        if OFFSET:
+            is_joined = tl.load(joined + b)
+        k1_new, k2_new, v1_new, v2_new = _taken_in(
+            k_ptr + b * k_stride + h * D + one, tl.load(value, mask=one < HALF, other=0.0),
+            tl.load(value + HALF, mask=one < HALF, other=0.0), keys + base, values + base, step, position, size,
+            is_joined, cos, sin, one, one < HALF, HALF, OFFSET,
+        )  # fmt: skip
+        product = q1.to(tl.float32) * k1_new.to(tl.float32) + q2.to(tl.float32) * k2_new.to(tl.float32)
         most = scale * tl.sum(product, 1)[:, None]
         total += 1.0
-        sum1 += new_v1.to(tl.float32)
-        sum2 += new_v2.to(tl.float32)
+        sum1 += v1_new.to(tl.float32)
+        sum2 += v2_new.to(tl.float32)
     if begin < end:
         most, total, sum1, sum2 = _attended(q1, q2, k1, k2, v1, v2, seen, scale, most, total, sum1, sum2)
     for start in tl.range(begin + BT, end, BT):
@@ -232,6 +230,30 @@ def _attended(q1, q2, k1, k2, v1, v2, seen, scale, most, total, sum1, sum2):
 
 
 @triton.jit
+def _taken_in(
+    key, v1, v2, keys, values, step, position, size, joined, cos, sin, one, ok, HALF: tl.constexpr, OFFSET: tl.constexpr
+):  # fmt: skip
+    """The halves of a new key, at `key`, as attention sees it, and those of its value, all put into the cache."""
+    dtype = keys.dtype.element_ty
+    k1, k2 = _rotated(key, ok, cos, sin, HALF)
+    k1, k2, v1, v2 = k1.to(dtype), k2.to(dtype), v1.to(dtype), v2.to(dtype)
+    place = (position % size) * step + one
+    if OFFSET:  # the slow halves are those of the token before, which lie there; the next token finds these
+        slow, then = ok & (one >= HALF // 2), ((position + 1) % size) * step + one
+        before1 = tl.load(keys + place, mask=slow, other=0.0)
+        before2 = tl.load(keys + place + HALF, mask=slow, other=0.0)
+        tl.store(keys + then, k1, mask=slow)
+        tl.store(keys + then + HALF, k2, mask=slow)
+        k1 = tl.where(slow, tl.where(joined, before1, 0.0), k1)
+        k2 = tl.where(slow, tl.where(joined, before2, 0.0), k2)
+    tl.store(keys + place, k1, mask=ok)
+    tl.store(keys + place + HALF, k2, mask=ok)
+    tl.store(values + place, v1, mask=ok)
+    tl.store(values + place + HALF, v2, mask=ok)
+    return k1, k2, v1, v2
+
+
+@triton.jit
 def _rotated(at, ok, cos, sin, HALF: tl.constexpr):
     """The halves of vectors at these addresses, rotated and normed, fp32."""
     first = tl.load(at, mask=ok, other=0.0).to(tl.float32)
@@ -244,82 +266,54 @@ def _rotated(at, ok, cos, sin, HALF: tl.constexpr):
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float | None) -> Tensor:
     """nanochat.engine.sampling.sample_next_token where a cut of at most MOST_CUT is asked for: equal logits go by their
     number."""
-    rows, columns = logits.shape
+    (rows, columns), early = logits.shape, _early(logits.device)
+    parts, k = triton.cdiv(columns, PART), min(top_k, columns)
+    kept = max(triton.next_power_of_2(k), 2)
     out = torch.empty(rows, dtype=torch.long, device=logits.device)
-    k, early, parts = min(top_k, columns), _early(logits.device), triton.cdiv(columns, PART)
-    values = torch.empty(rows, parts, k, device=logits.device)
-    tokens = torch.empty(rows, parts, k, dtype=torch.int32, device=logits.device)
-    _narrow[rows, parts](logits, values, tokens, columns, k, EARLY=bool(early), BV=PART, num_warps=4, **early)
+    best = torch.empty(rows, parts, kept, dtype=torch.long, device=logits.device)
+    _narrow[rows, parts](logits, best, columns, KEPT=kept, EARLY=bool(early), BV=PART, num_warps=4, **early)
     _sample[rows,](
-        values, tokens, uniform, out, parts * k, 1 / temperature, k, 1.0 if top_p is None else top_p,
-        EARLY=bool(early), BV=max(256, triton.next_power_of_2(parts * k)), num_warps=4, **early,
+        best, uniform, out, parts * kept, 1 / temperature, k, 1.0 if top_p is None else top_p, KEPT=kept,
+        EARLY=bool(early), BV=triton.next_power_of_2(parts * kept), num_warps=4, **early,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["k"])
-def _narrow(logits, values, tokens, columns, k, EARLY: tl.constexpr, BV: tl.constexpr):
-    """The k largest of a part of the logits, in the order in which they are there."""
+@triton.jit
+def _narrow(logits, best, columns, KEPT: tl.constexpr, EARLY: tl.constexpr, BV: tl.constexpr):
+    """The largest logits of a part, the first first; each a number whose upper half has the order of the logits, and
+    whose lower half falls as the token rises."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     row, part = tl.program_id(0), tl.program_id(1)
     i = part * BV + tl.arange(0, BV)
-    z = tl.load(logits + row.to(tl.int64) * columns + i, mask=i < columns, other=float("-inf"))
-    kept = _largest(z, k)
-    at = (row * tl.num_programs(1) + part) * k + tl.cumsum(kept.to(tl.int32), 0) - 1
-    tl.store(values + at, z, mask=kept)
-    tl.store(tokens + at, i, mask=kept)
-
-
-@triton.jit(do_not_specialize=["count", "k"])
-def _sample(values, tokens, uniform, out, count, inverse, k, p, EARLY: tl.constexpr, BV: tl.constexpr):
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-    row, i = tl.program_id(0), tl.arange(0, BV)
-    z = tl.load(values + row * count + i, mask=i < count, other=float("-inf")) * inverse
-    token = tl.load(tokens + row * count + i, mask=i < count, other=0)
-    key = _ordered(z)
-    mass = tl.where(_largest(z, k), tl.exp(z - tl.max(z, 0)), 0.0)
-    total = tl.sum(mass, 0)
-    if p < 1:  # up to the token with which the sum reaches p
-        least = _at(key, mass, p * total * (1 - 1e-7))
-        above = tl.sum(tl.where(key > least, mass, 0.0), 0)
-        each = tl.max(tl.where(key == least, mass, 0.0), 0)
-        total = tl.minimum(total, above + tl.ceil((p * total - above) / each) * each)
-    goal = tl.minimum(tl.load(uniform + row) * total, total * (1 - 3e-7))
-    chosen = _at(key, mass, goal)
-    above = tl.sum(tl.where(key > chosen, mass, 0.0), 0)
-    ties = (key == chosen) & (mass > 0)
-    number = tl.cumsum(ties.to(tl.int32), 0)
-    each = tl.max(tl.where(ties, mass, 0.0), 0)
-    which = tl.minimum(tl.floor((goal - above) / each).to(tl.int32), tl.max(number, 0) - 1) + 1
-    tl.store(out + row, tl.max(tl.where(ties & (number == tl.maximum(which, 1)), token, 0), 0).to(tl.int64))
+    bits = tl.load(logits + row.to(tl.int64) * columns + i, mask=i < columns, other=float("-inf")).to(
+        tl.int32, bitcast=True
+    )
+    both = (_ordered(bits).to(tl.int64) << 32) | (0x7FFFFFFF - i)
+    tl.store(best + (row * tl.num_programs(1) + part) * KEPT + tl.arange(0, KEPT), tl.topk(both, KEPT))
 
 
 @triton.jit
-def _ordered(z):
-    """Integers that have the order of these numbers."""
-    bits = z.to(tl.int32, bitcast=True)
+def _ordered(bits):
+    """Of the bits of numbers, integers that have the order of these; and back."""
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-@triton.jit
-def _largest(z, k):
-    """Which are the k largest; of equal ones, the first."""
-    key = _ordered(z)
-    least = _at(key, tl.full(z.shape, 1.0, tl.float32), k - 0.5)
-    ties = key == least
-    room = k - tl.sum((key > least).to(tl.int32), 0)
-    return (key > least) | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
-
-
-@triton.jit
-def _at(key, mass, goal):
-    """The largest key so that what has no smaller one has a mass above `goal`, found bit by bit."""
-    found = tl.where(tl.sum(tl.where(key >= 0, mass, 0.0), 0) > goal, 0, -2147483648)
-    for step in range(31):
-        higher = found | (1 << (30 - step))
-        found = tl.where(tl.sum(tl.where(key >= higher, mass, 0.0), 0) > goal, higher, found)
-    return found
+@triton.jit(do_not_specialize=["count", "k"])
+def _sample(best, uniform, out, count, inverse, k, p, KEPT: tl.constexpr, EARLY: tl.constexpr, BV: tl.constexpr):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row, i, every = tl.program_id(0), tl.arange(0, KEPT), tl.arange(0, BV)
+    both = tl.topk(tl.load(best + row * count + every, mask=every < count, other=-(2**63)), KEPT)
+    z = _ordered((both >> 32).to(tl.int32)).to(tl.float32, bitcast=True) * inverse
+    mass = tl.where(i < k, tl.exp(z - tl.max(z, 0)), 0.0)
+    up_to, total = tl.cumsum(mass, 0), tl.sum(mass, 0)
+    if p < 1:  # up to the token with which the sum reaches p
+        last = tl.sum((up_to < p * total * (1 - 1e-7)).to(tl.int32), 0)
+        total = tl.sum(tl.where(i <= last, mass, 0.0), 0)
+    goal = tl.minimum(tl.load(uniform + row) * total, total * (1 - 3e-7))
+    chosen = tl.minimum(tl.sum((up_to <= goal).to(tl.int32), 0), k - 1)
+    tl.store(out + row, tl.sum(tl.where(i == chosen, 0x7FFFFFFF - (both & 0x7FFFFFFF), 0), 0))

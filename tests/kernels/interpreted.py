@@ -25,8 +25,9 @@ def check_products(rows: int, columns: int, depth: int) -> None:
 
 
 def check_sampling() -> None:
-    logits, numbers = 3 * torch.randn(12, 4100), torch.rand(12)
-    for cut in ({"top_k": 5}, {"top_k": 120}, {"top_k": 20, "top_p": 0.7}):
+    decode.PART = 256  # sorting is slow here
+    logits, numbers = 3 * torch.randn(6, 700), torch.rand(6)
+    for cut in ({"top_k": 5}, {"top_k": 120}, {"top_k": 20, "top_p": 0.7}, {"top_k": 1}):
         sampling = Sampling(max_new_tokens=1, temperature=0.8, **cut)
         found = decode.sample(logits, numbers, *sampling.drawn_by)
         assert torch.equal(found, sample_next_token(logits, numbers, sampling))
@@ -46,13 +47,14 @@ def check_steps(arch: str, kv_heads: int, programs: int, **changes) -> None:
     for name, param in model.named_parameters():
         if "gate" in name or "ngram_embeds" in name or param.ndim == 1:
             param.add_(0.3 * torch.randn(param.shape))
-    fused, lengths = Fused(model.inference_copy()), [1, 66]
+    twin, lengths = model.inference_copy(), [1, 66]
+    fused = Fused(twin)
     windows = [config.window(layer) for layer in range(config.n_layer)]
     cache = KVCache(3, kv_heads, 70, 24, config.n_layer, windows=windows, key_offset=config.key_offset)
     idx = torch.randint(config.vocab_size, (2, 70))
     reading = cache.rows(0, 2)
     reading.take(lengths)
-    fused(idx[:, :66], kv_cache=reading)
+    twin(idx[:, :66], kv_cache=reading)
     step = cache.fixed(3, torch.tensor([1, 1, 0], dtype=torch.int32))
     for count in range(2):
         ends = [length + count for length in lengths]

@@ -172,8 +172,8 @@ def test_the_model_reads_the_very_tokens_that_it_wrote(model, monkeypatch, capsy
     assert TOKENIZER.encode("the") != letters
     answer = [*letters, *call("2+3", "5"), *special("user_end")]
 
-    def stream(self, given, sampling, seeds):
-        prompts.append(given[0])
+    def stream(self, prompt, sampling, seed):
+        prompts.append(prompt)
         yield from (([token], [1]) for token in [*answer, *special("bos")])
 
     monkeypatch.setattr(Engine, "stream", stream)
