@@ -164,9 +164,11 @@ def test_it_raises_the_reward_on_generated_arithmetic(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_RUN_ID", "test")
 
     def easy(name, split, source=None, count=None):
-        return Arithmetic(split, size=count, steps=1, largest=9)
+        return Arithmetic(split, size=count)
 
-    # one wording of a few problems: all of them take longer to learn
+    # one wording of a few problems of one step with numbers up to 9: all of them take longer to learn
+    for number, value in (("LARGE_SHARE", 0.0), ("SMALL", 9), ("LARGEST_FACTOR", 9)):
+        monkeypatch.setattr(arithmetic, number, value)
     few = [t._replace(text=re.sub(r"\[([^|]*).*?\]", r"\1", t.text)) for t in arithmetic.TEMPLATES if len(t.steps) == 1]
     monkeypatch.setattr(arithmetic, "TEMPLATES", few[25::3])
     monkeypatch.setattr(chat_rl, "make_task", easy)
