@@ -54,7 +54,7 @@ check "ruff format" ruff format --check .
 check "ruff" ruff check .
 check "mypy" mypy nanochat
 check "import-linter" lint-imports
-check "pytest" python -m pytest -q -n "${TEST_WORKERS:-3}" --dist loadfile -m "$marker"
+check "pytest" python -m pytest -q -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder -m "$marker"
 wait
 cat "$results.log"
 rm -f "$results.log"

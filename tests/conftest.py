@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
@@ -23,6 +24,19 @@ hypothesis.settings.load_profile("any machine")
 # A shell lets what it starts in the background ignore Ctrl-C, and those tests that send it would wait until training
 # ends by itself: 12 minutes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Few tests that take long: by their number, as pytest-xdist orders files, they would begin last and end alone. Those
+# whose processes wait for each other come after those that only compute, while Rust is compiled beside them.
+LONGEST = ("mup_mutations", "chat_rl", "baselines", "inference_benchmark", "ablate", "many_ranks", "faults", "watchdog",
+           "chat_sharded", "saver", "base_train_speedrun", "sandbox_escapes")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest first, then those with the most tests."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (places.get(item.path.name, len(LONGEST)), -tests[item.path], item.path))
 
 
 def pytest_sessionfinish() -> None:
