@@ -153,14 +153,19 @@ def worded(text: str, rng: random.Random) -> str:
     return text.rstrip("?.! ") if rng.random() < CARELESS else text
 
 
-def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> Conversation:
-    """A categorical item: the question as the user asks it, and the right letter as its answer. The letter stands after
-    its choice: a small model can then bind the letter to what it has just read, instead of having to carry it over the
-    whole choice. And `=A` without a space makes the letter the same token as in the answer."""
+def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """A categorical question as the user asks it. The letter stands after its choice: a small model can then bind the
+    letter to what it has just read, instead of having to carry it over the whole choice. And `=A` without a space makes
+    the letter the same token as in the answer. Raises UserError where letters and choices differ in number."""
     if len(letters) != len(choices):
         raise UserError(f"multiple choice with {len(letters)} letters for {len(choices)} choices: {question[:60]!r}")
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
-    asked = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+
+
+def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> Conversation:
+    """A categorical item: its question and the right letter as its answer."""
+    asked = render_mc(question, letters, choices)
     return {**answered(asked, answer), "letters": list(letters), "choices": list(choices)}
 
 
