@@ -80,8 +80,7 @@ class Task:
         what is made from the text `source`. Raises UserError where it cannot be had."""
 
     def _range(self) -> range:
-        total = self.num_examples()
-        return range(self.start, total if self.stop is None else min(self.stop, total), self.step)
+        return range(self.num_examples())[self.start : self.stop : self.step]
 
     def __len__(self) -> int:
         return len(self._range())
@@ -110,8 +109,7 @@ class GeneratedTask(Task):
     def __init__(self, split: Split, size: int | None = None, **kwargs: Any) -> None:
         """`size` items, by default `sizes[split]`."""
         super().__init__(**kwargs)
-        self.split = split
-        self.size = self.sizes[split] if size is None else size
+        self.split, self.size = split, self.sizes[split] if size is None else size
 
     def num_examples(self) -> int:
         return self.size
@@ -154,9 +152,8 @@ def worded(text: str, rng: random.Random) -> str:
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """A categorical question as the user asks it. The letter stands after its choice: a small model can then bind the
-    letter to what it has just read, instead of having to carry it over the whole choice. And `=A` without a space makes
-    the letter the same token as in the answer. Raises UserError where letters and choices differ in number."""
+    """A categorical question as the user asks it. The letter stands after its choice, so that a small model binds it to
+    what it has just read, and without a space, so that it is the same token as in the answer."""
     if len(letters) != len(choices):
         raise UserError(f"multiple choice with {len(letters)} letters for {len(choices)} choices: {question[:60]!r}")
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
@@ -165,8 +162,7 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 
 def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> Conversation:
     """A categorical item: its question and the right letter as its answer."""
-    asked = render_mc(question, letters, choices)
-    return {**answered(asked, answer), "letters": list(letters), "choices": list(choices)}
+    return {**answered(render_mc(question, letters, choices), answer), "letters": [*letters], "choices": [*choices]}
 
 
 # ---- calculations
