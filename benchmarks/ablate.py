@@ -13,6 +13,7 @@ Each line of --runs is a run: flags of scripts.base_train, behind those of --bas
     equilibrate=1            rows of what Muon makes orthogonal have one norm (MuonEq)
     average=.1               scored with the mean of the weights over the last tenth of the steps
     batch=131072             tokens a step; as many in all
+    passes=5                 a fifth of the rows, read five times
 
 --seed draws other weights; rows and their order are the same for all, and lie on the device. A model is compiled once
 for all runs of its shape that follow each other. A run that stands in --out is not made again, so several processes,
@@ -50,6 +51,7 @@ from nanochat.tokenizer import get_token_bytes
 from nanochat.train.loop import train_step
 from nanochat.train.run import TrainingRun, evaluated_with
 from scripts.base_train import Settings as Recipe
+from scripts.base_train import fade_tables
 
 WARM_STEPS = 20  # left out of the speed
 
@@ -87,7 +89,7 @@ class Changes(dict[str, str]):
         super().__init__(word.split("=", 1) if "=" in word else (word, "") for word in words)
         for name, value in self.items():
             group, _, key = name.rpartition(".")
-            known = name in ("momentum", "decay", "average", "equilibrate", "batch") or name in CONSTANTS
+            known = name in ("momentum", "decay", "average", "equilibrate", "batch", "passes") or name in CONSTANTS
             known = known or key == "init" or (group in self.GROUPS and key in ("lr", "beta2", "warmdown"))
             if not (known and value):
                 raise UserError(f"{name}={value}: no flag, and nothing that `python -m benchmarks.ablate` changes")
@@ -151,6 +153,8 @@ class Bench:
         self.token_bytes = get_token_bytes(self.device, self.data.tokenizer)
         self.rows_per_step = settings.total_batch_size // settings.max_seq_len
         loader = RowLoader(self.data.rows(settings.max_seq_len, 42), self.rows_per_step, self.rows_per_step)
+        tokens = settings.steps * settings.total_batch_size
+        self.epochs = self.data.horizon_in_epochs(settings.max_seq_len, tokens, self.rows_per_step)[0]
         batches = [loader.next_batch() for _ in range(settings.steps)]
         loader.close()
         rows = torch.cat([torch.cat([inputs, targets[:, -1:]], dim=1).int() for inputs, targets in batches])
@@ -181,7 +185,7 @@ class Bench:
     def run(self, line: str) -> dict[str, Any]:
         """Train one model from its first weights; what is known of it then."""
         flags, changes = self.recipe(line)
-        steps, batch = flags.num_iterations, flags.total_batch_size
+        steps, batch, passes = flags.num_iterations, flags.total_batch_size, max(1.0, changes.number("passes", 1))
         config = build_config(flags, self.data.vocab_size, self.data.document_token)
         model, forward = self.model(config)
         model.init_weights(init_spec(flags))  # windows at their full length, too
@@ -190,7 +194,9 @@ class Bench:
         rates: dict[str, Any] = {name: getattr(flags, name) * scale for name in LEARNING_RATES}
         ratios: Any = flags.warmup_ratio, flags.warmdown_ratio, flags.final_lr_frac
         optimizer = model.setup_optimizer(**rates, weight_decay=flags.weight_decay, use_muon=flags.use_muon)
+        fade_tables(optimizer, flags.table_decay, max(1.0, self.epochs) * passes, steps)
         changes.follow(optimizer, steps, ratios)
+        rows = self.rows[: round(len(self.rows) / passes)]
 
         def grow_windows(step: int) -> None:
             if flags.window_warmup:
@@ -200,7 +206,7 @@ class Bench:
             model,
             forward,
             optimizer,
-            ResidentLoader(self.rows, batch // self.settings.max_seq_len, flags.device_batch_size),
+            ResidentLoader(rows, batch // self.settings.max_seq_len, flags.device_batch_size),
             steps,
             batch,
             make_schedule(steps, *ratios),

@@ -208,20 +208,17 @@ def init_parameter(name: str, values: "Tensor", config: GPTConfig, spec: InitSpe
         ngram_embeds                0
         learned scalars             CONSTANTS
     """
-    part = name.split(".")[-1]
-    if part in CONSTANTS:
+    if (part := name.split(".")[-1]) in CONSTANTS:
         values.fill_(CONSTANTS[part])
         return
-    std = init_std(name, values.size(0), values.size(-1), config, spec)
-    if std == 0:
+    if (std := init_std(name, values.size(0), values.size(-1), config, spec)) == 0:
         values.zero_()
         return
     import torch
 
     generator = torch.Generator(device=values.device).manual_seed(spec.seed ^ zlib.crc32(name.encode()))
     if spec.init == "uniform" and name.split(".")[-2].startswith("c_"):
-        bound = math.sqrt(3.0) * std
-        values.uniform_(-bound, bound, generator=generator)
+        values.uniform_(-math.sqrt(3.0) * std, math.sqrt(3.0) * std, generator=generator)
     else:
         values.normal_(0.0, std, generator=generator)
 
@@ -252,6 +249,7 @@ CLASSIC: dict[str, Any] = {
     "warmdown_ratio": 0.2,
     "final_lr_frac": 0.0,
     "window_warmup": False,
+    "table_decay": 0.0,
 }
 # Record 26 of the modded-nanogpt speedrun: 12 layers, 768 wide, 275.7 million parameters with 50,304 tokens.
 SPEEDRUN: dict[str, Any] = {
@@ -283,7 +281,7 @@ ARCHS: dict[Arch, dict[str, Any]] = {
     "nanochat": {},
     "speedrun": SPEEDRUN,
     # what learned most from each token of all that was tried (docs/decisions.md)
-    "ngram": {**SPEEDRUN, "ngram_embeds": 4, "value_embeds": "layers", "key_offset": True},
+    "ngram": {**SPEEDRUN, "ngram_embeds": 4, "value_embeds": "layers", "key_offset": True, "table_decay": 12.0},
 }
 # Layers up to which the ngram preset gives each a value table of its own. Deeper models have those of "ends": 16 more
 # would be 1.3 billion parameters at d20 with 65,536 entries.
@@ -395,6 +393,9 @@ class ArchFlags:
     """Weight decay of the matrices, times their learning rate; with Muon only where it agrees with the step."""
     grad_clip: Annotated[float | None, float_flag(gte=0)] = None
     """Largest global gradient norm (1; speedrun 0); 0: no clipping."""
+    table_decay: Annotated[float | None, float_flag(gte=0)] = None
+    """Powers of e by which value and n-gram tables decay in a pass through the text, where a run makes three or more;
+    less below that, none in one: else what is read again is learnt by heart (0; ngram 12)."""
     warmup_ratio: Annotated[float, float_flag(gte=0, lte=1)] = 0.0
     """Share of the steps over which the learning rate rises."""
     warmdown_ratio: Annotated[float | None, float_flag(gte=0, lte=1)] = None
@@ -424,9 +425,8 @@ def resolve(flags: F) -> F:
 def build_config(flags: ArchFlags, vocab_size: int, document_token: int = -1) -> GPTConfig:
     """What follows from resolved flags. document_token: what each document starts with, -1 where nothing does."""
     assert flags.window_pattern is not None, "resolve the flags first"
-    head_dim, width = flags.head_dim, flags.width
-    if width is None:
-        width = -(-flags.depth * flags.aspect_ratio // head_dim) * head_dim
+    head_dim = flags.head_dim
+    width = flags.width or -(-flags.depth * flags.aspect_ratio // head_dim) * head_dim
     if width % head_dim:
         below = width // head_dim * head_dim
         near = f"{below} or {below + head_dim}" if below else str(head_dim)

@@ -64,6 +64,7 @@ def test_what_has_no_flag_is_changed_and_nothing_else(prepared, tmp_path):
         "equilibrate=1",
         "average=.5",
         "batch=128",
+        "passes=2",
     )
     scores = [shared.run(f"{base} {change}")["bpb"] for change in changes]
     assert len({plain["bpb"], *scores}) == 1 + len(changes)

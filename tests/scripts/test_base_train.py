@@ -1,6 +1,7 @@
 """The pretraining script from the outside: its arithmetic, what it writes, and what it says to bad input."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from nanochat.gpt import GPT
 from nanochat.paths import checkpoint_dir, eval_bundle_dir, run_dir, tokenizer_dir
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train
-from scripts.base_train import Settings, build_config, main, plan_horizon, resolve
+from scripts.base_train import Settings, build_config, fade_tables, main, plan_horizon, resolve
 from tests.data.test_text_rows import write_source
 from tests.processes import run_processes
 
@@ -273,6 +274,26 @@ def test_too_little_data_is_said_before_training(prepared, capsys):
     tables = {"ngram_embeds": 2, "ngram_slots": 1, "model_tag": "tables"}
     main(Settings(**{**long, **tables}))
     assert "n-gram tables learn" in capsys.readouterr().out
+
+
+def test_tables_forget_what_a_document_left_there_before_it_comes_again():
+    config = build_config(resolve(Settings(arch="ngram", depth=2, ngram_slots=1)), 50, 0)
+    model = GPT(config)
+    model.init_weights()
+
+    def decays(epochs):
+        optimizer = model.setup_optimizer()
+        fade_tables(optimizer, 4.0, epochs, 1000)
+        return {group["label"]: group["lr"] * group["weight_decay"] for group in optimizer.param_groups}
+
+    assert not any(decays(1.0).values())  # read once: as ever
+    assert 0 < max(decays(1.1).values()) < max(decays(1.6).values()) < max(decays(3.0).values())
+    found = decays(5.0)
+    tables = {"value_embeddings", "n-gram_embeddings"}
+    assert {name for name, decay in found.items() if decay} == tables
+    for name in tables:
+        assert (1 - found[name]) ** (1000 / 5) == pytest.approx(math.exp(-4), rel=0.05)
+    assert max(decays(900.0).values()) == 1.0  # a pass in a step or two: all is gone, and no more than all
 
 
 def test_time_is_not_spent_on_evaluations(prepared, monkeypatch):

@@ -81,24 +81,26 @@ def test_speedrun_under_mup_is_watched_recorded_and_reported(prepared, capsys):
     assert any("lm_head" in str(row) for row in table["rows"])
 
 
-def test_windows_grow_and_a_resumed_run_goes_on_with_them(prepared, monkeypatch):
+def test_windows_grow_tables_fade_and_a_resumed_run_goes_on_with_them(prepared, monkeypatch, capsys):
     from nanochat.gpt import GPT
 
     seen = []
     set_window = GPT.set_window
     monkeypatch.setattr(GPT, "set_window", lambda model, long: (seen.append(long), set_window(model, long)))
-    settings = {**SMALL, "long_window": 300, "short_window": 150, "max_seq_len": 64}
+    settings = {**SMALL, "long_window": 300, "short_window": 150, "max_seq_len": 64, "arch": "ngram", "ngram_slots": 1}
+    settings |= {"total_batch_size": 4096, "device_batch_size": 64}  # the text is read more than once
     main(Settings(**settings))
+    assert "tables decay" in capsys.readouterr().out
     assert seen == [128, 128, 128, 256, 256, 300]
-    whole, losses = tensors("speedrun_d6_w64"), bits()
-    folder = checkpoint_dir("base", "speedrun_d6_w64")
+    whole, losses = tensors("ngram_d6_w64"), bits()
+    folder = checkpoint_dir("base", "ngram_d6_w64")
     checkpoint.discard(checkpoint.step_dir(folder, 6))
     (folder / "COMPLETE").unlink()
     seen.clear()
     main(Settings(**{**settings, "resume": "auto"}))
     assert seen[0] == 128 and seen[-3:] == [256, 256, 300]
     assert bits() == losses  # also of step 3, which is evaluated again
-    for name, param in tensors("speedrun_d6_w64").items():
+    for name, param in tensors("ngram_d6_w64").items():
         assert torch.equal(param, whole[name]), name
 
 
