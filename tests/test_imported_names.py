@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,3 +74,37 @@ def test_a_cache_keeps_its_tensors():
     cache = engine.KVCache(3, 2, 8, 16, 4, torch.device("cpu"), torch.float32)
     assert cache.k_cache.shape == cache.v_cache.shape == (4, 3, 8, 2, 16)
     assert cache.cache_seqlens.shape == (3,)
+
+
+class Uniform:
+    """As little of a model as outside tests bring along: its shape, its device, and logits that say nothing."""
+
+    config = SimpleNamespace(n_layer=1, n_head=1, n_kv_head=1, n_embd=8, sequence_len=32)
+
+    def get_device(self):
+        return torch.device("cpu")
+
+    def forward(self, ids, kv_cache):
+        kv_cache.advance(ids.size(1))
+        return torch.zeros(*ids.shape, 300)
+
+
+class Bytes:
+    specials = (
+        "<|python_start|>",
+        "<|python_end|>",
+        "<|output_start|>",
+        "<|output_end|>",
+        "<|assistant_end|>",
+        "<|bos|>",
+    )
+
+    def encode_special(self, name):
+        return 256 + self.specials.index(name)
+
+
+def test_the_engine_takes_a_stand_in_of_a_model():
+    columns = list(engine.Engine(Uniform(), Bytes()).generate([261, 65], num_samples=4, max_tokens=5, seed=3))
+    assert len(columns) <= 5
+    assert all(len(tokens) == len(mask) == 4 for tokens, mask in columns)
+    assert len(set(columns[0][0])) > 1  # the first token is not shared

@@ -37,7 +37,7 @@ class Engine:
         unsharded weights in, a copy, which is fused on a GPU."""
         model = self.model
         if not isinstance(model, GPT) or any(is_sharded(param) for param in model.parameters()):
-            return model  # stand-ins of a model need not be modules
+            return model if callable(model) else model.forward  # stand-ins of a model need not be modules
         fuses = TRITON and model.get_device().type == "cuda"
         if model.lm_head.weight.dtype == model.compute_dtype and not fuses:
             return model

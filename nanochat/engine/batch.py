@@ -31,11 +31,11 @@ class Batch:
         self.shape = rows, prefills, length
         self.forward, self.size, self.remember, self.device = forward, rows, remember, model.get_device()
         config, dtype = model.config, getattr(model, "compute_dtype", torch.float32)
-        self.document_token = config.document_token
+        self.document_token = getattr(config, "document_token", -1)  # stand-ins of a model say no more than its shape
         # one more position than asked for: on a GPU, a row takes part in one step more than it needs
         shape = (rows + prefills, config.n_kv_head, length + 1, config.n_embd // config.n_head, config.n_layer)
-        windows = [config.window(layer) for layer in range(config.n_layer)]
-        self.cache = KVCache(*shape, self.device, dtype, windows, config.key_offset)
+        windows = [config.window(layer) for layer in range(config.n_layer)] if hasattr(config, "window") else ()
+        self.cache = KVCache(*shape, self.device, dtype, windows, getattr(config, "key_offset", False))
         step = getattr(forward, "step", None)  # of a model that is fused
         self.graphs = Graphs(self.cache, step, rows) if step is not None and self.device.type == "cuda" else None
         # a CPU plans products in bf16 for each number of rows, with AMX in 58 ms (d4); not over what is remembered
