@@ -337,11 +337,11 @@ def test_the_network_is_out_of_reach(only, layer):
 def test_the_parent_and_the_caller_cannot_be_killed(only, layer):
     only(layer, "namespaces", "seccomp")
     result = run(f"""
-        import os, signal
+        import os, posix, signal
         for pid in (os.getppid(), {os.getpid()}, 0):
             for number in (signal.SIGTERM, signal.SIGKILL):
                 try:
-                    os.kill(pid, number)
+                    posix.kill(pid, number)
                 except (ProcessLookupError, PermissionError):
                     pass
         print("still here")
@@ -352,8 +352,8 @@ def test_the_parent_and_the_caller_cannot_be_killed(only, layer):
 def test_killing_the_parent_helps_nothing_even_without_layers(only):
     only("limits")
     name = f"kp{os.getpid()}"
-    code = f"import ctypes, os\nctypes.CDLL(None).prctl(15, b'{name}')\nos.kill(os.getppid(), 9)\nwhile True: pass"
-    result = run(code, timeout=20)
+    code = f"ctypes.CDLL(None).prctl(15, b'{name}')\nposix.kill(os.getppid(), 9)\nwhile True: pass"
+    result = run(f"import ctypes, os, posix\n{code}", timeout=20)
     assert (result.success, result.timeout) == (False, False) and "supervisor" in result.error
     assert eventually(lambda: not processes_named(name))
 
@@ -602,3 +602,8 @@ def test_elsewhere_than_on_linux_it_refuses(monkeypatch):
         execute_code("print(1)")
     monkeypatch.undo()
     assert execute_code("print(1)").success
+
+
+@pytest.mark.parametrize("call", ["os.system('true')", "os.kill(1, 9)", "os.killpg(1, 9)"])
+def test_calls_that_would_fail_in_silence_are_heard(call):
+    assert "not callable" in run(f"import os\n{call}").error

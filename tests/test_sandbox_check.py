@@ -44,7 +44,7 @@ def f(n): time.sleep(0.05)
     "SystemExit": "def f(n): raise SystemExit(0)",
     "SystemExit at the start": "def f(n): return 0\nsys.exit(0)",
     "at exit": "atexit.register(os._exit, 0)\ndef f(n): sys.exit()",
-    "killed by itself": "def f(n): os.kill(os.getpid(), 9)",
+    "killed by itself": "def f(n): posix.kill(os.getpid(), 9)",
     "crash": "def f(n): ctypes.string_at(0)",
     "KeyboardInterrupt": "def f(n): raise KeyboardInterrupt",
     "GeneratorExit": "def f(n): raise GeneratorExit",
@@ -95,7 +95,7 @@ def f(n):
     "signals to all": """
 def f(n):
     for pid in range(2, 300):
-        try: os.kill(pid, 9)
+        try: posix.kill(pid, 9)
         except OSError: pass
 """,
     "changes its argument": "def f(n): return n.clear() or n  # CHECK: x = [3, 1]; assert candidate(x) == sorted(x)",
@@ -118,7 +118,7 @@ def f(n):
     "a name for a type": "{raw}(wire.Peer(0, 1)._dump('value') + wire._packed(b'K', b'exec'))",
 }
 PREAMBLE = """
-import atexit, builtins, ctypes, gc, os, sys, threading, time
+import atexit, builtins, ctypes, gc, os, posix, sys, threading, time
 import wire
 def shout_at(fd, data):
     try: os.write(fd, data)

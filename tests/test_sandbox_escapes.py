@@ -156,11 +156,11 @@ subprocess.run(["true"])
 multiprocessing.Process(target=print).start()
 c("vfork")
 c("fexecve", os.open("mine", os.O_RDONLY), vectors, vectors)
-os.kill(CALLER, 0)
-os.kill(CALLER, signal.SIGCONT)
-os.kill(os.getppid(), 0)
-os.kill(-1, 0)
-os.killpg(CALLER, 0)
+posix.kill(CALLER, 0)
+posix.kill(CALLER, signal.SIGCONT)
+posix.kill(os.getppid(), 0)
+posix.kill(-1, 0)
+posix.killpg(CALLER, 0)
 signal.pidfd_send_signal(os.pidfd_open(CALLER), 0)
 c("sigqueue", CALLER, 0, 0)
 c("tgkill", CALLER, CALLER, 0)
@@ -247,8 +247,8 @@ resource.setrlimit(resource.RLIMIT_CORE, (10, 10))
 """
 ESCAPES = [line for part in (READING, CHANGING, NETWORK, PROCESSES, SYSTEM) for line in part.strip().splitlines()]
 PROGRAM = """
-import asyncio, ctypes, errno, fcntl, ftplib, http.client, logging.handlers, mmap, multiprocessing.connection, os, pty
-import resource, runpy, shelve, shutil, signal, smtplib, socket, subprocess, sys, tarfile, tempfile, time
+import asyncio, ctypes, errno, fcntl, ftplib, http.client, logging.handlers, mmap, multiprocessing.connection, os, posix
+import pty, resource, runpy, shelve, shutil, signal, smtplib, socket, subprocess, sys, tarfile, tempfile, time
 import urllib.request, zipfile
 from pathlib import Path
 

@@ -178,13 +178,13 @@ def _lock_in(job: dict, name: str, kept: set[int]) -> None:
         kernel.apply_landlock(scratch)
     if job["seccomp"]:
         kernel.apply_seccomp(job["threads"])
+    os.system = os.kill = os.killpg = None  # type: ignore[assignment]  # else they may fail without a word
 
 
 def _set_limits(job: dict) -> None:
-    seconds = int(job["timeout"]) + 2
-    limits = {"CPU": seconds, "FSIZE": MAX_FILE_BYTES, "NOFILE": MAX_OPEN_FILES, "CORE": 0, "MEMLOCK": 0}
-    # processes and threads, counted over all those of the (real) user in this namespace
-    limits["NPROC"] = MAX_PROCESSES
+    # processes and threads are counted over all those of the (real) user in this namespace
+    limits = {"CPU": int(job["timeout"]) + 2, "FSIZE": MAX_FILE_BYTES, "NOFILE": MAX_OPEN_FILES}
+    limits |= {"CORE": 0, "MEMLOCK": 0, "NPROC": MAX_PROCESSES}
     if not job["namespaces"] and os.getuid() == os.geteuid():  # a user who has others
         limits["NPROC"] = kernel.tasks_of(os.getuid()) + MAX_PROCESSES if job["seccomp"] else 1
     for name, value in limits.items():
