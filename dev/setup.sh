@@ -44,6 +44,7 @@ find_cargo() {
   command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-${HOME:-~}/.cargo}/bin
   command -v cargo >/dev/null ||
     stop "cargo not found: install Rust 1.85 or newer (rustup, or your system's rust package) and run again"
+  cargo --version >/dev/null 2>&1 || stop "cargo has no toolchain to run: call \`rustup default stable\` and run again"
 }
 
 # What the environment is made from: one line a file (checksum, size, name), and the interpreter.

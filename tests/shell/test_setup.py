@@ -61,3 +61,12 @@ def test_a_machine_without_cargo_is_told_how_to_get_it_before_anything_is_instal
     done = shell(tree, "dev/setup.sh", path=str(bare_path), UV="/bin/false")
     assert done.returncode == 1
     assert done.stderr.startswith("error: cargo not found: install Rust") and done.stderr.count("\n") == 1
+
+
+def test_rustup_without_a_toolchain_is_told_how_to_get_one(tree, bare_path):
+    (tree / "requirements.lock").write_text("x==2\n")
+    (bare_path / "python3").symlink_to(tree / ".venv" / "bin" / "python")
+    (bare_path / "cargo").symlink_to("/bin/false")
+    done = shell(tree, "dev/setup.sh", path=str(bare_path), UV="/bin/false")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "rustup default stable" in done.stderr
